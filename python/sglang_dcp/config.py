@@ -1,0 +1,102 @@
+"""Every flag of dynamic context parallelism with its default and its check, in one frozen dataclass."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+POLICIES = ("dual-balance", "length-buckets", "fixed", "local")
+TRANSPORTS = ("auto", "gloo", "nccl", "peer")
+
+CONFIG_VARIABLE = "SGLANG_DYNCP_CONFIG"
+"""Carries the parsed configuration from the main process to its children; set by our flags hook, never by users."""
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names flag, value and limit."""
+
+
+@dataclass(frozen=True)
+class DynCpConfig:
+    """Settings of one server. `None` stands for "number of instances" and is resolved by `resolve`."""
+
+    policy: str = "dual-balance"
+    degree: int | None = None
+    max_degree: int | None = None
+    max_guest_fraction: float = 1.0
+    cost_model: str | None = None
+    transport: str = "auto"
+    max_rows: int = 256
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ConfigError(f"--dyncp-policy {self.policy!r} is unknown; choose one of {', '.join(POLICIES)}")
+        if self.transport not in TRANSPORTS:
+            raise ConfigError(f"--dyncp-transport {self.transport!r} is unknown; choose one of {', '.join(TRANSPORTS)}")
+        if self.policy == "fixed" and self.degree is None:
+            raise ConfigError("--dyncp-policy fixed needs --dyncp-degree K")
+        if self.policy != "fixed" and self.degree is not None:
+            raise ConfigError(f"--dyncp-degree {self.degree} works with --dyncp-policy fixed only, not with {self.policy!r}")
+        for flag, value in (("--dyncp-degree", self.degree), ("--dyncp-max-degree", self.max_degree), ("--dyncp-max-rows", self.max_rows)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag} must be at least 1, got {value}")
+        if not 0.0 <= self.max_guest_fraction <= 1.0:
+            raise ConfigError(f"--dyncp-max-guest-fraction must lie in [0, 1], got {self.max_guest_fraction}")
+        if self.cost_model is not None and not os.path.isfile(self.cost_model):
+            raise ConfigError(f"--dyncp-cost-model {self.cost_model!r} is not a file")
+
+    def resolve(self, num_instances: int) -> DynCpConfig:
+        """Fills in what depends on the number of instances, and checks it."""
+        for flag, value in (("--dyncp-degree", self.degree), ("--dyncp-max-degree", self.max_degree)):
+            if value is not None and value > num_instances:
+                raise ConfigError(f"{flag} {value} exceeds the number of instances, {num_instances} (--tp)")
+        max_degree = self.max_degree or num_instances
+        if self.degree is not None and self.degree > max_degree:
+            raise ConfigError(f"--dyncp-degree {self.degree} exceeds --dyncp-max-degree {max_degree}")
+        return dataclasses.replace(self, max_degree=max_degree)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> DynCpConfig:
+        return cls(**json.loads(text))
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> DynCpConfig | None:
+        """The configuration that the main process handed down, or None where dyncp is off."""
+        text = environment.get(CONFIG_VARIABLE)
+        return cls.from_json(text) if text else None
+
+    @classmethod
+    def from_namespace(cls, args: argparse.Namespace) -> DynCpConfig | None:
+        """The parsed flags, or None without --enable-dyncp. A --dyncp-* flag without it is refused."""
+        given = {field.name: getattr(args, f"dyncp_{field.name}", None) for field in dataclasses.fields(cls)}
+        given = {name: value for name, value in given.items() if value is not None}
+        if not getattr(args, "enable_dyncp", False):
+            if given:
+                raise ConfigError(f"--dyncp-{next(iter(given)).replace('_', '-')} has no effect without --enable-dyncp")
+            return None
+        return cls(**given)
+
+
+def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds our flags to SGLang's parser (or to `sglang-dcp serve --help`). Defaults are None so that a given flag can be told."""
+    group = parser.add_argument_group("dynamic context parallelism (sglang_dcp)")
+    group.add_argument("--enable-dyncp", action="store_true", help="Give every request its own context-parallel degree while it decodes.")
+    group.add_argument("--dyncp-policy", choices=POLICIES, help="How requests are placed. Default: dual-balance.")
+    group.add_argument("--dyncp-degree", type=int, metavar="K", help="Degree of every request, with --dyncp-policy fixed.")
+    group.add_argument("--dyncp-max-degree", type=int, metavar="K", help="Most shards of one request. Default: the number of instances.")
+    group.add_argument(
+        "--dyncp-max-guest-fraction",
+        type=float,
+        metavar="F",
+        help="Most of an instance's KV pool that new guests may take; growth of a guest already there is not bounded. Default: 1.0.",
+    )
+    group.add_argument("--dyncp-cost-model", metavar="FILE", help="Step-time constants (JSON, see `sglang-dcp calibrate`).")
+    group.add_argument("--dyncp-transport", choices=TRANSPORTS, help="How rows travel between instances. Default: auto.")
+    group.add_argument("--dyncp-max-rows", type=int, metavar="S", help="Most attention rows per instance that graphs are captured for. Default: 256.")

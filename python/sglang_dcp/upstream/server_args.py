@@ -1,0 +1,31 @@
+"""Our flags on SGLang's command line, and what they make of its settings."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from sglang_dcp.config import CONFIG_VARIABLE, ConfigError, DynCpConfig, add_cli_arguments
+
+
+def add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
+    """AFTER ServerArgs.add_cli_args."""
+    add_cli_arguments(parser)
+
+
+def read_flags(server_args: Any, cls: type, args: argparse.Namespace) -> Any:
+    """AFTER ServerArgs.from_cli_args: keeps the configuration on the arguments and hands it to child processes."""
+    try:
+        config = DynCpConfig.from_namespace(args)
+    except ConfigError as error:
+        raise SystemExit(f"sglang_dcp: {error}") from error
+    os.environ.pop(CONFIG_VARIABLE, None)
+    server_args._dyncp = config
+    if config is not None:
+        from sglang_dcp.upstream.hooks import DYNCP_HOOKS
+        from sglang_dcp.upstream.install import install
+
+        os.environ[CONFIG_VARIABLE] = config.to_json()
+        install(DYNCP_HOOKS)
+    return server_args
