@@ -1,0 +1,88 @@
+"""`sglang-dcp serve`: SGLang's server with the environment that this machine needs. Prints what it adds, then becomes the server."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sglang_dcp.config import add_cli_arguments
+from sglang_dcp.cpu.environment import count_cuda_devices, cpu_additions
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What will be executed: `python -m sglang.launch_server flags` with `additions` on top of the environment."""
+
+    flags: tuple[str, ...]
+    additions: Mapping[str, str]
+    added_flags: tuple[str, ...]
+
+
+def run(flags: Sequence[str]) -> int:
+    """Replaces this process by the server. Returns only for --help."""
+    if "-h" in flags or "--help" in flags:
+        print(_help())
+        return 0
+    launch = plan_launch(flags, os.environ, cuda_devices=count_cuda_devices())
+    for line in describe(launch):
+        print(line, file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "sglang.launch_server", *launch.flags]
+    os.execve(sys.executable, command, {**os.environ, **launch.additions})
+
+
+def plan_launch(flags: Sequence[str], environment: Mapping[str, str], *, cuda_devices: int | None) -> Launch:
+    """Decides what to add. cuda_devices: None without a CUDA driver. Pure, so that it can be tested.
+
+    On a GPU machine nothing is added. On a CPU: --device cpu, the environment of cpu/environment.py and, without --enable-dyncp
+    (which picks its own backend), --attention-backend torch_native; each only where the flags do not say otherwise.
+    """
+    known = _read_known_flags(flags)
+    on_cpu = known.device == "cpu" or (known.device is None and not cuda_devices)
+    if not on_cpu:
+        return Launch(tuple(flags), {}, ())
+    added: list[str] = []
+    if known.device is None:
+        added += ["--device", "cpu"]
+    if known.attention_backend is None and not known.enable_dyncp:
+        added += ["--attention-backend", "torch_native"]
+    additions = cpu_additions(known.tp, environment, has_cuda_driver=cuda_devices is not None)
+    return Launch((*flags, *added), additions, tuple(added))
+
+
+def describe(launch: Launch) -> list[str]:
+    """One line per addition; none where nothing is added."""
+    lines = [f"sglang-dcp serve: {name}={value}" for name, value in launch.additions.items()]
+    if launch.added_flags:
+        lines.append(f"sglang-dcp serve: adding {' '.join(launch.added_flags)}")
+    return lines
+
+
+def _read_known_flags(flags: Sequence[str]) -> argparse.Namespace:
+    """The few upstream flags that decide about the environment; everything else is SGLang's to judge."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--tp", "--tp-size", "--tensor-parallel-size", dest="tp", type=int, default=1)
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--attention-backend", default=None)
+    parser.add_argument("--enable-dyncp", action="store_true")
+    try:
+        known, _ = parser.parse_known_args(list(flags))
+    except argparse.ArgumentError as error:
+        raise SystemExit(f"sglang-dcp serve: {error}") from error
+    if known.tp < 1:
+        raise SystemExit(f"sglang-dcp serve: --tp must be at least 1, got {known.tp}")
+    return known
+
+
+def _help() -> str:
+    parser = argparse.ArgumentParser(
+        prog="sglang-dcp serve",
+        usage="sglang-dcp serve --model-path MODEL [any flag of `sglang serve`] [--enable-dyncp [--dyncp-...]]",
+        description="Serves a model with SGLang. On a machine without a GPU it also sets what SGLang needs on a CPU, and says what.",
+        epilog="SGLang's own flags: `sglang serve --help` (it does not list ours: help loads no plugins).",
+        add_help=False,
+    )
+    add_cli_arguments(parser)
+    return parser.format_help()
