@@ -1,0 +1,1 @@
+"""What the tests share: servers, a client, prompts and the transformers reference. Imported as `support`."""

@@ -1,0 +1,230 @@
+"""Starts real SGLang servers for tests: one at a time on this machine, shared by all tests that ask for the same configuration."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from support.client import Client
+from support.processes import creation_time, end_process_tree
+from support.recall import model_path
+
+START_LIMIT_S = 240.0
+LOCK_FILE = Path(tempfile.gettempdir()) / "sglang_dcp_server.lock"
+
+PORT_OFFSETS = (0, 13, *range(233, 250))
+"""What a server with attention data parallelism binds besides its port: handshake, and sockets of the ranks from +233 on."""
+
+
+class ServerStartError(RuntimeError):
+    """The server ended or stayed unhealthy; the message ends with the last lines of its log."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What a test asks for. Equal configurations share one server.
+
+    model: a name of support.recall.MODEL_NAMES. pool_tokens: KV pool of each instance. chunk_tokens: most prefill tokens of one instance in
+    one step (SGLang's flag counts all instances). flags: further flags, as they stand on the command line.
+    dyncp=False is *stock*: the hook sets `flags` and `cpu` alone.
+    """
+
+    model: str
+    instances: int = 1
+    pool_tokens: int = 8192
+    page_size: int = 16
+    chunk_tokens: int | None = None
+    dyncp: bool = False
+    flags: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = field(default=())
+
+    def command(self, port: int) -> list[str]:
+        """`sglang-dcp serve ...`. Stock MLA on the CPU runs with page size 1 and without the overlap schedule only."""
+        command = [sys.executable, "-m", "sglang_dcp.cli", "serve", "--model-path", model_path(self.model), "--port", str(port)]
+        command += ["--context-length", "4096", "--max-total-tokens", str(self.pool_tokens), "--skip-server-warmup"]
+        stock_mla = self.model == "deepseek_v2" and not self.dyncp
+        command += ["--page-size", str(1 if stock_mla else self.page_size)]
+        if stock_mla:
+            command.append("--disable-overlap-schedule")
+        if self.chunk_tokens is not None:
+            command += ["--chunked-prefill-size", str(self.chunk_tokens * self.instances)]
+        if self.instances > 1:
+            count = str(self.instances)
+            command += ["--tp", count, "--attn-dp-size", count, "--ep", count]
+        if self.dyncp:
+            command.append("--enable-dyncp")
+        return command + list(self.flags)
+
+
+@dataclass
+class Server:
+    """A running server. `client` talks to it; `log` is its output so far."""
+
+    config: ServerConfig
+    process: subprocess.Popen[bytes]
+    port: int
+    log_path: Path
+    start_s: float = 0.0
+
+    @property
+    def client(self) -> Client:
+        return Client(self.port)
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def stop(self) -> None:
+        """Ends the server with its whole process tree. Can be repeated."""
+        end_process_tree(self.process.pid)
+        self.process.wait(timeout=10)
+
+
+def start_server(config: ServerConfig, *, log_folder: Path, limit_s: float = START_LIMIT_S) -> Server:
+    """Starts a server and waits until it is healthy. ServerStartError if it ends or is not healthy within `limit_s`."""
+    port = find_free_port()
+    log_folder.mkdir(parents=True, exist_ok=True)
+    log_path = log_folder / f"server_{port}_{int(time.time())}.log"
+    started = time.monotonic()
+    environment = clean_environment(os.environ) | dict(config.environment)
+    with log_path.open("wb") as log:
+        command = config.command(port)
+        log.write((" ".join(command) + "\n").encode())
+        log.flush()
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+        )
+    server = Server(config, process, port, log_path)
+    try:
+        _wait_healthy(server, limit_s)
+    except BaseException:
+        server.stop()
+        raise
+    server.start_s = time.monotonic() - started
+    return server
+
+
+def _wait_healthy(server: Server, limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    probe = Client(server.port, timeout_s=5.0)
+    while not probe.is_healthy():
+        if not server.is_alive:
+            raise ServerStartError(f"server ended with code {server.process.returncode} before it was healthy\n{_last_lines(server)}")
+        if time.monotonic() > deadline:
+            raise ServerStartError(f"server not healthy after {limit_s:.0f} s\n{_last_lines(server)}")
+        time.sleep(0.25)
+
+
+def _last_lines(server: Server, count: int = 40) -> str:
+    return f"--- {server.log_path}\n" + "\n".join(server.log().splitlines()[-count:])
+
+
+def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what an outer run may have set for SGLang: a test decides that by its configuration alone."""
+    ours = ("SGLANG_", "DYNCP_")
+    return {name: value for name, value in environment.items() if not name.startswith(ours)}
+
+
+def find_free_port(first: int = 15000, last: int = 21000, step: int = 300) -> int:
+    """A port whose companions (PORT_OFFSETS) are free too, below the ranges that SGLang and the kernel draw from."""
+    for port in range(first, last, step):
+        if all(_is_free(port + offset) for offset in PORT_OFFSETS):
+            return port
+    raise RuntimeError(f"no free port between {first} and {last} with free ports at offsets {PORT_OFFSETS}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+@contextmanager
+def machine_lock(*, wait_s: float = 3600.0) -> Iterator[IO[str]]:
+    """Held while a server of ours lives; a second test run on this machine waits here instead of sharing the cores."""
+    with LOCK_FILE.open("a+") as lock:
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{LOCK_FILE} is held by another run for more than {wait_s:.0f} s") from None
+                time.sleep(0.5)
+        _end_recorded_leftover(lock)
+        yield lock
+
+
+def _end_recorded_leftover(lock: IO[str]) -> None:
+    """Ends the server that a killed run left behind: who holds the lock knows that nobody uses it."""
+    lock.seek(0)
+    record = lock.read().split()
+    if len(record) == 2 and creation_time(int(record[0])) == float(record[1]):
+        end_process_tree(int(record[0]))
+    _record(lock, None)
+
+
+def _record(lock: IO[str], server: Server | None) -> None:
+    lock.seek(0)
+    lock.truncate()
+    if server is not None and (made := creation_time(server.process.pid)) is not None:
+        lock.write(f"{server.process.pid} {made!r}")
+    lock.flush()
+
+
+class ServerPool:
+    """At most one live server. `get` returns it if it has the wanted configuration, else stops it and starts the wanted one."""
+
+    def __init__(self, lock: IO[str], log_folder: Path) -> None:
+        self._lock = lock
+        self._log_folder = log_folder
+        self._current: Server | None = None
+
+    def get(self, config: ServerConfig) -> Server:
+        if self._current is not None and self._current.is_alive and self._current.config == config:
+            return self._current
+        self.stop()
+        self._current = start_server(config, log_folder=self._log_folder)
+        _record(self._lock, self._current)
+        return self._current
+
+    def stop(self) -> None:
+        if self._current is not None:
+            self._current.stop()
+            self._current = None
+            _record(self._lock, None)
+
+
+@contextmanager
+def server_pool(log_folder: Path) -> Iterator[ServerPool]:
+    """A pool under the machine lock; whatever it started is stopped at the end."""
+    with machine_lock() as lock:
+        pool = ServerPool(lock, log_folder)
+        try:
+            yield pool
+        finally:
+            pool.stop()
+
+
+@contextmanager
+def running_server(config: ServerConfig, log_folder: Path | None = None) -> Iterator[Server]:
+    """One server for a script."""
+    with server_pool(log_folder or Path("logs")) as pool:
+        yield pool.get(config)
