@@ -1,0 +1,131 @@
+"""A home's book of its managed requests: those whose pages come from reservations, here or elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from sglang_dcp.ledger.messages import Granted
+from sglang_dcp.ledger.page_ids import Page, PageIds
+from sglang_dcp.ledger.reservations import Grant
+
+
+@dataclass
+class HomeRequest:
+    """One managed request.
+
+    pages: one entry per page of the sequence, in order; None where the grant is known and the page number has not arrived yet.
+    num_tree_pages: leading pages that the prefix cache owns (never freed by us).
+    """
+
+    handle: int
+    born: int
+    pages: list[Page | None] = field(default_factory=list)
+    num_tree_pages: int = 0
+    asked_admission: bool = False
+    admitted: bool = False
+    asked_growth: bool = False
+    asked_stuck: bool = False
+    start_degree: int = 0
+    num_growths: int = 0
+
+    @property
+    def ready(self) -> bool:
+        """All pages that were granted have arrived."""
+        return self.admitted and None not in self.pages
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """Distinct owners in sequence order of their first page."""
+        return tuple(dict.fromkeys(page.owner for page in self.pages if page is not None))
+
+    def pages_per_shard(self) -> dict[int, int]:
+        counts: dict[int, int] = {}
+        for page in self.pages:
+            if page is not None:
+                counts[page.owner] = counts.get(page.owner, 0) + 1
+        return counts
+
+
+class HomeBook:
+    """Managed requests of one home, by handle, and the way back from a page id to the handle."""
+
+    def __init__(self, ids: PageIds) -> None:
+        self.ids = ids
+        self.requests: dict[int, HomeRequest] = {}
+        self._handle_of_page: dict[int, int] = {}
+        self._next_handle = 1
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def open(self, born: int) -> HomeRequest:
+        request = HomeRequest(self._next_handle, born)
+        self._next_handle += 1
+        self.requests[request.handle] = request
+        return request
+
+    def append(self, request: HomeRequest, page: Page) -> None:
+        self._note(request, page)
+        request.pages.append(page)
+
+    def adopt(self, request: HomeRequest, pages: Iterable[Page], num_tree_pages: int) -> None:
+        """Takes over the pages of a request that was served locally so far."""
+        request.pages = list(pages)
+        request.num_tree_pages = num_tree_pages
+        request.admitted = True
+        request.start_degree = len(request.shards)
+        for page in request.pages[num_tree_pages:]:
+            assert page is not None
+            self._note(request, page)
+
+    def expect(self, request: HomeRequest, grant: Grant) -> None:
+        """Notes a grant: its pages are known by number once their shards have told."""
+        for segment in grant.segments:
+            end = segment.first_index + segment.num_pages
+            if segment.first_index != len(request.pages):
+                raise ValueError(f"handle {request.handle}: grant starts at page {segment.first_index}, {len(request.pages)} are there")
+            request.pages += [None] * (end - len(request.pages))
+        if not request.admitted:
+            request.start_degree = len(grant.segments)
+        else:
+            request.num_growths += 1
+        request.admitted = True
+        request.asked_admission = request.asked_growth = request.asked_stuck = False
+
+    def fill(self, owner: int, granted: Granted) -> None:
+        """Enters the page numbers that shard `owner` told. A handle released meanwhile is none of ours any more."""
+        request = self.requests.get(granted.handle)
+        if request is None:
+            return
+        for page_index, number in enumerate(granted.pages, granted.first_index):
+            if request.pages[page_index] is not None:
+                raise ValueError(f"handle {granted.handle}: page {page_index} arrived twice")
+            page = Page(owner, number)
+            self._note(request, page)
+            request.pages[page_index] = page
+
+    def close(self, handle: int) -> list[int]:
+        """Forgets the request. Returns the numbers of its local pages that are ours to free."""
+        request = self.requests.pop(handle)
+        own = [page for page in request.pages[request.num_tree_pages :] if page is not None]
+        for page in own:
+            del self._handle_of_page[self.ids.encode(page)]
+        return [page.number for page in own if page.owner == self.ids.home]
+
+    def handle_of(self, page_id: int) -> int | None:
+        """The managed request that owns this page, as seen from home."""
+        return self._handle_of_page.get(page_id)
+
+    def local_pages(self) -> Iterator[int]:
+        """Numbers of the pages of the own pool that managed requests own."""
+        for request in self.requests.values():
+            for page in request.pages[request.num_tree_pages :]:
+                if page is not None and page.owner == self.ids.home:
+                    yield page.number
+
+    def _note(self, request: HomeRequest, page: Page) -> None:
+        page_id = self.ids.encode(page)
+        if page_id in self._handle_of_page:
+            raise ValueError(f"page {page} belongs to handle {self._handle_of_page[page_id]} already, not to {request.handle}")
+        self._handle_of_page[page_id] = request.handle

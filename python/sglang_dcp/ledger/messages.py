@@ -1,0 +1,167 @@
+"""Control messages between instances: what one scheduler tells all others within a step.
+
+A message is `[kind, num_words, words...]` of int64; an instance's messages of a step are concatenated and travel in one all-gather, so
+every instance reads the same words in the same order. Handles are numbered by the home that issued them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class MessageError(ValueError):
+    """Words that do not form messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskAdmission:
+    """A home asks for all pages of a request: `segments` of (instance, pages) in sequence order, the last one being the tail.
+
+    `born` is the step in which the home first asked; with the home and the handle it makes the total order. A `flexible` ask may be
+    split otherwise when its own split does not fit.
+    """
+
+    KIND: ClassVar[int] = 1
+    handle: int
+    born: int
+    flexible: bool
+    segments: tuple[tuple[int, int], ...]
+
+    def words(self) -> list[int]:
+        return [self.handle, self.born, int(self.flexible), *(word for segment in self.segments for word in segment)]
+
+    @classmethod
+    def parse(cls, words: Sequence[int]) -> AskAdmission:
+        handle, born, flexible, *rest = words
+        return cls(handle, born, bool(flexible), tuple(zip(rest[::2], rest[1::2], strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class AskGrowth:
+    """A home asks for one more tail page: number `page_index` of the sequence. `shards` hold the request already.
+
+    `stuck` says that the request sits out until it gets the page. `max_degree` bounds the distinct shards.
+    """
+
+    KIND: ClassVar[int] = 2
+    handle: int
+    born: int
+    stuck: bool
+    page_index: int
+    max_degree: int
+    shards: tuple[int, ...]
+
+    def words(self) -> list[int]:
+        return [self.handle, self.born, int(self.stuck), self.page_index, self.max_degree, *self.shards]
+
+    @classmethod
+    def parse(cls, words: Sequence[int]) -> AskGrowth:
+        handle, born, stuck, page_index, max_degree, *shards = words
+        return cls(handle, born, bool(stuck), page_index, max_degree, tuple(shards))
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A shard names the pages that it gave to `home`'s `handle`: sequence indices `first_index`, ... in order."""
+
+    KIND: ClassVar[int] = 3
+    home: int
+    handle: int
+    first_index: int
+    pages: tuple[int, ...]
+
+    def words(self) -> list[int]:
+        return [self.home, self.handle, self.first_index, *self.pages]
+
+    @classmethod
+    def parse(cls, words: Sequence[int]) -> Granted:
+        home, handle, first_index, *pages = words
+        return cls(home, handle, first_index, tuple(pages))
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A home gives up a handle: open asks are withdrawn and every guest page of it is free."""
+
+    KIND: ClassVar[int] = 4
+    handle: int
+
+    def words(self) -> list[int]:
+        return [self.handle]
+
+    @classmethod
+    def parse(cls, words: Sequence[int]) -> Release:
+        (handle,) = words
+        return cls(handle)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sharded request of a step: queries at positions prefix_len .. prefix_len + num_new - 1."""
+
+    handle: int
+    prefix_len: int
+    num_new: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A home's sharded rows of this step, in batch order. Without this message they are the last step's, one token on."""
+
+    KIND: ClassVar[int] = 5
+    rows: tuple[Row, ...]
+
+    def words(self) -> list[int]:
+        return [word for row in self.rows for word in (row.handle, row.prefix_len, row.num_new)]
+
+    @classmethod
+    def parse(cls, words: Sequence[int]) -> Rows:
+        if len(words) % 3:
+            raise MessageError(f"a Rows message has {len(words)} words, not a multiple of 3")
+        return cls(tuple(Row(*words[i : i + 3]) for i in range(0, len(words), 3)))
+
+
+Message = AskAdmission | AskGrowth | Granted | Release | Rows
+_KINDS: dict[int, type[Message]] = {kind.KIND: kind for kind in (AskAdmission, AskGrowth, Granted, Release, Rows)}
+
+
+def encode(messages: Iterable[Message]) -> list[int]:
+    words: list[int] = []
+    for message in messages:
+        payload = message.words()
+        words += [message.KIND, len(payload), *payload]
+    return words
+
+
+def decode(words: Sequence[int]) -> Iterator[Message]:
+    """Reads messages from `words`. Raises MessageError on an unknown kind or a cut message."""
+    position = 0
+    while position < len(words):
+        if position + 2 > len(words):
+            raise MessageError(f"message header cut at word {position} of {len(words)}")
+        kind, size = words[position], words[position + 1]
+        if kind not in _KINDS:
+            raise MessageError(f"unknown message kind {kind} at word {position}")
+        end = position + 2 + size
+        if size < 0 or end > len(words):
+            raise MessageError(f"message at word {position} claims {size} words, {len(words) - position - 2} are there")
+        try:
+            yield _KINDS[kind].parse(words[position + 2 : end])
+        except (TypeError, ValueError) as error:
+            raise MessageError(f"message of kind {kind} at word {position}: {error}") from error
+        position = end
+
+
+def advance(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The rows of the next step when nothing joined or left: every request decodes one token."""
+    return tuple(Row(row.handle, row.prefix_len + row.num_new, 1) for row in rows)
+
+
+def checksum(rows: Iterable[Row]) -> int:
+    """Detects a row table that went apart between instances; fits one control column."""
+    value = 0
+    for row in rows:
+        value = (value * 1_000_003 + row.handle * 8191 + row.prefix_len * 31 + row.num_new) % 2_147_483_647
+    return value

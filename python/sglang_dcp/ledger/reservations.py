@@ -1,0 +1,162 @@
+"""Who gets pages, and in what order. Every instance keeps this table and computes the same grants from the same words.
+
+Rules, and why:
+- Growth before admission, each in the total order (born, home, handle). A running request is never held up by one that has not started,
+  so running requests always finish and waiting ones always start: no deadlock.
+- Admission is all or nothing. While the first waiting ask does not fit, what its split needs is promised to it and nobody behind it
+  (nor a local request, see `Decision.promised`) may take it: short requests cannot starve a long one.
+- Growth takes the home's pool first, then the shard with most room, then a new shard.
+- Stuck growth with no page anywhere makes a victim: the youngest stuck request, as soon as two are stuck or nothing else runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sglang_dcp.ledger.messages import AskAdmission, AskGrowth
+
+Key = tuple[int, int]
+"""(home, handle)"""
+
+
+@dataclass(frozen=True, slots=True)
+class GrantedSegment:
+    rank: int
+    first_index: int
+    num_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    home: int
+    handle: int
+    segments: tuple[GrantedSegment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Outcome of one step. `promised[r]` pages of instance r are spoken for by the first waiting admission."""
+
+    grants: tuple[Grant, ...]
+    promised: tuple[int, ...]
+    victims: tuple[Key, ...]
+
+
+class ReservationTable:
+    """Open asks of all homes. Fed with the same messages in the same order everywhere."""
+
+    def __init__(self, num_instances: int) -> None:
+        self.num_instances = num_instances
+        self._admissions: dict[Key, AskAdmission] = {}
+        self._growths: dict[Key, AskGrowth] = {}
+
+    def __len__(self) -> int:
+        return len(self._admissions) + len(self._growths)
+
+    def ask(self, home: int, ask: AskAdmission | AskGrowth) -> None:
+        """Opens an ask, or replaces the open one of the same handle."""
+        if isinstance(ask, AskAdmission):
+            self._admissions[home, ask.handle] = ask
+        else:
+            self._growths[home, ask.handle] = ask
+
+    def withdraw(self, home: int, handle: int) -> None:
+        self._admissions.pop((home, handle), None)
+        self._growths.pop((home, handle), None)
+
+    def decide(self, free: Sequence[int], guest_room: Sequence[int], anybody_runs: bool) -> Decision:
+        """Grants of this step; granted asks leave the table.
+
+        free[r]: pages that instance r can give now (evictable cache included). guest_room[r]: guest pages that admission may still
+        put there. anybody_runs: some instance has tokens in this step's batch.
+        """
+        room, guests = list(free), list(guest_room)
+        grants, stuck = self._decide_growth(room)
+        promised, somebody_waits = [0] * self.num_instances, False
+        for key, ask in self._in_order(self._admissions):
+            split = self._split(key[0], ask, [r - p for r, p in zip(room, promised, strict=True)], guests)
+            if split is None:
+                if not somebody_waits:
+                    promised, somebody_waits = self._promise(ask, room), True
+                continue
+            grants.append(_grant(key, split, 0))
+            del self._admissions[key]
+            for rank, pages in split:
+                room[rank] -= pages
+                if rank != key[0]:
+                    guests[rank] -= pages
+        victims = (stuck[-1],) if len(stuck) > 1 or (stuck and not anybody_runs and not grants) else ()
+        return Decision(tuple(grants), tuple(promised), victims)
+
+    def _decide_growth(self, room: list[int]) -> tuple[list[Grant], list[Key]]:
+        grants, stuck = [], []
+        for key, ask in self._in_order(self._growths):
+            rank = next_tail(key[0], ask.shards, ask.max_degree, room)
+            if rank is None:
+                if ask.stuck:
+                    stuck.append(key)
+                continue
+            room[rank] -= 1
+            grants.append(_grant(key, ((rank, 1),), ask.page_index))
+            del self._growths[key]
+        return grants, stuck
+
+    def _split(self, home: int, ask: AskAdmission, room: list[int], guests: list[int]) -> tuple[tuple[int, int], ...] | None:
+        limits = [room[r] if r == home else min(room[r], guests[r]) for r in range(self.num_instances)]
+        if all(pages <= limits[rank] for rank, pages in ask.segments):
+            return ask.segments
+        return water_fill(home, sum(pages for _, pages in ask.segments), limits) if ask.flexible else None
+
+    def _promise(self, ask: AskAdmission, room: list[int]) -> list[int]:
+        promised = [0] * self.num_instances
+        for rank, pages in ask.segments:
+            promised[rank] = max(0, min(pages, room[rank]))
+        return promised
+
+    @staticmethod
+    def _in_order(asks: dict[Key, AskAdmission] | dict[Key, AskGrowth]) -> list[tuple[Key, AskAdmission | AskGrowth]]:
+        return sorted(asks.items(), key=lambda item: (item[1].born, *item[0]))
+
+
+def next_tail(home: int, shards: Sequence[int], max_degree: int, room: Sequence[int]) -> int | None:
+    """Instance of the next tail page: home, else the shard with most room, else the emptiest new instance; None when all are full."""
+    may_widen = len(set(shards)) < max_degree
+    if room[home] > 0 and (home in shards or may_widen):
+        return home
+    known = max(shards, key=lambda rank: (room[rank], -rank))
+    if room[known] > 0:
+        return known
+    if not may_widen:
+        return None
+    widest = max(range(len(room)), key=lambda rank: (room[rank], -rank))
+    return widest if room[widest] > 0 else None
+
+
+def water_fill(home: int, num_pages: int, limits: Sequence[int]) -> tuple[tuple[int, int], ...] | None:
+    """Splits pages over the instances with most room so that as few as possible are used and they end equally empty; the home, when used,
+    is last (the tail). None when they do not fit."""
+    limits = [max(0, limit) for limit in limits]
+    if sum(limits) < num_pages:
+        return None
+    order = sorted(range(len(limits)), key=lambda rank: (-limits[rank], rank != home, rank))
+    chosen: list[int] = []
+    while sum(limits[rank] for rank in chosen) < num_pages:
+        chosen.append(order[len(chosen)])
+    left, surplus = num_pages, sum(limits[rank] for rank in chosen) - num_pages
+    counts = {}
+    for position, rank in enumerate(sorted(chosen, key=lambda rank: limits[rank])):
+        spare = min(limits[rank], surplus // (len(chosen) - position))
+        counts[rank] = limits[rank] - spare
+        surplus -= spare
+        left -= counts[rank]
+    assert left == 0
+    return tuple((rank, counts[rank]) for rank in sorted(counts, key=lambda rank: (rank == home, rank)) if counts[rank])
+
+
+def _grant(key: Key, split: Sequence[tuple[int, int]], first_index: int) -> Grant:
+    segments = []
+    for rank, pages in split:
+        segments.append(GrantedSegment(rank, first_index, pages))
+        first_index += pages
+    return Grant(*key, tuple(segments))
