@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -33,3 +34,77 @@ class PartialState:
             torch.zeros(*shape, v_head_dim, dtype=dtype, device=device),
             torch.full(shape, float("-inf"), dtype=torch.float32, device=device),
         )
+
+
+@dataclass(frozen=True)
+class HomeRow:
+    """One request of an instance's own batch in one step, as the plan builder needs it.
+
+    token_start:  first of its tokens among the batch's tokens; num_new tokens at positions prefix_len ...
+    page_owners, page_numbers: int64 numpy arrays, one entry per page of the sequence; owner is the instance.
+    """
+
+    token_start: int
+    num_new: int
+    prefix_len: int
+    page_owners: np.ndarray
+    page_numbers: np.ndarray
+
+
+@dataclass(frozen=True)
+class GuestRow:
+    """One remote request in one step, seen from a shard: page_index[i] is the sequence index of page page_numbers[i]."""
+
+    home: int
+    num_new: int
+    prefix_len: int
+    page_index: np.ndarray
+    page_numbers: np.ndarray
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """One (request, shard) pair to compute: queries query_start .. + num_queries of [own tokens, received queries].
+
+    kv_slots:       int64 [num_keys], token slots in this instance's pool, ascending in position.
+    num_unmasked:   leading keys that every query of the row sees (positions before the chunk).
+    key_offsets:    int64 [num_keys - num_unmasked]: position of the remaining keys relative to the row's first query.
+    """
+
+    query_start: int
+    num_queries: int
+    kv_slots: torch.Tensor
+    num_unmasked: int
+    key_offsets: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Everything the layers of one step need to know; constant over the layers, known on both sides before they start.
+
+    Lengths are counts of rows; *_splits have one entry per instance. T = own tokens, R = received queries.
+    send_queries [sum(send_query_splits)]: own token of each query row sent, grouped by destination.
+    send_kv      [sum(send_kv_splits)]:    own token of each K/V row sent, grouped by destination.
+    write_tokens, write_slots:             own tokens whose K/V stays here, and their slots.
+    receive_kv_slots [sum(receive_kv_splits)]: slots of received K/V rows, grouped by source.
+    merge_depth [sum(send_query_splits)]:  1, 2, ...: which of the partials of its token each returned row is (0 is the own one).
+    """
+
+    step: int
+    num_tokens: int
+    send_queries: torch.Tensor
+    send_query_splits: tuple[int, ...]
+    receive_query_splits: tuple[int, ...]
+    send_kv: torch.Tensor
+    send_kv_splits: tuple[int, ...]
+    receive_kv_splits: tuple[int, ...]
+    receive_kv_slots: torch.Tensor
+    write_tokens: torch.Tensor
+    write_slots: torch.Tensor
+    attention_rows: tuple[AttentionRow, ...]
+    merge_depth: torch.Tensor
+    num_guest_rows: int
+
+    @property
+    def num_received(self) -> int:
+        return sum(self.receive_query_splits)

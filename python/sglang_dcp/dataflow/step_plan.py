@@ -1,0 +1,120 @@
+"""Builds the plan of one step from rows: who sends which query where, who writes which K/V, what is attended, what is merged.
+
+Sender and receiver build their halves from the same facts (page owners, prefix lengths), so nothing is negotiated: a home row goes to
+every instance that holds a page of it which begins before the row's end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from sglang_dcp.dataflow.contracts import AttentionRow, GuestRow, HomeRow, StepPlan
+
+
+def build_step_plan(
+    step: int,
+    rank: int,
+    num_instances: int,
+    page_size: int,
+    num_tokens: int,
+    home_rows: Sequence[HomeRow],
+    guest_rows: Sequence[GuestRow],
+) -> StepPlan:
+    """Plan of instance `rank`.
+
+    num_tokens: tokens of the own batch (padding included); home_rows in batch order; guest_rows ordered by home, then by that home's batch.
+    """
+    queries: list[list[np.ndarray]] = [[] for _ in range(num_instances)]
+    rows_kv: list[list[np.ndarray]] = [[] for _ in range(num_instances)]
+    write_tokens, write_slots, attention = [], [], []
+    depth_of_token = np.zeros(num_tokens, dtype=np.int64)
+    for row in home_rows:
+        tokens = np.arange(row.token_start, row.token_start + row.num_new)
+        positions = np.arange(row.prefix_len, row.prefix_len + row.num_new)
+        owners = row.page_owners[positions // page_size]
+        for owner in _active_owners(row, page_size):
+            if owner != rank:
+                queries[owner].append(tokens)
+                rows_kv[owner].append(tokens[owners == owner])
+        here = owners == rank
+        write_tokens.append(tokens[here])
+        write_slots.append(row.page_numbers[positions[here] // page_size] * page_size + positions[here] % page_size)
+        mine = np.flatnonzero(row.page_owners == rank)
+        attention.append(attention_row(row.token_start, row.num_new, row.prefix_len, mine, row.page_numbers[mine], page_size))
+    receive_queries, receive_kv = [0] * num_instances, [0] * num_instances
+    receive_slots = []
+    query_start = num_tokens
+    for guest in guest_rows:
+        slots = _written_slots(guest, page_size)
+        receive_queries[guest.home] += guest.num_new
+        receive_kv[guest.home] += len(slots)
+        receive_slots.append(slots)
+        attention.append(attention_row(query_start, guest.num_new, guest.prefix_len, guest.page_index, guest.page_numbers, page_size))
+        query_start += guest.num_new
+    send_queries = [_concat(parts) for parts in queries]
+    send_kv = [_concat(parts) for parts in rows_kv]
+    depths = []
+    for sent in send_queries:
+        depth_of_token[sent] += 1
+        depths.append(depth_of_token[sent].copy())
+    return StepPlan(
+        step=step,
+        num_tokens=num_tokens,
+        send_queries=torch.from_numpy(_concat(send_queries)),
+        send_query_splits=tuple(len(sent) for sent in send_queries),
+        receive_query_splits=tuple(receive_queries),
+        send_kv=torch.from_numpy(_concat(send_kv)),
+        send_kv_splits=tuple(len(sent) for sent in send_kv),
+        receive_kv_splits=tuple(receive_kv),
+        receive_kv_slots=torch.from_numpy(_concat(receive_slots)),
+        write_tokens=torch.from_numpy(_concat(write_tokens)),
+        write_slots=torch.from_numpy(_concat(write_slots)),
+        attention_rows=tuple(row for row in attention if row.num_queries),
+        merge_depth=torch.from_numpy(_concat(depths)),
+        num_guest_rows=len(guest_rows),
+    )
+
+
+def attention_row(
+    query_start: int, num_queries: int, prefix_len: int, page_index: np.ndarray, page_numbers: np.ndarray, page_size: int
+) -> AttentionRow:
+    """The (request, shard) pair whose shard holds pages `page_numbers` at sequence indices `page_index` (ascending)."""
+    positions = (page_index[:, None] * page_size + np.arange(page_size)).ravel()
+    slots = (page_numbers[:, None] * page_size + np.arange(page_size)).ravel()
+    seen = positions < prefix_len + num_queries
+    positions, slots = positions[seen], slots[seen]
+    num_unmasked = int(np.searchsorted(positions, prefix_len))
+    if num_queries == 1:
+        num_unmasked = len(positions)
+    return AttentionRow(
+        query_start=query_start,
+        num_queries=num_queries,
+        kv_slots=torch.from_numpy(slots.astype(np.int64)),
+        num_unmasked=num_unmasked,
+        key_offsets=torch.from_numpy((positions[num_unmasked:] - prefix_len).astype(np.int64)),
+    )
+
+
+def holds_active_page(first_page_index: int, page_size: int, sequence_len: int) -> bool:
+    """Whether a shard takes part: its first page begins before the sequence's end."""
+    return first_page_index * page_size < sequence_len
+
+
+def _active_owners(row: HomeRow, page_size: int) -> list[int]:
+    num_pages = -(-(row.prefix_len + row.num_new) // page_size)
+    return [int(owner) for owner in np.unique(row.page_owners[:num_pages])]
+
+
+def _written_slots(guest: GuestRow, page_size: int) -> np.ndarray:
+    positions = np.arange(guest.prefix_len, guest.prefix_len + guest.num_new)
+    where = np.searchsorted(guest.page_index, positions // page_size)
+    found = where < len(guest.page_index)
+    found[found] = guest.page_index[where[found]] == positions[found] // page_size
+    return guest.page_numbers[where[found]] * page_size + positions[found] % page_size
+
+
+def _concat(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]) if parts else np.zeros(0, dtype=np.int64)

@@ -1,0 +1,147 @@
+"""N instances in one process: their pools, random requests spread over them, and a transport over threads."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sglang_dcp.dataflow.attention_step import attention_step
+from sglang_dcp.dataflow.contracts import GuestRow, HomeRow, StepPlan
+from sglang_dcp.dataflow.partial_attention import torch_partial_attention
+from sglang_dcp.dataflow.reference import partial_attention
+from sglang_dcp.dataflow.step_plan import build_step_plan
+
+
+class ThreadTransport:
+    """All-to-all between threads; a peer that never comes breaks the barrier after 20 seconds."""
+
+    def __init__(self, num_instances: int) -> None:
+        self.barrier = threading.Barrier(num_instances, timeout=20)
+        self.board: list = [None] * num_instances
+        self.num_instances = num_instances
+
+    def of(self, rank: int) -> _Endpoint:
+        return _Endpoint(self, rank)
+
+
+@dataclass
+class _Endpoint:
+    shared: ThreadTransport
+    rank: int
+
+    def all_to_all(self, message, send_splits, receive_splits, *, step, layer, stage):
+        assert message.numel() == sum(send_splits)
+        self.shared.board[self.rank] = message.split(list(send_splits))
+        self.shared.barrier.wait()
+        parts = [self.shared.board[source][self.rank] for source in range(self.shared.num_instances)]
+        assert [part.numel() for part in parts] == list(receive_splits), (stage, self.rank)
+        self.shared.barrier.wait()
+        return torch.cat(parts)
+
+
+@dataclass
+class Request:
+    home: int
+    prefix_len: int
+    num_new: int
+    page_owners: np.ndarray
+    page_numbers: np.ndarray
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class PoolCache:
+    """One layer's pool. MLA (latent=True) keeps one row per token whose first v_head_dim elements are the value."""
+
+    def __init__(self, slots: int, kv_heads: int, qk_dim: int, v_dim: int, latent: bool) -> None:
+        self.keys = torch.full((slots, kv_heads, qk_dim), float("nan"))
+        self.values = torch.full((slots, kv_heads, v_dim), float("nan"))
+        self.qk_dim, self.v_dim, self.latent = qk_dim, v_dim, latent
+
+    def write(self, slots, rows):
+        kv_heads = self.keys.shape[1]
+        self.keys[slots] = rows[:, : kv_heads * self.qk_dim].view(-1, kv_heads, self.qk_dim)
+        if not self.latent:
+            self.values[slots] = rows[:, kv_heads * self.qk_dim :].view(-1, kv_heads, self.v_dim)
+
+    def keys_and_values(self):
+        return self.keys, self.keys[..., : self.v_dim] if self.latent else self.values
+
+
+class Cluster:
+    """`heads` query heads over `kv_heads`; pools of `num_pages` pages (page 0 is padding)."""
+
+    def __init__(self, seed: int, num_instances: int, page_size: int, latent: bool, num_pages: int = 64) -> None:
+        self.rng, self.torch_rng = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+        self.num_instances, self.page_size, self.latent = num_instances, page_size, latent
+        self.heads, self.kv_heads, self.qk_dim, self.v_dim = (4, 1, 24, 16) if latent else (4, 2, 16, 16)
+        slots = (num_pages + 1) * page_size
+        self.pools = [PoolCache(slots, self.kv_heads, self.qk_dim, self.v_dim, latent) for _ in range(num_instances)]
+        self.free = [list(self.rng.permutation(np.arange(1, num_pages + 1))) for _ in range(num_instances)]
+        self.requests: list[Request] = []
+        self.scale = self.qk_dim**-0.5
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.torch_rng)
+
+    def add(self, home: int, prefix_len: int, num_new: int, owners: list[int]) -> Request:
+        """`owners`: instance per page, enough for all tokens (more is allowed: pages ahead)."""
+        total = prefix_len + num_new
+        numbers = np.array([self.free[o].pop() for o in owners])
+        keys = self.randn(total, self.kv_heads, self.qk_dim)
+        values = keys[..., : self.v_dim] if self.latent else self.randn(total, self.kv_heads, self.v_dim)
+        request = Request(home, prefix_len, num_new, np.array(owners), numbers, self.randn(num_new, self.heads, self.qk_dim), keys, values)
+        for position in range(prefix_len):
+            page = position // self.page_size
+            slot = numbers[page] * self.page_size + position % self.page_size
+            self.pools[owners[page]].write(torch.tensor([slot]), self.kv_rows(request)[position : position + 1])
+        self.requests.append(request)
+        return request
+
+    def kv_rows(self, request: Request) -> torch.Tensor:
+        keys = request.keys.flatten(1)
+        return keys if self.latent else torch.cat([keys, request.values.flatten(1)], dim=1)
+
+    def plan(self, rank: int) -> tuple[StepPlan, torch.Tensor, torch.Tensor]:
+        own = [r for r in self.requests if r.home == rank]
+        guests = []
+        for home in range(self.num_instances):
+            for r in (r for r in self.requests if r.home == home != rank):
+                mine = np.flatnonzero(r.page_owners == rank)
+                if len(mine) and mine[0] * self.page_size < r.prefix_len + r.num_new:
+                    guests.append(GuestRow(home, r.num_new, r.prefix_len, mine, r.page_numbers[mine]))
+        rows, start = [], 0
+        for r in own:
+            rows.append(HomeRow(start, r.num_new, r.prefix_len, r.page_owners, r.page_numbers))
+            start += r.num_new
+        padding = 1 if not own else 0
+        queries = torch.cat([r.query for r in own] + [self.randn(padding, self.heads, self.qk_dim)])
+        width = self.kv_heads * (self.qk_dim + (0 if self.latent else self.v_dim))
+        kv = torch.cat([self.kv_rows(r)[r.prefix_len :] for r in own] + [self.randn(padding, width)])
+        plan = build_step_plan(0, rank, self.num_instances, self.page_size, len(queries), rows, guests)
+        return plan, queries, kv
+
+    def run(self, attend=torch_partial_attention) -> list[torch.Tensor]:
+        transport = ThreadTransport(self.num_instances)
+
+        def work(rank: int) -> torch.Tensor:
+            plan, queries, kv = self.plan(rank)
+            return attention_step(queries, kv, plan, self.pools[rank], attend, transport.of(rank), scale=self.scale, layer=0)
+
+        with ThreadPoolExecutor(self.num_instances) as pool:
+            return list(pool.map(work, range(self.num_instances)))
+
+    def expected(self, rank: int) -> torch.Tensor:
+        parts = []
+        for r in (r for r in self.requests if r.home == rank):
+            positions = torch.arange(r.prefix_len + r.num_new)
+            state = partial_attention(
+                r.query, r.keys, r.values, scale=self.scale, query_positions=positions[r.prefix_len :], key_positions=positions
+            )
+            parts.append(state.output)
+        return torch.cat(parts) if parts else torch.zeros(1, self.heads, self.v_dim)
