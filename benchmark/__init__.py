@@ -1,0 +1,1 @@
+"""Measurements and simulations; nothing here is imported by the served system."""

@@ -1,0 +1,348 @@
+"""The simulation loop: arrivals are placed, reservations granted in order, every step decodes one token per running request."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from benchmark.simulate.cluster import Cluster, SimulatedRequest
+from benchmark.simulate.results import Recorder, SimulationResult
+from sglang_dcp.policy.cost_model import CostModel
+from sglang_dcp.policy.growth import RequestOrder, choose_victim, next_tail
+from sglang_dcp.policy.types import CapacityError, PlacementPolicy, PlacementRequest
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationSettings:
+    """What the cluster is, apart from policy and constants.
+
+    `grows`: a full tail may continue on another instance (ours); without it the youngest request of the instance is retracted.
+    `prefill`: "elsewhere" (KV arrives complete) or "same" (chunks of `chunk_tokens` per home and step beside the decode step).
+    `overload_fraction`: the run is given up as unstable once more than this share of all requests waits.
+    """
+
+    num_instances: int = 32
+    instances_per_node: int = 8
+    pool_tokens: int = 1_000_000
+    page_size: int = 64
+    max_running: int = 256
+    max_new_tokens: int = 4096
+    max_degree: int = 32
+    grows: bool = True
+    prefill: str = "elsewhere"
+    chunk_tokens: int = 512
+    overload_fraction: float = 0.05
+    first_estimate: float = 512.0
+
+    def __post_init__(self) -> None:
+        if self.prefill not in ("elsewhere", "same"):
+            raise ValueError(f"prefill {self.prefill!r}: expected elsewhere or same")
+        if self.pool_tokens < 2 * self.page_size:
+            raise ValueError(f"pool_tokens {self.pool_tokens} is below two pages of {self.page_size}: the weights leave no room")
+
+
+class Simulation:
+    """One run. `step_hook(simulation)` is called after every step (tests check conservation with it)."""
+
+    def __init__(
+        self,
+        requests: Sequence[tuple[float, int, int]],
+        policy: PlacementPolicy,
+        cost: CostModel,
+        settings: SimulationSettings,
+        step_hook: Callable[[Simulation], None] | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        self.requests = [SimulatedRequest(i, *row) for i, row in enumerate(requests)]
+        self.policy = policy
+        self.cost = cost
+        self.settings = settings
+        self.cluster = Cluster(settings.num_instances, settings.instances_per_node, settings.pool_tokens, settings.page_size)
+        self.recorder = Recorder(settings)
+        self.clock = 0.0
+        self.step = 0
+        self.num_running = 0
+        self.waiting: list[SimulatedRequest] = []
+        self.stalled: list[SimulatedRequest] = []
+        self.unstable = False
+        self._next_arrival = 0
+        self._delayed: list[tuple[float, int]] = []
+        self._finishing: dict[int, list[SimulatedRequest]] = {}
+        self._page_full: dict[int, list[SimulatedRequest]] = {}
+        self._prefilling: list[deque[SimulatedRequest]] = [deque() for _ in range(settings.num_instances)]
+        self._num_prefilling = 0
+        self._changed = True
+        self._estimate_total = settings.first_estimate * 16
+        self._estimate_count = 16
+        self._step_hook = step_hook
+        self._progress = progress
+
+    def run(self) -> SimulationResult:
+        """Runs until every request has finished or the run is given up as unstable."""
+        total = len(self.requests)
+        limit = max(50, int(self.settings.overload_fraction * total))
+        while True:
+            self._admit_arrivals()
+            if self._changed:
+                self._retry_stalled()
+                self._grant()
+            if not self.num_running and not self._num_prefilling and not self._skip_idle_time():
+                break
+            if self.num_running or self._num_prefilling:
+                self._run_step()
+            if len(self.waiting) > limit:
+                self.unstable = True
+                break
+            if self._progress is not None and self.step % 512 == 0:
+                self._progress(self.recorder.num_finished / total)
+        return self.recorder.summarise(self.requests, self.unstable)
+
+    # Arrivals and admission
+
+    def _skip_idle_time(self) -> bool:
+        """Nothing runs: moves the clock to the next arrival. False when there is none."""
+        times = [self.requests[self._next_arrival].arrival] if self._next_arrival < len(self.requests) else []
+        if self._delayed:
+            times.append(self._delayed[0][0])
+        if not times:
+            if self.waiting:
+                raise AssertionError(f"{len(self.waiting)} requests wait for an idle cluster: a placement can never be granted")
+            return False
+        self.clock = max(self.clock, min(times))
+        return True
+
+    def _admit_arrivals(self) -> None:
+        requests, clock = self.requests, self.clock
+        while self._next_arrival < len(requests) and requests[self._next_arrival].arrival <= clock:
+            self._place(requests[self._next_arrival])
+            self._next_arrival += 1
+        while self._delayed and self._delayed[0][0] <= clock:
+            self._place(requests[heapq.heappop(self._delayed)[1]])
+
+    def _place(self, request: SimulatedRequest) -> None:
+        settings = self.settings
+        expected = max(1, round(self._estimate_total / self._estimate_count) - request.decoded)
+        wanted = PlacementRequest(request.prompt + request.decoded, expected, max(1, settings.max_new_tokens - request.decoded))
+        try:
+            placement = self.policy.place(wanted, self.cluster.loads, settings.page_size)
+        except CapacityError:
+            self.recorder.num_rejected += 1
+            return
+        request.queued = request.ready
+        self.cluster.promise(request, placement)
+        self.waiting.append(request)
+        if request.retractions:
+            self.waiting.sort(key=lambda other: other.identity)
+        else:
+            request.start_degree = placement.degree
+        self._changed = True
+
+    def _grant(self) -> None:
+        """All-or-nothing reservations in the total order. What a waiting request was promised counts as taken for those behind it,
+        and a home serves its own queue in order."""
+        if not self.waiting:
+            self._changed = False
+            return
+        free, max_running, pool_pages = self.cluster.free_pages, self.settings.max_running, self.cluster.pool_pages
+        promised = [0] * self.settings.num_instances
+        blocked: set[int] = set()
+        still = []
+        in_prefill = [len(queue) for queue in self._prefilling]
+        for request in self.waiting:
+            home, tail = request.home, request.tail
+            granted = home not in blocked and self.cluster.batch[home] + in_prefill[home] < max_running
+            if granted:
+                for rank, pages in request.pages.items():
+                    if free[rank] - promised[rank] < min(pages + (rank == tail), pool_pages):
+                        granted = False
+                        break
+            if granted:
+                self._start(request)
+                in_prefill[home] = len(self._prefilling[home])
+            else:
+                blocked.add(home)
+                for rank, pages in request.pages.items():
+                    promised[rank] += pages + (rank == tail)
+                still.append(request)
+        self.waiting = still
+        self._changed = False
+
+    def _start(self, request: SimulatedRequest) -> None:
+        request.wait += self.clock - request.queued
+        self.cluster.take_pages(request)
+        if self.settings.prefill == "same":
+            request.prefill_left = request.prompt + request.decoded
+            self._prefilling[request.home].append(request)
+            self._num_prefilling += 1
+        else:
+            self._begin_decode(request)
+
+    def _begin_decode(self, request: SimulatedRequest) -> None:
+        if request.admitted < 0:
+            request.admitted = self.clock
+        self.num_running += 1
+        self.cluster.start_rows(request, self.step)
+        self._schedule(request)
+
+    def _schedule(self, request: SimulatedRequest) -> None:
+        """Books the step before which the request is done or its tail page is full."""
+        request.finish_step = self.step + request.output - request.decoded
+        self._finishing.setdefault(request.finish_step, []).append(request)
+        room = request.pages[request.tail] * self.settings.page_size - request.tokens[request.tail]
+        request.page_step = self.step + room
+        if request.page_step < request.finish_step:
+            self._page_full.setdefault(request.page_step, []).append(request)
+
+    # One step
+
+    def _run_step(self) -> None:
+        step = self.step
+        for request in self._page_full.pop(step, ()):
+            if request.page_step == step and request.finish_step > step:
+                self._grow(request)
+        duration = self._step_seconds()
+        cluster = self.cluster
+        self.recorder.record_step(self.clock, duration, cluster.kv_tokens, cluster.batch, self.num_running)
+        self.clock += duration
+        self.step = step + 1
+        cluster.kv_tokens += cluster.tails
+        for request in self._finishing.pop(step + 1, ()):
+            if request.finish_step == step + 1:
+                self._finish(request)
+        if self._step_hook is not None:
+            self._step_hook(self)
+
+    def _step_seconds(self) -> float:
+        """The cost model's step_us on arrays; a test holds the two equal."""
+        cluster, cost = self.cluster, self.cost
+        level = cost.attention_us_per_token * cluster.kv_tokens + cost.attention_us_per_row * cluster.rows
+        level += cost.dispatch_us_per_request * cluster.batch
+        layer = cost.constant_layer_us
+        if cluster.num_routed:
+            rows = np.maximum(cluster.routed[0], cluster.routed[1])
+            layer += cost.exchange_fixed_us
+            if cluster.num_remote:
+                remote = np.maximum(cluster.routed[2], cluster.routed[3])
+                level += cost.exchange_us_per_row * (rows - np.minimum(rows, remote)) + cost.remote_exchange_us_per_row * remote
+                layer += cost.remote_exchange_fixed_us
+            else:
+                level += cost.exchange_us_per_row * rows
+        layer += float(level.max()) + cost.expert_us(float(cluster.batch.mean())) + cost.combine_us_per_request * float(cluster.batch.max())
+        microseconds = cost.num_layers * layer + cost.step_fixed_us
+        if self._num_prefilling:
+            microseconds += self._prefill_chunks()
+        return microseconds * 1e-6
+
+    def _prefill_chunks(self) -> float:
+        """One chunk on every home with a prompt waiting; the longest delays the step. Prompts that end start decoding with the next step."""
+        longest = 0.0
+        for queue in self._prefilling:
+            budget, spent = self.settings.chunk_tokens, 0.0
+            while queue and budget > 0:
+                request = queue[0]
+                tokens = min(budget, request.prefill_left)
+                context = request.prompt + request.decoded - request.prefill_left + tokens / 2
+                spent += tokens * self.cost.prefill_us_per_token
+                spent += tokens * context * self.cost.prefill_attention_us_per_token_context / len(request.pages)
+                request.prefill_left -= tokens
+                budget -= tokens
+                if request.prefill_left == 0:
+                    queue.popleft()
+                    self._num_prefilling -= 1
+                    self._begin_decode(request)
+            longest = max(longest, spent)
+        return longest
+
+    def _finish(self, request: SimulatedRequest) -> None:
+        cluster = self.cluster
+        cluster.stop_rows(request, self.step)
+        request.end_degree = len(request.pages)
+        cluster.release(request)
+        request.finish = self.clock
+        request.finish_step = request.page_step = -1
+        self.num_running -= 1
+        self._estimate_total += request.output
+        self._estimate_count += 1
+        self.recorder.num_finished += 1
+        self._changed = True
+
+    # Growth and shortage
+
+    def _grow(self, request: SimulatedRequest) -> None:
+        cluster = self.cluster
+        if request.tail == request.home and cluster.free_pages[request.home] > 0:
+            cluster.add_page(request, request.home)
+            request.page_step += self.settings.page_size
+            if request.page_step < request.finish_step:
+                self._page_full.setdefault(request.page_step, []).append(request)
+            return
+        cluster.stop_rows(request, self.step)
+        self.num_running -= 1
+        request.finish_step = request.page_step = -1
+        self._resume(request)
+
+    def _retry_stalled(self) -> None:
+        retry, self.stalled = self.stalled, []
+        for request in retry:
+            if request.pages:
+                self._resume(request)
+
+    def _resume(self, request: SimulatedRequest) -> None:
+        """Gives a request without room on its tail a page and puts it back, retracting the youngest when nothing has room."""
+        rank = self._tail_with_room(request)
+        if rank is None:
+            full = request.home if request.home in request.pages else request.tail
+            self._retract(self._youngest(full, request))
+            if not request.pages:
+                return
+            rank = self._tail_with_room(request)
+        if rank is None:
+            self.stalled.append(request)
+            return
+        if rank not in request.pages:
+            self.recorder.num_growths += 1
+        self.cluster.add_page(request, rank)
+        request.tail = rank
+        self.num_running += 1
+        self.cluster.start_rows(request, self.step)
+        self._schedule(request)
+
+    def _youngest(self, rank: int, asking: SimulatedRequest) -> SimulatedRequest:
+        """The youngest request on `rank` that decodes or has stalled (one in prefill keeps its pages)."""
+        residents = self.cluster.residents[rank]
+        able = [other for other in residents.values() if other.finish_step >= 0 or other is asking or other in self.stalled]
+        victim = choose_victim(RequestOrder(other.identity, other.home) for other in able)
+        return asking if victim is None else residents[victim.first_asked_step]
+
+    def _tail_with_room(self, request: SimulatedRequest) -> int | None:
+        free, home = self.cluster.free_pages, request.home
+        if free[home] > 0 and (home in request.pages or self.settings.grows):
+            return home
+        if not self.settings.grows:
+            return request.tail if free[request.tail] > 0 else None
+        size = self.settings.page_size
+        held = [replace(load, kv_tokens=load.kv_capacity - free[load.rank] * size) for load in self.cluster.loads]
+        return next_tail(home, tuple(request.pages), held, size, self.cost, max_degree=self.settings.max_degree)
+
+    def _retract(self, victim: SimulatedRequest) -> None:
+        """Frees the victim's pages; it comes back with its tokens as prompt once they are computed again."""
+        cluster = self.cluster
+        if victim.finish_step >= 0:
+            cluster.stop_rows(victim, self.step)
+            self.num_running -= 1
+        else:
+            self.stalled = [other for other in self.stalled if other is not victim]
+        victim.finish_step = victim.page_step = -1
+        cluster.release(victim)
+        victim.retractions += 1
+        self.recorder.num_retractions += 1
+        self._changed = True
+        delay = 0.0
+        if self.settings.prefill == "elsewhere":
+            delay = (victim.prompt + victim.decoded) * self.cost.prefill_us_per_token * 1e-6
+        victim.ready = self.clock + delay
+        heapq.heappush(self._delayed, (victim.ready, victim.identity))
