@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from support.server import Server, ServerConfig, ServerPool, server_pool
 
 LOG_FOLDER = Path(__file__).resolve().parent.parent.parent / "logs"

@@ -135,7 +135,8 @@ class Client:
 
     def chat(self, text: str, *, max_tokens: int = 8, **fields: Any) -> dict[str, Any]:
         """The OpenAI chat endpoint, without streaming. Needs a chat template at the server."""
-        body = {"model": "default", "messages": [{"role": "user", "content": _checked_text(text)}], "max_tokens": max_tokens, "temperature": 0}
+        message = {"role": "user", "content": _checked_text(text)}
+        body = {"model": "default", "messages": [message], "max_tokens": max_tokens, "temperature": 0}
         return dict(self.json("POST", "/v1/chat/completions", body | fields))
 
     def complete(self, text: str, *, max_tokens: int = 8, **fields: Any) -> dict[str, Any]:

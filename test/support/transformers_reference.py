@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from models import train_recall
 
+from models import train_recall
 from support.recall import EOS, model_path
 
 

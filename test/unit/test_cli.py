@@ -1,0 +1,148 @@
+"""The console script: what `serve` adds on which machine, that commands are found lazily, and that errors are clear."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import types
+
+import pytest
+
+from sglang_dcp import cli, cli_doctor, cli_serve
+from sglang_dcp.cpu.environment import STAND_IN_FOLDER, bind_ranks_to_cores, cpu_additions
+
+NO_DRIVER = None
+
+
+def flags_of(*flags: str, cuda_devices: int | None = NO_DRIVER) -> tuple[str, ...]:
+    return cli_serve.plan_launch(flags, {}, cuda_devices=cuda_devices).added_flags
+
+
+def test_cpu_machine_gets_device_and_backend() -> None:
+    assert flags_of("--model-path", "m") == ("--device", "cpu", "--attention-backend", "torch_native")
+
+
+def test_dyncp_picks_its_own_backend() -> None:
+    assert flags_of("--model-path", "m", "--enable-dyncp") == ("--device", "cpu")
+
+
+def test_flags_that_are_given_stay() -> None:
+    assert flags_of("--device", "cpu", "--attention-backend", "x") == ()
+    assert flags_of("--device=cpu", "--attention-backend=x") == ()
+    launch = cli_serve.plan_launch(["--device", "cpu", "--foo", "--bar=1"], {}, cuda_devices=NO_DRIVER)
+    assert launch.flags[:4] == ("--device", "cpu", "--foo", "--bar=1")
+
+
+@pytest.mark.parametrize("flag", ["--tp", "--tp-size", "--tensor-parallel-size"])
+def test_one_core_per_rank(flag: str) -> None:
+    for arguments in ([flag, "5"], [f"{flag}=5"]):
+        additions = cli_serve.plan_launch(arguments, {}, cuda_devices=NO_DRIVER).additions
+        assert len(additions["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 5
+
+
+def test_gpu_machine_is_left_alone() -> None:
+    launch = cli_serve.plan_launch(["--model-path", "m", "--enable-dyncp"], {}, cuda_devices=8)
+    assert launch == cli_serve.Launch(("--model-path", "m", "--enable-dyncp"), {}, ())
+    assert cli_serve.describe(launch) == []
+
+
+def test_stand_in_never_on_a_machine_with_a_driver() -> None:
+    for devices in (0, 1):
+        additions = cli_serve.plan_launch(["--device", "cpu"], {}, cuda_devices=devices).additions
+        assert "PYTHONPATH" not in additions
+        assert additions["SGLANG_USE_CPU_ENGINE"] == "1"
+
+
+def test_everything_added_is_told() -> None:
+    launch = cli_serve.plan_launch(["--tp", "2"], {}, cuda_devices=NO_DRIVER)
+    told = "\n".join(cli_serve.describe(launch))
+    assert all(f"{name}={value}" in told for name, value in launch.additions.items())
+    assert all(flag in told for flag in launch.added_flags)
+
+
+def test_environment_of_the_user_stays() -> None:
+    current = {"SGLANG_CPU_OMP_THREADS_BIND": "7", "OMP_NUM_THREADS": "3", "PYTHONPATH": "/a:/b"}
+    additions = cpu_additions(2, current, has_cuda_driver=False)
+    assert additions == {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": f"{STAND_IN_FOLDER}:/a:/b"}
+    again = cpu_additions(2, current | additions, has_cuda_driver=False)
+    assert again["PYTHONPATH"] == additions["PYTHONPATH"], "repeating it adds nothing"
+
+
+def test_ranks_share_cores_in_turn() -> None:
+    assert bind_ranks_to_cores(4, [0, 1]) == "0|1|0|1"
+    assert bind_ranks_to_cores(2, [4, 5, 6]) == "4|5"
+    for ranks, cores in ((0, [0]), (-1, [0]), (2, [])):
+        with pytest.raises(ValueError, match="cannot bind"):
+            bind_ranks_to_cores(ranks, cores)
+
+
+@pytest.mark.parametrize("value", ["0", "-2", "two", "1.5"])
+def test_senseless_tp_is_refused_by_name(value: str) -> None:
+    with pytest.raises(SystemExit, match="tp"):
+        cli_serve.plan_launch([f"--tp={value}"], {}, cuda_devices=NO_DRIVER)
+
+
+def test_serve_help_lists_our_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--enable-dyncp" in text
+    assert "--dyncp-policy" in text
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(command.name in text for command in cli.COMMANDS)
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sevre"]) == 2
+    assert "unknown command 'sevre'" in capsys.readouterr().err
+    assert cli.main([]) == 2
+
+
+def test_missing_module_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "COMMANDS", (cli.Command("top", "sglang_dcp.no_such_module", ""),))
+    assert cli.main(["top"]) == 1
+    assert "does not contain sglang_dcp.no_such_module" in capsys.readouterr().err
+
+
+def test_command_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("dyncp_fake_command")
+    module.add_arguments = lambda parser: parser.add_argument("id")
+    module.run = lambda args: 7 if args.id == "abc" else 1
+    monkeypatch.setitem(sys.modules, "dyncp_fake_command", module)
+    monkeypatch.setattr(cli, "COMMANDS", (cli.Command("requests", "dyncp_fake_command", ""),))
+    assert cli.main(["requests", "abc"]) == 7
+
+
+def test_help_imports_neither_torch_nor_sglang() -> None:
+    code = "import sys; from sglang_dcp.cli import main; main(['serve', '--help']); print(sorted({'torch', 'sglang'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_doctor_fails_by_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert cli.main(["doctor", "--no-hooks", "--port", str(port)]) == 1
+    assert f"FAIL  port: {port}" in capsys.readouterr().out
+    monkeypatch.setattr(cli_doctor, "pinned_sglang_version", lambda: "0.0.1")
+    assert cli.main(["doctor", "--no-hooks", "--port", "0"]) == 1
+    assert "FAIL  sglang: " in capsys.readouterr().out
+
+
+def test_doctor_notices_a_plugin_that_is_left_out(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_PLUGINS", "another")
+    assert cli.main(["doctor", "--no-hooks", "--port", "0"]) == 1
+    assert "leaves sglang_dcp out" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not os.path.exists("UPSTREAM_VERSION"), reason="needs the repository")
+def test_pin_is_the_same_everywhere() -> None:
+    with open("UPSTREAM_VERSION") as file:
+        assert file.read().strip() == cli_doctor.pinned_sglang_version()

@@ -1,0 +1,102 @@
+"""Which part may import what, how large a file may be, and nothing at work on import: read from the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "python" / "sglang_dcp"
+LINE_LIMIT = 400
+FUNCTION_LIMIT = 60
+
+STAND_IN = PACKAGE / "cpu" / "standin"
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if STAND_IN not in path.parents)
+MAY_IMPORT_SGLANG = ("upstream/", "cpu/", "plugin.py")
+STANDARD_LIBRARY = sys.stdlib_module_names
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every import, wherever it stands; also importlib.import_module and pkgutil.resolve_name of a literal."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import; write it out"
+            yield node.lineno, node.module or ""
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+            literal = node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)
+            if name in ("import_module", "resolve_name", "__import__") and literal:
+                yield node.lineno, node.args[0].value
+
+
+def violations(path: str, tree: ast.AST) -> list[str]:
+    """Imports that the folder of `path` (relative to the package) may not have."""
+    found = []
+    for line, module in imported_modules(tree):
+        top = module.split(".")[0]
+        if top == "sglang" and not path.startswith(MAY_IMPORT_SGLANG):
+            found.append(f"{path}:{line} imports {module}: only upstream/, cpu/ and plugin.py may import sglang")
+        if path.startswith("policy/") and not is_policy_import(top, module):
+            found.append(f"{path}:{line} imports {module}: policy/ is standard library only")
+        if path.startswith("ledger/") and top != "numpy" and not is_ledger_import(top, module):
+            found.append(f"{path}:{line} imports {module}: ledger/ is standard library and numpy only")
+        if path.startswith("dataflow/") and module.startswith(("sglang_dcp.upstream", "sglang_dcp.cpu", "sglang_dcp.plugin")):
+            found.append(f"{path}:{line} imports {module}: dataflow/ must not lean on what imports sglang")
+    return found
+
+
+def is_policy_import(top: str, module: str) -> bool:
+    return top in STANDARD_LIBRARY or module.startswith("sglang_dcp.policy") or module == "sglang_dcp"
+
+
+def is_ledger_import(top: str, module: str) -> bool:
+    return is_policy_import(top, module) or module.startswith("sglang_dcp.ledger")
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_imports(path: Path) -> None:
+    assert violations(relative(path), ast.parse(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("policy/x.py", "import numpy"),
+        ("policy/x.py", "def f():\n    import torch"),
+        ("policy/x.py", "from sglang_dcp.ledger import messages"),
+        ("ledger/x.py", "import torch.distributed as dist"),
+        ("ledger/x.py", "from sglang_dcp.dataflow import merge"),
+        ("dataflow/x.py", "from sglang.srt import utils"),
+        ("dataflow/x.py", "import importlib\nimportlib.import_module('sglang.srt')"),
+        ("dataflow/x.py", "from sglang_dcp.upstream import hooks"),
+        ("cli.py", "import sglang"),
+    ],
+)
+def test_the_rule_catches(path: str, source: str) -> None:
+    assert violations(path, ast.parse(source))
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_file_and_function_sizes(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= LINE_LIMIT, f"{relative(path)} has {len(text.splitlines())} lines; split it"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= FUNCTION_LIMIT, f"{relative(path)}:{node.lineno} {node.name} has {length} lines; the limit is {FUNCTION_LIMIT}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_names_and_docstring(path: Path) -> None:
+    assert path.stem not in ("utils", "util", "common", "manager", "helpers", "misc"), "name the file after what it does"
+    if path.name != "__init__.py":
+        assert ast.get_docstring(ast.parse(path.read_text())), f"{relative(path)} has no module docstring"
