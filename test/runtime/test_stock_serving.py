@@ -22,7 +22,8 @@ from support.transformers_reference import generate_greedily, load_reference, sc
 
 Serve = Callable[[ServerConfig], Server]
 
-TRANSFORMERS_TOLERANCE = 1e-3
+TRANSFORMERS_TOLERANCE = 1e-4
+"""Measured: 2e-5 on random tokens, whose scores reach -35; float32 itself is 6e-5 away from float64 there."""
 GREEDY_TIE = 1e-3
 INSTANCES = (1, 2, 4)
 SMALL_POOL = 1024
