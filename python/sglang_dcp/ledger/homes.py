@@ -54,6 +54,7 @@ class HomeBook:
         self.ids = ids
         self.requests: dict[int, HomeRequest] = {}
         self._handle_of_page: dict[int, int] = {}
+        self._closed_pages: set[int] = set()
         self._next_handle = 1
 
     def __len__(self) -> int:
@@ -110,12 +111,22 @@ class HomeBook:
         request = self.requests.pop(handle)
         own = [page for page in request.pages[request.num_tree_pages :] if page is not None]
         for page in own:
-            del self._handle_of_page[self.ids.encode(page)]
+            page_id = self.ids.encode(page)
+            del self._handle_of_page[page_id]
+            self._closed_pages.add(page_id)
         return [page.number for page in own if page.owner == self.ids.home]
 
     def handle_of(self, page_id: int) -> int | None:
         """The managed request that owns this page, as seen from home."""
         return self._handle_of_page.get(page_id)
+
+    def closed_this_step(self, page_id: int) -> bool:
+        """Whether the page went with a request that was closed since `end_step`. SGLang frees a row in two goes (the tokens that count, then
+        those allocated beyond them); ours go whole with the first."""
+        return page_id in self._closed_pages
+
+    def end_step(self) -> None:
+        self._closed_pages.clear()
 
     def local_pages(self) -> Iterator[int]:
         """Numbers of the pages of the own pool that managed requests own."""

@@ -1,0 +1,149 @@
+"""From placement to first chunk: requests with a remote shard wait for their reservation, all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from sglang_dcp.ledger.homes import HomeRequest
+from sglang_dcp.upstream.binding import Binding, current
+from sglang_dcp.upstream.placement_hint import read_placement
+
+
+def attach_placement(req: Any, scheduler: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
+    """AFTER Scheduler._create_generation_req: keeps the router's placement on the request."""
+    req.dyncp = None
+    placement, req.dyncp_placement_flexible = read_placement(recv_req.kv_hints)
+    req.dyncp_placement = placement
+    if placement is not None and not placement.is_local:
+        _keep_out_of_prefix_cache(req)
+    return req
+
+
+def _keep_out_of_prefix_cache(req: Any) -> None:
+    """Remote page ids must not enter the tree, and a prefix found there would not fit the reservation."""
+    req.skip_radix_cache_insert = True
+    req.extra_key = f"dyncp:{req.rid}"
+
+
+def is_managed(req: Any) -> bool:
+    return getattr(req, "dyncp", None) is not None
+
+
+def add_one_req(original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND PrefillAdder.add_one_req.
+
+    A request with a remote shard is passed over (the queue behind it goes on) until its pages are there; then it is charged nothing,
+    its pages have left the pools already. A local one is charged as in stock, where its output could not outgrow the pool.
+    """
+    binding = current()
+    if binding is None:
+        return original(adder, req, *args, **kwargs)
+    placement = getattr(req, "dyncp_placement", None)
+    if placement is None or placement.is_local:
+        with _charge_no_more_than_a_pool(req, binding):
+            return original(adder, req, *args, **kwargs)
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    if not _reserved(binding, req):
+        return AddReqResult.CONTINUE
+    with _charge_nothing(adder):
+        return original(adder, req, *args, **kwargs)
+
+
+def add_chunked_req(original: Callable[..., Any], adder: Any, req: Any) -> Any:
+    """AROUND PrefillAdder.add_chunked_req: further chunks of a reserved request cost nothing either."""
+    if current() is None or not is_managed(req):
+        return original(adder, req)
+    with _charge_nothing(adder):
+        return original(adder, req)
+
+
+def running_offset(original: Callable[..., Any], adder: Any, req: Any) -> Any:
+    """AROUND PrefillAdder._get_running_request_total_token_offset: what a running request may still take from this pool."""
+    binding = current()
+    if binding is None:
+        return original(adder, req)
+    if is_managed(req):
+        return binding.instance.page_size
+    with _charge_no_more_than_a_pool(req, binding):
+        return max(0, original(adder, req))
+
+
+def _reserved(binding: Binding, req: Any) -> bool:
+    request: HomeRequest | None = req.dyncp
+    if request is not None:
+        return request.ready
+    req.dyncp = request = binding.instance.open_request()
+    request.born = min(request.born, getattr(req, "dyncp_born", request.born))
+    req.dyncp_born = request.born
+    binding.waiting[request.handle] = req
+    binding.instance.ask_admission(request, page_segments(req, binding.instance.page_size), flexible=req.dyncp_placement_flexible)
+    return False
+
+
+def page_segments(req: Any, page_size: int) -> list[tuple[int, int]]:
+    """Pages per shard: the placement's split of the prompt, what the request has generated so far and one tail page on the tail."""
+    placement = req.dyncp_placement
+    num_tokens = len(req.origin_input_ids) + len(req.output_ids)
+    total = -(-num_tokens // page_size) + 1
+    segments = [
+        (rank, max(1, tokens // page_size)) for rank, tokens in zip(placement.shards[:-1], placement.shard_tokens[:-1], strict=True)
+    ]
+    left = total - sum(pages for _, pages in segments)
+    if left < 1:
+        raise ValueError(f"placement {placement} of {num_tokens} tokens leaves no page for the tail")
+    return [*segments, (placement.tail, left)]
+
+
+class _Unbounded:
+    """Stands in for SGLang's PrefillBudget where pages are reserved already: chunk sizes are bounded by compute alone."""
+
+    load_back_needs_full_tokens = False
+    remaining_total = remaining_current = 1 << 40
+    remaining_swa = 0
+    total_offset = current_offset = swa_offset = 0
+
+    def has_capacity(self) -> bool:
+        return True
+
+    def check_prefill(self, *, chunk_limit: int | None, **_: Any) -> tuple[bool, int | None]:
+        return True, chunk_limit
+
+    def can_allocate_prefill(self, **_: Any) -> bool:
+        return True
+
+    def available_chunk_tokens(self, chunk_limit: int) -> int:
+        return chunk_limit
+
+    def fit_chunk(self, *, chunk_limit: int, **_: Any) -> int:
+        return chunk_limit
+
+    def prepare_load_back(self, **_: Any) -> bool:
+        return True
+
+    def reserve(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+@contextlib.contextmanager
+def _charge_nothing(adder: Any) -> Iterator[None]:
+    budget, adder.memory_budget = adder.memory_budget, _Unbounded()
+    try:
+        yield
+    finally:
+        adder.memory_budget = budget
+
+
+@contextlib.contextmanager
+def _charge_no_more_than_a_pool(req: Any, binding: Binding) -> Iterator[None]:
+    params, instance = req.sampling_params, binding.instance
+    pool = instance.num_pages * instance.page_size
+    limit = max(0, pool - len(req.origin_input_ids) - 2 * instance.page_size - 1)
+    asked = params.max_new_tokens
+    params.max_new_tokens = min(asked, limit)
+    try:
+        yield
+    finally:
+        params.max_new_tokens = asked

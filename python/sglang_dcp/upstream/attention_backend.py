@@ -1,0 +1,94 @@
+"""Stock attention backends that run a step with sharded rows through our per-layer path, and any other step as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sglang_dcp.dataflow.attention_step import attention_step
+from sglang_dcp.dataflow.contracts import StepPlan
+from sglang_dcp.dataflow.partial_attention import torch_partial_attention
+from sglang_dcp.upstream.binding import Binding, current
+
+
+class PoolLayer:
+    """One layer of SGLang's KV pool. GQA rows are K then V; MLA rows are the latent and the rotary part, of which V is a view."""
+
+    def __init__(self, pool: Any, layer: Any, latent: bool) -> None:
+        self._pool, self._layer, self._latent = pool, layer, latent
+        self._kv_heads, self._key_dim, self._value_dim = layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim
+
+    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """K/V rows [T, kv_width] of what the model hands to attention."""
+        keys = keys.reshape(keys.shape[0], -1)
+        return keys if self._latent else torch.cat([keys, values.reshape(values.shape[0], -1)], dim=1)
+
+    def write(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        if not slots.numel():
+            return
+        key_width = self._kv_heads * self._key_dim
+        keys = rows[:, :key_width].view(-1, self._kv_heads, self._key_dim)
+        values = keys[..., : self._value_dim] if self._latent else rows[:, key_width:].view(-1, self._kv_heads, self._value_dim)
+        self._pool.set_kv_buffer(self._layer, self._write_location(slots), keys, values)
+
+    def keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._pool.get_key_buffer(self._layer.layer_id), self._pool.get_value_buffer(self._layer.layer_id)
+
+    @staticmethod
+    def _write_location(slots: torch.Tensor) -> Any:
+        from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+        return KVWriteLoc(slots, physical=True)
+
+
+def make_backend_class(stock: type) -> type:
+    """The stock backend with one method of ours: `forward`, entered once per layer."""
+
+    class DynCpBackend(stock):  # type: ignore[misc,valid-type]
+        def forward(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any) -> Any:
+            binding = current()
+            if binding is None or binding.pending_rows is None:
+                return super().forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            return forward_sharded(binding, self.token_to_kv_pool, q, k, v, layer)
+
+    DynCpBackend.__name__ = DynCpBackend.__qualname__ = f"DynCp{stock.__name__}"
+    return DynCpBackend
+
+
+def forward_sharded(binding: Binding, pool: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any) -> torch.Tensor:
+    """Attention of a step with sharded rows. Returns [T, heads * v_head_dim]."""
+    plan = plan_of_step(binding, q.shape[0])
+    cache = PoolLayer(pool, layer, latent=layer.tp_k_head_num == 1 and layer.qk_head_dim != layer.v_head_dim)
+    queries = q.reshape(q.shape[0], layer.tp_q_head_num, layer.qk_head_dim)
+    output = attention_step(
+        queries,
+        cache.pack(k, v),
+        plan,
+        cache,
+        torch_partial_attention,
+        binding.transport,
+        scale=layer.scaling,
+        layer=layer.layer_id,
+    )
+    return output.reshape(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
+
+
+def plan_of_step(binding: Binding, num_tokens: int) -> StepPlan:
+    """The step's plan, built by its first layer (the padded token count is known there)."""
+    instance = binding.instance
+    if instance.plan is None:
+        instance.build_plan(binding.pending_rows, num_tokens)
+    assert instance.plan is not None and instance.plan.num_tokens == num_tokens
+    return instance.plan
+
+
+def register_cpu_backend() -> None:
+    """Registers our torch_native in place of stock's, under the same name: SGLang tells backends apart by name in many places."""
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    backend = make_backend_class(TorchNativeAttnBackend)
+    factory: Callable[[Any], Any] = backend
+    register_attention_backend("torch_native")(factory)

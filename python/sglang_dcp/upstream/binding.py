@@ -1,0 +1,39 @@
+"""What this scheduler process runs: its scheduler and its instance. Hooks find them here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang_dcp.dataflow.transport.base import Transport
+from sglang_dcp.upstream.instance import Instance
+
+
+@dataclass
+class Binding:
+    """parked: requests that sit out decode steps for want of a tail page. waiting: those with an open reservation, by handle.
+    local_batch: the batch of the step being synchronised.
+    """
+
+    scheduler: Any
+    instance: Instance
+    transport: Transport
+    control_group: Any
+    parked: list[Any] = field(default_factory=list)
+    waiting: dict[int, Any] = field(default_factory=dict)
+    aborted: set[str] = field(default_factory=set)
+    local_batch: Any = None
+    pending_rows: Any = None
+
+
+_binding: Binding | None = None
+
+
+def bind(binding: Binding) -> None:
+    global _binding
+    _binding = binding
+
+
+def current() -> Binding | None:
+    """None before the scheduler is built, and in processes that have none."""
+    return _binding

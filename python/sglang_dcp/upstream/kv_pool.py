@@ -1,0 +1,95 @@
+"""SGLang's page allocator with a ledger: it owns the instance's pool for locals and guests alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+
+if TYPE_CHECKING:
+    from sglang_dcp.upstream.instance import Instance
+
+
+class LedgerAllocator(PagedTokenToKVPoolAllocator):
+    """Stock behaviour until an `Instance` is bound to it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.instance: Instance | None = None
+        self.tree_cache: Any = None
+        self._claimed_pages = 0
+        super().__init__(*args, **kwargs)
+
+    def bind(self, instance: Instance, tree_cache: Any) -> None:
+        self.instance, self.tree_cache = instance, tree_cache
+
+    def num_givable_pages(self) -> int:
+        """Free pages plus those that eviction from the prefix cache would free."""
+        return (self.available_size() + self.tree_cache.evictable_size()) // self.page_size
+
+    def claim_decode_page(self) -> bool:
+        """Sets one page aside for a local request's next token; the stock allocation of this step takes it."""
+        if self.num_givable_pages() <= self._claimed_pages:
+            return False
+        self._claimed_pages += 1
+        return True
+
+    def settle_decode_claims(self) -> None:
+        """The stock allocation of the step comes next: claimed pages are its own again."""
+        self._claimed_pages = 0
+
+    def take_pages(self, count: int) -> list[int] | None:
+        """Takes `count` physical pages out of the pool, evicting cached prefixes when short. None when they are not there."""
+        count_and_claims = count + self._claimed_pages
+        self.evict_to_free_tokens(self.tree_cache, count_and_claims * self.page_size)
+        if count_and_claims > len(self.free_pages):
+            self.merge_and_sort_free()
+        if count_and_claims > len(self.free_pages):
+            return None
+        taken = self.free_pages[:count].tolist()
+        self.free_pages = self.free_pages[count:]
+        return taken
+
+    def return_pages(self, pages: list[int]) -> None:
+        if pages:
+            self.free_page_ids(torch.tensor(pages, dtype=torch.int64, device=self.device))
+
+    def free_segments(self, segments: Any) -> None:
+        """Frees a request's KV row. A managed request's pages go back through the ledger, whole and at once."""
+        segments = [(ids, start) for ids, start in segments if ids.numel()]
+        if self.instance is not None and segments:
+            homes, page_id = self.instance.homes, int(segments[0][0][0]) // self.page_size
+            handle = homes.handle_of(page_id)
+            if handle is not None:
+                self.instance.release(homes.requests[handle])
+                return
+            if homes.closed_this_step(page_id):
+                return
+        super().free_segments(segments)
+
+    def create_prefill_budget(self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> Any:
+        """Pages promised to the first waiting reservation are no longer there for local admission."""
+        budget = super().create_prefill_budget(tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
+        if self.instance is not None:
+            promised = self.instance.promised[self.instance.rank] * self.page_size
+            budget.total_offset += promised
+            budget.current_offset += promised
+        return budget
+
+    def check_decode_capacity(self, *, num_tokens: int, tree_cache: Any, requests: Any = None, spec_algorithm: Any = None) -> bool:
+        """Never short: requests without a page for their next token have left the batch before this is asked (scheduler.py)."""
+        if self.instance is None:
+            return bool(
+                super().check_decode_capacity(
+                    num_tokens=num_tokens, tree_cache=tree_cache, requests=requests, spec_algorithm=spec_algorithm
+                )
+            )
+        return True
+
+    def max_new_tokens_for_memory(self, input_tokens: int, max_new_tokens: int, *, token_capacity: int, **kwargs: Any) -> int | None:
+        """A request may grow over the pools that its policy lets it use."""
+        from sglang_dcp.upstream.capacity import pools_per_request
+
+        return super().max_new_tokens_for_memory(
+            input_tokens, max_new_tokens, token_capacity=token_capacity * pools_per_request(), **kwargs
+        )

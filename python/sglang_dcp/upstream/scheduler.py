@@ -1,0 +1,95 @@
+"""Puts an `Instance` into SGLang's scheduler process, and keeps its idle and leak checks true."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from sglang_dcp.config import DynCpConfig
+from sglang_dcp.dataflow.transport.gloo import GlooTransport, create_gloo_group
+from sglang_dcp.ledger.integrity import check_instance
+from sglang_dcp.upstream import binding as bindings
+from sglang_dcp.upstream.admission import is_managed
+from sglang_dcp.upstream.install import verify_installed
+from sglang_dcp.upstream.instance import Instance
+from sglang_dcp.upstream.kv_pool import LedgerAllocator
+
+logger = logging.getLogger(__name__)
+
+EXCHANGE_TIMEOUT_SECONDS = 120.0
+"""Longest wait for a peer inside a step; beyond it the rank ends with an error that names rank, step and layer."""
+
+
+class UnsupportedError(RuntimeError):
+    """Something of this server or model that dynamic context parallelism does not serve; the message names it."""
+
+
+def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER Scheduler.__init__."""
+    from sglang.srt.runtime_context import get_parallel
+
+    config = DynCpConfig.from_environment()
+    if config is None:
+        raise UnsupportedError("the dyncp hooks are installed but no configuration came with the environment")
+    verify_installed()
+    pool = scheduler.token_to_kv_pool_allocator
+    if not isinstance(pool, LedgerAllocator):
+        raise UnsupportedError(f"--enable-dyncp needs a paged KV pool (--page-size above 1), this server has {type(pool).__name__}")
+    parallel = get_parallel()
+    rank, num_instances = parallel.tp_rank, parallel.num_dp_ranks
+    instance = Instance(config.resolve(num_instances), rank, num_instances, pool.num_pages, pool.page_size, pool)
+    pool.bind(instance, scheduler.tree_cache)
+    group = create_gloo_group(EXCHANGE_TIMEOUT_SECONDS)
+    bindings.bind(bindings.Binding(scheduler, instance, GlooTransport(group), group))
+    logger.info(
+        "dyncp: instance %d of %d, policy %s, %d pages of %d tokens", rank, num_instances, config.policy, pool.num_pages, pool.page_size
+    )
+
+
+def get_allocator_class(platform: Any) -> type:
+    """REPLACE SRTPlatform.get_paged_allocator_cls."""
+    return LedgerAllocator
+
+
+def is_fully_idle(result: bool, scheduler: Any, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
+    """AFTER Scheduler.is_fully_idle: guests of a busy home, and requests that sit out, keep the pool from being flushed."""
+    binding = bindings.current()
+    if binding is None or for_health_check:
+        return result
+    return result and not binding.instance.busy() and not binding.parked
+
+
+def check_full_pool(original: Callable[..., Any], checker: Any, ps: Any, uncached: int = 0) -> tuple[bool, str]:
+    """AROUND SchedulerInvariantChecker._check_full_pool: counts pages that the ledger owns instead of managed requests' rows."""
+    binding = bindings.current()
+    if binding is None:
+        return original(checker, ps, uncached)
+    from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_tokens
+
+    instance = binding.instance
+    stock = sum(kv_private_tokens(req.kv, checker.page_size) for req in checker._requests_owning_rows() if not is_managed(req))
+    ledger_pages = sum(1 for _ in instance.homes.local_pages()) + instance.guests.num_pages
+    return original(checker, ps, (stock if uncached else 0) + ledger_pages * instance.page_size)
+
+
+def check_integrity(binding: bindings.Binding) -> None:
+    """Every page of this pool has one owner: free, prefix cache, a local request, a managed request or a guest."""
+    instance, scheduler = binding.instance, binding.scheduler
+    row_pages: set[int] = set()
+    for req in scheduler.invariant_checker._requests_owning_rows():
+        if not is_managed(req):
+            row = scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+            ids = row[req.kv.cache_protected_len : req.kv.kv_allocated_len : instance.page_size]
+            row_pages |= {int(token_id) // instance.page_size for token_id in ids.tolist()}
+    cached = {int(token_id) // instance.page_size for token_id in scheduler.tree_cache.all_values_flatten().tolist()}
+    check_instance(
+        instance.num_pages,
+        {
+            "the free list": instance.pool.get_all_free_pages().tolist(),
+            "the prefix cache": cached,
+            "a local request": row_pages,
+            "a managed request": instance.homes.local_pages(),
+            "a guest": instance.guests.all_pages(),
+        },
+    )

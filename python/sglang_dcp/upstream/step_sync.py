@@ -1,0 +1,144 @@
+"""The one meeting point of all instances in a step: our columns on SGLang's all-gather, then messages, grants and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sglang_dcp.dataflow.contracts import HomeRow
+from sglang_dcp.dataflow.transport.base import TransportError
+from sglang_dcp.ledger.messages import Row
+from sglang_dcp.upstream import columns as col
+from sglang_dcp.upstream.admission import is_managed
+from sglang_dcp.upstream.binding import Binding, current
+
+
+def remember_batch(original: Callable[..., Any], adapter: Any, local_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND SchedulerDPAttnAdapter.prepare_mlp_sync_batch: the columns describe this batch."""
+    binding = current()
+    if binding is None:
+        return original(adapter, local_batch, *args, **kwargs)
+    binding.local_batch = local_batch
+    try:
+        return original(adapter, local_batch, *args, **kwargs)
+    finally:
+        binding.local_batch = None
+
+
+def local_columns(result: torch.Tensor, info: Any, device: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """AFTER MLPSyncBatchInfo._get_local_tensor."""
+    binding = current()
+    if binding is None:
+        return result
+    instance, scheduler = binding.instance, binding.scheduler
+    sweep_waiting(binding)
+    num_requests = len(scheduler.running_batch.reqs) + len(scheduler.waiting_queue) + len(binding.parked)
+    own = instance.build_columns(
+        sharded_rows(binding), free_pages(binding), instance.num_pages * instance.page_size - free_tokens(binding), num_requests
+    )
+    return torch.cat([result, torch.tensor(own, dtype=result.dtype, device=result.device)])
+
+
+def fallback_columns(result: torch.Tensor, info: Any, device: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """AFTER MLPSyncBatchInfo._get_fallback_tensor: the row of a rank that is gone."""
+    if current() is None:
+        return result
+    return torch.cat([result, torch.zeros(col.NUM_COLUMNS, dtype=result.dtype, device=result.device)])
+
+
+def after_gather(result: Any, info: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER MLPSyncBatchInfo.all_gather: messages, grants, row tables; every rank runs the layers when a row is sharded."""
+    binding = current()
+    if binding is None:
+        return
+    instance = binding.instance
+    columns = info.tp0_info_cpu[:, -col.NUM_COLUMNS :].numpy()
+    most_words = instance.read_columns(columns)
+    words = exchange_words(binding, columns[:, col.WORDS], most_words) if most_words else [[]] * instance.num_instances
+    instance.finish_step(words, anybody_runs=max(info.global_num_tokens) > 0)
+    instance.plan = None
+    binding.pending_rows = None
+    if instance.num_sharded_rows:
+        # An instance without tokens skips attention altogether; one dummy token makes it take part in the exchange.
+        info.global_num_tokens = [max(1, count) for count in info.global_num_tokens]
+        info.num_tokens = max(1, info.num_tokens)
+        binding.pending_rows = home_rows(binding)
+
+
+def exchange_words(binding: Binding, counts: np.ndarray, most: int) -> list[list[int]]:
+    """All instances' message words. One all-gather, padded to the longest."""
+    instance = binding.instance
+    own = torch.zeros(most, dtype=torch.int64)
+    own[: len(instance.own_words)] = torch.tensor(instance.own_words, dtype=torch.int64)
+    everybody = [torch.empty_like(own) for _ in range(instance.num_instances)]
+    try:
+        dist.all_gather(everybody, own, group=binding.control_group)
+    except RuntimeError as error:
+        raise TransportError(f"rank {instance.rank}, step {instance.step}, control messages: peers did not answer ({error})") from error
+    return [stream[:count].tolist() for stream, count in zip(everybody, counts.tolist(), strict=True)]
+
+
+def batch_spans(batch: Any) -> list[tuple[Any, int, int]]:
+    """(request, prefix_len, num_new) of a batch, in token order."""
+    if batch is None or batch.forward_mode.is_idle() or not batch.reqs:
+        return []
+    if batch.forward_mode.is_decode():
+        return [(req, int(length) - 1, 1) for req, length in zip(batch.reqs, batch.seq_lens_cpu.tolist(), strict=True)]
+    return [(req, int(prefix), int(new)) for req, prefix, new in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)]
+
+
+def sharded_rows(binding: Binding) -> list[Row]:
+    instance = binding.instance
+    return [
+        Row(req.dyncp.handle, prefix_len, num_new)
+        for req, prefix_len, num_new in batch_spans(binding.local_batch)
+        if is_managed(req) and instance.is_sharded(req.dyncp, prefix_len + num_new)
+    ]
+
+
+def home_rows(binding: Binding) -> list[HomeRow]:
+    """Every request of the own batch, sharded or not: in a step with sharded rows ours attends them all."""
+    instance, rows, start = binding.instance, [], 0
+    req_to_token = binding.scheduler.req_to_token_pool.req_to_token
+    for req, prefix_len, num_new in batch_spans(binding.local_batch):
+        if is_managed(req):
+            rows.append(instance.managed_row(req.dyncp, start, num_new, prefix_len))
+        else:
+            first_tokens = req_to_token[req.kv.req_pool_idx, : prefix_len + num_new : instance.page_size]
+            numbers = first_tokens.cpu().numpy().astype(np.int64) // instance.page_size
+            rows.append(HomeRow(start, num_new, prefix_len, np.full(len(numbers), instance.rank, dtype=np.int64), numbers))
+        start += num_new
+    return rows
+
+
+def free_tokens(binding: Binding) -> int:
+    pool = binding.instance.pool
+    return int(pool.num_givable_pages()) * binding.instance.page_size
+
+
+def free_pages(binding: Binding) -> int:
+    """Pages that guests may get now. What a local request in the middle of its prefill still needs is not free."""
+    instance, chunked = binding.instance, binding.scheduler.chunked_req
+    spoken_for = 0
+    if chunked is not None and not is_managed(chunked):
+        left = len(chunked.full_untruncated_fill_ids) - chunked.kv.kv_allocated_len
+        spoken_for = max(0, -(-left // instance.page_size)) + 1
+    return max(0, instance.pool.num_givable_pages() - spoken_for)
+
+
+def sweep_waiting(binding: Binding) -> None:
+    """Gives back reservations of requests that left the queue without ever running (abort, timeout, queue limit)."""
+    if not binding.waiting:
+        return
+    queued = {req.rid for req in binding.scheduler.waiting_queue}
+    for handle, req in list(binding.waiting.items()):
+        if req.kv.holds_kv or req.dyncp is None or req.dyncp.handle != handle:
+            del binding.waiting[handle]
+        elif req.rid not in queued:
+            binding.instance.release(req.dyncp)
+            req.dyncp = None
+            del binding.waiting[handle]
