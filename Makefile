@@ -1,0 +1,42 @@
+# The two commands that a fresh machine needs are `make demo` and `make test`. Both install into .venv first, if that is out of date.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast lint mutants figures docs-check clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+install: $(STAMP) ## Creates .venv and installs SGLang and this package (11 GB, about 3 minutes)
+
+$(STAMP): pyproject.toml UPSTREAM_VERSION scripts/setup.sh
+	bash scripts/setup.sh $(VENV)
+	@touch $(STAMP)
+
+demo: $(STAMP) ## Serves a prompt that is longer than any instance's memory, on the CPU (under 4 minutes)
+	$(PYTHON) scripts/demo.py
+
+test: $(STAMP) ## All tests, real servers on the CPU included (under an hour on 2 cores)
+	$(PYTHON) -m pytest
+
+test-fast: $(STAMP) ## The tests that start no server (about 2 minutes)
+	$(PYTHON) -m pytest -m "not server and not gpu"
+
+lint: $(STAMP) ## ruff and mypy
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+mutants: $(STAMP) ## Breaks the data path on purpose, one fault at a time; each must fail a test
+	$(PYTHON) scripts/mutants.py
+
+figures: $(STAMP) ## Recomputes the simulator's figures from the traces
+	$(PYTHON) -m benchmark.simulate.figures
+
+docs-check: $(STAMP) ## Relative links in the documentation resolve
+	$(PYTHON) scripts/check_links.py
+
+clean: ## Removes .venv and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis logs
