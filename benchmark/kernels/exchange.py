@@ -1,0 +1,110 @@
+"""Dispatch, return and merge among instances that are streams of one process on one GPU."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+import torch
+from sgl_kernel_dcp import ExchangeShape, PeerExchange, RowLine, StepMessage, StepTables, TableShape
+from timing import Row, event_times
+
+from sglang_dcp.dataflow.reference import route_tables
+
+LAYERS = 30
+V3_SHAPE = ExchangeShape(128, 576, 512, 576, 64)
+V3_BEFORE_ABSORPTION = ExchangeShape(128, 192, 128, 576, 64)
+QWEN_SHAPE = ExchangeShape(64, 128, 128, 1024, 64)
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    shape: ExchangeShape
+    home_rows: tuple[int, ...]  # rows of each instance; every row has a shard on every instance
+    key: str = ""
+
+
+SETTINGS = (
+    Setting("V3, 8 rows of one home on 4 shards", V3_SHAPE, (8, 0, 0, 0), "exchange"),
+    Setting("V3, 2 rows of each home on 4 shards", V3_SHAPE, (2, 2, 2, 2), "exchange_spread"),
+    Setting("V3, 8 rows of one home on 2 shards", V3_SHAPE, (8, 0)),
+    Setting("V3, 8 rows, no remote shard", V3_SHAPE, (8,)),
+    Setting("V3 before absorption, 8 rows on 4 shards", V3_BEFORE_ABSORPTION, (8, 0, 0, 0), "exchange_before_absorption"),
+    Setting("Qwen3 GQA, 8 rows on 4 shards", QWEN_SHAPE, (8, 0, 0, 0), "exchange_gqa"),
+    Setting("Qwen3 GQA, 1 row on 2 shards", QWEN_SHAPE, (1, 0)),
+)
+
+
+def message_bytes(setting: Setting) -> int:
+    """Bytes read plus written by all instances: each query read once and written per shard, each remote partial and LSE read, written
+    and read again, each own one read, each result written."""
+    shape, shards, rows = setting.shape, len(setting.home_rows), sum(setting.home_rows)
+    query = shape.num_heads * shape.qk_head_dim * 2
+    output = shape.num_heads * shape.v_head_dim * 2
+    partial = output + shape.num_heads * 4
+    return rows * (query * (1 + shards) + (shards - 1) * 2 * partial + shards * partial + output)
+
+
+class Group:
+    """N connected instances with their static tensors. No attention runs between: the stages themselves are measured."""
+
+    def __init__(self, setting: Setting) -> None:
+        n, shape = len(setting.home_rows), setting.shape
+        table_shape = TableShape(n, 16, 32, 8, 64, 2, 64)
+        routes = [[list(range(n))] * rows for rows in setting.home_rows]
+        tails = [[-1] * rows for rows in setting.home_rows]
+        self.tables = [StepTables(table_shape, rank, 32, "cuda:0", shape.max_return_rows) for rank in range(n)]
+        self.exchanges = [PeerExchange(rank, shape, self.tables[rank], num_sharing=n, wait_limit_seconds=10.0) for rank in range(n)]
+        for rank, exchange in enumerate(self.exchanges):
+            exchange.connect([other.address for other in self.exchanges])
+            attended = route_tables(routes, tails, rank).attention
+            self.tables[rank].upload(StepMessage(routes, tails, [RowLine(i, 64) for i in range(len(attended))]))
+            self.tables[rank].build()
+        like = {"dtype": torch.bfloat16, "device": "cuda:0"}
+        self.query = torch.randn(n, 16, shape.num_heads, shape.qk_head_dim, device="cuda:0").to(torch.bfloat16)
+        self.partial = torch.randn(n, 32, shape.num_heads, shape.v_head_dim, device="cuda:0").to(torch.bfloat16)
+        self.lse = torch.randn(n, 32, shape.num_heads, device="cuda:0")
+        self.merged = torch.zeros(n, 16, shape.num_heads, shape.v_head_dim, **like)
+        self.streams = [torch.cuda.Stream() for _ in range(n)]
+        torch.cuda.synchronize()
+
+    def layers(self) -> None:
+        current = torch.cuda.current_stream()
+        for rank, (exchange, stream) in enumerate(zip(self.exchanges, self.streams, strict=True)):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                for _ in range(LAYERS):
+                    exchange.dispatch(self.query[rank])
+                    exchange.return_merge(self.partial[rank], self.lse[rank], self.merged[rank])
+        for stream in self.streams:
+            current.wait_stream(stream)
+
+    def microseconds(self) -> float:
+        """One exchange, as one of LAYERS in one graph with a branch per instance."""
+        self.layers()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.layers()
+        times = event_times(graph.replay, 40)
+        silent = [exchange.silent_peers() for exchange in self.exchanges]
+        if any(silent):
+            raise RuntimeError(f"peers went silent while being timed: {silent}")
+        return statistics.median(times) * 1000 / LAYERS
+
+
+def measure(bandwidth: float) -> tuple[list[Row], dict[str, float]]:
+    rows, keys = [], {}
+    for setting in SETTINGS:
+        group = Group(setting)
+        microseconds = group.microseconds()
+        moved = message_bytes(setting)
+        at_bandwidth = moved / bandwidth * 1e6
+        rows.append(Row(f"exchange {setting.name}", microseconds, moved, f"{microseconds - at_bandwidth:.2f} us beyond the bytes"))
+        if setting.key:
+            keys[f"{setting.key}_total_us"] = microseconds
+            keys[f"{setting.key}_fixed_us"] = microseconds - at_bandwidth
+        for exchange in group.exchanges:
+            exchange.close()
+    return rows, keys

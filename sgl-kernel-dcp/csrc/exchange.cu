@@ -1,0 +1,228 @@
+// One instance's end of the exchange: checks, addresses and launches. No launch allocates or synchronises.
+#include <sgl_kernel_dcp/return_merge.cuh>
+
+#include "checks.h"
+
+#include <algorithm>
+
+#include <tvm/ffi/container/map.h>
+#include <tvm/ffi/container/shape.h>
+#include <tvm/ffi/optional.h>
+#include <tvm/ffi/string.h>
+
+namespace dcp {
+namespace {
+
+using tvm::ffi::Map;
+using tvm::ffi::Optional;
+using tvm::ffi::Shape;
+using tvm::ffi::String;
+
+struct Exchange {
+  ExchangeShape shape;
+  ExchangeLayout layout;
+  TableShape table_shape;
+  TableLayout table;
+  PeerPointers peers;
+  int32_t rank;
+  int32_t device;
+  int32_t max_dispatch_blocks;
+  int32_t max_return_blocks;
+  uint64_t wait_limit_ns;
+};
+
+// num_instances, max_home_rows, max_attention_rows, max_kv_rows, max_return_rows, num_heads, query_row_bytes, v_head_bytes, kv_row_bytes
+ExchangeShape exchange_shape(const Shape& n) {
+  if (n.size() != 9) TVM_FFI_THROW(ValueError) << "an exchange shape has 9 numbers, got " << n.size();
+  check_limit("num_instances", n[0], 1, kMaxInstances);
+  check_limit("max_home_rows", n[1], 1, kMaxHomeRows);
+  check_limit("max_attention_rows", n[2], 1, 8192);
+  check_limit("max_kv_rows", n[3], 1, n[2]);
+  check_limit("max_return_rows", n[4], 1, kTargetSlotMask);
+  check_limit("num_heads", n[5], 1, 1024);
+  check_multiple("query_row_bytes", n[6], kVectorBytes);
+  check_limit("query_row_bytes", n[6], kVectorBytes, 1 << 22);
+  check_multiple("v_head_bytes", n[7], kVectorBytes);
+  check_limit("v_head_bytes", n[7], kVectorBytes, kPieceBytes);
+  check_multiple("kv_row_bytes", n[8], kVectorBytes);
+  check_limit("kv_row_bytes", n[8], kVectorBytes, 1 << 20);
+  ExchangeShape shape;
+  int32_t* fields[] = {&shape.num_instances, &shape.max_home_rows,   &shape.max_attention_rows, &shape.max_kv_rows, &shape.max_return_rows,
+                       &shape.num_heads,     &shape.query_row_bytes, &shape.v_head_bytes,       &shape.kv_row_bytes};
+  for (int i = 0; i < 9; ++i) *fields[i] = static_cast<int32_t>(n[i]);
+  return shape;
+}
+
+Map<String, int64_t> exchange_layout(Shape numbers) {
+  const ExchangeLayout layout = ExchangeLayout::make(exchange_shape(numbers));
+  return {{"num_query_pieces", layout.num_query_pieces},
+          {"heads_per_piece", layout.heads_per_piece},
+          {"num_output_pieces", layout.num_output_pieces},
+          {"output_piece_stride", layout.output_piece_stride},
+          {"acknowledgement", layout.acknowledgement},
+          {"query_flag", layout.query_flag},
+          {"kv_flag", layout.kv_flag},
+          {"return_flag", layout.return_flag},
+          {"query_rows", layout.query_rows},
+          {"kv_rows", layout.kv_rows},
+          {"return_slots", layout.return_slots},
+          {"total_bytes", layout.total_bytes},
+          {"state_bytes", static_cast<int64_t>(sizeof(InstanceState))},
+          {"silent_mask", static_cast<int64_t>(offsetof(InstanceState, silent_mask))},
+          {"silent_epoch", static_cast<int64_t>(offsetof(InstanceState, silent_epoch))}};
+}
+
+// `peers`: addresses of the exchange buffers in this process. `num_sharing`: instances on this GPU; a waiting kernel takes at most
+// 1 / num_sharing of the multiprocessors, so that all of them fit together. Returns a handle for destroy_exchange.
+int64_t create_exchange(Shape numbers, Shape table_numbers, Shape peers, int64_t rank, int64_t device, int64_t num_sharing,
+                        int64_t wait_limit_ns) {
+  const ExchangeShape shape = exchange_shape(numbers);
+  if (static_cast<int64_t>(peers.size()) != shape.num_instances) {
+    TVM_FFI_THROW(ValueError) << "got " << peers.size() << " peer addresses for " << shape.num_instances << " instances";
+  }
+  check_limit("rank", rank, 0, shape.num_instances - 1);
+  check_limit("num_sharing", num_sharing, 1, kMaxInstances);
+  check_limit("wait_limit_ns", wait_limit_ns, 1000, int64_t{600} * 1000000000);
+  check_cuda(cudaSetDevice(static_cast<int>(device)), "cudaSetDevice");
+  auto* exchange = new Exchange{};
+  exchange->shape = shape;
+  exchange->layout = ExchangeLayout::make(shape);
+  int32_t* fields[] = {&exchange->table_shape.num_instances,      &exchange->table_shape.max_home_rows,
+                       &exchange->table_shape.max_attention_rows, &exchange->table_shape.max_kv_rows,
+                       &exchange->table_shape.max_pages,          &exchange->table_shape.max_pages_per_row,
+                       &exchange->table_shape.page_size};
+  for (int i = 0; i < 7; ++i) *fields[i] = static_cast<int32_t>(table_numbers[i]);
+  exchange->table = TableLayout::make(exchange->table_shape);
+  for (int i = 0; i < shape.num_instances; ++i) exchange->peers.base[i] = reinterpret_cast<uint8_t*>(peers[i]);
+  exchange->rank = static_cast<int32_t>(rank);
+  exchange->device = static_cast<int32_t>(device);
+  exchange->wait_limit_ns = static_cast<uint64_t>(wait_limit_ns);
+  const int multiprocessors = multiprocessor_count(exchange->device);
+  const int dispatch_capacity = std::min(preload_kernel(dispatch_kernel<false>, kThreads, exchange->device),
+                                         preload_kernel(dispatch_kernel<true>, kThreads, exchange->device));
+  const int return_capacity = preload_kernel(return_merge_kernel, kThreads, exchange->device);
+  const int share = std::max<int>(1, multiprocessors / static_cast<int>(num_sharing));
+  exchange->max_dispatch_blocks = num_sharing > 1 ? share : std::min(dispatch_capacity, 2 * multiprocessors);
+  exchange->max_return_blocks = num_sharing > 1 ? share : std::min(return_capacity, 2 * multiprocessors);
+  return reinterpret_cast<int64_t>(exchange);
+}
+
+void destroy_exchange(int64_t handle) { delete reinterpret_cast<Exchange*>(handle); }
+
+void set_part(RowSource& source, int part, const char* name, const TensorView& tensor, int64_t max_rows, int64_t heads) {
+  if (tensor.device().device_type != kDLCUDA) TVM_FFI_THROW(ValueError) << name << " must be a CUDA tensor";
+  if (tensor.dtype().code != kDLBfloat || tensor.dtype().bits != 16) TVM_FFI_THROW(ValueError) << name << " must be bfloat16";
+  if (tensor.ndim() != 3 || tensor.size(1) != heads) {
+    TVM_FFI_THROW(ValueError) << name << " must be [rows, " << heads << " heads, dim], has " << tensor.ndim() << " dimensions";
+  }
+  check_limit(name, tensor.size(0), 0, max_rows);
+  if (tensor.stride(2) != 1) TVM_FFI_THROW(ValueError) << name << " must be dense in its last dimension";
+  check_multiple("bytes of one head", tensor.size(2) * 2, kVectorBytes);
+  if (tensor.stride(0) * 2 % kVectorBytes != 0 || tensor.stride(1) * 2 % kVectorBytes != 0 ||
+      reinterpret_cast<uintptr_t>(tensor.data_ptr()) % kVectorBytes != 0) {
+    TVM_FFI_THROW(ValueError) << name << ": start and strides must be multiples of " << kVectorBytes << " bytes";
+  }
+  source.base[part] = static_cast<const uint8_t*>(tensor.data_ptr());
+  source.row_stride[part] = tensor.stride(0) * 2;
+  source.head_stride[part] = tensor.stride(1) * 2;
+  source.num_vectors[part] = static_cast<int32_t>(tensor.size(2) * 2 / kVectorBytes);
+}
+
+void set_pool(PoolTarget& pool, int part, const char* name, const TensorView& tensor, int64_t row_vectors) {
+  if (tensor.dtype().code != kDLBfloat || tensor.dtype().bits != 16) TVM_FFI_THROW(ValueError) << name << " must be bfloat16";
+  if (tensor.ndim() != 2 || tensor.stride(1) != 1) TVM_FFI_THROW(ValueError) << name << " must be [slots, elements], dense in the last";
+  check_limit(name, tensor.size(1) * 2, row_vectors * kVectorBytes, row_vectors * kVectorBytes);
+  check_multiple("pool stride in bytes", tensor.stride(0) * 2, kVectorBytes);
+  pool.base[part] = static_cast<uint8_t*>(tensor.data_ptr());
+  pool.stride[part] = tensor.stride(0) * 2;
+}
+
+int64_t bytes_per_row(const RowSource& source, int64_t heads) {
+  return (source.num_vectors[0] + source.num_vectors[1]) * heads * kVectorBytes;
+}
+
+template <typename Params>
+Params base_params(const Exchange& exchange, const TensorView& tables, const TensorView& state, int64_t phases) {
+  check_tensor("tables", tables, kDLInt, 32, {exchange.table.total_size});
+  check_tensor("state", state, kDLUInt, 8, {static_cast<int64_t>(sizeof(InstanceState))});
+  check_limit("phases", phases, 1, 3);
+  Params params{};
+  params.peers = exchange.peers;
+  params.state = static_cast<InstanceState*>(state.data_ptr());
+  params.tables = static_cast<const int32_t*>(tables.data_ptr());
+  params.shape = exchange.shape;
+  params.exchange = exchange.layout;
+  params.table = exchange.table;
+  params.wait_limit_ns = exchange.wait_limit_ns;
+  params.rank = exchange.rank;
+  params.phases = static_cast<int32_t>(phases);
+  return params;
+}
+
+// query [rows, heads, dim] and optionally query_rope with the rest of each head; key [rows, 1, elements] and value likewise (or the
+// two parts of an MLA latent) with the pools their parts go to. `num_rows` bounds the grid, the tables say what is really there.
+void dispatch(int64_t handle, TensorView tables, TensorView state, TensorView query, Optional<TensorView> query_rope,
+              Optional<TensorView> key, Optional<TensorView> value, Optional<TensorView> key_pool, Optional<TensorView> value_pool,
+              int64_t phases) {
+  const Exchange& exchange = *reinterpret_cast<const Exchange*>(handle);
+  auto params = base_params<DispatchParams>(exchange, tables, state, phases);
+  const int64_t heads = exchange.shape.num_heads, max_rows = exchange.shape.max_home_rows;
+  set_part(params.query, 0, "query", query, max_rows, heads);
+  if (query_rope.has_value()) set_part(params.query, 1, "query_rope", query_rope.value(), max_rows, heads);
+  const int64_t query_bytes = bytes_per_row(params.query, heads);
+  check_limit("bytes of one query row (heads x dim x 2)", query_bytes, exchange.shape.query_row_bytes, exchange.shape.query_row_bytes);
+  if (key.has_value() != key_pool.has_value() || value.has_value() != value_pool.has_value() || (value.has_value() && !key.has_value())) {
+    TVM_FFI_THROW(ValueError) << "key comes with key_pool, value with value_pool, and value not without key";
+  }
+  if (key.has_value()) {
+    set_part(params.key_value, 0, "key", key.value(), max_rows, 1);
+    set_pool(params.pool, 0, "key_pool", key_pool.value(), params.key_value.num_vectors[0]);
+    if (value.has_value()) {
+      set_part(params.key_value, 1, "value", value.value(), max_rows, 1);
+      set_pool(params.pool, 1, "value_pool", value_pool.value(), params.key_value.num_vectors[1]);
+    }
+    const int64_t bytes = bytes_per_row(params.key_value, 1);
+    check_limit("bytes of one K/V row", bytes, exchange.shape.kv_row_bytes, exchange.shape.kv_row_bytes);
+  }
+  const bool flat = !query_rope.has_value() && query.stride(1) == query.size(2);
+  const int64_t units = std::max<int64_t>(exchange.shape.max_home_rows * int64_t{exchange.layout.num_query_pieces}, 1);
+  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, exchange.max_dispatch_blocks));
+  if (flat) {
+    dispatch_kernel<false><<<blocks, kThreads, 0, current_stream(query)>>>(params);
+  } else {
+    dispatch_kernel<true><<<blocks, kThreads, 0, current_stream(query)>>>(params);
+  }
+  check_cuda(cudaGetLastError(), "dispatch_kernel");
+}
+
+void return_merge(int64_t handle, TensorView tables, TensorView state, TensorView partial, TensorView partial_lse, TensorView merged,
+                  Optional<TensorView> merged_lse, int64_t phases) {
+  const Exchange& exchange = *reinterpret_cast<const Exchange*>(handle);
+  auto params = base_params<ReturnParams>(exchange, tables, state, phases);
+  const int64_t heads = exchange.shape.num_heads, dim = exchange.shape.v_head_bytes / 2;
+  check_tensor("partial", partial, kDLBfloat, 16, {-1, heads, dim});
+  check_limit("partial.shape[0] (attention rows)", partial.size(0), 0, exchange.shape.max_attention_rows);
+  check_tensor("partial_lse", partial_lse, kDLFloat, 32, {partial.size(0), heads});
+  check_tensor("merged", merged, kDLBfloat, 16, {-1, heads, dim});
+  check_limit("merged.shape[0] (home rows)", merged.size(0), 0, exchange.shape.max_home_rows);
+  if (merged_lse.has_value()) {
+    check_tensor("merged_lse", merged_lse.value(), kDLFloat, 32, {merged.size(0), heads});
+    params.merged_lse = static_cast<float*>(merged_lse.value().data_ptr());
+  }
+  params.partial = static_cast<const uint8_t*>(partial.data_ptr());
+  params.partial_lse = static_cast<const float*>(partial_lse.data_ptr());
+  params.merged = static_cast<uint8_t*>(merged.data_ptr());
+  const int64_t units = int64_t{std::max(exchange.shape.max_attention_rows, exchange.shape.max_home_rows)} * exchange.layout.num_output_pieces;
+  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, exchange.max_return_blocks));
+  return_merge_kernel<<<blocks, kThreads, 0, current_stream(partial)>>>(params);
+  check_cuda(cudaGetLastError(), "return_merge_kernel");
+}
+
+}  // namespace
+}  // namespace dcp
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(exchange_layout, dcp::exchange_layout);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_exchange, dcp::create_exchange);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_exchange, dcp::destroy_exchange);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(dispatch, dcp::dispatch);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(return_merge, dcp::return_merge);

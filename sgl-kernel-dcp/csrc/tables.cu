@@ -1,0 +1,76 @@
+// Layout queries and launcher of the step's table kernel.
+#include <sgl_kernel_dcp/tables.cuh>
+
+#include "checks.h"
+
+#include <tvm/ffi/container/map.h>
+#include <tvm/ffi/container/shape.h>
+#include <tvm/ffi/string.h>
+
+namespace dcp {
+namespace {
+
+using tvm::ffi::Map;
+using tvm::ffi::Shape;
+using tvm::ffi::String;
+
+// num_instances, max_home_rows, max_attention_rows, max_kv_rows, max_pages, max_pages_per_row, page_size
+TableShape table_shape(const Shape& numbers) {
+  if (numbers.size() != 7) TVM_FFI_THROW(ValueError) << "a table shape has 7 numbers, got " << numbers.size();
+  check_limit("num_instances", numbers[0], 1, kMaxInstances);
+  check_limit("max_home_rows", numbers[1], 1, kMaxHomeRows);
+  check_limit("max_attention_rows", numbers[2], 1, 8192);
+  check_limit("max_kv_rows", numbers[3], 1, numbers[2]);
+  check_limit("max_pages", numbers[4], 1, INT32_MAX / 2);
+  check_limit("max_pages_per_row", numbers[5], 1, INT32_MAX / 2);
+  check_limit("page_size", numbers[6], 1, 1 << 20);
+  return TableShape{static_cast<int32_t>(numbers[0]), static_cast<int32_t>(numbers[1]), static_cast<int32_t>(numbers[2]),
+                    static_cast<int32_t>(numbers[3]), static_cast<int32_t>(numbers[4]), static_cast<int32_t>(numbers[5]),
+                    static_cast<int32_t>(numbers[6])};
+}
+
+Map<String, int64_t> table_layout(Shape numbers) {
+  const TableLayout layout = TableLayout::make(table_shape(numbers));
+  return {{"input_counts", layout.input_counts},
+          {"input_routes", layout.input_routes},
+          {"input_rows", layout.input_rows},
+          {"input_size", layout.input_size},
+          {"header", layout.header},
+          {"target_count", layout.target_count},
+          {"send_target", layout.send_target},
+          {"merge_source", layout.merge_source},
+          {"kv_target", layout.kv_target},
+          {"return_target", layout.return_target},
+          {"kv_source", layout.kv_source},
+          {"kv_slot", layout.kv_slot},
+          {"kv_length", layout.kv_length},
+          {"page_indptr", layout.page_indptr},
+          {"last_page_length", layout.last_page_length},
+          {"page_indices", layout.page_indices},
+          {"block_table", layout.block_table},
+          {"total_size", layout.total_size}};
+}
+
+void build_tables(TensorView tables, TensorView resident_pages, Shape numbers, int64_t rank) {
+  TablesParams params;
+  params.shape = table_shape(numbers);
+  params.layout = TableLayout::make(params.shape);
+  check_tensor("tables", tables, kDLInt, 32, {params.layout.total_size});
+  check_tensor("resident_pages", resident_pages, kDLInt, 32, {-1, params.shape.max_pages_per_row});
+  check_limit("rank", rank, 0, params.shape.num_instances - 1);
+  params.tables = static_cast<int32_t*>(tables.data_ptr());
+  params.resident_pages = static_cast<int32_t*>(resident_pages.data_ptr());
+  params.rank = static_cast<int32_t>(rank);
+  const int device = tables.device().device_id;
+  const int64_t page_blocks = divide_up(params.shape.max_pages, 2 * kTableThreads);
+  const unsigned blocks = 1 + static_cast<unsigned>(std::min<int64_t>(page_blocks, multiprocessor_count(device) - 1));
+  const size_t shared_bytes = sizeof(int) * (params.shape.max_attention_rows + 1);
+  step_tables_kernel<<<blocks, kTableThreads, shared_bytes, current_stream(tables)>>>(params);
+  check_cuda(cudaGetLastError(), "step_tables_kernel");
+}
+
+}  // namespace
+}  // namespace dcp
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(table_layout, dcp::table_layout);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(build_tables, dcp::build_tables);

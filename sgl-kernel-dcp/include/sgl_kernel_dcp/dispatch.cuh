@@ -1,0 +1,189 @@
+// Dispatch: query rows, and K/V rows whose tail is elsewhere, go straight into the peers' buffers; the receiving half waits for
+// its rows and puts arriving K/V into the local pool, so that attention may start when the kernel ends.
+#pragma once
+
+#include <cstdint>
+
+#include "memory.cuh"
+
+namespace dcp {
+
+constexpr int kWarps = kThreads / 32;
+constexpr int kUnroll = 4;  // pieces that a block keeps in flight
+
+enum ExchangePhase : int { kSend = 1, kReceive = 2 };
+
+// A row as heads of up to two parts that lie in different tensors (MLA: latent and rotary), all in units of 16 bytes.
+// One part: num_vectors[1] is 0. Strides in bytes.
+struct RowSource {
+  const uint8_t* base[2];
+  int64_t row_stride[2];
+  int64_t head_stride[2];
+  int32_t num_vectors[2];  // of one head
+};
+
+// Where arriving K/V go: part i of slot n at base[i] + n * stride[i].
+struct PoolTarget {
+  uint8_t* base[2];
+  int64_t stride[2];
+};
+
+struct DispatchParams {
+  PeerPointers peers;
+  InstanceState* state;
+  const int32_t* tables;
+  ExchangeShape shape;
+  ExchangeLayout exchange;
+  TableLayout table;
+  RowSource query;
+  RowSource key_value;  // one "head" per row; base[0] null: no K/V in this exchange
+  PoolTarget pool;
+  uint64_t wait_limit_ns;
+  int32_t rank;
+  int32_t phases;
+};
+
+__device__ __forceinline__ const uint8_t* vector_address(const RowSource& source, int row, int index) {
+  const int per_head = source.num_vectors[0] + source.num_vectors[1];
+  const int head = index / per_head, within = index - head * per_head;
+  const int part = within < source.num_vectors[0] ? 0 : 1;
+  const int offset = part == 0 ? within : within - source.num_vectors[0];
+  return source.base[part] + row * source.row_stride[part] + head * source.head_stride[part] + offset * kVectorBytes;
+}
+
+// Peers that this exchange writes to. A peer's buffer is free once it has acknowledged the exchange before this one.
+__device__ __forceinline__ uint32_t writable_peers(const DispatchParams& params, uint64_t epoch) {
+  __shared__ uint32_t writable;
+  const uint32_t send_peers = static_cast<uint32_t>(params.tables[params.table.header + kSendPeers]);
+  if (threadIdx.x == 0) writable = 1u << params.rank;
+  __syncthreads();
+  if (threadIdx.x < params.shape.num_instances && (send_peers >> threadIdx.x & 1u)) {
+    const auto* acknowledgement =
+        reinterpret_cast<const uint64_t*>(params.peers.base[params.rank] + params.exchange.acknowledgement) + threadIdx.x;
+    const bool silent = load_silent_mask(params.state) >> threadIdx.x & 1u;
+    if (!silent && wait_for_flag(acknowledgement, epoch - 1, threadIdx.x, params.state, params.wait_limit_ns)) {
+      atomicOr(&writable, 1u << threadIdx.x);
+    }
+  }
+  __syncthreads();
+  return writable;
+}
+
+__device__ __forceinline__ void send_key_values(const DispatchParams& params, uint64_t epoch, int num_rows, uint32_t writable) {
+  const int lane = threadIdx.x & 31, warp = blockIdx.x * kWarps + (threadIdx.x >> 5);
+  const int num_vectors = params.shape.kv_row_bytes / kVectorBytes;
+  for (int row = warp; row < num_rows; row += gridDim.x * kWarps) {
+    const int32_t target = params.tables[params.table.kv_target + row];
+    if (target < 0 || !(writable >> target_instance(target) & 1u)) continue;
+    uint8_t* peer = params.peers.base[target_instance(target)];
+    uint8_t* slot = peer + params.exchange.kv_rows + int64_t{target_slot(target)} * params.shape.kv_row_bytes;
+    for (int index = lane; index < num_vectors; index += 32) {
+      store_vector(slot + index * kVectorBytes, load_vector(vector_address(params.key_value, row, index)));
+    }
+    __syncwarp();
+    if (lane == 0) store_release_system(reinterpret_cast<uint64_t*>(peer + params.exchange.kv_flag) + target_slot(target), epoch);
+  }
+}
+
+template <bool kTwoParts>
+__device__ __forceinline__ uint4 load_query(const DispatchParams& params, int row, int index) {
+  if constexpr (kTwoParts) return load_vector(vector_address(params.query, row, index));
+  return load_vector(params.query.base[0] + row * params.query.row_stride[0] + int64_t{index} * kVectorBytes);
+}
+
+template <bool kTwoParts>
+__device__ __forceinline__ void send_queries(const DispatchParams& params, uint64_t epoch, int num_rows, uint32_t writable) {
+  const int pieces = params.exchange.num_query_pieces, num_units = num_rows * pieces, stride = gridDim.x;
+  const int num_vectors = params.shape.query_row_bytes / kVectorBytes;
+  const int32_t* target_count = params.tables + params.table.target_count;
+  const int32_t* send_target = params.tables + params.table.send_target;
+  for (int first = blockIdx.x; first < num_units; first += stride * kUnroll) {
+    uint4 values[kUnroll];
+    int count[kUnroll];
+    int4 targets[kUnroll];  // the first four of each row, requested together with the data
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int unit = first + u * stride, row = unit / pieces, index = (unit - row * pieces) * kThreads + threadIdx.x;
+      count[u] = 0;
+      if (unit >= num_units || index >= num_vectors) continue;
+      values[u] = load_query<kTwoParts>(params, row, index);
+      count[u] = target_count[row];
+      targets[u] = *reinterpret_cast<const int4*>(send_target + row * kMaxPartials);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int unit = first + u * stride, row = unit / pieces, index = (unit - row * pieces) * kThreads + threadIdx.x;
+      for (int j = 0; j < count[u]; ++j) {
+        const int32_t target = j == 0   ? targets[u].x
+                               : j == 1 ? targets[u].y
+                               : j == 2 ? targets[u].z
+                               : j == 3 ? targets[u].w
+                                        : send_target[row * kMaxPartials + j];
+        if (!(writable >> target_instance(target) & 1u)) continue;
+        uint8_t* rows = params.peers.base[target_instance(target)] + params.exchange.query_rows;
+        store_vector(rows + int64_t{target_slot(target)} * params.shape.query_row_bytes + int64_t{index} * kVectorBytes, values[u]);
+      }
+    }
+  }
+  __syncthreads();  // the block's stores come before every flag below
+  const int num_own_units = num_units > blockIdx.x ? (num_units - blockIdx.x + stride - 1) / stride : 0;
+  for (int item = threadIdx.x; item < num_own_units * kMaxPartials; item += kThreads) {
+    const int unit = blockIdx.x + item / kMaxPartials * stride, row = unit / pieces, j = item % kMaxPartials;
+    if (j >= target_count[row]) continue;
+    const int32_t target = send_target[row * kMaxPartials + j];
+    const int peer = target_instance(target);
+    if (peer == params.rank || !(writable >> peer & 1u)) continue;
+    auto* flags = reinterpret_cast<uint64_t*>(params.peers.base[peer] + params.exchange.query_flag);
+    store_release_system(flags + int64_t{target_slot(target)} * pieces + (unit - row * pieces), epoch);
+  }
+}
+
+__device__ __forceinline__ void receive_key_values(const DispatchParams& params, uint64_t epoch) {
+  const int lane = threadIdx.x & 31, warp = blockIdx.x * kWarps + (threadIdx.x >> 5);
+  const int num_rows = params.tables[params.table.header + kNumKvRows];
+  const int num_vectors = params.shape.kv_row_bytes / kVectorBytes, first_part = params.key_value.num_vectors[0];
+  const uint8_t* own = params.peers.base[params.rank];
+  for (int row = warp; row < num_rows; row += gridDim.x * kWarps) {
+    const auto* flag = reinterpret_cast<const uint64_t*>(own + params.exchange.kv_flag) + row;
+    bool arrived = false;
+    if (lane == 0) arrived = wait_for_flag(flag, epoch, params.tables[params.table.kv_source + row], params.state, params.wait_limit_ns);
+    if (!__shfl_sync(0xffffffffu, arrived, 0)) continue;
+    __syncwarp();
+    const int64_t slot = params.tables[params.table.kv_slot + row];
+    const uint8_t* source = own + params.exchange.kv_rows + int64_t{row} * params.shape.kv_row_bytes;
+    for (int index = lane; index < num_vectors; index += 32) {
+      const int part = index < first_part ? 0 : 1, within = part == 0 ? index : index - first_part;
+      store_vector(params.pool.base[part] + slot * params.pool.stride[part] + within * kVectorBytes,
+                   load_vector(source + index * kVectorBytes));
+    }
+  }
+}
+
+__device__ __forceinline__ void receive_queries(const DispatchParams& params, uint64_t epoch) {
+  const int pieces = params.exchange.num_query_pieces;
+  const int num_flags = params.tables[params.table.header + kNumAttentionRows] * pieces;
+  const auto* flags = reinterpret_cast<const uint64_t*>(params.peers.base[params.rank] + params.exchange.query_flag);
+  for (int index = blockIdx.x * kThreads + threadIdx.x; index < num_flags; index += gridDim.x * kThreads) {
+    const int32_t target = params.tables[params.table.return_target + index / pieces];
+    if (target < 0) continue;  // an own row: this kernel wrote it
+    wait_for_flag(flags + index, epoch, target_instance(target), params.state, params.wait_limit_ns);
+  }
+}
+
+template <bool kTwoParts>
+__global__ void __launch_bounds__(kThreads, 2) dispatch_kernel(const __grid_constant__ DispatchParams params) {
+  const uint64_t epoch = params.state->dispatch_epoch;
+  if (params.phases & kSend) {
+    const int num_rows = params.tables[params.table.header + kNumHomeRows];
+    const uint32_t writable = writable_peers(params, epoch);
+    if (params.key_value.base[0] != nullptr) send_key_values(params, epoch, num_rows, writable);
+    send_queries<kTwoParts>(params, epoch, num_rows, writable);
+  }
+  if (params.phases & kReceive) {
+    if (params.key_value.base[0] != nullptr) receive_key_values(params, epoch);
+    receive_queries(params, epoch);
+    if (blockIdx.x == 0 && threadIdx.x == 0) params.state->return_epoch = epoch;
+  }
+}
+
+}  // namespace dcp

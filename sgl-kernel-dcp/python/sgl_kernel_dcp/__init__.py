@@ -1,0 +1,18 @@
+"""CUDA kernels of sglang_dcp: the step's tables, dispatch, return and merge. Importing compiles and loads nothing."""
+
+from sgl_kernel_dcp.exchange import PHASE_RECEIVE, PHASE_SEND, PeerExchange
+from sgl_kernel_dcp.merge import merge_stacked
+from sgl_kernel_dcp.shapes import ExchangeShape, TableShape
+from sgl_kernel_dcp.tables import RowLine, StepMessage, StepTables
+
+__all__ = [
+    "PHASE_RECEIVE",
+    "PHASE_SEND",
+    "ExchangeShape",
+    "PeerExchange",
+    "RowLine",
+    "StepMessage",
+    "StepTables",
+    "TableShape",
+    "merge_stacked",
+]

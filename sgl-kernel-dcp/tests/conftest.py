@@ -1,0 +1,43 @@
+"""Paths of a checkout, and the two reasons for which a test here may be skipped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+for folder in (ROOT / "python", ROOT / "sgl-kernel-dcp" / "python", Path(__file__).parent):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+# Instances are streams of one process here; each needs a hardware queue of its own, or one waits behind another.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a Hopper GPU")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no Hopper GPU on this machine"))
+
+
+@pytest.fixture(scope="session")
+def library():
+    """The compiled kernels; compiling needs nvcc and no GPU."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on this machine")
+    from sgl_kernel_dcp.build import load_library
+
+    return load_library()

@@ -1,0 +1,156 @@
+"""Compile check for sm_90, byte maps, and the checks before a launch. No GPU needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from random_steps import random_messages
+from sgl_kernel_dcp import ExchangeShape, RowLine, StepMessage, TableShape
+from sgl_kernel_dcp.build import build_library, source_files
+from sgl_kernel_dcp.tables import pack_message
+
+SHAPES = [
+    (TableShape(2, 1, 1, 1, 1, 1, 1), ExchangeShape(1, 8, 8, 8, 1)),
+    (TableShape(4, 8, 24, 8, 100, 16, 64), ExchangeShape(128, 576, 512, 576, 24)),
+    (TableShape(16, 256, 512, 256, 4096, 64, 16), ExchangeShape(64, 128, 128, 1024, 512)),
+    (TableShape(3, 7, 11, 5, 13, 3, 1), ExchangeShape(20, 192, 128, 576, 9)),
+]
+
+
+def test_headers_are_framework_free() -> None:
+    for path in source_files():
+        if path.suffix == ".cuh":
+            text = path.read_text()
+            assert "torch" not in text and "tvm" not in text, path
+
+
+def find_cuobjdump() -> str | None:
+    found = shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        carried = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(carried) if carried.is_file() else None
+    return found
+
+
+def test_library_holds_sm_90_code_for_every_kernel(library) -> None:
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump on this machine")
+    listing = subprocess.run([cuobjdump, "--dump-resource-usage", str(build_library())], capture_output=True, text=True, check=True).stdout
+    assert "sm_90" in listing
+    for kernel in ("step_tables_kernel", "dispatch_kernel", "return_merge_kernel", "stacked_merge_kernel"):
+        assert kernel in listing
+
+
+@pytest.mark.parametrize(("tables", "exchange"), SHAPES)
+def test_sections_do_not_overlap_and_hold_their_contents(library, tables: TableShape, exchange: ExchangeShape) -> None:
+    numbers = exchange.numbers(tables)
+    layout = {str(k): int(v) for k, v in library.exchange_layout(numbers).items()}
+    pieces, outputs = layout["num_query_pieces"], layout["num_output_pieces"]
+    assert layout["heads_per_piece"] * outputs >= exchange.num_heads > layout["heads_per_piece"] * (outputs - 1)
+    assert layout["output_piece_stride"] >= layout["heads_per_piece"] * (exchange.v_head_dim * 2 + 4)
+    needs = {
+        "acknowledgement": 8 * tables.num_instances,
+        "query_flag": 8 * tables.max_attention_rows * pieces,
+        "kv_flag": 8 * tables.max_kv_rows,
+        "return_flag": 8 * exchange.max_return_rows * outputs,
+        "query_rows": tables.max_attention_rows * numbers[6],
+        "kv_rows": tables.max_kv_rows * numbers[8],
+        "return_slots": exchange.max_return_rows * outputs * layout["output_piece_stride"],
+    }
+    end = 0
+    for name, size in needs.items():
+        assert layout[name] % 256 == 0 and layout[name] >= end, name
+        end = layout[name] + size
+    assert end <= layout["total_bytes"] < end + 256
+
+
+@pytest.mark.parametrize(("tables", "exchange"), SHAPES)
+def test_table_sections_do_not_overlap(library, tables: TableShape, exchange: ExchangeShape) -> None:
+    layout = {str(k): int(v) for k, v in library.table_layout(tables.numbers()).items()}
+    home, attention = tables.max_home_rows, tables.max_attention_rows
+    needs = {
+        "input_counts": 17,
+        "input_routes": tables.num_instances * home,
+        "input_rows": attention * 4,
+        "header": 16,
+        "target_count": home,
+        "send_target": home * 16,
+        "merge_source": home * 16,
+        "kv_target": home,
+        "return_target": attention,
+        "kv_source": tables.max_kv_rows,
+        "kv_slot": tables.max_kv_rows,
+        "kv_length": attention,
+        "page_indptr": attention + 1,
+        "last_page_length": attention,
+        "page_indices": tables.max_pages,
+        "block_table": attention * tables.max_pages_per_row,
+    }
+    end = 0
+    for name, size in needs.items():
+        assert layout[name] % 4 == 0 and layout[name] >= end, name
+        end = layout[name] + size
+    assert layout["input_size"] <= layout["header"] and end <= layout["total_size"]
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "text"),
+    [
+        (0, 17, "num_instances is 17"),
+        (1, 1025, "max_home_rows is 1025"),
+        (6, 24, "query_row_bytes"),
+        (7, 8200, "v_head_bytes"),
+        (8, 8, "kv_row"),
+    ],
+)
+def test_capacity_beyond_a_limit_is_refused_by_name(library, index: int, value: int, text: str) -> None:
+    numbers = list(SHAPES[1][1].numbers(SHAPES[1][0]))
+    numbers[index] = value
+    with pytest.raises(ValueError, match=text):
+        library.exchange_layout(numbers)
+
+
+def layout_of(library, shape: TableShape) -> dict[str, int]:
+    return {str(k): int(v) for k, v in library.table_layout(shape.numbers()).items()}
+
+
+def test_messages_within_the_capacities_pass(library) -> None:
+    shape = TableShape(4, 6, 20, 9, 64, 8, 4)
+    for seed in range(50):
+        rng = random.Random(seed)
+        for rank, message in enumerate(random_messages(rng, shape, 32, 64, "mixed")):
+            packed = pack_message(message, shape, rank, 32, 24, layout_of(library, shape))
+            assert packed[16] == len(message.rows)
+
+
+BASE = StepMessage([[[0, 1]], [[1]]], [[1], [-1]], [RowLine(0, 5, -1, 3), RowLine(1, 9)])
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (StepMessage([[[0, 1]]], [[1]], []), "1 homes, the group has 2"),
+        (StepMessage([[[0, 1]] * 5, []], [[-1] * 5, []], [RowLine(0, 1)] * 5), "max_home_rows.* is 5, the limit of these buffers is 4"),
+        (StepMessage([[[0, 2]], []], [[-1], []], []), "beyond 1"),
+        (StepMessage([[[0, 1]], []], [[0], []], [RowLine(0, 1)]), "must be one of its remote shards"),
+        (StepMessage([[[0, 1]], []], [[-1], []], []), "1 attention rows, the message lists 0"),
+        (StepMessage([[[1]] * 4, [[1]] * 3], [[-1] * 4, [-1] * 3], [RowLine(0, 1)] * 7), "max_attention_rows.* is 7"),
+        (StepMessage(BASE.routes, BASE.tails, [RowLine(0, 5), RowLine(1, 9)]), "kv_slot -1, but K/V arrives"),
+        (StepMessage(BASE.routes, BASE.tails, [RowLine(0, 5, -1, 3), RowLine(1, 9, -1, 4)]), "does not arrive"),
+        (StepMessage(BASE.routes, BASE.tails, [RowLine(0, 5, -1, 3), RowLine(8, 9)]), "entry 8"),
+        (StepMessage(BASE.routes, BASE.tails, [RowLine(0, 5, -1, 3), RowLine(1, 40)]), "max_pages"),
+        (StepMessage([[], [[0, 1]] * 3], [[], [-1] * 3], [RowLine(0, 1)] * 3), "max_return_rows.* is 3"),
+    ],
+)
+def test_message_beyond_a_capacity_is_refused_by_name(library, message: StepMessage, text: str) -> None:
+    shape = TableShape(2, 4, 6, 2, 8, 4, 4)
+    with pytest.raises(ValueError, match=text):
+        pack_message(message, shape, 1, 8, 2, layout_of(library, shape))
+    assert len(pack_message(BASE, shape, 1, 8, 2, layout_of(library, shape))) > 0
