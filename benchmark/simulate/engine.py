@@ -238,7 +238,7 @@ class Simulation:
         return microseconds * 1e-6
 
     def _prefill_chunks(self) -> float:
-        """One chunk on every home with a prompt waiting; the longest delays the step. Prompts that end start decoding with the next step."""
+        """One chunk on every home with a prompt waiting; the longest delays the step, which also yields an ended prompt's first token."""
         longest = 0.0
         for queue in self._prefilling:
             budget, spent = self.settings.chunk_tokens, 0.0

@@ -15,9 +15,10 @@ import numpy as np
 
 Requests = list[tuple[float, int, int]]
 
-# Rebuilt from two facts about the authors' runs: a batch of 74 rows on each of 32 instances at 60 requests/s and 62.8 ms per token means
-# 74 * 32 / 60 / 0.0628 = 628 output tokens; 99.2 % of the "1 %" mix was degree 1 with a limit of 63,488 tokens, so one long prompt in five is shorter than
-# that, and the longest of 2,776 reaches about 1M: a log-normal with median 109,000 and sigma 0.65 meets both (and Weka's p50 and p99).
+# Rebuilt from two facts about the authors' runs. A batch of 74 rows on each of 32 instances at 60 requests/s and 62.8 ms per token
+# means 74 * 32 / 60 / 0.0628 = 628 output tokens. 99.2 % of the "1 %" mix was degree 1 with a limit of 63,488 tokens, so one long
+# prompt in five is shorter than that, and the longest of 2,776 reaches about 1M: a log-normal with median 109,000 and sigma 0.65
+# meets both (and Weka's p50 and p99).
 SHORT_PROMPT = (250.0, 1.2, 8_192)
 LONG_PROMPT = (109_000.0, 0.65, 1_000_000)
 OUTPUT = (500.0, 0.7, 4_096)

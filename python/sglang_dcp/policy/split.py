@@ -66,7 +66,9 @@ def water_fill(levels: Sequence[float], rooms: Sequence[int], pages: int, page_u
     """
     count = len(levels)
     if pages < count or any(room < 1 for room in rooms) or pages > sum(rooms):
-        raise CapacityError(f"{pages} pages cannot be divided over {count} shards with room for {list(rooms)} pages")
+        raise CapacityError(
+            f"{pages} pages cannot be divided over {count} shards with room for {list(rooms)} pages (dyncp.degree, --max-total-tokens)"
+        )
     page_us = max(page_us, 1e-9)
     shares = [1] * count
     heights = [level + page_us for level in levels]

@@ -14,9 +14,9 @@ def test_hand_computed_layer():
     model = load_cost_model("cpu", 2)
     idle = InstanceWork(0, 0, 0)
     busy = InstanceWork(kv_tokens=1000, attention_rows=4, home_requests=3)
-    # constant 1000, attention 1000 x 1 + 4 x 5, dispatch 3 x 20, experts max(100, 20 x 1.5), combine 3 x 20
-    assert model.layer_us([idle, busy]) == pytest.approx(1000 + 1000 + 20 + 60 + 100 + 60)
-    assert model.step_us([idle, busy]) == pytest.approx(4 * 2240 + 5000)
+    # constant 1000, attention 1000 x 1 + 4 x 5, dispatch 3 x 40, experts max(100, 20 x 1.5), combine 3 x 40
+    assert model.layer_us([idle, busy]) == pytest.approx(1000 + 1000 + 20 + 120 + 100 + 120)
+    assert model.step_us([idle, busy]) == pytest.approx(4 * 2360 + 5000)
 
 
 def test_the_slowest_instance_ends_the_step():

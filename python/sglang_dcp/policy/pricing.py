@@ -1,0 +1,118 @@
+"""What a placement would add to a step, from levels that are computed once per request.
+
+Instance i stands at an *attention level* a_i (KV tokens and dispatch of its batch) and a *batch* b_i (combine). A layer lasts
+max(a) + combine_us * max(b), so a candidate that leaves its instance at (a, b) is priced by how far it raises either maximum, plus a
+small share of its own levels that keeps valleys open for those who come next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp
+
+from sglang_dcp.policy.cost_model import CostModel
+from sglang_dcp.policy.types import InstanceLoad
+
+# Weight of an instance's own levels beside what the candidate adds to the maxima (docs/simulation_log.md, entry 2).
+OWN_WEIGHT = 0.1
+
+
+@dataclass(slots=True)
+class Levels:
+    """Levels of the instances looked at, by position in `loads`; microseconds per layer."""
+
+    loads: Sequence[InstanceLoad]
+    cost: CostModel
+    attention: list[float]
+    batches: list[int]
+    highest_attention: float
+    highest_batch: int
+
+    @classmethod
+    def of(cls, loads: Sequence[InstanceLoad], cost: CostModel) -> Levels:
+        """Reads KV tokens and batch of every load once."""
+        token_us = cost.attention_us_per_token
+        request_us = cost.dispatch_us_per_request + cost.attention_us_per_row
+        batches = [load.home_requests for load in loads]
+        attention = [token_us * load.kv_tokens + request_us * load.home_requests for load in loads]
+        return cls(loads, cost, attention, batches, max(attention), max(batches))
+
+    def request_us(self, tokens: int) -> float:
+        """What a whole request adds to the attention level of the instance that is home to it and holds all of it."""
+        return self.cost.attention_us_per_token * tokens + self.cost.dispatch_us_per_request + self.cost.attention_us_per_row
+
+    def price(self, attention: float, batch: int) -> float:
+        """Price of leaving one instance, and none higher, at these levels."""
+        combine_us = self.cost.combine_us_per_request
+        raised = max(0.0, attention - self.highest_attention) + combine_us * max(0, batch - self.highest_batch)
+        return raised + OWN_WEIGHT * (attention + combine_us * batch)
+
+    def lowest_smoothly(self, positions: Sequence[int], added_us: float) -> int:
+        """Position that a small request raises least under a smooth maximum over both axes.
+
+        Many small requests shape the levels for the rare long ones, so they look at the whole slope below the maximum; the
+        smoothing width is what one request adds to the combine.
+        """
+        combine_us = self.cost.combine_us_per_request
+        sharpness = 1.0 / max(combine_us, 1e-3)
+        a, b = self.attention, self.batches
+        a_shift = (added_us - self.highest_attention) * sharpness
+        b_scale = combine_us * sharpness
+        b_shift = (1 - self.highest_batch) * b_scale
+        own = OWN_WEIGHT * sharpness
+        prices = [exp(a[i] * sharpness + a_shift) + exp(b[i] * b_scale + b_shift) + own * (a[i] + combine_us * b[i]) for i in positions]
+        return positions[prices.index(min(prices))]
+
+    def lowest(self, positions: Sequence[int], added_us: float) -> int:
+        """Position where a request that may dominate the step is cheapest whole."""
+        a, b = self.attention, self.batches
+        return min(positions, key=lambda i: (self.price(a[i] + added_us, b[i] + 1), i))
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A priced division: positions of the home (the tail) and of the other shards."""
+
+    price: float
+    home: int
+    guests: tuple[int, ...]
+
+
+def cheapest_split(
+    levels: Levels,
+    ordered: Sequence[int],
+    home_rooms: Sequence[int],
+    guest_rooms: Sequence[int],
+    *,
+    pages: int,
+    total_tokens: int,
+    pinned_home: int | None,
+    is_remote: bool,
+) -> Split | None:
+    """Cheapest degree >= 2 over prefixes of `ordered` (positions, lowest attention level first; a pinned home stands first).
+
+    Rooms are pages per entry of `ordered`. Water-filled, k shards end at one common level; the home is the smallest batch among
+    them. None when no prefix has room for `pages`.
+    """
+    cost, a, b = levels.cost, levels.attention, levels.batches
+    row_us = cost.attention_us_per_row + (cost.remote_exchange_us_per_row if is_remote else cost.exchange_us_per_row)
+    is_active = any(load.guest_tokens for load in levels.loads)
+    fixed_us = 0.0 if is_active else cost.exchange_fixed_us + (cost.remote_exchange_fixed_us if is_remote else 0.0)
+    column, room, home, home_entry = levels.request_us(total_tokens), 0, -1, -1
+    best_price, best_degree, best_home = float("inf"), 0, -1
+    for entry, position in enumerate(ordered):
+        degree = entry + 1
+        column += a[position]
+        room += guest_rooms[entry]
+        if home_rooms[entry] >= 1 and (home < 0 or (pinned_home is None and b[position] < b[home])):
+            home, home_entry = position, entry
+        if degree == 1 or home < 0 or room - guest_rooms[home_entry] + home_rooms[home_entry] < pages:
+            continue
+        level = max((column + 2 * entry * row_us) / degree, a[position])
+        price = levels.price(level, b[home] + 1) + entry * row_us + fixed_us
+        if price < best_price:
+            best_price, best_degree, best_home = price, degree, home
+    if best_degree == 0:
+        return None
+    return Split(best_price, best_home, tuple(position for position in ordered[:best_degree] if position != best_home))
