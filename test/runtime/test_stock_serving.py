@@ -38,7 +38,7 @@ def stock(request: pytest.FixtureRequest, serve: Serve, tmp_path_factory: pytest
     return serve(reporting_hooks(config, folder)), folder
 
 
-@pytest.fixture(scope="module", params=[None], ids=[""])
+@pytest.fixture(scope="module")
 def reference(stock: tuple[Server, Path]):
     return load_reference(stock[0].config.model)
 

@@ -1,0 +1,114 @@
+"""The tests' own tools: prompts that say what they claim, guards of the client, readers, and the end of a process tree."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from support.client import Client, RequestFailed, checked_ids
+from support.metrics import Sample, format_loads, parse_metrics
+from support.processes import end_process_tree
+from support.recall import VOCABULARY_SIZE, depth_at, encode, recall_prompt
+from support.server import ServerConfig, ServerStartError, clean_environment, find_free_port, start_server
+
+
+@pytest.mark.parametrize("position", [2, 100, 1023, 1024, 1025, 3400])
+def test_a_key_starts_where_it_was_asked_for(position: int) -> None:
+    prompt = recall_prompt(3500, depth_at(3500, position), seed=position)
+    assert len(prompt.text) == len(prompt.ids) == 3500
+    assert prompt.text[position : position + len(prompt.answer)] == prompt.answer
+    assert prompt.text.count(prompt.answer) == 1
+
+
+def test_a_key_cannot_start_in_the_question() -> None:
+    with pytest.raises(ValueError, match="cannot start at token 3499"):
+        depth_at(3500, 3499)
+
+
+def test_scattered_keys_are_scattered() -> None:
+    prompt = recall_prompt(3500, 0.1, seed=1, scatter=True)
+    assert prompt.answer not in prompt.text
+    assert all(character in prompt.text for character in prompt.answer)
+    assert len(prompt.text) == 3500
+
+
+def test_encoding_equals_the_tokenizer() -> None:
+    from tokenizers import Tokenizer
+
+    from support.recall import model_path
+
+    text = recall_prompt(400, 0.5, seed=3).text
+    for name in ("qwen3moe", "deepseek_v2"):
+        assert Tokenizer.from_file(f"{model_path(name)}/tokenizer.json").encode(text).ids == encode(text)
+
+
+@pytest.mark.parametrize("ids", [[], [-1], [VOCABULARY_SIZE], [0, 10**6]])
+def test_ids_that_would_kill_a_server_are_not_sent(ids: list[int]) -> None:
+    with pytest.raises(ValueError, match="input_ids"):
+        checked_ids(ids)
+    with pytest.raises(ValueError, match="input_ids"):
+        Client(port=1).generate(ids)
+
+
+def test_empty_text_is_not_sent() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        Client(port=1).generate("")
+
+
+def test_metrics_are_parsed() -> None:
+    text = '# HELP x\nsglang:dyncp_kv_tokens{dp_rank="2",model_name="a\\"b"} 17.0\nup 1\nbad line here x\n'
+    assert parse_metrics(text) == [Sample("sglang:dyncp_kv_tokens", {"dp_rank": "2", "model_name": 'a\\"b'}, 17.0), Sample("up", {}, 1.0)]
+    assert "no metrics" in format_loads([], 10)
+
+
+def test_commands_of_stock_and_dyncp() -> None:
+    stock = ServerConfig("deepseek_v2", 4, page_size=64, chunk_tokens=64).command(1)
+    assert "--enable-dyncp" not in stock
+    assert stock[stock.index("--page-size") + 1] == "1", "stock MLA on the CPU"
+    assert "--disable-overlap-schedule" in stock
+    assert stock[stock.index("--chunked-prefill-size") + 1] == "256", "SGLang's flag counts all instances"
+    dyncp = ServerConfig("deepseek_v2", 4, page_size=64, dyncp=True, flags=("--x", "1")).command(1)
+    assert dyncp[dyncp.index("--page-size") + 1] == "64"
+    assert dyncp[-3:] == ["--enable-dyncp", "--x", "1"]
+
+
+def test_environment_of_an_outer_run_does_not_leak() -> None:
+    assert clean_environment({"SGLANG_PLUGINS": "x", "DYNCP_A": "y", "HOME": "/h"}) == {"HOME": "/h"}
+
+
+def test_free_port_is_free() -> None:
+    assert find_free_port() >= 15000
+
+
+def test_a_server_that_ends_is_reported_with_its_log(tmp_path) -> None:
+    config = ServerConfig("qwen3moe", flags=("--tp", "zero"))
+    with pytest.raises(ServerStartError, match="ended with code 1[\\s\\S]*--tp"):
+        start_server(config, log_folder=tmp_path, limit_s=60)
+
+
+def test_the_whole_tree_ends_also_what_ignores_sigterm() -> None:
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+    parent = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, flush=True); p.wait()"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    child_pid = int(process.stdout.readline())
+    assert process.stdout.readline().strip() == "ready"
+    end_process_tree(process.pid, grace_s=1.0)
+    process.wait(timeout=5)
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(child_pid) and psutil.Process(child_pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    end_process_tree(process.pid)
+
+
+def test_error_events_of_a_stream_are_raised() -> None:
+    from support.client import Stream
+
+    stream = Stream(connection=None, response=[b'data: {"error": {"code": 503, "message": "full"}}\n'])
+    with pytest.raises(RequestFailed, match="HTTP 503: full"):
+        list(stream.events())
