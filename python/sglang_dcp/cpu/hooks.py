@@ -71,4 +71,13 @@ CPU_HOOKS: tuple[Hook, ...] = (
         remove_when="the registry has a torch_native handler of its own",
         parameters=("backend_name", "handler_func"),
     ),
+    Hook(
+        target="sglang.srt.managers.data_parallel_controller.DataParallelController.event_loop",
+        kind="replace",
+        hook_set="cpu",
+        handler="sglang_dcp.cpu.controller:event_loop",
+        why="the router's busy polling takes a core that the instances need",
+        upstream="event_loop receives with NOBLOCK in a loop",
+        remove_when="the controller waits on its socket",
+    ),
 )
