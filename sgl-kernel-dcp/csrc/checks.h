@@ -42,7 +42,7 @@ inline void check_tensor(const char* name, const TensorView& tensor, int code, i
     }
     ++i;
   }
-  if (!tensor.IsContiguous()) TVM_FFI_THROW(ValueError) << name << " must be contiguous";
+  if (tensor.numel() > 0 && !tensor.IsContiguous()) TVM_FFI_THROW(ValueError) << name << " must be contiguous";
 }
 
 inline cudaStream_t current_stream(const TensorView& tensor) {

@@ -102,8 +102,8 @@ int64_t create_exchange(Shape numbers, Shape table_numbers, Shape peers, int64_t
                                          preload_kernel(dispatch_kernel<true>, kThreads, exchange->device));
   const int return_capacity = preload_kernel(return_merge_kernel, kThreads, exchange->device);
   const int share = std::max<int>(1, multiprocessors / static_cast<int>(num_sharing));
-  exchange->max_dispatch_blocks = num_sharing > 1 ? share : std::min(dispatch_capacity, 2 * multiprocessors);
-  exchange->max_return_blocks = num_sharing > 1 ? share : std::min(return_capacity, 2 * multiprocessors);
+  exchange->max_dispatch_blocks = num_sharing > 1 ? share : dispatch_capacity;
+  exchange->max_return_blocks = num_sharing > 1 ? share : return_capacity;
   return reinterpret_cast<int64_t>(exchange);
 }
 

@@ -39,7 +39,7 @@ void merge_stacked(TensorView outputs, TensorView lses, TensorView merged, tvm::
   const int64_t blocks = rows * layout.num_output_pieces;
   check_limit("merge blocks (rows x pieces)", blocks, 0, INT32_MAX);
   if (blocks == 0) return;
-  stacked_merge_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, current_stream(outputs)>>>(params);
+  stacked_merge_kernel<<<static_cast<unsigned>(blocks), kPieceThreads, 0, current_stream(outputs)>>>(params);
   check_cuda(cudaGetLastError(), "stacked_merge_kernel");
 }
 

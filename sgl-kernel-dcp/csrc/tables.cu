@@ -24,31 +24,33 @@ TableShape table_shape(const Shape& numbers) {
   check_limit("max_pages", numbers[4], 1, INT32_MAX / 2);
   check_limit("max_pages_per_row", numbers[5], 1, INT32_MAX / 2);
   check_limit("page_size", numbers[6], 1, 1 << 20);
-  return TableShape{static_cast<int32_t>(numbers[0]), static_cast<int32_t>(numbers[1]), static_cast<int32_t>(numbers[2]),
+  const TableShape shape{static_cast<int32_t>(numbers[0]), static_cast<int32_t>(numbers[1]), static_cast<int32_t>(numbers[2]),
                     static_cast<int32_t>(numbers[3]), static_cast<int32_t>(numbers[4]), static_cast<int32_t>(numbers[5]),
                     static_cast<int32_t>(numbers[6])};
+  check_limit("words of all tables (max_attention_rows x max_pages_per_row is the largest)", TableLayout::make(shape).total_size, 1, INT32_MAX);
+  return shape;
 }
 
 Map<String, int64_t> table_layout(Shape numbers) {
   const TableLayout layout = TableLayout::make(table_shape(numbers));
-  return {{"input_counts", layout.input_counts},
-          {"input_routes", layout.input_routes},
-          {"input_rows", layout.input_rows},
-          {"input_size", layout.input_size},
-          {"header", layout.header},
-          {"target_count", layout.target_count},
-          {"send_target", layout.send_target},
-          {"merge_source", layout.merge_source},
-          {"kv_target", layout.kv_target},
-          {"return_target", layout.return_target},
-          {"kv_source", layout.kv_source},
-          {"kv_slot", layout.kv_slot},
-          {"kv_length", layout.kv_length},
-          {"page_indptr", layout.page_indptr},
-          {"last_page_length", layout.last_page_length},
-          {"page_indices", layout.page_indices},
-          {"block_table", layout.block_table},
-          {"total_size", layout.total_size}};
+  return {{"input_counts", int64_t{layout.input_counts}},
+          {"input_routes", int64_t{layout.input_routes}},
+          {"input_rows", int64_t{layout.input_rows}},
+          {"input_size", int64_t{layout.input_size}},
+          {"header", int64_t{layout.header}},
+          {"target_count", int64_t{layout.target_count}},
+          {"send_target", int64_t{layout.send_target}},
+          {"merge_source", int64_t{layout.merge_source}},
+          {"kv_target", int64_t{layout.kv_target}},
+          {"return_target", int64_t{layout.return_target}},
+          {"kv_source", int64_t{layout.kv_source}},
+          {"kv_slot", int64_t{layout.kv_slot}},
+          {"kv_length", int64_t{layout.kv_length}},
+          {"page_indptr", int64_t{layout.page_indptr}},
+          {"last_page_length", int64_t{layout.last_page_length}},
+          {"page_indices", int64_t{layout.page_indices}},
+          {"block_table", int64_t{layout.block_table}},
+          {"total_size", int64_t{layout.total_size}}};
 }
 
 void build_tables(TensorView tables, TensorView resident_pages, Shape numbers, int64_t rank) {

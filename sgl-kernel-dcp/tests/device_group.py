@@ -74,6 +74,9 @@ class DeviceGroup:
         self.shift = torch.randn(n, 1, 1, 1, device="cuda:0").to(torch.bfloat16)
         self.merged = torch.zeros(n, home, heads, shape.v_head_dim, **like)
         self.merged_lse = torch.zeros(n, home, heads, dtype=torch.float32, device="cuda:0")
+        # The first launch of a kernel loads its code, which waits for the kernels that run: here they would wait for it.
+        self.attend(0)
+        torch.cuda.synchronize()
 
     def randomise(self) -> None:
         """New inputs, poisoned outputs; about one partial in eight is neutral and holds NaN."""

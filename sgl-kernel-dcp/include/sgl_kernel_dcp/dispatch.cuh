@@ -9,7 +9,7 @@
 namespace dcp {
 
 constexpr int kWarps = kThreads / 32;
-constexpr int kUnroll = 4;  // pieces that a block keeps in flight
+constexpr int kUnroll = 4;  // pieces that a section of a block keeps in flight
 
 enum ExchangePhase : int { kSend = 1, kReceive = 2 };
 
@@ -52,9 +52,8 @@ __device__ __forceinline__ const uint8_t* vector_address(const RowSource& source
 }
 
 // Peers that this exchange writes to. A peer's buffer is free once it has acknowledged the exchange before this one.
-__device__ __forceinline__ uint32_t writable_peers(const DispatchParams& params, uint64_t epoch) {
+__device__ __forceinline__ uint32_t writable_peers(const DispatchParams& params, uint64_t epoch, uint32_t send_peers) {
   __shared__ uint32_t writable;
-  const uint32_t send_peers = static_cast<uint32_t>(params.tables[params.table.header + kSendPeers]);
   if (threadIdx.x == 0) writable = 1u << params.rank;
   __syncthreads();
   if (threadIdx.x < params.shape.num_instances && (send_peers >> threadIdx.x & 1u)) {
@@ -91,51 +90,77 @@ __device__ __forceinline__ uint4 load_query(const DispatchParams& params, int ro
   return load_vector(params.query.base[0] + row * params.query.row_stride[0] + int64_t{index} * kVectorBytes);
 }
 
+// Pieces that one section of the block has read and not yet stored: unit first + u * stride each.
+struct QueryBatch {
+  uint4 values[kUnroll];
+  int count[kUnroll];     // targets of the row
+  int4 targets[kUnroll];  // the first four, requested together with the data
+};
+
 template <bool kTwoParts>
-__device__ __forceinline__ void send_queries(const DispatchParams& params, uint64_t epoch, int num_rows, uint32_t writable) {
-  const int pieces = params.exchange.num_query_pieces, num_units = num_rows * pieces, stride = gridDim.x;
+__device__ __forceinline__ void load_queries(const DispatchParams& params, QueryBatch& batch, int first, int num_units) {
+  const int pieces = params.exchange.num_query_pieces, stride = gridDim.x * kSections;
   const int num_vectors = params.shape.query_row_bytes / kVectorBytes;
-  const int32_t* target_count = params.tables + params.table.target_count;
-  const int32_t* send_target = params.tables + params.table.send_target;
-  for (int first = blockIdx.x; first < num_units; first += stride * kUnroll) {
-    uint4 values[kUnroll];
-    int count[kUnroll];
-    int4 targets[kUnroll];  // the first four of each row, requested together with the data
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int unit = first + u * stride, row = unit / pieces, index = (unit - row * pieces) * kThreads + threadIdx.x;
-      count[u] = 0;
-      if (unit >= num_units || index >= num_vectors) continue;
-      values[u] = load_query<kTwoParts>(params, row, index);
-      count[u] = target_count[row];
-      targets[u] = *reinterpret_cast<const int4*>(send_target + row * kMaxPartials);
-    }
+  for (int u = 0; u < kUnroll; ++u) {
+    const int unit = first + u * stride, row = unit / pieces, index = (unit - row * pieces) * kPieceThreads + threadIdx.x % kPieceThreads;
+    batch.count[u] = 0;
+    if (unit >= num_units || index >= num_vectors) continue;
+    batch.values[u] = load_query<kTwoParts>(params, row, index);
+    batch.count[u] = params.tables[params.table.target_count + row];
+    batch.targets[u] = *reinterpret_cast<const int4*>(params.tables + params.table.send_target + row * kMaxPartials);
+  }
+}
+
+__device__ __forceinline__ void store_queries(const DispatchParams& params, const QueryBatch& batch, int first, uint32_t writable) {
+  const int pieces = params.exchange.num_query_pieces, stride = gridDim.x * kSections;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int unit = first + u * stride, row = unit / pieces, index = (unit - row * pieces) * kThreads + threadIdx.x;
-      for (int j = 0; j < count[u]; ++j) {
-        const int32_t target = j == 0   ? targets[u].x
-                               : j == 1 ? targets[u].y
-                               : j == 2 ? targets[u].z
-                               : j == 3 ? targets[u].w
-                                        : send_target[row * kMaxPartials + j];
-        if (!(writable >> target_instance(target) & 1u)) continue;
-        uint8_t* rows = params.peers.base[target_instance(target)] + params.exchange.query_rows;
-        store_vector(rows + int64_t{target_slot(target)} * params.shape.query_row_bytes + int64_t{index} * kVectorBytes, values[u]);
-      }
+  for (int u = 0; u < kUnroll; ++u) {
+    const int unit = first + u * stride, row = unit / pieces, index = (unit - row * pieces) * kPieceThreads + threadIdx.x % kPieceThreads;
+    for (int j = 0; j < batch.count[u]; ++j) {
+      const int32_t target = j == 0   ? batch.targets[u].x
+                             : j == 1 ? batch.targets[u].y
+                             : j == 2 ? batch.targets[u].z
+                             : j == 3 ? batch.targets[u].w
+                                      : params.tables[params.table.send_target + row * kMaxPartials + j];
+      if (!(writable >> target_instance(target) & 1u)) continue;
+      uint8_t* rows = params.peers.base[target_instance(target)] + params.exchange.query_rows;
+      store_vector(rows + int64_t{target_slot(target)} * params.shape.query_row_bytes + int64_t{index} * kVectorBytes, batch.values[u]);
     }
   }
-  __syncthreads();  // the block's stores come before every flag below
+}
+
+__device__ __forceinline__ void flag_queries(const DispatchParams& params, uint64_t epoch, int num_units, uint32_t writable) {
+  const int pieces = params.exchange.num_query_pieces, stride = gridDim.x;
   const int num_own_units = num_units > blockIdx.x ? (num_units - blockIdx.x + stride - 1) / stride : 0;
   for (int item = threadIdx.x; item < num_own_units * kMaxPartials; item += kThreads) {
     const int unit = blockIdx.x + item / kMaxPartials * stride, row = unit / pieces, j = item % kMaxPartials;
-    if (j >= target_count[row]) continue;
-    const int32_t target = send_target[row * kMaxPartials + j];
+    const int32_t target = params.tables[params.table.send_target + row * kMaxPartials + j];
+    if (j >= params.tables[params.table.target_count + row]) continue;
     const int peer = target_instance(target);
     if (peer == params.rank || !(writable >> peer & 1u)) continue;
     auto* flags = reinterpret_cast<uint64_t*>(params.peers.base[peer] + params.exchange.query_flag);
     store_release_system(flags + int64_t{target_slot(target)} * pieces + (unit - row * pieces), epoch);
   }
+}
+
+template <bool kTwoParts>
+__device__ __forceinline__ void send_rows(const DispatchParams& params, uint64_t epoch) {
+  const int num_rows = params.tables[params.table.header + kNumHomeRows];
+  const uint32_t send_peers = static_cast<uint32_t>(params.tables[params.table.header + kSendPeers]);
+  const int num_units = num_rows * params.exchange.num_query_pieces;
+  int first = blockIdx.x + threadIdx.x / kPieceThreads * gridDim.x;
+  QueryBatch batch;
+  load_queries<kTwoParts>(params, batch, first, num_units);  // needs no credit, so it runs ahead of the wait
+  const uint32_t writable = writable_peers(params, epoch, send_peers);
+  if (params.key_value.base[0] != nullptr) send_key_values(params, epoch, num_rows, writable);
+  while (first < num_units) {
+    store_queries(params, batch, first, writable);
+    first += gridDim.x * kSections * kUnroll;
+    load_queries<kTwoParts>(params, batch, first, num_units);
+  }
+  __syncthreads();  // the block's stores come before every flag
+  flag_queries(params, epoch, num_units, writable);
 }
 
 __device__ __forceinline__ void receive_key_values(const DispatchParams& params, uint64_t epoch) {
@@ -171,13 +196,10 @@ __device__ __forceinline__ void receive_queries(const DispatchParams& params, ui
 }
 
 template <bool kTwoParts>
-__global__ void __launch_bounds__(kThreads, 2) dispatch_kernel(const __grid_constant__ DispatchParams params) {
+__global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_constant__ DispatchParams params) {
   const uint64_t epoch = params.state->dispatch_epoch;
   if (params.phases & kSend) {
-    const int num_rows = params.tables[params.table.header + kNumHomeRows];
-    const uint32_t writable = writable_peers(params, epoch);
-    if (params.key_value.base[0] != nullptr) send_key_values(params, epoch, num_rows, writable);
-    send_queries<kTwoParts>(params, epoch, num_rows, writable);
+    send_rows<kTwoParts>(params, epoch);
   }
   if (params.phases & kReceive) {
     if (params.key_value.base[0] != nullptr) receive_key_values(params, epoch);

@@ -16,8 +16,10 @@ constexpr int kMaxInstances = 16;      // one route word holds a bit per instanc
 constexpr int kMaxPartials = 16;       // partial results merged into one home row
 constexpr int kMaxHomeRows = 1024;     // one warp of the table kernel per 32 rows
 constexpr int kVectorBytes = 16;
-constexpr int kThreads = 512;          // block size of the exchange and merge kernels
-constexpr int kPieceBytes = kThreads * kVectorBytes;  // one vector per thread
+constexpr int kThreads = 1024;         // block size of the exchange kernels
+constexpr int kPieceThreads = 512;     // threads that move one piece, one vector each
+constexpr int kSections = kThreads / kPieceThreads;
+constexpr int kPieceBytes = kPieceThreads * kVectorBytes;
 constexpr int kMaxHeadsPerPiece = 64;
 constexpr int kTargetSlotBits = 24;    // target = instance << 24 | slot
 constexpr int kTargetSlotMask = (1 << kTargetSlotBits) - 1;
@@ -104,25 +106,25 @@ struct TableShape {
   int32_t page_size;
 };
 
-// int32 offsets into one static buffer. The first `input_size` words are the step's message from the host (one copy).
+// Offsets, in int32 words, into one static buffer of less than 2^31 words. The first `input_size` words are the step's message from the host (one copy).
 struct TableLayout {
-  int64_t input_counts;      // [32]: home rows of each instance, then at 16 this instance's attention rows
-  int64_t input_routes;      // [num_instances, max_home_rows] route words
-  int64_t input_rows;        // [max_attention_rows, 4]: resident entry, tokens, new page or -1, slot for the arriving K/V or -1
-  int64_t input_size;
-  int64_t header;            // [16], see HeaderField
-  int64_t target_count;      // [max_home_rows] shards of the row
-  int64_t send_target;       // [max_home_rows, kMaxPartials] shard << 24 | query slot there
-  int64_t merge_source;      // [max_home_rows, kMaxPartials] shard << 24 | return slot here (own shard: attention row)
-  int64_t kv_target;         // [max_home_rows] tail << 24 | K/V slot there, -1: none travels
-  int64_t return_target;     // [max_attention_rows] home << 24 | return slot there, -1: own row or padding
-  int64_t kv_source;         // [max_kv_rows] home of the arriving row
-  int64_t kv_slot;           // [max_kv_rows] where it goes in this instance's pool
-  int64_t kv_length;         // [max_attention_rows] tokens, 0 for padding
-  int64_t page_indptr;       // [max_attention_rows + 1]
-  int64_t last_page_length;  // [max_attention_rows]
-  int64_t page_indices;      // [max_pages]
-  int64_t block_table;       // [max_attention_rows, max_pages_per_row]
+  int32_t input_counts;      // [32]: home rows of each instance, then at 16 this instance's attention rows
+  int32_t input_routes;      // [num_instances, max_home_rows] route words
+  int32_t input_rows;        // [max_attention_rows, 4]: resident entry, tokens, new page or -1, slot for the arriving K/V or -1
+  int32_t input_size;
+  int32_t header;            // [16], see HeaderField
+  int32_t target_count;      // [max_home_rows] shards of the row
+  int32_t send_target;       // [max_home_rows, kMaxPartials] shard << 24 | query slot there
+  int32_t merge_source;      // [max_home_rows, kMaxPartials] shard << 24 | return slot here (own shard: attention row)
+  int32_t kv_target;         // [max_home_rows] tail << 24 | K/V slot there, -1: none travels
+  int32_t return_target;     // [max_attention_rows] home << 24 | return slot there, -1: own row or padding
+  int32_t kv_source;         // [max_kv_rows] home of the arriving row
+  int32_t kv_slot;           // [max_kv_rows] where it goes in this instance's pool
+  int32_t kv_length;         // [max_attention_rows] tokens, 0 for padding
+  int32_t page_indptr;       // [max_attention_rows + 1]
+  int32_t last_page_length;  // [max_attention_rows]
+  int32_t page_indices;      // [max_pages]
+  int32_t block_table;       // [max_attention_rows, max_pages_per_row]
   int64_t total_size;
 
   DCP_HOST_DEVICE static TableLayout make(const TableShape& shape) {
@@ -133,7 +135,7 @@ struct TableLayout {
     layout.input_counts = place(end, 32);
     layout.input_routes = place(end, int64_t{shape.num_instances} * home);
     layout.input_rows = place(end, attention * 4);
-    layout.input_size = end;
+    layout.input_size = static_cast<int32_t>(end);
     layout.header = place(end, 16);
     layout.target_count = place(end, home);
     layout.send_target = place(end, home * kMaxPartials);
@@ -151,8 +153,8 @@ struct TableLayout {
     return layout;
   }
 
-  DCP_HOST_DEVICE static int64_t place(int64_t& end, int64_t words) {
-    const int64_t begin = end;
+  DCP_HOST_DEVICE static int32_t place(int64_t& end, int64_t words) {
+    const auto begin = static_cast<int32_t>(end);
     end = round_up(end + words, 4);  // 16 bytes, so that rows of four words load as one vector
     return begin;
   }

@@ -10,21 +10,27 @@
 
 namespace dcp {
 
-constexpr int kMergeBatch = 8;  // partials whose loads are in flight together
-
-// Sources of one piece (up to kMaxHeadsPerPiece heads of one row); an absent source has a null output.
-struct MergeScratch {
-  const uint8_t* output[kMaxPartials];
-  const float* lse[kMaxPartials];
-  float weight[kMaxPartials][kMaxHeadsPerPiece];
+// One partial result at the first head of a span; an absent one has a null output.
+struct PartialSpan {
+  const uint8_t* output;
+  const float* lse;
 };
 
-struct MergePiece {
-  int count;               // sources
-  int num_heads;           // heads of this piece
-  int num_vectors;         // vectors of this piece
-  uint8_t* destination;
-  float* lse_destination;  // null: not wanted
+// The vectors of a span of heads that one thread merges: `index[v]` within the span, in head `head[v]` of the span.
+template <int kVectors>
+struct ThreadVectors {
+  int index[kVectors];
+  int head[kVectors];
+  bool active[kVectors];
+
+  __device__ __forceinline__ ThreadVectors(int first, int step, int num_vectors, int vectors_per_head) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      index[v] = first + v * step;
+      head[v] = index[v] / vectors_per_head;
+      active[v] = index[v] < num_vectors;
+    }
+  }
 };
 
 __device__ __forceinline__ void accumulate_vector(float (&sum)[8], const uint4& value, float weight) {
@@ -36,64 +42,67 @@ __device__ __forceinline__ void accumulate_vector(float (&sum)[8], const uint4& 
   }
 }
 
-__device__ __forceinline__ uint4 pack_vector(const float (&sum)[8]) {
+__device__ __forceinline__ uint4 pack_scaled(const float (&sum)[8], float scale) {
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(sum[2 * i], sum[2 * i + 1]);
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(sum[2 * i] * scale, sum[2 * i + 1] * scale);
     words[i] = *reinterpret_cast<const uint32_t*>(&pair);
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// One thread per head turns its column of LSEs into normalised weights.
-__device__ __forceinline__ void weigh_head(MergeScratch& scratch, const MergePiece& piece, int head) {
-  float lse[kMaxPartials];
-  float peak = -INFINITY;
+// Merges `count` partials of a span into `destination` (and `lse_destination`, unless null). `locate(i)` returns partial i; the
+// threads of a warp call it together. Every thread weighs for itself: its head's LSEs are broadcast loads that travel with the data,
+// so nothing is exchanged and no barrier is needed. kBatch partials are in flight together.
+template <int kVectors, int kBatch, typename Locate>
+__device__ __forceinline__ void merge_span(int count, Locate locate, const ThreadVectors<kVectors>& own, int vectors_per_head,
+                                           uint8_t* destination, float* lse_destination) {
+  float sum[kVectors][8] = {};
+  float peak[kVectors], total[kVectors];
 #pragma unroll
-  for (int i = 0; i < kMaxPartials; ++i) {
-    lse[i] = i < piece.count && scratch.output[i] != nullptr ? *(scratch.lse[i] + head) : -INFINITY;
-    peak = fmaxf(peak, lse[i]);
-  }
-  const float origin = peak == -INFINITY ? 0.0f : peak;
-  float total = 0.0f;
+  for (int v = 0; v < kVectors; ++v) peak[v] = -INFINITY, total[v] = 0.0f;
+  for (int first = 0; first < count; first += kBatch) {
+    uint4 values[kBatch][kVectors];
+    float lse[kBatch][kVectors];
 #pragma unroll
-  for (int i = 0; i < kMaxPartials; ++i) {
-    lse[i] = __expf(lse[i] - origin);
-    total += lse[i];
-  }
-  const float scale = total == 0.0f ? 0.0f : 1.0f / total;
+    for (int b = 0; b < kBatch; ++b) {
+      const PartialSpan partial = first + b < count ? locate(first + b) : PartialSpan{nullptr, nullptr};
 #pragma unroll
-  for (int i = 0; i < kMaxPartials; ++i) {
-    if (i < piece.count) scratch.weight[i][head] = lse[i] * scale;
-  }
-  if (piece.lse_destination != nullptr) piece.lse_destination[head] = total == 0.0f ? -INFINITY : origin + __logf(total);
-}
-
-// Called by the whole block after a barrier that made `scratch.output` and `scratch.lse` visible; the caller puts another one
-// before it changes them. `vectors_per_head` vectors make up one head.
-__device__ __forceinline__ void merge_piece(MergeScratch& scratch, const MergePiece& piece, int vectors_per_head) {
-  const int thread = threadIdx.x;
-  const bool active = thread < piece.num_vectors;
-  uint4 values[kMergeBatch];
+      for (int v = 0; v < kVectors; ++v) {
+        lse[b][v] = -INFINITY;
+        if (partial.output == nullptr || !own.active[v]) continue;
+        values[b][v] = load_vector(partial.output + own.index[v] * kVectorBytes);
+        lse[b][v] = partial.lse[own.head[v]];
+      }
+    }
 #pragma unroll
-  for (int i = 0; i < kMergeBatch; ++i) {
-    if (active && i < piece.count && scratch.output[i] != nullptr) values[i] = load_vector(scratch.output[i] + thread * kVectorBytes);
-  }
-  if (thread < piece.num_heads) weigh_head(scratch, piece, thread);
-  __syncthreads();
-  if (!active) return;
-  const int head = thread / vectors_per_head;
-  float sum[8] = {};
+    for (int v = 0; v < kVectors; ++v) {
+      float new_peak = peak[v];
 #pragma unroll
-  for (int i = 0; i < kMergeBatch; ++i) {
-    if (i < piece.count && scratch.weight[i][head] != 0.0f) accumulate_vector(sum, values[i], scratch.weight[i][head]);
+      for (int b = 0; b < kBatch; ++b) new_peak = fmaxf(new_peak, lse[b][v]);
+      if (new_peak == -INFINITY) continue;
+      const float rescale = __expf(peak[v] - new_peak);
+      peak[v] = new_peak;
+      total[v] *= rescale;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[v][i] *= rescale;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const float weight = __expf(lse[b][v] - new_peak);
+        total[v] += weight;
+        if (weight != 0.0f) accumulate_vector(sum[v], values[b][v], weight);
+      }
+    }
   }
-  for (int i = kMergeBatch; i < piece.count; ++i) {
-    const float weight = scratch.weight[i][head];
-    if (weight != 0.0f) accumulate_vector(sum, load_vector(scratch.output[i] + thread * kVectorBytes), weight);
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    if (!own.active[v]) continue;
+    store_vector(destination + own.index[v] * kVectorBytes, pack_scaled(sum[v], total[v] == 0.0f ? 0.0f : 1.0f / total[v]));
+    if (lse_destination != nullptr && own.index[v] == own.head[v] * vectors_per_head) {
+      lse_destination[own.head[v]] = total[v] == 0.0f ? -INFINITY : peak[v] + __logf(total[v]);
+    }
   }
-  store_vector(piece.destination + thread * kVectorBytes, pack_vector(sum));
 }
 
 }  // namespace dcp

@@ -25,129 +25,159 @@ struct ReturnParams {
   int32_t phases;
 };
 
-struct ReturnUnit {
+constexpr int kReturnUnroll = 2;                 // pieces that a section of a block keeps in flight
+constexpr int kMergeVectors = 1;                 // vectors that a thread merges at once
+constexpr int kMergeBatch = 4;                   // partials in flight together
+constexpr int kSpanVectors = 32 * kMergeVectors; // a warp merges a span of a piece
+constexpr int kSpansPerPiece = kPieceThreads / kSpanVectors;
+
+// A piece of one row: some of its heads.
+struct RowPiece {
   int row;
   int piece;
-  int num_heads;    // heads of this piece
-  int num_vectors;
-};
+  int num_heads;
+  int64_t first_head;  // counted over all rows
 
-__device__ __forceinline__ ReturnUnit return_unit(const ReturnParams& params, int unit) {
-  ReturnUnit result;
-  result.row = unit / params.exchange.num_output_pieces;
-  result.piece = unit - result.row * params.exchange.num_output_pieces;
-  result.num_heads = min(params.exchange.heads_per_piece, params.shape.num_heads - result.piece * params.exchange.heads_per_piece);
-  result.num_vectors = result.num_heads * (params.shape.v_head_bytes / kVectorBytes);
-  return result;
-}
+  __device__ __forceinline__ RowPiece(const ReturnParams& params, int unit) {
+    row = unit / params.exchange.num_output_pieces;
+    piece = unit - row * params.exchange.num_output_pieces;
+    const int head = piece * params.exchange.heads_per_piece;
+    num_heads = min(params.exchange.heads_per_piece, params.shape.num_heads - head);
+    first_head = int64_t{row} * params.shape.num_heads + head;
+  }
+};
 
 __device__ __forceinline__ int64_t message_offset(const ReturnParams& params, int slot, int piece) {
   return params.exchange.return_slots +
          (int64_t{slot} * params.exchange.num_output_pieces + piece) * params.exchange.output_piece_stride;
 }
 
-__device__ __forceinline__ bool is_peer(const ReturnParams& params, int32_t target, uint32_t silent) {
-  return target >= 0 && !(silent >> target_instance(target) & 1u);
+__device__ __forceinline__ bool is_peer(int32_t target, uint32_t silent) { return target >= 0 && !(silent >> target_instance(target) & 1u); }
+
+// One section of the block moves kReturnUnroll pieces: unit first + u * stride each.
+__device__ __forceinline__ void send_pieces(const ReturnParams& params, int first, int num_units, uint32_t silent) {
+  const int stride = gridDim.x * kSections, thread = threadIdx.x % kPieceThreads;
+  const int vectors_per_head = params.shape.v_head_bytes / kVectorBytes;
+  const int64_t lse_offset = int64_t{params.exchange.heads_per_piece} * params.shape.v_head_bytes;
+  uint4 values[kReturnUnroll];
+  float lse[kReturnUnroll];
+  int32_t targets[kReturnUnroll];
+#pragma unroll
+  for (int u = 0; u < kReturnUnroll; ++u) {
+    const int unit = first + u * stride;
+    targets[u] = unit < num_units ? params.tables[params.table.return_target + unit / params.exchange.num_output_pieces] : -1;
+  }
+#pragma unroll
+  for (int u = 0; u < kReturnUnroll; ++u) {
+    if (!is_peer(targets[u], silent)) continue;
+    const RowPiece piece(params, first + u * stride);
+    if (thread < piece.num_heads * vectors_per_head) {
+      values[u] = load_vector(params.partial + piece.first_head * params.shape.v_head_bytes + thread * kVectorBytes);
+    }
+    if (thread < piece.num_heads) lse[u] = params.partial_lse[piece.first_head + thread];
+  }
+#pragma unroll
+  for (int u = 0; u < kReturnUnroll; ++u) {
+    if (!is_peer(targets[u], silent)) continue;
+    const RowPiece piece(params, first + u * stride);
+    uint8_t* message = params.peers.base[target_instance(targets[u])] + message_offset(params, target_slot(targets[u]), piece.piece);
+    if (thread < piece.num_heads * vectors_per_head) store_vector(message + thread * kVectorBytes, values[u]);
+    if (thread < piece.num_heads) reinterpret_cast<float*>(message + lse_offset)[thread] = lse[u];
+  }
 }
 
 __device__ __forceinline__ void send_partials(const ReturnParams& params, uint64_t epoch, uint32_t silent) {
   const int num_units = params.tables[params.table.header + kNumAttentionRows] * params.exchange.num_output_pieces;
-  const int stride = gridDim.x;
-  const int32_t* return_target = params.tables + params.table.return_target;
-  const int64_t lse_offset = int64_t{params.exchange.heads_per_piece} * params.shape.v_head_bytes;
-  for (int first = blockIdx.x; first < num_units; first += stride * kUnroll) {
-    uint4 values[kUnroll];
-    float lse[kUnroll];
-    int32_t targets[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int unit = first + u * stride;
-      targets[u] = unit < num_units ? return_target[unit / params.exchange.num_output_pieces] : -1;
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (!is_peer(params, targets[u], silent)) continue;
-      const ReturnUnit unit = return_unit(params, first + u * stride);
-      const int64_t head = int64_t{unit.row} * params.shape.num_heads + unit.piece * params.exchange.heads_per_piece;
-      if (threadIdx.x < unit.num_vectors) {
-        values[u] = load_vector(params.partial + head * params.shape.v_head_bytes + threadIdx.x * kVectorBytes);
-      }
-      if (threadIdx.x < unit.num_heads) lse[u] = params.partial_lse[head + threadIdx.x];
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (!is_peer(params, targets[u], silent)) continue;
-      const ReturnUnit unit = return_unit(params, first + u * stride);
-      uint8_t* message = params.peers.base[target_instance(targets[u])] + message_offset(params, target_slot(targets[u]), unit.piece);
-      if (threadIdx.x < unit.num_vectors) store_vector(message + threadIdx.x * kVectorBytes, values[u]);
-      if (threadIdx.x < unit.num_heads) reinterpret_cast<float*>(message + lse_offset)[threadIdx.x] = lse[u];
-    }
+  const int stride = gridDim.x * kSections * kReturnUnroll;
+  for (int first = blockIdx.x + threadIdx.x / kPieceThreads * gridDim.x; first < num_units; first += stride) {
+    send_pieces(params, first, num_units, silent);
   }
   __syncthreads();  // the block's stores come before every flag below
-  const int num_own_units = num_units > blockIdx.x ? (num_units - blockIdx.x + stride - 1) / stride : 0;
+  const int num_own_units = num_units > blockIdx.x ? (num_units - blockIdx.x + gridDim.x - 1) / gridDim.x : 0;
   for (int item = threadIdx.x; item < num_own_units; item += kThreads) {
-    const ReturnUnit unit = return_unit(params, blockIdx.x + item * stride);
-    const int32_t target = return_target[unit.row];
-    if (!is_peer(params, target, silent)) continue;
+    const RowPiece piece(params, blockIdx.x + item * gridDim.x);
+    const int32_t target = params.tables[params.table.return_target + piece.row];
+    if (!is_peer(target, silent)) continue;
     auto* flags = reinterpret_cast<uint64_t*>(params.peers.base[target_instance(target)] + params.exchange.return_flag);
-    store_release_system(flags + int64_t{target_slot(target)} * params.exchange.num_output_pieces + unit.piece, epoch);
+    store_release_system(flags + int64_t{target_slot(target)} * params.exchange.num_output_pieces + piece.piece, epoch);
   }
 }
 
-// Thread `index` finds source `index` of the unit: own partials where attention left them, others in the return slots.
-__device__ __forceinline__ void locate_source(const ReturnParams& params, MergeScratch& scratch, const ReturnUnit& unit, uint64_t epoch,
-                                              int index) {
-  const int32_t source = params.tables[params.table.merge_source + unit.row * kMaxPartials + index];
-  const int instance = target_instance(source), slot = target_slot(source);
+// What a lane knows of its warp's next span: where partial `lane` of the row comes from.
+struct SpanSource {
+  int count;
+  int32_t source;
+};
+
+__device__ __forceinline__ SpanSource load_source(const ReturnParams& params, int unit, int num_units, int lane) {
+  SpanSource result{0, 0};
+  if (unit >= num_units) return result;
+  const int row = unit / (params.exchange.num_output_pieces * kSpansPerPiece);
+  result.count = params.tables[params.table.target_count + row];
+  if (lane < kMaxPartials) result.source = params.tables[params.table.merge_source + row * kMaxPartials + lane];
+  return result;
+}
+
+// Waits for partial `lane` of the piece: own ones lie where attention left them, others in the return slots.
+__device__ __forceinline__ PartialSpan locate_partial(const ReturnParams& params, const RowPiece& piece, const SpanSource& span,
+                                                      uint64_t epoch, int lane) {
+  if (lane >= span.count) return PartialSpan{nullptr, nullptr};
+  const int instance = target_instance(span.source), slot = target_slot(span.source);
   if (instance == params.rank) {
-    const int64_t head = int64_t{slot} * params.shape.num_heads + unit.piece * params.exchange.heads_per_piece;
-    scratch.output[index] = params.partial + head * params.shape.v_head_bytes;
-    scratch.lse[index] = params.partial_lse + head;
-    return;
+    const int64_t head = int64_t{slot} * params.shape.num_heads + piece.piece * params.exchange.heads_per_piece;
+    return PartialSpan{params.partial + head * params.shape.v_head_bytes, params.partial_lse + head};
   }
   const uint8_t* own = params.peers.base[params.rank];
   const auto* flag = reinterpret_cast<const uint64_t*>(own + params.exchange.return_flag) +
-                     int64_t{slot} * params.exchange.num_output_pieces + unit.piece;
-  const bool arrived = wait_for_flag(flag, epoch, instance, params.state, params.wait_limit_ns);
-  const uint8_t* message = own + message_offset(params, slot, unit.piece);
-  scratch.output[index] = arrived ? message : nullptr;
-  scratch.lse[index] = reinterpret_cast<const float*>(message + int64_t{params.exchange.heads_per_piece} * params.shape.v_head_bytes);
+                     int64_t{slot} * params.exchange.num_output_pieces + piece.piece;
+  if (!wait_for_flag(flag, epoch, instance, params.state, params.wait_limit_ns)) return PartialSpan{nullptr, nullptr};
+  const uint8_t* message = own + message_offset(params, slot, piece.piece);
+  return PartialSpan{message, reinterpret_cast<const float*>(message + int64_t{params.exchange.heads_per_piece} * params.shape.v_head_bytes)};
 }
 
-__device__ __forceinline__ void merge_home_rows(const ReturnParams& params, MergeScratch& scratch, uint64_t epoch) {
-  const int num_units = params.tables[params.table.header + kNumHomeRows] * params.exchange.num_output_pieces;
-  const int vectors_per_head = params.shape.v_head_bytes / kVectorBytes;
-  for (int index = blockIdx.x; index < num_units; index += gridDim.x) {
-    const ReturnUnit unit = return_unit(params, index);
-    MergePiece piece;
-    piece.count = params.tables[params.table.target_count + unit.row];
-    piece.num_heads = unit.num_heads;
-    piece.num_vectors = unit.num_vectors;
-    const int64_t head = int64_t{unit.row} * params.shape.num_heads + unit.piece * params.exchange.heads_per_piece;
-    piece.destination = params.merged + head * params.shape.v_head_bytes;
-    piece.lse_destination = params.merged_lse == nullptr ? nullptr : params.merged_lse + head;
-    if (threadIdx.x < piece.count) locate_source(params, scratch, unit, epoch, threadIdx.x);
-    __syncthreads();
-    merge_piece(scratch, piece, vectors_per_head);
-    __syncthreads();  // scratch is reused
-  }
+__device__ __forceinline__ void merge_home_span(const ReturnParams& params, const SpanSource& span, int unit, uint64_t epoch, int lane) {
+  const RowPiece piece(params, unit / kSpansPerPiece);
+  const int vectors_per_head = params.shape.v_head_bytes / kVectorBytes, num_vectors = piece.num_heads * vectors_per_head;
+  const int first_vector = unit % kSpansPerPiece * kSpanVectors;
+  if (first_vector >= num_vectors) return;  // the last piece of a row may be short
+  const PartialSpan mine = locate_partial(params, piece, span, epoch, lane);
+  __syncwarp();  // each lane's acquire covers what its warp reads next
+  const ThreadVectors<kMergeVectors> own(first_vector + lane, 32, num_vectors, vectors_per_head);
+  const auto locate = [&](int index) {
+    const auto output = __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(mine.output), index);
+    const auto lse = __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(mine.lse), index);
+    return PartialSpan{reinterpret_cast<const uint8_t*>(output), reinterpret_cast<const float*>(lse)};
+  };
+  merge_span<kMergeVectors, kMergeBatch>(span.count, locate, own, vectors_per_head,
+                                         params.merged + piece.first_head * params.shape.v_head_bytes,
+                                         params.merged_lse == nullptr ? nullptr : params.merged_lse + piece.first_head);
 }
 
-__global__ void __launch_bounds__(kThreads, 2) return_merge_kernel(const __grid_constant__ ReturnParams params) {
-  __shared__ MergeScratch scratch;
+__device__ __forceinline__ void acknowledge(const ReturnParams& params, uint64_t epoch, uint32_t silent) {
+  const int peer = threadIdx.x;
+  if (blockIdx.x != 0 || peer >= params.shape.num_instances || peer == params.rank || (silent >> peer & 1u)) return;
+  // Attention has ended, so its query rows may be overwritten: the peer's credit for the next exchange. Stream order makes the
+  // reads come first; no data is published.
+  store_relaxed_system(reinterpret_cast<uint64_t*>(params.peers.base[peer] + params.exchange.acknowledgement) + params.rank, epoch);
+}
+
+__global__ void __launch_bounds__(kThreads, 1) return_merge_kernel(const __grid_constant__ ReturnParams params) {
+  const int lane = threadIdx.x & 31, num_warps = gridDim.x * (kThreads / 32);
   const uint64_t epoch = params.state->return_epoch;
+  const int num_units = params.tables[params.table.header + kNumHomeRows] * params.exchange.num_output_pieces * kSpansPerPiece;
+  int unit = blockIdx.x + (threadIdx.x >> 5) * gridDim.x;
+  SpanSource span = load_source(params, unit, num_units, lane);  // while the partials travel
   if (params.phases & kSend) {
     const uint32_t silent = load_silent_mask(params.state);
-    if (blockIdx.x == 0 && threadIdx.x < params.shape.num_instances && threadIdx.x != params.rank && !(silent >> threadIdx.x & 1u)) {
-      // Attention has ended, so its query rows may be overwritten: the peer's credit for the next exchange. Stream order makes
-      // the reads come first; no data is published.
-      auto* acknowledgement = reinterpret_cast<uint64_t*>(params.peers.base[threadIdx.x] + params.exchange.acknowledgement);
-      store_relaxed_system(acknowledgement + params.rank, epoch);
-    }
+    acknowledge(params, epoch, silent);
     send_partials(params, epoch, silent);
   }
   if (params.phases & kReceive) {
-    merge_home_rows(params, scratch, epoch);
+    for (; unit < num_units; unit += num_warps) {
+      const SpanSource next = load_source(params, unit + num_warps, num_units, lane);
+      merge_home_span(params, span, unit, epoch, lane);
+      span = next;
+    }
     if (blockIdx.x == 0 && threadIdx.x == 0) params.state->dispatch_epoch = epoch + 1;
   }
 }

@@ -20,24 +20,21 @@ struct StackedMergeParams {
   int32_t pieces_per_row;
 };
 
-// One block per piece.
-__global__ void __launch_bounds__(kThreads, 2) stacked_merge_kernel(const __grid_constant__ StackedMergeParams params) {
-  __shared__ MergeScratch scratch;
+constexpr int kStackedBatch = 8;
+
+// One block per piece, one vector per thread.
+__global__ void __launch_bounds__(kPieceThreads, 2) stacked_merge_kernel(const __grid_constant__ StackedMergeParams params) {
   const int row = blockIdx.x / params.pieces_per_row, first_head = (blockIdx.x - row * params.pieces_per_row) * params.heads_per_piece;
-  const int64_t head_index = int64_t{row} * params.num_heads + first_head;
-  if (threadIdx.x < params.num_partials) {
-    const int64_t heads = threadIdx.x * (int64_t{params.num_rows} * params.num_heads) + head_index;
-    scratch.output[threadIdx.x] = params.outputs + heads * params.v_head_bytes;
-    scratch.lse[threadIdx.x] = params.lses + heads;
-  }
-  __syncthreads();
-  MergePiece piece;
-  piece.count = params.num_partials;
-  piece.num_heads = min(params.heads_per_piece, params.num_heads - first_head);
-  piece.num_vectors = piece.num_heads * params.v_head_bytes / kVectorBytes;
-  piece.destination = params.merged + head_index * params.v_head_bytes;
-  piece.lse_destination = params.merged_lse == nullptr ? nullptr : params.merged_lse + head_index;
-  merge_piece(scratch, piece, params.v_head_bytes / kVectorBytes);
+  const int64_t head_index = int64_t{row} * params.num_heads + first_head, partial_stride = int64_t{params.num_rows} * params.num_heads;
+  const int vectors_per_head = params.v_head_bytes / kVectorBytes;
+  const int num_heads = min(params.heads_per_piece, params.num_heads - first_head);
+  const ThreadVectors<1> own(threadIdx.x, kPieceThreads, num_heads * vectors_per_head, vectors_per_head);
+  const auto locate = [&](int partial) {
+    const int64_t heads = partial * partial_stride + head_index;
+    return PartialSpan{params.outputs + heads * params.v_head_bytes, params.lses + heads};
+  };
+  merge_span<1, kStackedBatch>(params.num_partials, locate, own, vectors_per_head, params.merged + head_index * params.v_head_bytes,
+                               params.merged_lse == nullptr ? nullptr : params.merged_lse + head_index);
 }
 
 }  // namespace dcp
