@@ -4,6 +4,7 @@ Runs in a process of its own (see test_cpu_gaps.py): the environment must be set
 or the name of the exception that shows the gap.
 """
 
+import inspect
 import json
 import tempfile
 import types
@@ -81,6 +82,14 @@ def rope_without_yarn():
     get_rope_cpu(16, 16, 4096, 10000.0, False, None, torch.float32, 1.0, "cpu")
 
 
+def router_polls_without_waiting():
+    """Whether the router's loop asks its socket without blocking, over and over."""
+    from sglang.srt.managers.data_parallel_controller import DataParallelController
+
+    source = inspect.getsource(DataParallelController.event_loop)
+    return "while True" in source and "NOBLOCK" in source and ".poll(" not in source
+
+
 def probe():
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
@@ -99,6 +108,7 @@ def probe():
         "all_gatherv": outcome(lambda: group.all_gatherv(rows, sizes=[3])),
         "native_experts": outcome(native_experts_with_foreign_ids),
         "kv_heads_of_two_on_four_ranks": kv_heads_of_two_on_four_ranks(),
+        "router_polls_without_waiting": router_polls_without_waiting(),
         "rope_without_yarn": outcome(rope_without_yarn),
     }
 

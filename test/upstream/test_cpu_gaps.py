@@ -82,6 +82,11 @@ def test_torch_native_has_no_mla_handler(probe: dict[str, Any]) -> None:
     assert probe["torch_native_mla_handler"] is False
 
 
+def test_the_router_polls_without_waiting(probe: dict[str, Any]) -> None:
+    """Hook: DataParallelController.event_loop."""
+    assert probe["router_polls_without_waiting"] is True
+
+
 def test_kv_heads_are_padded_by_the_wrong_group_size(probe: dict[str, Any]) -> None:
     """No hook: the test models have 4 KV heads. Closed when heads are counted per attention rank; then 2 would do."""
     assert probe["kv_heads_of_two_on_four_ranks"] == 4
