@@ -3,8 +3,9 @@
 Rules, and why:
 - Growth before admission, each in the total order (born, home, handle). A running request is never held up by one that has not started,
   so running requests always finish and waiting ones always start: no deadlock.
-- Admission is all or nothing. While the first waiting ask does not fit, what its split needs is promised to it and nobody behind it
-  (nor a local request, see `Decision.promised`) may take it: short requests cannot starve a long one.
+- Admission is all or nothing. While the first waiting ask does not fit, what its split needs is promised to it, pages that are still
+  taken included: nobody behind it (nor a local request, see `Decision.promised`) may take them when they become free, so short requests
+  cannot starve a long one. A stuck growth is promised one page wherever it may grow, for the same reason.
 - Growth takes the home's pool first, then the shard with most room, then a new shard.
 - Stuck growth with no page anywhere makes a victim: the youngest stuck request, as soon as two are stuck or nothing else runs.
 """
@@ -36,7 +37,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Outcome of one step. `promised[r]` pages of instance r are spoken for by the first waiting admission."""
+    """Outcome of one step. New local requests leave `promised[r]` pages of instance r free; it may have fewer free ones now."""
 
     grants: tuple[Grant, ...]
     promised: tuple[int, ...]
@@ -73,21 +74,32 @@ class ReservationTable:
         """
         room, guests = list(free), list(guest_room)
         grants, stuck = self._decide_growth(room)
-        promised, somebody_waits = [0] * self.num_instances, False
+        promised = [0] * self.num_instances
+        somebody_waits = False
         for key, ask in self._in_order(self._admissions):
-            split = self._split(key[0], ask, [r - p for r, p in zip(room, promised, strict=True)], guests)
+            split = self._split(key[0], ask, room, guests)
             if split is None:
                 if not somebody_waits:
-                    promised, somebody_waits = self._promise(ask, room), True
+                    somebody_waits = True
+                    for rank, pages in ask.segments:
+                        promised[rank] += pages
+                        room[rank] -= pages
+                        guests[rank] -= pages if rank != key[0] else 0
                 continue
             grants.append(_grant(key, split, 0))
             del self._admissions[key]
             for rank, pages in split:
                 room[rank] -= pages
-                if rank != key[0]:
-                    guests[rank] -= pages
+                guests[rank] -= pages if rank != key[0] else 0
+        for key in stuck:
+            for rank in self._may_grow_on(key):
+                promised[rank] += 1
         victims = (stuck[-1],) if len(stuck) > 1 or (stuck and not anybody_runs and not grants) else ()
         return Decision(tuple(grants), tuple(promised), victims)
+
+    def _may_grow_on(self, key: Key) -> Sequence[int]:
+        ask = self._growths[key]
+        return range(self.num_instances) if len(set(ask.shards)) < ask.max_degree else sorted(set(ask.shards))
 
     def _decide_growth(self, room: list[int]) -> tuple[list[Grant], list[Key]]:
         grants, stuck = [], []
@@ -107,12 +119,6 @@ class ReservationTable:
         if all(pages <= limits[rank] for rank, pages in ask.segments):
             return ask.segments
         return water_fill(home, sum(pages for _, pages in ask.segments), limits) if ask.flexible else None
-
-    def _promise(self, ask: AskAdmission, room: list[int]) -> list[int]:
-        promised = [0] * self.num_instances
-        for rank, pages in ask.segments:
-            promised[rank] = max(0, min(pages, room[rank]))
-        return promised
 
     @staticmethod
     def _in_order(asks: dict[Key, AskAdmission] | dict[Key, AskGrowth]) -> list[tuple[Key, AskAdmission | AskGrowth]]:

@@ -70,8 +70,9 @@ class Instance:
         self.outbox.append(AskAdmission(request.handle, request.born, flexible, tuple(segments)))
 
     def ask_growth(self, request: HomeRequest, *, stuck: bool) -> None:
-        """Asks for the next tail page, once; again when the request gets stuck for it."""
-        if request.asked_growth and request.asked_stuck >= stuck:
+        """Asks for the next tail page, once; again when the request gets stuck for it. A page on its way comes first: until its number
+        is here, the shards of the request are not known."""
+        if not request.ready or request.asked_growth and request.asked_stuck >= stuck:
             return
         request.asked_growth, request.asked_stuck = True, stuck
         max_degree = self.config.max_degree or self.num_instances
