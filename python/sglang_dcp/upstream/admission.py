@@ -17,11 +17,11 @@ def attach_placement(req: Any, scheduler: Any, recv_req: Any, *args: Any, **kwar
     placement, req.dyncp_placement_flexible = read_placement(recv_req.kv_hints)
     req.dyncp_placement = placement
     if placement is not None and not placement.is_local:
-        _keep_out_of_prefix_cache(req)
+        keep_out_of_prefix_cache(req)
     return req
 
 
-def _keep_out_of_prefix_cache(req: Any) -> None:
+def keep_out_of_prefix_cache(req: Any) -> None:
     """Remote page ids must not enter the tree, and a prefix found there would not fit the reservation."""
     req.skip_radix_cache_insert = True
     req.extra_key = f"dyncp:{req.rid}"

@@ -24,6 +24,7 @@ class Binding:
     aborted: set[str] = field(default_factory=set)
     local_batch: Any = None
     pending_rows: Any = None
+    ran_since_check: bool = False
 
 
 _binding: Binding | None = None

@@ -9,8 +9,9 @@ import torch
 
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.policy.types import Placement
-from sglang_dcp.upstream.admission import _keep_out_of_prefix_cache, is_managed
+from sglang_dcp.upstream.admission import is_managed, keep_out_of_prefix_cache
 from sglang_dcp.upstream.binding import Binding, current
+from sglang_dcp.upstream.page_audit import check_when_due
 
 GROW_AHEAD_TOKENS = 8
 """A request asks for its next remote tail page this many tokens before it needs it: a grant takes two steps to arrive."""
@@ -19,6 +20,8 @@ GROW_AHEAD_TOKENS = 8
 def get_next_batch(original: Callable[..., Any], scheduler: Any, running_batch: Any, last_batch: Any) -> Any:
     """AROUND Scheduler.get_next_batch_to_run: retractions that the last step ordered, then requests that got their tail page rejoin."""
     binding = current()
+    if binding is not None:
+        check_when_due(binding)
     if binding is not None and (binding.parked or binding.instance.victims):
         retract_victims(binding)
         drop_aborted(binding)
@@ -81,10 +84,7 @@ def adopt(binding: Binding, req: Any) -> None:
     pages = [Page(instance.rank, int(token_id) // page_size) for token_id in row.tolist()]
     req.dyncp = instance.open_request()
     instance.homes.adopt(req.dyncp, pages, req.kv.cache_protected_len // page_size)
-    _keep_out_of_prefix_cache_from_now(req)
-
-
-def _keep_out_of_prefix_cache_from_now(req: Any) -> None:
+    # Its prefix may be in the tree, what it adds from now on must not enter.
     req.skip_radix_cache_insert = True
 
 
@@ -166,7 +166,7 @@ def place_again(binding: Binding, req: Any) -> None:
     tokens = [share * page_size] * (degree - 1)
     req.dyncp_placement = Placement(instance.rank, tuple(shards), (*tokens, total - sum(tokens)))
     req.dyncp_placement_flexible = True
-    _keep_out_of_prefix_cache(req)
+    keep_out_of_prefix_cache(req)
 
 
 def after_abort(result: Any, scheduler: Any, recv_req: Any) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.transport.gloo import GlooTransport, create_gloo_group
-from sglang_dcp.ledger.integrity import check_instance
 from sglang_dcp.upstream import binding as bindings
 from sglang_dcp.upstream.admission import is_managed
 from sglang_dcp.upstream.install import verify_installed
@@ -71,25 +70,3 @@ def check_full_pool(original: Callable[..., Any], checker: Any, ps: Any, uncache
     stock = sum(kv_private_tokens(req.kv, checker.page_size) for req in checker._requests_owning_rows() if not is_managed(req))
     ledger_pages = sum(1 for _ in instance.homes.local_pages()) + instance.guests.num_pages
     return original(checker, ps, (stock if uncached else 0) + ledger_pages * instance.page_size)
-
-
-def check_integrity(binding: bindings.Binding) -> None:
-    """Every page of this pool has one owner: free, prefix cache, a local request, a managed request or a guest."""
-    instance, scheduler = binding.instance, binding.scheduler
-    row_pages: set[int] = set()
-    for req in scheduler.invariant_checker._requests_owning_rows():
-        if not is_managed(req):
-            row = scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
-            ids = row[req.kv.cache_protected_len : req.kv.kv_allocated_len : instance.page_size]
-            row_pages |= {int(token_id) // instance.page_size for token_id in ids.tolist()}
-    cached = {int(token_id) // instance.page_size for token_id in scheduler.tree_cache.all_values_flatten().tolist()}
-    check_instance(
-        instance.num_pages,
-        {
-            "the free list": instance.pool.get_all_free_pages().tolist(),
-            "the prefix cache": cached,
-            "a local request": row_pages,
-            "a managed request": instance.homes.local_pages(),
-            "a guest": instance.guests.all_pages(),
-        },
-    )

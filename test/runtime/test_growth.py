@@ -1,0 +1,86 @@
+"""Degree that moves while decoding: growth, shortage, sitting out, retraction, abort, flush. Pools of 256 tokens."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from support.comparison import first_tie
+from support.dyncp_grid import small_pool_server, stock_server
+from support.recall import recall_prompt
+
+POOL = 256
+FOREVER = {"ignore_eos": True}
+
+
+@pytest.fixture
+def server(serve):
+    return serve(small_pool_server(POOL))
+
+
+@pytest.fixture(scope="session")
+def stock_tokens(serve):
+    """Stock's greedy output of the growth prompts, with gaps."""
+    client = serve(stock_server("qwen3moe")).client
+    return [client.generate(p.text, max_new_tokens=n, logprobs=True, sampling=FOREVER) for p, n in GROWING]
+
+
+GROWING = [(recall_prompt(60, 0.3, 1), 640), (recall_prompt(100, 0.6, 2), 300), (recall_prompt(200, 0.1, 3), 330)]
+
+
+def assert_same_until_tie(stock, ours):
+    end = first_tie(stock.output_tokens)
+    assert ours.ids[:end] == stock.ids[:end]
+
+
+def test_degree_grows_while_decoding(stock_tokens, server):
+    for (prompt, count), stock in list(zip(GROWING, stock_tokens, strict=True))[:1]:
+        answer = server.client.generate(prompt.text, max_new_tokens=count, logprobs=True, sampling=FOREVER)
+        assert len(answer.ids) == count
+        assert answer.meta["dyncp"]["degree_start"] == 1
+        assert answer.meta["dyncp"]["degree_end"] >= 3
+        assert answer.meta.get("num_retractions", 0) == 0
+        assert_same_until_tie(stock, answer)
+
+
+def test_three_growing_requests_share_the_cluster(stock_tokens, server):
+    """They need more than the cluster has at once: one may be sent back and starts over, all finish with stock's tokens."""
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(
+            pool.map(lambda item: server.client.generate(item[0].text, max_new_tokens=item[1], logprobs=True, sampling=FOREVER), GROWING)
+        )
+    for answer, stock, (_, count) in zip(answers, stock_tokens, GROWING, strict=True):
+        assert len(answer.ids) == count
+        assert_same_until_tie(stock, answer)
+
+
+def test_abort_while_growing_gives_everything_back(server):
+    prompt = recall_prompt(60, 0.3, 4)
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(server.client.generate, prompt.text, max_new_tokens=850, sampling=FOREVER, rid=f"grow-{i}") for i in range(3)]
+        time.sleep(12)
+        assert not server.client.flush_cache(), "a busy cluster must not be flushed"
+        for i in range(3):
+            server.client.abort(f"grow-{i}")
+        reasons = [f.result().finish_reason for f in running]
+    assert reasons == ["abort"] * 3
+    assert_drained(server)
+
+
+def test_disconnect_in_the_middle_of_a_sharded_prefill(server):
+    for index in range(6):
+        stream = server.client.stream(recall_prompt(700, 0.5, index).text, max_new_tokens=200, sampling=FOREVER)
+        time.sleep(0.2 * index)
+        stream.close()
+    assert_drained(server)
+
+
+def assert_drained(server, limit_s: float = 60.0) -> None:
+    """Idle again, cache flushed: every instance's pool is whole, and the server answers."""
+    deadline = time.monotonic() + limit_s
+    while not server.client.flush_cache():
+        assert time.monotonic() < deadline, "the server never fell idle"
+        time.sleep(0.5)
+    prompt = recall_prompt(100, 0.5, 99)
+    assert server.client.generate(prompt.text).text == prompt.answer
+    assert server.is_alive

@@ -1,0 +1,70 @@
+"""The fixed grid of servers that the runtime tests share: starting one costs a minute."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from support.recall import recall_prompt
+from support.server import ServerConfig
+
+POOL_TOKENS = 1024
+INSTANCES = 4
+CHECK = (("SGLANG_DYNCP_CHECK_EVERY_STEP", "1"), ("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1"), ("SGLANG_CHECK_KV_PAGE_INVARIANTS", "1"))
+"""Our page audit before every step, and SGLang's own leak and page checks; each ends the server when it fails."""
+
+GRID = [(model, page, chunk) for model in ("qwen3moe", "deepseek_v2") for page in (16, 64) for chunk in (64, 256)]
+
+
+def grid_server(model: str, page_size: int, chunk_tokens: int) -> ServerConfig:
+    return ServerConfig(
+        model=model,
+        instances=INSTANCES,
+        pool_tokens=POOL_TOKENS,
+        page_size=page_size,
+        chunk_tokens=chunk_tokens,
+        dyncp=True,
+        flags=("--enable-metrics",),
+        environment=CHECK,
+    )
+
+
+def small_pool_server(pool_tokens: int, *flags: str) -> ServerConfig:
+    """Pools that a short output outgrows."""
+    return ServerConfig(
+        model="qwen3moe",
+        instances=INSTANCES,
+        pool_tokens=pool_tokens,
+        page_size=16,
+        chunk_tokens=64,
+        dyncp=True,
+        flags=("--enable-metrics", *flags),
+        environment=CHECK,
+    )
+
+
+def stock_server(model: str) -> ServerConfig:
+    """Stock SGLang, one instance, one large pool: the reference."""
+    return ServerConfig(model=model, instances=1, pool_tokens=8192, page_size=16, chunk_tokens=256)
+
+
+@dataclass(frozen=True)
+class PinnedPrompt:
+    """A prompt with the placement that the exactness tests pin it to."""
+
+    text: str
+    degree: int
+    home: int
+    max_new_tokens: int
+
+
+def random_prompts(count: int, seed: int) -> list[PinnedPrompt]:
+    """Lengths from one page per shard to more than a pool holds; degrees 1 to 4 and homes in turn."""
+    rng, prompts = random.Random(seed), []
+    for index in range(count):
+        degree = 1 + index % INSTANCES
+        longest = POOL_TOKENS - 64 if degree == 1 else 1800
+        length = int(64 * degree * (longest / (64 * degree)) ** (rng.random() ** 1.5))
+        prompt = recall_prompt(length, rng.random(), seed + index, scatter=index % 3 == 0)
+        prompts.append(PinnedPrompt(prompt.text, degree, rng.randrange(INSTANCES), 4 + index % 9))
+    return prompts

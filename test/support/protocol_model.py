@@ -1,0 +1,396 @@
+"""N instances' protocol without SGLang: random requests driven through the real books, messages, admission and decode decisions.
+
+What is SGLang's in a server is a small fake here: the page pool, the scheduler's queues, requests whose tokens are only counted. What is
+ours is the code that serves: `Instance`, and the parts of admission.py, decode.py and step_sync.py that decide about pages.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sglang_dcp.config import DynCpConfig
+from sglang_dcp.ledger.integrity import check_instance
+from sglang_dcp.ledger.messages import Granted, Release, Row
+from sglang_dcp.policy.types import Placement
+from sglang_dcp.upstream.admission import _reserved
+from sglang_dcp.upstream.binding import Binding
+from sglang_dcp.upstream.decode import has_room, place_again, secure_next_token
+from sglang_dcp.upstream.instance import Instance
+from sglang_dcp.upstream.step_sync import free_pages, sweep_waiting
+
+
+class FakePool:
+    """Pages 1..num_pages, with LedgerAllocator's interface towards the ledger."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.free = list(range(num_pages, 0, -1))
+        self._is_free = [True] * (num_pages + 1)
+        self._claimed = 0
+
+    def num_givable_pages(self) -> int:
+        return len(self.free)
+
+    def claim_decode_page(self) -> bool:
+        if len(self.free) <= self._claimed:
+            return False
+        self._claimed += 1
+        return True
+
+    def settle_decode_claims(self) -> None:
+        self._claimed = 0
+
+    def take_pages(self, count: int) -> list[int] | None:
+        if count + self._claimed > len(self.free):
+            return None
+        taken = [self.free.pop() for _ in range(count)]
+        for page in taken:
+            assert self._is_free[page]
+            self._is_free[page] = False
+        return taken
+
+    def return_pages(self, pages: list[int]) -> None:
+        for page in pages:
+            assert not self._is_free[page], f"page {page} is freed twice"
+            self._is_free[page] = True
+            self.free.append(page)
+
+
+@dataclass
+class ModelKv:
+    """The part of SGLang's per-request KV record that our code reads."""
+
+    req_pool_idx: int
+    kv_allocated_len: int = 0
+    cache_protected_len: int = 0
+
+    @property
+    def holds_kv(self) -> bool:
+        return self.kv_allocated_len > 0
+
+
+@dataclass(eq=False)
+class ModelRequest:
+    """A request whose tokens are only counted. pages: those of a local one, by number."""
+
+    rid: str
+    origin_input_ids: range
+    max_new_tokens: int
+    dyncp_placement: Placement | None
+    dyncp_placement_flexible: bool
+    kv: ModelKv
+    output_ids: range = range(0)
+    dyncp: Any = None
+    to_finish: Any = None
+    pages: list[int] = field(default_factory=list)
+    finished_in_step: int | None = None
+
+    @property
+    def full_untruncated_fill_ids(self) -> range:
+        return range(len(self.origin_input_ids) + len(self.output_ids))
+
+    def finished(self) -> bool:
+        return len(self.output_ids) >= self.max_new_tokens
+
+
+class ModelScheduler:
+    """One home's queues, and a step of it: retract, rejoin, prefill or decode. Stands where SGLang's Scheduler stands."""
+
+    def __init__(self, instance: Instance, chunk_tokens: int) -> None:
+        self.instance, self.pool, self.chunk_tokens = instance, instance.pool, chunk_tokens
+        self.waiting_queue: list[ModelRequest] = []
+        self.running: list[ModelRequest] = []
+        self.chunked_req: ModelRequest | None = None
+        self.binding = Binding(self, instance, None, None)  # type: ignore[arg-type]
+        self.batch: list[tuple[ModelRequest, int, int]] = []
+        self.rows_by_slot: dict[int, ModelRequest] = {}
+        self.req_to_token_pool = self
+        self.done: list[ModelRequest] = []
+        self.num_retractions = self.num_adoptions = 0
+
+    @property
+    def req_to_token(self) -> ModelScheduler:
+        return self
+
+    def __getitem__(self, key: tuple[int, slice]) -> np.ndarray:
+        """req_to_token[slot, :length:page_size]: first token id of each page of a local request."""
+        slot, span = key
+        self.num_adoptions += 1
+        return np.array(self.rows_by_slot[slot].pages[: -(-span.stop // span.step)]) * span.step
+
+    @property
+    def requests(self) -> list[ModelRequest]:
+        chunked = [self.chunked_req] if self.chunked_req is not None else []
+        return self.waiting_queue + self.running + self.binding.parked + chunked
+
+    def add(self, req: ModelRequest) -> None:
+        self.rows_by_slot[req.kv.req_pool_idx] = req
+        self.waiting_queue.append(req)
+
+    def schedule(self) -> None:
+        self._finish()
+        self._retract()
+        back = [req for req in self.binding.parked if has_room(self.binding, req)]
+        self.binding.parked = [req for req in self.binding.parked if req not in back]
+        self.running += back
+        self.batch = self._prefill() or self._decode()
+        sweep_waiting(self.binding)
+
+    def columns(self) -> list[int]:
+        rows = [
+            Row(req.dyncp.handle, prefix_len, num_new)
+            for req, prefix_len, num_new in self.batch
+            if req.dyncp is not None and self.instance.is_sharded(req.dyncp, prefix_len + num_new)
+        ]
+        used = self.instance.num_pages - self.pool.num_givable_pages()
+        num_requests = len(self.waiting_queue) + len(self.running)
+        return self.instance.build_columns(rows, free_pages(self.binding), used * self.instance.page_size, num_requests)
+
+    def complete_batch(self) -> None:
+        """The step's tokens are sampled."""
+        for req, prefix_len, num_new in self.batch:
+            if prefix_len + num_new == len(req.full_untruncated_fill_ids):
+                req.output_ids = range(len(req.output_ids) + 1)
+        self.batch = []
+
+    def abort(self, req: ModelRequest) -> None:
+        if req in self.waiting_queue:
+            self.waiting_queue.remove(req)
+            return
+        if req in self.binding.parked:
+            self.binding.parked.remove(req)
+        elif req is self.chunked_req:
+            self.chunked_req = None
+        else:
+            self.running.remove(req)
+        self._release(req)
+
+    def _finish(self) -> None:
+        over = [req for req in self.running if req.finished()]
+        self.running = [req for req in self.running if not req.finished()]
+        for req in over:
+            self._release(req)
+            req.finished_in_step = self.instance.step
+            self.done.append(req)
+
+    def _release(self, req: ModelRequest) -> None:
+        if req.dyncp is not None:
+            self.instance.release(req.dyncp)
+        else:
+            self.pool.return_pages(req.pages)
+        req.dyncp, req.pages = None, []
+        req.kv.kv_allocated_len = 0
+
+    def _retract(self) -> None:
+        for request in self.instance.victims:
+            req = next((req for req in self.binding.parked if req.dyncp is request), None)
+            assert req is not None, f"victim {request.handle} does not sit out"
+            self.binding.parked.remove(req)
+            self._release(req)
+            place_again(self.binding, req)
+            self.waiting_queue.insert(0, req)
+            self.num_retractions += 1
+        self.instance.victims = []
+
+    def _prefill(self) -> list[tuple[ModelRequest, int, int]]:
+        batch: list[tuple[ModelRequest, int, int]] = []
+        budget = self.chunk_tokens
+        if self.chunked_req is not None:
+            budget = self._add_chunk(self.chunked_req, budget, batch)
+        blocked = self.chunked_req is not None and self.chunked_req.dyncp is None
+        for req in list(self.waiting_queue):
+            placement = req.dyncp_placement
+            if placement is None or placement.is_local:
+                # A local request that finds no room holds back local ones only: what runs must never wait for what has not started.
+                blocked = blocked or not self._fits(req, batch)
+                if blocked or self.chunked_req is not None or budget <= 0:
+                    continue
+            elif not _reserved(self.binding, req) or self.chunked_req is not None or budget <= 0:
+                continue
+            self.waiting_queue.remove(req)
+            budget = self._add_chunk(req, budget, batch)
+        return batch
+
+    def _fits(self, req: ModelRequest, batch: list[tuple[ModelRequest, int, int]]) -> bool:
+        pages = -(-len(req.full_untruncated_fill_ids) // self.instance.page_size) + 1
+        started = sum(1 for other, _, _ in batch if other.dyncp is None)
+        return pages + started + self.instance.promised[self.instance.rank] <= self.pool.num_givable_pages()
+
+    def _add_chunk(self, req: ModelRequest, budget: int, batch: list[tuple[ModelRequest, int, int]]) -> int:
+        start, total = req.kv.kv_allocated_len, len(req.full_untruncated_fill_ids)
+        count = min(budget, total - start)
+        self._allocate(req, start + count)
+        batch.append((req, start, count))
+        if start + count == total:
+            self.chunked_req = None if req is self.chunked_req else self.chunked_req
+            self.running.append(req)
+        else:
+            self.chunked_req = req
+        return budget - count
+
+    def _decode(self) -> list[tuple[ModelRequest, int, int]]:
+        self.pool.settle_decode_claims()
+        stay = [req for req in self.running if secure_next_token(self.binding, req)]
+        self.binding.parked += [req for req in self.running if req not in stay]
+        self.running = stay
+        self.pool.settle_decode_claims()
+        batch = []
+        for req in stay:
+            length = req.kv.kv_allocated_len
+            self._allocate(req, length + 1)
+            batch.append((req, length, 1))
+        return batch
+
+    def _allocate(self, req: ModelRequest, length: int) -> None:
+        start, page_size = req.kv.kv_allocated_len, self.instance.page_size
+        if req.dyncp is not None:
+            req.pages = []
+            last = (length - 1) // page_size
+            assert last < len(req.dyncp.pages) and None not in req.dyncp.pages[start // page_size : last + 1], "a token without a page"
+        else:
+            pages = self.pool.take_pages(-(-length // page_size) - len(req.pages))
+            assert pages is not None, "local allocation failed: SGLang would end the process here"
+            req.pages += pages
+        req.kv.kv_allocated_len = length
+
+
+class ProtocolModel:
+    """`num_instances` homes in lock step. Deterministic in `seed`."""
+
+    def __init__(
+        self,
+        seed: int,
+        num_instances: int,
+        num_pages: int,
+        page_size: int,
+        *,
+        chunk_tokens: int = 24,
+        max_degree: int | None = None,
+        check_every: int = 1,
+    ) -> None:
+        self.random = random.Random(seed)
+        self.num_instances, self.num_pages, self.page_size = num_instances, num_pages, page_size
+        config = DynCpConfig(max_degree=max_degree).resolve(num_instances)
+        self.max_degree = config.max_degree or num_instances
+        self.homes = [
+            ModelScheduler(Instance(config, rank, num_instances, num_pages, page_size, FakePool(num_pages)), chunk_tokens)  # type: ignore[arg-type]
+            for rank in range(num_instances)
+        ]
+        self.num_steps = self.num_requests = 0
+        self.check_every = check_every
+
+    # ---- what happens to the model
+
+    def arrive(self, home: int, prompt: int, max_new: int, shards: tuple[int, ...] | None = None, *, flexible: bool = False) -> ModelRequest:
+        """A request at `home`, local or split evenly over `shards` (tail last)."""
+        placement = None
+        if shards is not None:
+            pages = -(-prompt // self.page_size)
+            share = max(1, pages // len(shards))
+            tokens = [share * self.page_size] * (len(shards) - 1)
+            placement = Placement(home, shards, (*tokens, prompt - sum(tokens)))
+        self.num_requests += 1
+        req = ModelRequest(f"r{self.num_requests}", range(prompt), max_new, placement, flexible, ModelKv(self.num_requests))
+        self.homes[home].add(req)
+        return req
+
+    def arrive_at_random(self) -> ModelRequest:
+        choose = self.random
+        home, pool = choose.randrange(self.num_instances), self.num_pages * self.page_size
+        if choose.random() < 0.6:
+            prompt = choose.randint(1, pool // 3)
+            return self.arrive(home, prompt, choose.randint(1, max(1, pool // 2)))
+        degree = choose.randint(1, self.max_degree)
+        prompt = choose.randint(degree * self.page_size, degree * (self.num_pages - 3) * self.page_size)
+        room = self.max_degree * (self.num_pages - 1) * self.page_size - prompt
+        max_new = choose.randint(1, max(1, min(room, pool // 2)))
+        return self.arrive(home, prompt, max_new, tuple(choose.sample(range(self.num_instances), degree)), flexible=choose.random() < 0.5)
+
+    def abort_at_random(self) -> None:
+        home = self.random.choice(self.homes)
+        if home.requests:
+            home.abort(self.random.choice(home.requests))
+
+    def step(self) -> None:
+        homes = self.homes
+        for home in homes:
+            home.schedule()
+        columns = np.array([home.columns() for home in homes], dtype=np.int64)
+        words = [home.instance.own_words for home in homes]
+        anybody_runs = any(home.batch for home in homes)
+        for home in homes:
+            home.instance.read_columns(columns)
+        decisions = [home.instance.finish_step(words, anybody_runs) for home in homes]
+        assert all(decision == decisions[0] for decision in decisions), decisions
+        self.check_rows()
+        for home in homes:
+            home.complete_batch()
+        self.num_steps += 1
+        if self.num_steps % self.check_every == 0:
+            self.check()
+
+    def drain(self, most_steps: int) -> None:
+        """No more arrivals: everything must finish, and every pool must be whole again."""
+        start = self.num_steps
+        while any(home.requests or home.instance.outbox for home in self.homes):
+            assert self.num_steps - start < most_steps, f"not drained after {most_steps} steps: {[len(h.requests) for h in self.homes]}"
+            self.step()
+        self.check()
+        for home in self.homes:
+            assert home.pool.num_givable_pages() == self.num_pages
+            assert not home.instance.busy() and not len(home.instance.table)
+
+    # ---- what must hold
+
+    def check(self) -> None:
+        """Every page has one owner, and what homes believe is what shards lent, messages in flight considered."""
+        for home in self.homes:
+            instance = home.instance
+            local = [page for req in home.requests if req.dyncp is None for page in req.pages]
+            owners = {"free": home.pool.free, "local": local, "managed": instance.homes.local_pages(), "guest": instance.guests.all_pages()}
+            check_instance(self.num_pages, owners)
+        for shard in self.homes:
+            self._check_lent(shard.instance)
+
+    def _check_lent(self, shard: Instance) -> None:
+        told: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for message in shard.outbox:
+            if isinstance(message, Granted):
+                told.setdefault((message.home, message.handle), []).extend(enumerate(message.pages, message.first_index))
+        for home in (h.instance for h in self.homes if h.instance is not shard):
+            released = {message.handle for message in home.outbox if isinstance(message, Release)}
+            lent = {handle for rank, handle in shard.guests.keys() if rank == home.rank}
+            assert lent <= released | set(home.homes.requests), f"{shard.rank} hosts handles {lent} of {home.rank}, which does not know them"
+            for handle, request in home.homes.requests.items():
+                believed = [(i, page.number) for i, page in enumerate(request.pages) if page is not None and page.owner == shard.rank]
+                expected = sorted(believed + told.get((home.rank, handle), []))
+                assert expected == list(shard.guests.pages_of(home.rank, handle)), (home.rank, handle, expected)
+
+    def check_rows(self) -> None:
+        """A shard holds exactly the pages that the home's rows of this step will ask it for."""
+        for home in self.homes:
+            for req, prefix_len, num_new in home.batch:
+                if req.dyncp is None:
+                    continue
+                num_pages = -(-(prefix_len + num_new) // self.page_size)
+                expected: dict[int, list[int]] = {}
+                for page in req.dyncp.pages[:num_pages]:
+                    expected.setdefault(page.owner, []).append(page.number)
+                for shard in (h.instance for h in self.homes if h is not home):
+                    held = [number for i, number in shard.guests.pages_of(home.instance.rank, req.dyncp.handle) if i < num_pages]
+                    assert held == expected.get(shard.rank, []), (shard.rank, req.rid, held, expected)
+
+
+def random_walk(model: ProtocolModel, num_steps: int, *, arrival: float = 0.12, abort: float = 0.02, most_waiting: int = 6) -> None:
+    """Steps with arrivals and aborts in between; then the drain."""
+    choose = model.random
+    for _ in range(num_steps):
+        if choose.random() < arrival and sum(len(home.waiting_queue) for home in model.homes) < most_waiting:
+            model.arrive_at_random()
+        if choose.random() < abort:
+            model.abort_at_random()
+        model.step()
+    model.drain(100_000)
