@@ -187,7 +187,9 @@ class ModelScheduler:
     def _retract(self) -> None:
         for request in self.instance.victims:
             req = next((req for req in self.binding.parked if req.dyncp is request), None)
-            assert req is not None, f"victim {request.handle} does not sit out"
+            if req is None:
+                assert request.handle not in self.instance.homes.requests, f"victim {request.handle} does not sit out"
+                continue
             self.binding.parked.remove(req)
             self._release(req)
             place_again(self.binding, req)
@@ -284,7 +286,9 @@ class ProtocolModel:
 
     # ---- what happens to the model
 
-    def arrive(self, home: int, prompt: int, max_new: int, shards: tuple[int, ...] | None = None, *, flexible: bool = False) -> ModelRequest:
+    def arrive(
+        self, home: int, prompt: int, max_new: int, shards: tuple[int, ...] | None = None, *, flexible: bool = False
+    ) -> ModelRequest:
         """A request at `home`, local or split evenly over `shards` (tail last)."""
         placement = None
         if shards is not None:
@@ -335,7 +339,7 @@ class ProtocolModel:
     def drain(self, most_steps: int) -> None:
         """No more arrivals: everything must finish, and every pool must be whole again."""
         start = self.num_steps
-        while any(home.requests or home.instance.outbox for home in self.homes):
+        while any(home.requests or home.instance.outbox or home.binding.waiting for home in self.homes):
             assert self.num_steps - start < most_steps, f"not drained after {most_steps} steps: {[len(h.requests) for h in self.homes]}"
             self.step()
         self.check()
@@ -362,8 +366,8 @@ class ProtocolModel:
                 told.setdefault((message.home, message.handle), []).extend(enumerate(message.pages, message.first_index))
         for home in (h.instance for h in self.homes if h.instance is not shard):
             released = {message.handle for message in home.outbox if isinstance(message, Release)}
-            lent = {handle for rank, handle in shard.guests.keys() if rank == home.rank}
-            assert lent <= released | set(home.homes.requests), f"{shard.rank} hosts handles {lent} of {home.rank}, which does not know them"
+            unknown = {handle for rank, handle in shard.guests.handles() if rank == home.rank} - released - set(home.homes.requests)
+            assert not unknown, f"{shard.rank} hosts handles {unknown} of {home.rank}, which does not know them"
             for handle, request in home.homes.requests.items():
                 believed = [(i, page.number) for i, page in enumerate(request.pages) if page is not None and page.owner == shard.rank]
                 expected = sorted(believed + told.get((home.rank, handle), []))

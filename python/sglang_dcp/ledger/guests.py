@@ -43,5 +43,5 @@ class GuestBook:
         for held in self._pages.values():
             yield from (page for _, page in held)
 
-    def keys(self) -> Sequence[Key]:
+    def handles(self) -> Sequence[Key]:
         return tuple(self._pages)

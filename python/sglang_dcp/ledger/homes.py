@@ -121,8 +121,10 @@ class HomeBook:
         return self._handle_of_page.get(page_id)
 
     def closed_this_step(self, page_id: int) -> bool:
-        """Whether the page went with a request that was closed since `end_step`. SGLang frees a row in two goes (the tokens that count, then
-        those allocated beyond them); ours go whole with the first."""
+        """Whether the page went with a request that was closed since `end_step`.
+
+        SGLang frees a row in two goes (the tokens that count, then those allocated beyond them); ours go whole with the first.
+        """
         return page_id in self._closed_pages
 
     def end_step(self) -> None:

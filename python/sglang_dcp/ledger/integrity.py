@@ -42,6 +42,6 @@ def check_cluster(homes: Mapping[int, HomeBook], guests: Mapping[int, GuestBook]
                 if believed != lent:
                     raise IntegrityError(f"home {home}, handle {request.handle}: believes {believed} on {rank}, which lent {lent}")
     for rank, guest_book in guests.items():
-        for home, handle in guest_book.keys():
+        for home, handle in guest_book.handles():
             if handle not in homes[home].requests:
                 raise IntegrityError(f"instance {rank} hosts handle {handle} of home {home}, which does not know it")

@@ -134,11 +134,12 @@ class Instance:
 
     def read_columns(self, columns: np.ndarray) -> int:
         """Takes in all instances' columns. Returns the most message words of any instance (0: no second exchange)."""
-        if (columns[:, col.STEP] != self.step).any():
-            raise ProtocolError(f"rank {self.rank} is at step {self.step}, the others at {columns[:, col.STEP].tolist()}")
-        self._columns = columns
+        told: list[list[int]] = columns.tolist()
+        if any(row[col.STEP] != self.step for row in told):
+            raise ProtocolError(f"rank {self.rank} is at step {self.step}, the others at {[row[col.STEP] for row in told]}")
+        self._columns = told
         self.kv_tokens, self.home_requests = columns[:, col.KV_TOKENS], columns[:, col.HOME_REQUESTS]
-        return int(columns[:, col.WORDS].max())
+        return max(row[col.WORDS] for row in told)
 
     def finish_step(self, words: Sequence[Sequence[int]], anybody_runs: bool) -> Decision:
         """Processes every instance's messages, then decides grants. Same inputs, same outcome everywhere."""
@@ -153,13 +154,13 @@ class Instance:
         for home in range(self.num_instances):
             if home not in told_rows:
                 self.rows_of[home] = messages.advance(self.rows_of[home])
-            if messages.checksum(self.rows_of[home]) != self._columns[home, col.ROWS_CHECKSUM]:
+            if messages.checksum(self.rows_of[home]) != self._columns[home][col.ROWS_CHECKSUM]:
                 raise ProtocolError(f"rank {self.rank}, step {self.step}: row table of home {home} went apart: {self.rows_of[home]}")
         decision = Decision((), (0,) * self.num_instances, ())
         if len(self.table):
             most_guests = int(self.config.max_guest_fraction * self.num_pages)
-            room = [max(0, most_guests - int(held)) for held in self._columns[:, col.GUEST_PAGES]]
-            decision = self.table.decide(self._columns[:, col.FREE_PAGES].tolist(), room, anybody_runs)
+            room = [max(0, most_guests - row[col.GUEST_PAGES]) for row in self._columns]
+            decision = self.table.decide([row[col.FREE_PAGES] for row in self._columns], room, anybody_runs)
         for grant in decision.grants:
             self._apply_grant(grant)
         self.promised = decision.promised

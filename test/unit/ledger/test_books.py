@@ -1,0 +1,115 @@
+"""The books of a shard and of a home."""
+
+import pytest
+
+from sglang_dcp.ledger.guests import GuestBook
+from sglang_dcp.ledger.homes import HomeBook
+from sglang_dcp.ledger.messages import Granted
+from sglang_dcp.ledger.page_ids import Page, PageIds
+from sglang_dcp.ledger.reservations import Grant, GrantedSegment
+
+
+def test_guest_pages_stay_in_sequence_order():
+    book = GuestBook()
+    book.lend(1, 7, 4, [30, 31])
+    book.lend(1, 7, 0, [9])
+    book.lend(2, 7, 0, [8])
+    assert list(book.pages_of(1, 7)) == [(0, 9), (4, 30), (5, 31)]
+    assert sorted(book.all_pages()) == [8, 9, 30, 31]
+    assert (len(book), book.num_pages, set(book.handles())) == (2, 4, {(1, 7), (2, 7)})
+
+
+def test_a_page_index_is_lent_once():
+    book = GuestBook()
+    book.lend(1, 7, 4, [30])
+    with pytest.raises(ValueError, match=r"home 1, handle 7: page index 4 is lent already \(page 30\)"):
+        book.lend(1, 7, 4, [31])
+
+
+def test_taking_back_what_was_never_lent_is_nothing():
+    book = GuestBook()
+    book.lend(1, 7, 0, [5, 6])
+    assert book.take_back(1, 8) == book.take_back(2, 7) == []
+    assert book.take_back(1, 7) == [5, 6]
+    assert book.take_back(1, 7) == []
+    assert (len(book), book.num_pages, list(book.pages_of(1, 7))) == (0, 0, [])
+
+
+@pytest.fixture
+def homes():
+    return HomeBook(PageIds(home=0, num_instances=3, num_pages=20, page_size=4))
+
+
+def grant(handle, *segments):
+    return Grant(0, handle, tuple(GrantedSegment(*segment) for segment in segments))
+
+
+def test_admission_growth_and_close(homes):
+    request = homes.open(born=5)
+    assert not request.ready
+    homes.expect(request, grant(request.handle, (2, 0, 2), (0, 2, 1)))
+    homes.fill(0, Granted(0, request.handle, 2, (11,)))
+    assert not request.ready
+    assert request.shards == (0,)
+    homes.fill(2, Granted(0, request.handle, 0, (4, 11)))
+    assert request.ready
+    assert request.shards == (2, 0)
+    assert request.pages_per_shard() == {2: 2, 0: 1}
+    assert (request.start_degree, request.num_growths) == (2, 0)
+    request.asked_growth = request.asked_stuck = True
+    homes.expect(request, grant(request.handle, (1, 3, 1)))
+    assert not request.asked_growth and not request.asked_stuck and not request.ready
+    homes.fill(1, Granted(0, request.handle, 3, (11,)))
+    assert (request.ready, request.num_growths) == (True, 1)
+    assert list(homes.local_pages()) == [11]
+    remote = homes.ids.encode(Page(1, 11))
+    assert homes.handle_of(remote) == request.handle
+    assert homes.close(request.handle) == [11]
+    assert homes.handle_of(remote) is None
+    assert homes.closed_this_step(remote)
+    homes.end_step()
+    assert not homes.closed_this_step(remote)
+    assert len(homes) == 0
+
+
+def test_pages_of_the_prefix_cache_are_never_ours(homes):
+    request = homes.open(0)
+    homes.adopt(request, [Page(0, 3), Page(0, 4), Page(0, 5)], num_tree_pages=2)
+    assert list(homes.local_pages()) == [5]
+    assert homes.handle_of(3) is None
+    assert homes.close(request.handle) == [5]
+
+
+def test_page_numbers_for_a_released_handle_are_ignored(homes):
+    request = homes.open(0)
+    homes.expect(request, grant(request.handle, (1, 0, 1)))
+    homes.close(request.handle)
+    homes.fill(1, Granted(0, request.handle, 0, (4,)))
+    assert homes.handle_of(homes.ids.encode(Page(1, 4))) is None
+
+
+def test_handles_are_not_reused(homes):
+    first = homes.open(0)
+    homes.close(first.handle)
+    assert homes.open(0).handle != first.handle
+
+
+def test_a_grant_with_a_gap_is_refused(homes):
+    request = homes.open(0)
+    with pytest.raises(ValueError, match="grant starts at page 1, 0 are there"):
+        homes.expect(request, grant(request.handle, (1, 1, 1)))
+
+
+def test_page_numbers_arrive_once(homes):
+    request = homes.open(0)
+    homes.expect(request, grant(request.handle, (1, 0, 1)))
+    homes.fill(1, Granted(0, request.handle, 0, (4,)))
+    with pytest.raises(ValueError, match="arrived twice"):
+        homes.fill(1, Granted(0, request.handle, 0, (5,)))
+
+
+def test_a_page_has_one_request(homes):
+    first, second = homes.open(0), homes.open(0)
+    homes.append(first, Page(1, 4))
+    with pytest.raises(ValueError, match="belongs to handle 1 already, not to 2"):
+        homes.append(second, Page(1, 4))

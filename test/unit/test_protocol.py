@@ -1,0 +1,164 @@
+"""The whole protocol under random load: one owner per page, nothing lost, nobody starves, everything drains."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from sglang_dcp.ledger.integrity import check_cluster
+from test.support.protocol_model import ProtocolModel, random_walk
+
+NUM_PAGES, PAGE_SIZE = 8, 4
+
+
+class ProtocolMachine(RuleBasedStateMachine):
+    """Hypothesis chooses arrivals, aborts and the moments in between; the model checks itself after every step."""
+
+    @initialize(num_instances=st.integers(2, 4), max_degree=st.integers(1, 4), chunk_pages=st.integers(1, 4))
+    def start(self, num_instances, max_degree, chunk_pages):
+        self.model = ProtocolModel(
+            0, num_instances, NUM_PAGES, PAGE_SIZE, chunk_tokens=chunk_pages * PAGE_SIZE, max_degree=min(max_degree, num_instances)
+        )
+
+    @rule(home=st.integers(0, 3), prompt=st.integers(1, 20), max_new=st.integers(1, 11))
+    def local_request(self, home, prompt, max_new):
+        self.model.arrive(home % self.model.num_instances, prompt, max_new)
+
+    @rule(home=st.integers(0, 3), order=st.permutations(range(4)), degree=st.integers(1, 4), data=st.data(), flexible=st.booleans())
+    def sharded_request(self, home, order, degree, data, flexible):
+        model = self.model
+        degree = min(degree, model.max_degree)
+        shards = tuple(rank for rank in order if rank < model.num_instances)[:degree]
+        prompt = data.draw(st.integers(degree * PAGE_SIZE, degree * (NUM_PAGES - 3) * PAGE_SIZE))
+        room = model.max_degree * (NUM_PAGES - 1) * PAGE_SIZE - prompt
+        model.arrive(home % model.num_instances, prompt, data.draw(st.integers(1, min(room, 24))), shards, flexible=flexible)
+
+    @rule(home=st.integers(0, 3), which=st.integers(0, 50))
+    def abort(self, home, which):
+        scheduler = self.model.homes[home % self.model.num_instances]
+        if scheduler.requests:
+            scheduler.abort(scheduler.requests[which % len(scheduler.requests)])
+
+    @rule(count=st.integers(1, 12))
+    def steps(self, count):
+        for _ in range(count):
+            self.model.step()
+
+    @invariant()
+    def books_agree_when_nothing_is_in_flight(self):
+        if not hasattr(self, "model") or any(home.instance.outbox for home in self.model.homes):
+            return
+        books = [home.instance for home in self.model.homes]
+        check_cluster({book.rank: book.homes for book in books}, {book.rank: book.guests for book in books})
+
+    def teardown(self):
+        if hasattr(self, "model"):
+            self.model.drain(20_000)
+
+
+TestProtocolMachine = ProtocolMachine.TestCase
+TestProtocolMachine.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+SHAPES = [(2, 8, 4), (2, 12, 16), (3, 12, 8), (2, 20, 4), (2, 8, 8), (4, 8, 16), (2, 12, 4), (2, 16, 16)]
+"""(instances, pages per pool, page size); mostly two instances, where a step of the model is cheapest."""
+
+
+def walk(num_steps: int, *, check_every: int) -> ProtocolModel:
+    """`num_steps` in walks of at most 10,000 over all shapes; every walk ends drained. Returns the last model."""
+    left, seed = num_steps, 0
+    while left > 0:
+        shape = SHAPES[seed % len(SHAPES)]
+        model = ProtocolModel(seed, *shape, chunk_tokens=3 * shape[2], max_degree=2 if seed % 3 == 0 else None, check_every=check_every)
+        random_walk(model, min(left, 10_000))
+        left -= model.num_steps
+        seed += 1
+        assert all(home.instance.num_growths for home in model.homes) or model.num_steps < 2_000
+    return model
+
+
+def test_random_walk_checked_after_every_step():
+    walk(20_000, check_every=1)
+
+
+@pytest.mark.timeout(900)
+def test_long_random_walk():
+    """Pages are counted in and out by the pools in every step; the full check comes every 50."""
+    walk(LONG_WALK_STEPS, check_every=50)
+
+
+LONG_WALK_STEPS = 1_000_000
+
+
+def test_a_long_request_is_admitted_into_a_steady_stream_of_short_ones():
+    """Each home always has short local requests waiting; a request over all pools gets its pages within the life of those that run."""
+    model = ProtocolModel(7, 4, 16, 16, chunk_tokens=64)
+    lives = 12
+
+    def keep_busy():
+        for rank, home in enumerate(model.homes):
+            while len(home.waiting_queue) < 3:
+                model.arrive(rank, 20, lives)
+
+    for _ in range(50):
+        keep_busy()
+        model.step()
+    long = model.arrive(0, 4 * 12 * 16, 40, (1, 2, 3, 0))
+    for _ in range(10 * lives):
+        keep_busy()
+        model.step()
+        if long.dyncp is not None and long.dyncp.admitted:
+            break
+    assert long.dyncp is not None and long.dyncp.admitted, "starved"
+    for _ in range(600):
+        keep_busy()
+        model.step()
+    assert long.finished_in_step is not None
+
+
+def test_a_growing_request_gets_its_page_from_pools_full_of_short_ones():
+    """Short local requests take every free page at once; the one that outgrew its pool still goes on, and is never sent back."""
+    model = ProtocolModel(8, 2, 12, 4, chunk_tokens=16)
+    long = model.arrive(0, 8, 60)
+    for _ in range(3_000):
+        for rank, home in enumerate(model.homes):
+            while len(home.waiting_queue) < 4:
+                model.arrive(rank, 5, 6)
+        model.step()
+        if long.finished_in_step is not None:
+            break
+    assert long.finished_in_step is not None, "starved"
+
+
+def test_a_ready_request_starts_behind_a_local_one_that_does_not_fit():
+    """Its pages are what the local one waits for: held back, both would wait for ever."""
+    model = ProtocolModel(9, 2, 8, 4, chunk_tokens=16)
+    first = model.arrive(0, 24, 2, (1, 0))
+    model.arrive(0, 24, 2)
+    sharded = model.arrive(0, 40, 4, (1, 0))
+    model.drain(500)
+    assert first.finished() and sharded.finished()
+
+
+def test_eight_requests_over_all_pools_at_once():
+    model = ProtocolModel(10, 4, 16, 16, chunk_tokens=64)
+    requests = [model.arrive(i % 4, 52 * 16, 30, tuple((i + j) % 4 for j in range(1, 5)), flexible=i % 2 == 0) for i in range(8)]
+    alone = ProtocolModel(10, 4, 16, 16, chunk_tokens=64)
+    alone.arrive(0, 52 * 16, 30, (1, 2, 3, 0))
+    alone.drain(1_000)
+    model.drain(8 * 2 * alone.num_steps)
+    assert all(request.finished() for request in requests)
+
+
+def test_abort_between_grant_and_page_numbers():
+    """The grant is decided in one step, the shard's page numbers come in the next: a release in between leaves nothing behind."""
+    for wait in range(5):
+        model = ProtocolModel(11, 2, 8, 4)
+        req = model.arrive(0, 40, 4, (1, 0))
+        for _ in range(wait):
+            model.step()
+        model.homes[0].abort(req)
+        model.drain(20)
