@@ -273,10 +273,14 @@ class Simulation:
     # Growth and shortage
 
     def _grow(self, request: SimulatedRequest) -> None:
-        cluster = self.cluster
-        if request.tail == request.home and cluster.free_pages[request.home] > 0:
-            cluster.add_page(request, request.home)
-            request.page_step += self.settings.page_size
+        cluster, home = self.cluster, request.home
+        if request.tail == home and cluster.free_pages[home] > 0:
+            # Cluster.add_page for the common case; called once per page of every request.
+            size = self.settings.page_size
+            cluster.free_pages[home] -= 1
+            cluster.loads[home].kv_tokens += size
+            request.pages[home] += 1
+            request.page_step += size
             if request.page_step < request.finish_step:
                 self._page_full.setdefault(request.page_step, []).append(request)
             return

@@ -23,6 +23,8 @@ POLICY_NAMES = ("dual-balance", "length-buckets", "fixed", "local")
 MIN_SPLIT_ROWS = 8
 # Nodes for which every degree is priced; the others have a higher mean level.
 NUM_PRICED_NODES = 2
+# A prompt of at most one part in this many of a pool waits for one pool; a larger one is spread, which finds room sooner.
+WAITING_POOL_SHARE = 10
 # Instances that one placement looks at; more are looked at in turn.
 WINDOW = 128
 
@@ -187,7 +189,8 @@ class DualBalance:
     def _place_waiting(self, call: _Call) -> Placement:
         """Nothing has room now: the most free pool for a request that one pool should hold, else the most free group, filled evenly."""
         loads, needed = call.loads, (call.pages + 1) * call.page_size
-        if _fits_one_pool(call) and (call.is_small or call.pages == 1 or self._max_degree == 1):
+        is_modest = call.is_small or call.request.prompt_tokens * WAITING_POOL_SHARE <= max(load.kv_capacity for load in loads)
+        if _fits_one_pool(call) and (is_modest or call.pages == 1 or self._max_degree == 1):
             fitting = [i for i in _allowed(call) if loads[i].kv_capacity >= needed]
             return _single(call, max(fitting, key=lambda i: (loads[i].kv_capacity - loads[i].kv_tokens, -i)))
         groups = [members for members in call.nodes if call.home is None or call.home in members]
