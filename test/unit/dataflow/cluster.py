@@ -14,6 +14,7 @@ from sglang_dcp.dataflow.contracts import GuestRow, HomeRow, StepPlan
 from sglang_dcp.dataflow.partial_attention import torch_partial_attention
 from sglang_dcp.dataflow.reference import partial_attention
 from sglang_dcp.dataflow.step_plan import build_step_plan
+from sglang_dcp.mutants import install_mutant
 
 
 class ThreadTransport:
@@ -77,6 +78,7 @@ class Cluster:
     """`heads` query heads over `kv_heads`; pools of `num_pages` pages (page 0 is padding)."""
 
     def __init__(self, seed: int, num_instances: int, page_size: int, latent: bool, num_pages: int = 64) -> None:
+        install_mutant()
         self.rng, self.torch_rng = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
         self.num_instances, self.page_size, self.latent = num_instances, page_size, latent
         self.heads, self.kv_heads, self.qk_dim, self.v_dim = (4, 1, 24, 16) if latent else (4, 2, 16, 16)

@@ -35,9 +35,7 @@ def granted(decision):
 
 
 def test_order_is_step_then_home_then_handle():
-    table = table_of(
-        (1, admission(1, 5, (0, 1))), (0, admission(9, 5, (0, 1))), (0, admission(8, 5, (0, 1))), (3, admission(1, 4, (0, 1)))
-    )
+    table = table_of((1, admission(1, 5, (0, 1))), (0, admission(9, 5, (0, 1))), (0, admission(8, 5, (0, 1))), (3, admission(1, 4, (0, 1))))
     assert granted(decide(table, [4, 0, 0, 0])) == [(3, 1), (0, 8), (0, 9), (1, 1)]
     assert len(table) == 0
 

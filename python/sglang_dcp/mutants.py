@@ -1,0 +1,249 @@
+"""Faults switched on from outside, one at a time, so that tests can show that they would notice. Never on in a server that serves.
+
+SGLANG_DYNCP_MUTANT names one; it is refused unless SGLANG_DYNCP_TESTING=1. A mutant replaces functions of dataflow/ or ledger/ by broken
+ones; the production path has no branch for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from sglang_dcp.dataflow import attention_step, contracts, step_plan
+from sglang_dcp.dataflow.contracts import AttentionRow, GuestRow, HomeRow, PartialState, StepPlan
+
+MUTANT_VARIABLE = "SGLANG_DYNCP_MUTANT"
+TESTING_VARIABLE = "SGLANG_DYNCP_TESTING"
+
+
+class MutantError(RuntimeError):
+    """A fault was asked for that does not exist, or outside a test."""
+
+
+_installed: str | None = None
+
+
+def install_mutant(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Installs the fault that the environment names, once per process. Returns its name, None when there is none."""
+    global _installed
+    name = environment.get(MUTANT_VARIABLE)
+    if not name or name == _installed:
+        return name or None
+    if environment.get(TESTING_VARIABLE) != "1":
+        raise MutantError(f"{MUTANT_VARIABLE}={name} breaks the answers on purpose; it is refused unless {TESTING_VARIABLE}=1")
+    if name not in MUTANTS:
+        raise MutantError(f"{MUTANT_VARIABLE}={name} is unknown; there are {', '.join(MUTANTS)}")
+    if _installed is not None:
+        raise MutantError(f"{MUTANT_VARIABLE}={name}: {_installed} is installed already, one at a time")
+    MUTANTS[name]()
+    _installed = name
+    return name
+
+
+def _replace(module: Any, name: str, wrap: Callable[[Any], Any], *, everywhere: bool = False) -> None:
+    """Replaces module.name; with `everywhere` also the references that other loaded modules imported by name."""
+    original = getattr(module, name)
+    broken = wrap(original)
+    setattr(module, name, broken)
+    if everywhere:
+        for other in list(sys.modules.values()):
+            if getattr(other, "__dict__", {}).get(name) is original:
+                setattr(other, name, broken)
+
+
+# ---- what comes back from the shards, and the merge
+
+
+def _with_returned_lse(change: Callable[[torch.Tensor, StepPlan], torch.Tensor]) -> None:
+    def wrap(original: Any) -> Any:
+        def return_partials(state: PartialState, plan: StepPlan, *args: Any, **kwargs: Any) -> PartialState:
+            returned = original(state, plan, *args, **kwargs)
+            return PartialState(returned.output, change(returned.lse, plan))
+
+        return return_partials
+
+    _replace(attention_step, "return_partials", wrap)
+
+
+def _drop_last_shard(lse: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+    last = next((count for count in reversed(plan.send_query_splits) if count), 0)
+    lse = lse.clone()
+    lse[lse.shape[0] - last :] = float("-inf")
+    return lse
+
+
+def _shard_dropped() -> None:
+    """The partial results of one shard are lost on the way home."""
+    _with_returned_lse(_drop_last_shard)
+
+
+def _lse_base_2() -> None:
+    """Shards return base-2 logarithms."""
+    _with_returned_lse(lambda lse, plan: lse / math.log(2.0))
+
+
+def _with_merge_inputs(change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
+    _replace(attention_step, "merge_partial_states", lambda original: lambda outputs, lses: original(*change(outputs, lses)))
+
+
+def _shard_read_twice() -> None:
+    """One shard's partial result enters the merge twice."""
+    _with_merge_inputs(lambda outputs, lses: (torch.cat([outputs, outputs[-1:]]), torch.cat([lses, lses[-1:]])))
+
+
+def _lse_ignored() -> None:
+    """Partial results are averaged instead of weighed."""
+    _with_merge_inputs(lambda outputs, lses: (outputs, torch.where(lses == float("-inf"), lses, torch.zeros_like(lses))))
+
+
+def _neutral_zero() -> None:
+    """A query that saw no key says LSE 0 instead of -inf."""
+
+    def neutral(*shape: int, v_head_dim: int, dtype: torch.dtype, device: torch.device | str) -> PartialState:
+        return PartialState(torch.zeros(*shape, v_head_dim, dtype=dtype, device=device), torch.zeros(shape, device=device))
+
+    contracts.PartialState.neutral = staticmethod(neutral)  # type: ignore[method-assign]
+
+
+# ---- the plan of a step
+
+
+def _with_plan(change: Callable[..., StepPlan]) -> None:
+    """change(build_step_plan, step, rank, num_instances, page_size, num_tokens, home_rows, guest_rows)."""
+    _replace(step_plan, "build_step_plan", lambda original: lambda *args: change(original, *args), everywhere=True)
+
+
+def _tail_row_written_twice() -> None:
+    """K/V whose tail is remote is also written at home, into whatever page has that number here."""
+
+    def change(
+        build: Any, step: int, rank: int, num_instances: int, page_size: int, num_tokens: int, home_rows: Any, guests: Any
+    ) -> StepPlan:
+        plan: StepPlan = build(step, rank, num_instances, page_size, num_tokens, home_rows, guests)
+        tokens, slots = [plan.write_tokens], [plan.write_slots]
+        for row in home_rows:
+            positions = np.arange(row.prefix_len, row.prefix_len + row.num_new)
+            remote = np.flatnonzero(row.page_owners[positions // page_size] != rank)
+            numbers = row.page_numbers[positions[remote] // page_size]
+            tokens.append(torch.from_numpy(row.token_start + remote))
+            slots.append(torch.from_numpy(numbers * page_size + positions[remote] % page_size))
+        return dataclasses.replace(plan, write_tokens=torch.cat(tokens), write_slots=torch.cat(slots))
+
+    _with_plan(change)
+
+
+def _tail_row_not_written() -> None:
+    """K/V that arrives at a remote tail goes to the padding page."""
+
+    def change(build: Any, *args: Any) -> StepPlan:
+        plan: StepPlan = build(*args)
+        return dataclasses.replace(plan, receive_kv_slots=torch.zeros_like(plan.receive_kv_slots))
+
+    _with_plan(change)
+
+
+def _wrong_owner() -> None:
+    """The home takes the number of another instance's page for one of its own."""
+
+    def swap(row: HomeRow, rank: int) -> HomeRow:
+        own, foreign = np.flatnonzero(row.page_owners == rank), np.flatnonzero(row.page_owners != rank)
+        if not len(own) or not len(foreign):
+            return row
+        numbers = row.page_numbers.copy()
+        numbers[own[0]] = row.page_numbers[foreign[0]]
+        return dataclasses.replace(row, page_numbers=numbers)
+
+    def change(
+        build: Any, step: int, rank: int, num_instances: int, page_size: int, num_tokens: int, home_rows: Any, guests: Any
+    ) -> StepPlan:
+        rows = [swap(row, rank) for row in home_rows]
+        plan: StepPlan = build(step, rank, num_instances, page_size, num_tokens, rows, guests)
+        return plan
+
+    _with_plan(change)
+
+
+def _page_table_stale() -> None:
+    """Row i of a step uses the page table that row i had one step ago; pages that it did not have are the padding page."""
+    last: dict[int, tuple[int, Sequence[HomeRow], Sequence[GuestRow]]] = {}
+
+    def stale_home(row: HomeRow, old: HomeRow) -> HomeRow:
+        numbers = np.zeros_like(row.page_numbers)
+        count = min(len(numbers), len(old.page_numbers))
+        same = old.page_owners[:count] == row.page_owners[:count]
+        numbers[:count][same] = old.page_numbers[:count][same]
+        return dataclasses.replace(row, page_numbers=numbers)
+
+    def stale_guest(row: GuestRow, old: GuestRow) -> GuestRow:
+        known = dict(zip(old.page_index.tolist(), old.page_numbers.tolist(), strict=True))
+        return dataclasses.replace(row, page_numbers=np.array([known.get(i, 0) for i in row.page_index.tolist()], dtype=np.int64))
+
+    def change(
+        build: Any, step: int, rank: int, num_instances: int, page_size: int, num_tokens: int, home_rows: Any, guests: Any
+    ) -> StepPlan:
+        old_step, old_home, old_guests = last.get(rank, (-1, (), ()))
+        last[rank] = step, home_rows, guests
+        if old_step == step - 1:
+            home_rows = [stale_home(*pair) for pair in zip(home_rows, old_home, strict=False)] + list(home_rows[len(old_home) :])
+            guests = [stale_guest(*pair) for pair in zip(guests, old_guests, strict=False)] + list(guests[len(old_guests) :])
+        plan: StepPlan = build(step, rank, num_instances, page_size, num_tokens, home_rows, guests)
+        return plan
+
+    _with_plan(change)
+
+
+def _chunk_not_causal() -> None:
+    """The tokens of a chunk see the whole chunk."""
+
+    def wrap(original: Any) -> Any:
+        def attention_row(*args: Any) -> AttentionRow:
+            row: AttentionRow = original(*args)
+            return dataclasses.replace(row, num_unmasked=len(row.kv_slots), key_offsets=row.key_offsets[:0])
+
+        return attention_row
+
+    _replace(step_plan, "attention_row", wrap)
+
+
+# ---- the ledger
+
+
+def _guest_page_freed_early() -> None:
+    """A shard frees a guest's pages in the first step that has no row of it, instead of when its home gives them back."""
+    from sglang_dcp.upstream.instance import Instance
+
+    def wrap(original: Any) -> Any:
+        def finish_step(instance: Any, *args: Any) -> Any:
+            decision = original(instance, *args)
+            rows = {(home, row.handle) for home, table in enumerate(instance.rows_of) for row in table}
+            for key in sorted(getattr(instance, "_mutant_rows", set()) - rows):
+                instance.pool.return_pages(instance.guests.take_back(*key))
+            instance._mutant_rows = rows
+            return decision
+
+        return finish_step
+
+    _replace(Instance, "finish_step", wrap)
+
+
+MUTANTS: dict[str, Callable[[], None]] = {
+    "shard-dropped": _shard_dropped,
+    "shard-read-twice": _shard_read_twice,
+    "lse-base-2": _lse_base_2,
+    "lse-ignored": _lse_ignored,
+    "tail-row-written-twice": _tail_row_written_twice,
+    "tail-row-not-written": _tail_row_not_written,
+    "page-table-stale": _page_table_stale,
+    "guest-page-freed-early": _guest_page_freed_early,
+    "chunk-not-causal": _chunk_not_causal,
+    "neutral-zero": _neutral_zero,
+    "wrong-owner": _wrong_owner,
+}
+"""Fault by name; each function's docstring says what goes wrong."""

@@ -1,0 +1,139 @@
+"""Whole sessions: N instances with real K/V pools, joins, leaves, chunks, growth, sitting out and page reuse; every step against attention
+over the whole sequence."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_dcp.dataflow.attention_step import attention_step
+from sglang_dcp.dataflow.contracts import HomeRow
+from sglang_dcp.dataflow.partial_attention import torch_partial_attention
+from sglang_dcp.dataflow.reference import partial_attention
+from test.support.protocol_model import ModelRequest, ModelScheduler, ProtocolModel
+from test.unit.dataflow.cluster import PoolCache, ThreadTransport
+
+HEADS = 4
+
+
+class Session(ProtocolModel):
+    """The protocol model, whose steps run one attention layer on every instance."""
+
+    def __init__(self, seed: int, num_instances: int, num_pages: int, page_size: int, *, latent: bool) -> None:
+        super().__init__(seed, num_instances, num_pages, page_size, chunk_tokens=3 * page_size // 2)
+        self.latent = latent
+        self.kv_heads, self.qk_dim, self.v_dim = (1, 12, 8) if latent else (2, 8, 8)
+        slots = (num_pages + 1) * page_size
+        self.caches = [PoolCache(slots, self.kv_heads, self.qk_dim, self.v_dim, latent) for _ in range(num_instances)]
+        self.transport = ThreadTransport(num_instances)
+        self.threads = ThreadPoolExecutor(num_instances)
+        self.torch_rng = torch.Generator().manual_seed(seed)
+        self.keys: dict[str, torch.Tensor] = {}
+        self.values: dict[str, torch.Tensor] = {}
+        self.num_sharded_steps = self.num_rows = self.num_mixed_steps = 0
+
+    def close(self) -> None:
+        self.threads.shutdown()
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.torch_rng)
+
+    def run_batches(self) -> None:
+        """The step's layer, after messages and grants as in a server."""
+        instances = [home.instance for home in self.homes]
+        modes = {num_new > 1 for home in self.homes for _, _, num_new in home.batch[:1]}
+        self.num_sharded_steps += instances[0].num_sharded_rows > 0
+        self.num_mixed_steps += instances[0].num_sharded_rows > 0 and len(modes) == 2
+        inputs = [self.tokens_of(home) for home in self.homes]
+        outputs = list(self.threads.map(self.run_layer, range(self.num_instances), inputs))
+        for home, (queries, _), output in zip(self.homes, inputs, outputs, strict=True):
+            self.compare(home, queries, output)
+
+    def tokens_of(self, home: ModelScheduler) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and K/V rows of the batch; a home without tokens takes part with a dummy one."""
+        rows = [self.kv_rows(req)[prefix_len : prefix_len + num_new] for req, prefix_len, num_new in home.batch]
+        width = self.kv_heads * (self.qk_dim + (0 if self.latent else self.v_dim))
+        kv = torch.cat(rows) if rows else self.randn(1, width)
+        return self.randn(len(kv), HEADS, self.qk_dim), kv
+
+    def kv_rows(self, req: ModelRequest) -> torch.Tensor:
+        if req.rid not in self.keys:
+            length = len(req.origin_input_ids) + req.max_new_tokens
+            self.keys[req.rid] = self.randn(length, self.kv_heads, self.qk_dim)
+            self.values[req.rid] = self.keys[req.rid][..., : self.v_dim] if self.latent else self.randn(length, self.kv_heads, self.v_dim)
+        keys, values = self.keys[req.rid].flatten(1), self.values[req.rid].flatten(1)
+        return keys if self.latent else torch.cat([keys, values], dim=1)
+
+    def run_layer(self, rank: int, tokens: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        home, (queries, kv) = self.homes[rank], tokens
+        rows, start = [], 0
+        for req, prefix_len, num_new in home.batch:
+            if req.dyncp is not None:
+                rows.append(home.instance.managed_row(req.dyncp, start, num_new, prefix_len))
+            else:
+                rows.append(HomeRow(start, num_new, prefix_len, np.full(len(req.pages), rank), np.array(req.pages)))
+            start += num_new
+        home.instance.build_plan(rows, len(queries))
+        plan = home.instance.plan
+        assert plan is not None
+        return attention_step(
+            queries, kv, plan, self.caches[rank], torch_partial_attention, self.transport.of(rank), scale=self.qk_dim**-0.5, layer=0
+        )
+
+    def compare(self, home: ModelScheduler, queries: torch.Tensor, output: torch.Tensor) -> None:
+        start = 0
+        for req, prefix_len, num_new in home.batch:
+            length, span = prefix_len + num_new, slice(start, start + num_new)
+            positions = torch.arange(length)
+            expected = partial_attention(
+                queries[span],
+                self.keys[req.rid][:length],
+                self.values[req.rid][:length],
+                scale=self.qk_dim**-0.5,
+                query_positions=positions[prefix_len:],
+                key_positions=positions,
+            ).output
+            torch.testing.assert_close(
+                output[span], expected, atol=1e-5, rtol=1e-5, msg=lambda text, r=req: f"step {self.num_steps}, {r.rid}: {text}"
+            )
+            self.num_rows += req.dyncp is not None
+            start += num_new
+
+
+@pytest.fixture(autouse=True)
+def one_thread_per_instance():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("num_instances", "num_pages", "page_size", "latent"), [(2, 8, 4, False), (3, 10, 8, True), (4, 8, 16, False)])
+def test_session_of_random_requests(num_instances, num_pages, page_size, latent):
+    session = Session(3, num_instances, num_pages, page_size, latent=latent)
+    for _ in range(250):
+        if session.random.random() < 0.25 and sum(len(home.waiting_queue) for home in session.homes) < 5:
+            session.arrive_at_random()
+        if session.random.random() < 0.02:
+            session.abort_at_random()
+        session.step()
+    session.drain(5_000)
+    session.close()
+    assert session.num_sharded_steps > 100
+    assert session.num_mixed_steps > 10
+    assert sum(home.instance.num_growths for home in session.homes) > 5
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_pages_are_reused_right_after_a_release(latent):
+    """Long requests take turns on the same full pools beside a short one that decodes: no page may be read through its last owner's table."""
+    session = Session(4, 2, 6, 4, latent=latent)
+    session.arrive(1, 6, 30)
+    for turn in range(6):
+        session.arrive(turn % 2, 24, 5, (1 - turn % 2, turn % 2))
+    session.drain(2_000)
+    session.close()
+    assert session.num_rows > 30
