@@ -1,12 +1,17 @@
-"""Dispatch, return and merge among instances that are streams of one process on one GPU."""
+"""Dispatch, return and merge among instances of one process on one GPU.
+
+Two ways: all instances in one launch (two nodes per exchange, as each of N GPUs would see it), and each instance on its own branch of
+the graph (2 N nodes, whose launches follow each other on the one GPU).
+"""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from sgl_kernel_dcp import ExchangeShape, PeerExchange, RowLine, StepMessage, StepTables, TableShape
+from sgl_kernel_dcp import ExchangeShape, PeerExchange, RowLine, StepMessage, StepTables, TableShape, launch_together
 from timing import Row, event_times
 
 from sglang_dcp.dataflow.reference import route_tables
@@ -33,6 +38,7 @@ SETTINGS = (
     Setting("V3 before absorption, 8 rows on 4 shards", V3_BEFORE_ABSORPTION, (8, 0, 0, 0), "exchange_before_absorption"),
     Setting("Qwen3 GQA, 8 rows on 4 shards", QWEN_SHAPE, (8, 0, 0, 0), "exchange_gqa"),
     Setting("Qwen3 GQA, 1 row on 2 shards", QWEN_SHAPE, (1, 0)),
+    Setting("no rows, 4 instances", V3_SHAPE, (0, 0, 0, 0)),
 )
 
 
@@ -49,13 +55,16 @@ def message_bytes(setting: Setting) -> int:
 class Group:
     """N connected instances with their static tensors. No attention runs between: the stages themselves are measured."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, *, early_launch: bool) -> None:
         n, shape = len(setting.home_rows), setting.shape
         table_shape = TableShape(n, 16, 32, 8, 64, 2, 64)
         routes = [[list(range(n))] * rows for rows in setting.home_rows]
         tails = [[-1] * rows for rows in setting.home_rows]
         self.tables = [StepTables(table_shape, rank, 32, "cuda:0", shape.max_return_rows) for rank in range(n)]
-        self.exchanges = [PeerExchange(rank, shape, self.tables[rank], num_sharing=n, wait_limit_seconds=10.0) for rank in range(n)]
+        self.exchanges = [
+            PeerExchange(rank, shape, self.tables[rank], num_sharing=n, wait_limit_seconds=10.0, early_launch=early_launch)
+            for rank in range(n)
+        ]
         for rank, exchange in enumerate(self.exchanges):
             exchange.connect([other.address for other in self.exchanges])
             attended = route_tables(routes, tails, rank).attention
@@ -69,7 +78,16 @@ class Group:
         self.streams = [torch.cuda.Stream() for _ in range(n)]
         torch.cuda.synchronize()
 
-    def layers(self) -> None:
+    def layers_together(self) -> None:
+        for _ in range(LAYERS):
+            with launch_together(self.exchanges[0]):
+                for rank, exchange in enumerate(self.exchanges):
+                    exchange.dispatch(self.query[rank])
+            with launch_together(self.exchanges[0]):
+                for rank, exchange in enumerate(self.exchanges):
+                    exchange.return_merge(self.partial[rank], self.lse[rank], self.merged[rank])
+
+    def layers_on_branches(self) -> None:
         current = torch.cuda.current_stream()
         for rank, (exchange, stream) in enumerate(zip(self.exchanges, self.streams, strict=True)):
             stream.wait_stream(current)
@@ -80,13 +98,13 @@ class Group:
         for stream in self.streams:
             current.wait_stream(stream)
 
-    def microseconds(self) -> float:
-        """One exchange, as one of LAYERS in one graph with a branch per instance."""
-        self.layers()
+    def microseconds(self, layers: Callable[[], None]) -> float:
+        """One exchange, as one of LAYERS in one graph."""
+        layers()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.layers()
+            layers()
         times = event_times(graph.replay, 40)
         silent = [exchange.silent_peers() for exchange in self.exchanges]
         if any(silent):
@@ -97,14 +115,18 @@ class Group:
 def measure(bandwidth: float) -> tuple[list[Row], dict[str, float]]:
     rows, keys = [], {}
     for setting in SETTINGS:
-        group = Group(setting)
-        microseconds = group.microseconds()
         moved = message_bytes(setting)
         at_bandwidth = moved / bandwidth * 1e6
-        rows.append(Row(f"exchange {setting.name}", microseconds, moved, f"{microseconds - at_bandwidth:.2f} us beyond the bytes"))
-        if setting.key:
-            keys[f"{setting.key}_total_us"] = microseconds
-            keys[f"{setting.key}_fixed_us"] = microseconds - at_bandwidth
-        for exchange in group.exchanges:
-            exchange.close()
+        for early_launch in (True, False):
+            group = Group(setting, early_launch=early_launch)
+            for way, layers in (("", group.layers_together), ("_branches", group.layers_on_branches)):
+                microseconds = group.microseconds(layers)
+                note = f"{microseconds - at_bandwidth:.2f} us beyond the bytes; {'branches' if way else 'one launch'}"
+                note += "" if early_launch else ", no early launch"
+                rows.append(Row(f"exchange {setting.name}", microseconds, moved, note))
+                if setting.key and early_launch:
+                    keys[f"{setting.key}_total{way}_us"] = microseconds
+                    keys[f"{setting.key}_fixed{way}_us"] = microseconds - at_bandwidth
+            for exchange in group.exchanges:
+                exchange.close()
     return rows, keys

@@ -4,6 +4,7 @@
 #include "checks.h"
 
 #include <algorithm>
+#include <vector>
 
 #include <tvm/ffi/container/map.h>
 #include <tvm/ffi/container/shape.h>
@@ -28,8 +29,23 @@ struct Exchange {
   int32_t device;
   int32_t max_dispatch_blocks;
   int32_t max_return_blocks;
+  bool early_launch;
   uint64_t wait_limit_ns;
 };
+
+// Launches on hold between begin_group and end_group of this thread.
+struct PendingGroup {
+  bool open = false;
+  std::vector<DispatchParams> dispatches;
+  std::vector<ReturnParams> returns;
+  unsigned blocks = 0;
+  bool early_launch = false;
+};
+
+PendingGroup& pending_group() {
+  thread_local PendingGroup group;
+  return group;
+}
 
 // num_instances, max_home_rows, max_attention_rows, max_kv_rows, max_return_rows, num_heads, query_row_bytes, v_head_bytes, kv_row_bytes
 ExchangeShape exchange_shape(const Shape& n) {
@@ -74,8 +90,9 @@ Map<String, int64_t> exchange_layout(Shape numbers) {
 
 // `peers`: addresses of the exchange buffers in this process. `num_sharing`: instances on this GPU; a waiting kernel takes at most
 // 1 / num_sharing of the multiprocessors, so that all of them fit together. Returns a handle for destroy_exchange.
+// `early_launch`: programmatic dependent launch.
 int64_t create_exchange(Shape numbers, Shape table_numbers, Shape peers, int64_t rank, int64_t device, int64_t num_sharing,
-                        int64_t wait_limit_ns) {
+                        int64_t wait_limit_ns, bool early_launch) {
   const ExchangeShape shape = exchange_shape(numbers);
   if (static_cast<int64_t>(peers.size()) != shape.num_instances) {
     TVM_FFI_THROW(ValueError) << "got " << peers.size() << " peer addresses for " << shape.num_instances << " instances";
@@ -97,9 +114,12 @@ int64_t create_exchange(Shape numbers, Shape table_numbers, Shape peers, int64_t
   exchange->rank = static_cast<int32_t>(rank);
   exchange->device = static_cast<int32_t>(device);
   exchange->wait_limit_ns = static_cast<uint64_t>(wait_limit_ns);
+  exchange->early_launch = early_launch;
   const int multiprocessors = multiprocessor_count(exchange->device);
   const int dispatch_capacity = std::min(preload_kernel(dispatch_kernel<false>, kThreads, exchange->device),
                                          preload_kernel(dispatch_kernel<true>, kThreads, exchange->device));
+  preload_kernel(grouped_dispatch_kernel, kThreads, exchange->device);
+  preload_kernel(grouped_return_merge_kernel, kThreads, exchange->device);
   const int return_capacity = preload_kernel(return_merge_kernel, kThreads, exchange->device);
   const int share = std::max<int>(1, multiprocessors / static_cast<int>(num_sharing));
   exchange->max_dispatch_blocks = num_sharing > 1 ? share : dispatch_capacity;
@@ -139,6 +159,55 @@ void set_pool(PoolTarget& pool, int part, const char* name, const TensorView& te
 
 int64_t bytes_per_row(const RowSource& source, int64_t heads) {
   return (source.num_vectors[0] + source.num_vectors[1]) * heads * kVectorBytes;
+}
+
+template <typename Params>
+void launch(void (*kernel)(Params), const Params& params, dim3 blocks, bool early_launch, cudaStream_t stream, const char* name) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early_launch ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, params), name);
+}
+
+template <typename Params>
+bool hold(std::vector<Params>& members, const Params& params, unsigned blocks, bool early_launch) {
+  PendingGroup& group = pending_group();
+  if (!group.open) return false;
+  if (group.dispatches.size() + group.returns.size() > members.size()) TVM_FFI_THROW(ValueError) << "a group holds one kind of call";
+  check_limit("calls in one group", members.size() + 1, 1, kMaxGrouped);
+  members.push_back(params);
+  group.blocks = std::max(group.blocks, blocks);
+  group.early_launch = early_launch;
+  return true;
+}
+
+void begin_group() {
+  pending_group() = PendingGroup{};
+  pending_group().open = true;
+}
+
+void abandon_group() { pending_group() = PendingGroup{}; }
+
+// Launches what was held since begin_group as one kernel on the current stream of `tensor`'s device.
+void end_group(TensorView tensor) {
+  const PendingGroup group = pending_group();
+  pending_group() = PendingGroup{};
+  const dim3 blocks(group.blocks, static_cast<unsigned>(group.dispatches.size() + group.returns.size()));
+  if (!group.dispatches.empty()) {
+    DispatchGroup members{};
+    std::copy(group.dispatches.begin(), group.dispatches.end(), members.members);
+    launch(grouped_dispatch_kernel, members, blocks, group.early_launch, current_stream(tensor), "grouped_dispatch_kernel");
+  } else if (!group.returns.empty()) {
+    ReturnGroup members{};
+    std::copy(group.returns.begin(), group.returns.end(), members.members);
+    launch(grouped_return_merge_kernel, members, blocks, group.early_launch, current_stream(tensor), "grouped_return_merge_kernel");
+  }
 }
 
 template <typename Params>
@@ -187,12 +256,9 @@ void dispatch(int64_t handle, TensorView tables, TensorView state, TensorView qu
   const bool flat = !query_rope.has_value() && query.stride(1) == query.size(2);
   const int64_t units = std::max<int64_t>(exchange.shape.max_home_rows * int64_t{exchange.layout.num_query_pieces}, 1);
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, exchange.max_dispatch_blocks));
-  if (flat) {
-    dispatch_kernel<false><<<blocks, kThreads, 0, current_stream(query)>>>(params);
-  } else {
-    dispatch_kernel<true><<<blocks, kThreads, 0, current_stream(query)>>>(params);
-  }
-  check_cuda(cudaGetLastError(), "dispatch_kernel");
+  if (hold(pending_group().dispatches, params, blocks, exchange.early_launch)) return;
+  launch(flat ? dispatch_kernel<false> : dispatch_kernel<true>, params, dim3(blocks), exchange.early_launch, current_stream(query),
+         "dispatch_kernel");
 }
 
 void return_merge(int64_t handle, TensorView tables, TensorView state, TensorView partial, TensorView partial_lse, TensorView merged,
@@ -214,8 +280,8 @@ void return_merge(int64_t handle, TensorView tables, TensorView state, TensorVie
   params.merged = static_cast<uint8_t*>(merged.data_ptr());
   const int64_t units = int64_t{std::max(exchange.shape.max_attention_rows, exchange.shape.max_home_rows)} * exchange.layout.num_output_pieces;
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, exchange.max_return_blocks));
-  return_merge_kernel<<<blocks, kThreads, 0, current_stream(partial)>>>(params);
-  check_cuda(cudaGetLastError(), "return_merge_kernel");
+  if (hold(pending_group().returns, params, blocks, exchange.early_launch)) return;
+  launch(return_merge_kernel, params, dim3(blocks), exchange.early_launch, current_stream(partial), "return_merge_kernel");
 }
 
 }  // namespace
@@ -224,5 +290,8 @@ void return_merge(int64_t handle, TensorView tables, TensorView state, TensorVie
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(exchange_layout, dcp::exchange_layout);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_exchange, dcp::create_exchange);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_exchange, dcp::destroy_exchange);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(begin_group, dcp::begin_group);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(abandon_group, dcp::abandon_group);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(end_group, dcp::end_group);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(dispatch, dcp::dispatch);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(return_merge, dcp::return_merge);

@@ -8,7 +8,7 @@ import pytest
 import torch
 from device_group import NUM_ENTRIES, NUM_SLOTS, DeviceGroup, prepare_step
 from random_steps import PATTERNS, random_messages
-from sgl_kernel_dcp import PHASE_RECEIVE, PHASE_SEND, ExchangeShape, RowLine, StepMessage, TableShape
+from sgl_kernel_dcp import PHASE_RECEIVE, PHASE_SEND, ExchangeShape, RowLine, StepMessage, TableShape, launch_together
 
 from sglang_dcp.dataflow.reference import route_tables
 
@@ -107,6 +107,34 @@ def test_send_and_receive_may_be_apart(library) -> None:
         for rank in range(group.num_instances) if action == group.dispatch else ():
             group.attend(rank)
     check(group, step)
+    group.close()
+
+
+@pytest.mark.parametrize("name", ["gqa", "mla", "short_pieces", "alone"])
+def test_instances_may_share_a_launch(library, name: str) -> None:
+    table_shape, shape, rope = SHAPES[name]
+    group = DeviceGroup(table_shape, shape, rope_dim=rope)
+    ranks = range(group.num_instances)
+    for seed in range(3):
+        for pattern in PATTERNS:
+            step = prepare_step(messages_for(group, seed, pattern), group)
+            group.randomise()
+            group.load(step)
+            for tables in group.tables:
+                tables.build()
+            for _ in range(3):
+                with launch_together(group.exchanges[0]):
+                    for rank in ranks:
+                        group.dispatch(rank)
+                for rank in ranks:
+                    group.attend(rank)
+                with launch_together(group.exchanges[0]):
+                    for rank in ranks:
+                        group.return_merge(rank)
+            check(group, step)
+    with pytest.raises(ValueError, match="one kind"), launch_together(group.exchanges[0]):
+        group.dispatch(0)
+        group.return_merge(0)
     group.close()
 
 

@@ -44,12 +44,13 @@ def member(rank: int, pipe: Any) -> None:
         tables.upload(message)
         tables.build()
         rows = exchange.dispatch(query[rank], key=kv[rank], key_pool=pool)
+        received = rows.clone()  # peers may overwrite the rows once the return has begun
         partial = rows + shift[rank]
         exchange.return_merge(partial, lse[rank], merged)
         torch.cuda.synchronize()
         oracle = route_tables(message.routes, message.tails, rank)
         for slot, (h, m) in enumerate(oracle.attention):
-            worst = max(worst, float((rows[slot] != query[h, m]).sum()))
+            worst = max(worst, float((received[slot] != query[h, m]).sum()))
             if message.rows[slot].kv_slot >= 0:
                 worst = max(worst, float((pool[message.rows[slot].kv_slot] != kv[h, m, 0]).sum()))
         for m, sends in enumerate(oracle.send):

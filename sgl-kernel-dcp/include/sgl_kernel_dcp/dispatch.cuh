@@ -9,7 +9,9 @@
 namespace dcp {
 
 constexpr int kWarps = kThreads / 32;
-constexpr int kUnroll = 4;  // pieces that a section of a block keeps in flight
+constexpr int kUnroll = 3;  // pieces that a section of a block keeps in flight
+
+constexpr int kMaxGrouped = 8;  // instances in one launch
 
 enum ExchangePhase : int { kSend = 1, kReceive = 2 };
 
@@ -54,15 +56,15 @@ __device__ __forceinline__ const uint8_t* vector_address(const RowSource& source
 // Peers that this exchange writes to. A peer's buffer is free once it has acknowledged the exchange before this one.
 __device__ __forceinline__ uint32_t writable_peers(const DispatchParams& params, uint64_t epoch, uint32_t send_peers) {
   __shared__ uint32_t writable;
-  if (threadIdx.x == 0) writable = 1u << params.rank;
-  __syncthreads();
-  if (threadIdx.x < params.shape.num_instances && (send_peers >> threadIdx.x & 1u)) {
-    const auto* acknowledgement =
-        reinterpret_cast<const uint64_t*>(params.peers.base[params.rank] + params.exchange.acknowledgement) + threadIdx.x;
-    const bool silent = load_silent_mask(params.state) >> threadIdx.x & 1u;
-    if (!silent && wait_for_flag(acknowledgement, epoch - 1, threadIdx.x, params.state, params.wait_limit_ns)) {
-      atomicOr(&writable, 1u << threadIdx.x);
+  if (threadIdx.x < 32) {
+    const int peer = threadIdx.x;
+    bool free = peer == params.rank;
+    if (peer < params.shape.num_instances && (send_peers >> peer & 1u) && !(load_silent_mask(params.state) >> peer & 1u)) {
+      const auto* acknowledgement = reinterpret_cast<const uint64_t*>(params.peers.base[params.rank] + params.exchange.acknowledgement);
+      free = wait_for_flag(acknowledgement + peer, epoch - 1, peer, params.state, params.wait_limit_ns);
     }
+    const uint32_t mask = __ballot_sync(0xffffffffu, free);
+    if (peer == 0) writable = mask;
   }
   __syncthreads();
   return writable;
@@ -130,17 +132,25 @@ __device__ __forceinline__ void store_queries(const DispatchParams& params, cons
   }
 }
 
-__device__ __forceinline__ void flag_queries(const DispatchParams& params, uint64_t epoch, int num_units, uint32_t writable) {
-  const int pieces = params.exchange.num_query_pieces, stride = gridDim.x;
-  const int num_own_units = num_units > blockIdx.x ? (num_units - blockIdx.x + stride - 1) / stride : 0;
-  for (int item = threadIdx.x; item < num_own_units * kMaxPartials; item += kThreads) {
-    const int unit = blockIdx.x + item / kMaxPartials * stride, row = unit / pieces, j = item % kMaxPartials;
-    const int32_t target = params.tables[params.table.send_target + row * kMaxPartials + j];
-    if (j >= params.tables[params.table.target_count + row]) continue;
-    const int peer = target_instance(target);
-    if (peer == params.rank || !(writable >> peer & 1u)) continue;
-    auto* flags = reinterpret_cast<uint64_t*>(params.peers.base[peer] + params.exchange.query_flag);
-    store_release_system(flags + int64_t{target_slot(target)} * pieces + (unit - row * pieces), epoch);
+// Flag of one (unit of this block, target of its row); item counts both. Negative: nothing to flag.
+__device__ __forceinline__ int32_t flag_target(const DispatchParams& params, int item, int num_units) {
+  const int unit = blockIdx.x + item / kMaxPartials * gridDim.x, row = unit / params.exchange.num_query_pieces, j = item % kMaxPartials;
+  if (unit >= num_units) return -1;
+  const int32_t target = params.tables[params.table.send_target + row * kMaxPartials + j];
+  return j < params.tables[params.table.target_count + row] && target_instance(target) != params.rank ? target : -1;
+}
+
+// `first_target` is the flag of item threadIdx.x, loaded ahead.
+__device__ __forceinline__ void flag_queries(const DispatchParams& params, uint64_t epoch, int num_units, uint32_t writable,
+                                             int32_t first_target) {
+  const int pieces = params.exchange.num_query_pieces;
+  int32_t target = first_target;
+  for (int item = threadIdx.x; blockIdx.x + item / kMaxPartials * gridDim.x < num_units; item += kThreads) {
+    if (item != threadIdx.x) target = flag_target(params, item, num_units);
+    if (target < 0 || !(writable >> target_instance(target) & 1u)) continue;
+    auto* flags = reinterpret_cast<uint64_t*>(params.peers.base[target_instance(target)] + params.exchange.query_flag);
+    const int piece = (blockIdx.x + item / kMaxPartials * gridDim.x) % pieces;
+    store_release_system(flags + int64_t{target_slot(target)} * pieces + piece, epoch);
   }
 }
 
@@ -152,6 +162,7 @@ __device__ __forceinline__ void send_rows(const DispatchParams& params, uint64_t
   int first = blockIdx.x + threadIdx.x / kPieceThreads * gridDim.x;
   QueryBatch batch;
   load_queries<kTwoParts>(params, batch, first, num_units);  // needs no credit, so it runs ahead of the wait
+  const int32_t first_target = flag_target(params, threadIdx.x, num_units);
   const uint32_t writable = writable_peers(params, epoch, send_peers);
   if (params.key_value.base[0] != nullptr) send_key_values(params, epoch, num_rows, writable);
   while (first < num_units) {
@@ -160,7 +171,7 @@ __device__ __forceinline__ void send_rows(const DispatchParams& params, uint64_t
     load_queries<kTwoParts>(params, batch, first, num_units);
   }
   __syncthreads();  // the block's stores come before every flag
-  flag_queries(params, epoch, num_units, writable);
+  flag_queries(params, epoch, num_units, writable, first_target);
 }
 
 __device__ __forceinline__ void receive_key_values(const DispatchParams& params, uint64_t epoch) {
@@ -196,16 +207,30 @@ __device__ __forceinline__ void receive_queries(const DispatchParams& params, ui
 }
 
 template <bool kTwoParts>
-__global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_constant__ DispatchParams params) {
+__device__ __forceinline__ void dispatch_rows(const DispatchParams& params) {
+  wait_for_predecessor();
   const uint64_t epoch = params.state->dispatch_epoch;
-  if (params.phases & kSend) {
-    send_rows<kTwoParts>(params, epoch);
-  }
+  if (params.phases & kSend) send_rows<kTwoParts>(params, epoch);
   if (params.phases & kReceive) {
     if (params.key_value.base[0] != nullptr) receive_key_values(params, epoch);
     receive_queries(params, epoch);
     if (blockIdx.x == 0 && threadIdx.x == 0) params.state->return_epoch = epoch;
   }
+  let_successor_start();  // not before the waits: a successor must not take the place of a peer that shares the GPU
+}
+
+// Instances of one process on one GPU may share a launch: blockIdx.y is the instance.
+struct DispatchGroup {
+  DispatchParams members[kMaxGrouped];
+};
+
+template <bool kTwoParts>
+__global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_constant__ DispatchParams params) {
+  dispatch_rows<kTwoParts>(params);
+}
+
+__global__ void __launch_bounds__(kThreads, 1) grouped_dispatch_kernel(const __grid_constant__ DispatchGroup group) {
+  dispatch_rows<true>(group.members[blockIdx.y]);
 }
 
 }  // namespace dcp

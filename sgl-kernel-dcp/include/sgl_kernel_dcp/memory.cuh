@@ -64,6 +64,11 @@ __device__ __forceinline__ bool wait_for_flag(const uint64_t* flag, uint64_t epo
   }
 }
 
+// Programmatic dependent launch: a kernel may be on the device before its predecessor ends. Nothing may be read or written that an
+// earlier kernel could still touch before `wait_for_predecessor`; without such a launch both are no-ops.
+__device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // Base address of every instance's exchange buffer as this process sees it.
 struct PeerPointers {
   uint8_t* base[kMaxInstances];

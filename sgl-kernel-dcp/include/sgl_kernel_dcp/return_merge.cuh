@@ -86,20 +86,26 @@ __device__ __forceinline__ void send_pieces(const ReturnParams& params, int firs
   }
 }
 
-__device__ __forceinline__ void send_partials(const ReturnParams& params, uint64_t epoch, uint32_t silent) {
-  const int num_units = params.tables[params.table.header + kNumAttentionRows] * params.exchange.num_output_pieces;
+// Return target of one of this block's units.
+__device__ __forceinline__ int32_t unit_target(const ReturnParams& params, int item, int num_units) {
+  const int unit = blockIdx.x + item * gridDim.x;
+  return unit < num_units ? params.tables[params.table.return_target + unit / params.exchange.num_output_pieces] : -1;
+}
+
+__device__ __forceinline__ void send_partials(const ReturnParams& params, uint64_t epoch, int num_units, uint32_t silent,
+                                              int32_t first_target) {
   const int stride = gridDim.x * kSections * kReturnUnroll;
   for (int first = blockIdx.x + threadIdx.x / kPieceThreads * gridDim.x; first < num_units; first += stride) {
     send_pieces(params, first, num_units, silent);
   }
   __syncthreads();  // the block's stores come before every flag below
-  const int num_own_units = num_units > blockIdx.x ? (num_units - blockIdx.x + gridDim.x - 1) / gridDim.x : 0;
-  for (int item = threadIdx.x; item < num_own_units; item += kThreads) {
-    const RowPiece piece(params, blockIdx.x + item * gridDim.x);
-    const int32_t target = params.tables[params.table.return_target + piece.row];
+  int32_t target = first_target;
+  for (int item = threadIdx.x; blockIdx.x + item * gridDim.x < num_units; item += kThreads) {
+    if (item != threadIdx.x) target = unit_target(params, item, num_units);
     if (!is_peer(target, silent)) continue;
+    const int piece = (blockIdx.x + item * gridDim.x) % params.exchange.num_output_pieces;
     auto* flags = reinterpret_cast<uint64_t*>(params.peers.base[target_instance(target)] + params.exchange.return_flag);
-    store_release_system(flags + int64_t{target_slot(target)} * params.exchange.num_output_pieces + piece.piece, epoch);
+    store_release_system(flags + int64_t{target_slot(target)} * params.exchange.num_output_pieces + piece, epoch);
   }
 }
 
@@ -161,25 +167,39 @@ __device__ __forceinline__ void acknowledge(const ReturnParams& params, uint64_t
   store_relaxed_system(reinterpret_cast<uint64_t*>(params.peers.base[peer] + params.exchange.acknowledgement) + params.rank, epoch);
 }
 
-__global__ void __launch_bounds__(kThreads, 1) return_merge_kernel(const __grid_constant__ ReturnParams params) {
+__device__ __forceinline__ void return_and_merge(const ReturnParams& params) {
+  wait_for_predecessor();
   const int lane = threadIdx.x & 31, num_warps = gridDim.x * (kThreads / 32);
   const uint64_t epoch = params.state->return_epoch;
-  const int num_units = params.tables[params.table.header + kNumHomeRows] * params.exchange.num_output_pieces * kSpansPerPiece;
+  const int num_home_units = params.tables[params.table.header + kNumHomeRows] * params.exchange.num_output_pieces * kSpansPerPiece;
+  const int num_sent_units = params.tables[params.table.header + kNumAttentionRows] * params.exchange.num_output_pieces;
   int unit = blockIdx.x + (threadIdx.x >> 5) * gridDim.x;
-  SpanSource span = load_source(params, unit, num_units, lane);  // while the partials travel
+  SpanSource span = load_source(params, unit, num_home_units, lane);  // while the partials travel
   if (params.phases & kSend) {
+    const int32_t first_target = unit_target(params, threadIdx.x, num_sent_units);
     const uint32_t silent = load_silent_mask(params.state);
     acknowledge(params, epoch, silent);
-    send_partials(params, epoch, silent);
+    send_partials(params, epoch, num_sent_units, silent, first_target);
   }
   if (params.phases & kReceive) {
-    for (; unit < num_units; unit += num_warps) {
-      const SpanSource next = load_source(params, unit + num_warps, num_units, lane);
+    for (; unit < num_home_units; unit += num_warps) {
+      const SpanSource next = load_source(params, unit + num_warps, num_home_units, lane);
       merge_home_span(params, span, unit, epoch, lane);
       span = next;
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) params.state->dispatch_epoch = epoch + 1;
   }
+  let_successor_start();
+}
+
+struct ReturnGroup {
+  ReturnParams members[kMaxGrouped];
+};
+
+__global__ void __launch_bounds__(kThreads, 1) return_merge_kernel(const __grid_constant__ ReturnParams params) { return_and_merge(params); }
+
+__global__ void __launch_bounds__(kThreads, 1) grouped_return_merge_kernel(const __grid_constant__ ReturnGroup group) {
+  return_and_merge(group.members[blockIdx.y]);
 }
 
 }  // namespace dcp

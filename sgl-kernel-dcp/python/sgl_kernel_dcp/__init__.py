@@ -1,6 +1,6 @@
 """CUDA kernels of sglang_dcp: the step's tables, dispatch, return and merge. Importing compiles and loads nothing."""
 
-from sgl_kernel_dcp.exchange import PHASE_RECEIVE, PHASE_SEND, PeerExchange
+from sgl_kernel_dcp.exchange import PHASE_RECEIVE, PHASE_SEND, PeerExchange, launch_together
 from sgl_kernel_dcp.merge import merge_stacked
 from sgl_kernel_dcp.shapes import ExchangeShape, TableShape
 from sgl_kernel_dcp.tables import RowLine, StepMessage, StepTables
@@ -14,5 +14,6 @@ __all__ = [
     "StepMessage",
     "StepTables",
     "TableShape",
+    "launch_together",
     "merge_stacked",
 ]

@@ -9,6 +9,8 @@ the device. `phases` splits a call for overlap: send now, receive later on the s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from sgl_kernel_dcp.build import load_library
@@ -24,11 +26,28 @@ WAIT_LIMIT_SECONDS = 2.0
 WAIT_LIMIT_SHARED_SECONDS = 60.0
 
 
+@contextmanager
+def launch_together(member: PeerExchange) -> Iterator[None]:
+    """Holds the dispatches (or the returns) of up to 8 instances that share one GPU and one process, then launches them as one kernel.
+
+    On one GPU N launches follow each other; on N GPUs they don't. `member`: any of the instances; the launch goes to the current stream.
+    """
+    library = load_library()
+    library.begin_group()
+    try:
+        yield
+    except BaseException:
+        library.abandon_group()
+        raise
+    library.end_group(member.state)
+
+
 class PeerExchange:
     """Owns the buffer that peers write into. Connect before the first exchange, close after the last; peers must outlive both.
 
     num_sharing: instances that share this GPU. Their waiting kernels together take at most one block per multiprocessor, and their
     waits last up to 60 s instead of 2 s, because processes on one GPU are time-sliced.
+    early_launch: let a kernel of ours be set up while its predecessor ends (programmatic dependent launch).
     """
 
     def __init__(
@@ -39,11 +58,13 @@ class PeerExchange:
         *,
         num_sharing: int = 1,
         wait_limit_seconds: float | None = None,
+        early_launch: bool = True,
     ) -> None:
         import torch
 
         self.rank, self.shape, self.tables, self.num_sharing = rank, shape, tables, num_sharing
         self.device = tables.buffer.device
+        self._early_launch = early_launch
         default_limit = WAIT_LIMIT_SECONDS if num_sharing == 1 else WAIT_LIMIT_SHARED_SECONDS
         self._wait_limit_ns = int((default_limit if wait_limit_seconds is None else wait_limit_seconds) * 1e9)
         if shape.max_return_rows != tables.max_return_rows:
@@ -77,7 +98,14 @@ class PeerExchange:
         if self._handle is not None:
             raise RuntimeError("this exchange is connected already")
         self._handle = self._library.create_exchange(
-            self._numbers, self.tables.shape.numbers(), addresses, self.rank, self.device.index, self.num_sharing, self._wait_limit_ns
+            self._numbers,
+            self.tables.shape.numbers(),
+            addresses,
+            self.rank,
+            self.device.index,
+            self.num_sharing,
+            self._wait_limit_ns,
+            self._early_launch,
         )
 
     def connect_processes(self, handles: list[bytes]) -> None:
@@ -119,7 +147,7 @@ class PeerExchange:
         """Sends partial results home and merges what arrives for this instance's rows into `merged` [home rows, heads, v_head_dim].
 
         partial [attention rows, heads, v_head_dim] bfloat16 and partial_lse [attention rows, heads] float32 in natural log, in the
-        order of `query_rows`. A row without shards becomes neutral; a silent peer's partial counts as neutral.
+        order of `query_rows`, which peers may overwrite from here on. A row without shards becomes neutral; a silent peer's partial counts as neutral.
         """
         self._library.return_merge(
             self._connected(), self.tables.buffer, self.state, partial, partial_lse, merged, merged_lse, phases
