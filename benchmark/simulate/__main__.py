@@ -76,9 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         plot_run(results, rates, args.out)
     for name, row in report["policies"].items():
-        print(
-            f"{name:20s} max {row['max_rate']:8.2f} requests/s under {args.slo_ms:g} ms; at {rate:.2f}: P99 TPOT {row['p99_tpot_ms']:.1f} ms"
-        )
+        held = f"max {row['max_rate']:8.2f} requests/s under {args.slo_ms:g} ms"
+        print(f"{name:20s} {held}; at {rate:.2f}: P99 TPOT {row['p99_tpot_ms']:.1f} ms")
     return 0
 
 

@@ -75,6 +75,7 @@ class Simulation:
         self._page_full: dict[int, list[SimulatedRequest]] = {}
         self._prefilling: list[deque[SimulatedRequest]] = [deque() for _ in range(settings.num_instances)]
         self._num_prefilling = 0
+        self._ended_prefill: list[SimulatedRequest] = []
         self._changed = True
         self._estimate_total = settings.first_estimate * 16
         self._estimate_count = 16
@@ -213,6 +214,10 @@ class Simulation:
         for request in self._finishing.pop(step + 1, ()):
             if request.finish_step == step + 1:
                 self._finish(request)
+        if self._ended_prefill:
+            for request in self._ended_prefill:
+                self._begin_decode(request)
+            self._ended_prefill = []
         if self._step_hook is not None:
             self._step_hook(self)
 
@@ -238,7 +243,7 @@ class Simulation:
         return microseconds * 1e-6
 
     def _prefill_chunks(self) -> float:
-        """One chunk on every home with a prompt waiting; the longest delays the step, which also yields an ended prompt's first token."""
+        """One chunk on every home with a prompt waiting; the longest delays the step. Ended prompts decode from the next step on."""
         longest = 0.0
         for queue in self._prefilling:
             budget, spent = self.settings.chunk_tokens, 0.0
@@ -253,7 +258,7 @@ class Simulation:
                 if request.prefill_left == 0:
                     queue.popleft()
                     self._num_prefilling -= 1
-                    self._begin_decode(request)
+                    self._ended_prefill.append(request)
             longest = max(longest, spent)
         return longest
 

@@ -22,8 +22,8 @@ NAMES = {
 def read_trace(path: Path) -> Workload:
     """A workload from a file. Raises ValueError naming file, line and value of a bad row, or the column that is missing.
 
-    Column names: arrival (or arrival_s, timestamp_s, timestamp; timestamp_ms in milliseconds), input (input_length, ...), output. Rows may be in any order.
-    Lines count from 1; in CSV the header is line 1, in Parquet the first row is row 1.
+    Column names: arrival (or arrival_s, timestamp_s, timestamp; timestamp_ms in milliseconds), input (input_length, ...), output.
+    Rows may be in any order. Lines count from 1; in CSV the header is line 1, in Parquet the first row is row 1.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--trace {path}: no such file")

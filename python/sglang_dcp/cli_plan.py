@@ -45,9 +45,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(plan))
         return 0
     shards = ", ".join(f"{rank}: {tokens}" for rank, tokens in zip(plan["shards"], plan["shard_tokens"], strict=True))
-    print(
-        f"home {plan['home']}, degree {plan['degree']}, tokens per shard {{{shards}}}{'' if plan['fits_now'] else ' (has to wait for room)'}"
-    )
+    note = "" if plan["fits_now"] else " (has to wait for room)"
+    print(f"home {plan['home']}, degree {plan['degree']}, tokens per shard {{{shards}}}{note}")
     print(f"step {plan['step_ms_before']:.2f} ms -> {plan['step_ms_after']:.2f} ms ({plan['policy']}, {plan['cost_model']})")
     return 0
 
