@@ -26,19 +26,26 @@ MAIN = ("dual-balance", "length-buckets", "local-least-batch", "local-least-kv",
 # A run sends for this many seconds, longer at low rates so that the P99 rests on enough requests.
 SECONDS, MIN_REQUESTS, MAX_SECONDS = 180.0, 4000, 800.0
 
+DP_AND_OURS = ("dual-balance", "length-buckets", "local-least-batch", "local-least-kv")
 GROUPS: dict[str, dict[str, Any]] = {
-    "bars": {"workloads": ("chat-1pct", "weka", "mooncake", "chat-5pct", "chat-0pct", "servegen-r1"), "policies": MAIN, "seeds": SEEDS},
-    "kimi": {"deployment": Deployment("kimi-k2"), "workloads": ("chat-1pct", "chat-5pct"), "policies": MAIN, "seeds": SEEDS},
-    "tight-pool": {"deployment": Deployment(pool_tokens=1_000_000), "workloads": ("chat-1pct",), "policies": MAIN, "seeds": SEEDS},
-    "fixed": {"workloads": ("chat-1pct", "chat-5pct"), "policies": ("fixed-2", "fixed-4", "fixed-8"), "seeds": (1,)},
-    "qwen": {"deployment": Deployment("qwen3-235b-a22b"), "workloads": ("chat-1pct", "weka"), "policies": MAIN, "seeds": (1, 2)},
-    "h100": {"deployment": Deployment(gpu="h100"), "workloads": ("chat-1pct",), "policies": MAIN, "seeds": (1, 2)},
+    "bars": {"workloads": ("chat-1pct", "weka", "mooncake", "chat-5pct"), "policies": MAIN, "seeds": SEEDS},
+    "kimi": {"deployment": Deployment("kimi-k2"), "workloads": ("chat-1pct",), "policies": DP_AND_OURS, "seeds": SEEDS[:3]},
+    "tight-pool": {
+        "deployment": Deployment(pool_tokens=1_000_000),
+        "workloads": ("chat-1pct",),
+        "policies": DP_AND_OURS,
+        "seeds": SEEDS[:3],
+    },
     "ablation": {
         "workloads": ("chat-1pct", "weka"),
         "policies": ("dual-frozen", "dual-batch-blind", "dual-kv-blind", "dual-degree-1", "dual-exchange-twice", "buckets-exchange-twice"),
-        "seeds": (1, 2),
+        "seeds": (1,),
     },
-    "azure": {"workloads": ("azure-clock",), "policies": MAIN, "seeds": (1, 2)},
+    "short": {"workloads": ("chat-0pct", "servegen-r1"), "policies": MAIN, "seeds": SEEDS[:3]},
+    "fixed": {"workloads": ("chat-1pct",), "policies": ("fixed-2", "fixed-4", "fixed-8"), "seeds": (1,)},
+    "qwen": {"deployment": Deployment("qwen3-235b-a22b"), "workloads": ("chat-1pct",), "policies": DP_AND_OURS, "seeds": (1,)},
+    "azure": {"workloads": ("azure-clock",), "policies": DP_AND_OURS, "seeds": (1,)},
+    "h100": {"deployment": Deployment(gpu="h100"), "workloads": ("chat-1pct",), "policies": DP_AND_OURS, "seeds": (1,)},
 }
 FIRST_GUESS = {
     "chat-0pct": 80.0,
@@ -49,6 +56,7 @@ FIRST_GUESS = {
     "servegen-r1": 35.0,
     "azure-clock": 60.0,
 }
+# Every constant at +-30 %: `sensitivity` runs these at the 75 ms limit.
 SCALED_CONSTANTS = (
     "attention_us_per_token",
     "layer_other_us",
@@ -102,12 +110,25 @@ class ResultFile:
         self.path.write_text(json.dumps(self.data, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
+def run_sensitivity() -> None:
+    """chat + 1 %, seed 1, 75 ms: every constant at 0.7 and 1.3 of its value, with the policy fitted to the same constant."""
+    file, workload = ResultFile("sensitivity"), load_workload("chat-1pct")
+    for constant in SCALED_CONSTANTS:
+        for factor in (0.7, 1.3):
+            deployment = Deployment(scale=(constant, factor))
+            for policy in ("dual-balance", "length-buckets", "local-least-batch"):
+                key = f"{deployment.label()}|chat-1pct|{policy}|1"
+                if key not in file.data["cases"]:
+                    file.add(key, search_case(deployment, workload, policy, 1, (("p99", 75.0),), 60.0))
+                    print(key, file.data["cases"][key]["max_rate"], flush=True)
+
+
 def run_group(name: str) -> None:
     """Runs the missing cases of a group, all policies of a workload and seed together."""
     group = GROUPS[name]
     deployment = group.get("deployment", Deployment())
     limits = group.get("limits", LIMITS)
-    file = ResultFile(name)
+    file = ResultFile("bars" if name == "short" else name)
     for seed in group["seeds"]:
         for workload_name in group["workloads"]:
             workload, guess = load_workload(workload_name), FIRST_GUESS[workload_name]
@@ -125,10 +146,13 @@ def run_group(name: str) -> None:
 def main() -> None:
     """Command line: group names; `all` runs every group in order of value."""
     parser = argparse.ArgumentParser(prog="python -m benchmark.simulate.experiments", description=__doc__)
-    parser.add_argument("groups", nargs="+", choices=[*GROUPS, "all"])
+    parser.add_argument("groups", nargs="+", choices=[*GROUPS, "sensitivity", "all"])
     names = parser.parse_args().groups
-    for name in GROUPS if "all" in names else names:
-        run_group(name)
+    for name in (*GROUPS, "sensitivity") if "all" in names else names:
+        if name == "sensitivity":
+            run_sensitivity()
+        else:
+            run_group(name)
 
 
 if __name__ == "__main__":

@@ -143,25 +143,31 @@ class DualBalance:
         nodes = call.nodes if call.home is None else [members for members in call.nodes if call.home in members]
         if not any(sum([loads[i].kv_capacity for i in members]) >= needed for members in nodes):
             return [range(len(loads))]
-        with_room = [members for members in nodes if sum([loads[i].free_tokens for i in members]) >= needed]
+        free = [load.kv_capacity - load.kv_tokens for load in loads]
+        with_room = [members for members in nodes if sum([free[i] for i in members if free[i] > 0]) >= needed]
         with_room.sort(key=lambda members: sum([attention[i] for i in members]) / len(members))
         return with_room[:NUM_PRICED_NODES]
 
     def _best_split(self, call: _Call, members: Sequence[int]) -> Split | None:
-        rooms = {i: self._rooms(call, i, waiting=False) for i in members}
-        ordered = sorted([i for i in members if i != call.home and rooms[i][1] >= 1], key=call.levels.attention.__getitem__)
-        if call.home is not None:
-            ordered = [call.home, *ordered] if call.home in rooms and rooms[call.home][0] >= 1 else []
+        loads, page_size, home = call.loads, call.page_size, call.home
+        if self._max_guest_fraction >= 1.0:
+            guest_room = {i: (loads[i].kv_capacity - loads[i].kv_tokens) // page_size for i in members}
+        else:
+            guest_room = {i: self._rooms(call, i, waiting=False)[1] for i in members}
+        ordered = sorted([i for i in members if i != home and guest_room[i] >= 1], key=call.levels.attention.__getitem__)
+        if home is not None:
+            has_room = home in guest_room and free_pages(loads[home], page_size) >= 2
+            ordered = [home, *ordered] if has_room else []
         ordered = ordered[: min(self._max_degree, call.pages)]
         return cheapest_split(
             call.levels,
             ordered,
-            [rooms[i][0] for i in ordered],
-            [rooms[i][1] for i in ordered],
+            [(loads[i].kv_capacity - loads[i].kv_tokens) // page_size - 1 for i in ordered],
+            [guest_room[i] for i in ordered],
             pages=call.pages,
             total_tokens=call.total_tokens,
-            pinned_home=call.home,
-            is_remote=bool(ordered) and call.loads[ordered[0]].node != call.loads[ordered[-1]].node,
+            pinned_home=home,
+            is_remote=bool(ordered) and loads[ordered[0]].node != loads[ordered[-1]].node,
         )
 
     def _rooms(self, call: _Call, position: int, *, waiting: bool) -> tuple[int, int]:

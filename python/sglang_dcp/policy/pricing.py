@@ -66,8 +66,11 @@ class Levels:
 
     def lowest(self, positions: Sequence[int], added_us: float) -> int:
         """Position where a request that may dominate the step is cheapest whole."""
+        combine_us, own = self.cost.combine_us_per_request, OWN_WEIGHT
         a, b = self.attention, self.batches
-        return min(positions, key=lambda i: (self.price(a[i] + added_us, b[i] + 1), i))
+        summit, most = self.highest_attention - added_us, self.highest_batch
+        prices = [(a[i] - summit if a[i] > summit else 0.0) + own * a[i] + combine_us * (own * b[i] + (b[i] == most)) for i in positions]
+        return positions[prices.index(min(prices))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,7 @@ def cheapest_split(
     fixed_us = 0.0 if is_active else cost.exchange_fixed_us + (cost.remote_exchange_fixed_us if is_remote else 0.0)
     column, room, home, home_entry = levels.request_us(total_tokens), 0, -1, -1
     best_price, best_degree, best_home = float("inf"), 0, -1
+    highest, most, combine_us = levels.highest_attention, levels.highest_batch, cost.combine_us_per_request
     for entry, position in enumerate(ordered):
         degree = entry + 1
         column += a[position]
@@ -110,7 +114,9 @@ def cheapest_split(
         if degree == 1 or home < 0 or room - guest_rooms[home_entry] + home_rooms[home_entry] < pages:
             continue
         level = max((column + 2 * entry * row_us) / degree, a[position])
-        price = levels.price(level, b[home] + 1) + entry * row_us + fixed_us
+        batch = b[home] + 1
+        price = (level - highest if level > highest else 0.0) + OWN_WEIGHT * level + entry * row_us + fixed_us
+        price += combine_us * ((batch - most if batch > most else 0) + OWN_WEIGHT * batch)
         if price < best_price:
             best_price, best_degree, best_home = price, degree, home
     if best_degree == 0:

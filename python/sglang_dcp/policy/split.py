@@ -14,7 +14,7 @@ def num_pages(tokens: int, page_size: int) -> int:
 
 def free_pages(load: InstanceLoad, page_size: int) -> int:
     """Whole pages that are neither held nor promised."""
-    return load.free_tokens // page_size
+    return max(0, load.kv_capacity - load.kv_tokens) // page_size
 
 
 def check_request(request: PlacementRequest, capacity_tokens: int, where: str) -> None:
@@ -65,7 +65,7 @@ def water_fill(levels: Sequence[float], rooms: Sequence[int], pages: int, page_u
     A page raises a column by `page_us`. Raises CapacityError when `pages` is below the number of columns or above the rooms.
     """
     count = len(levels)
-    if pages < count or any(room < 1 for room in rooms) or pages > sum(rooms):
+    if pages < count or min(rooms) < 1 or pages > sum(rooms):
         raise CapacityError(
             f"{pages} pages cannot be divided over {count} shards with room for {list(rooms)} pages (dyncp.degree, --max-total-tokens)"
         )
@@ -90,10 +90,13 @@ def water_fill(levels: Sequence[float], rooms: Sequence[int], pages: int, page_u
 
 
 def _pour_singly(shares: list[int], heights: list[float], rooms: Sequence[int], remaining: int, page_us: float) -> None:
-    for _ in range(remaining):
-        lowest = min((i for i in range(len(shares)) if shares[i] < rooms[i]), key=lambda i: (heights[i], i))
-        shares[lowest] += 1
-        heights[lowest] += page_us
+    """What is left after pouring whole pages evenly: one page each, lowest columns first."""
+    while remaining > 0:
+        columns = sorted((i for i in range(len(shares)) if shares[i] < rooms[i]), key=heights.__getitem__)
+        for i in columns[:remaining]:
+            shares[i] += 1
+            heights[i] += page_us
+        remaining -= len(columns[:remaining])
 
 
 def build_placement(home: int, tail: int, pages_of: dict[int, int], prompt_tokens: int, page_size: int) -> Placement:
