@@ -140,8 +140,13 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def find_free_port(first: int = 15000, last: int = 21000, step: int = 300) -> int:
-    """A port whose companions (PORT_OFFSETS) are free too, below the ranges that SGLang and the kernel draw from."""
-    for port in range(first, last, step):
+    """A port whose companions (PORT_OFFSETS) are free too, below the ranges that SGLang and the kernel draw from.
+
+    The search begins at a place of this process's own: two runs that look at once would find the same free port.
+    """
+    ports = list(range(first, last, step))
+    begin = os.getpid() % len(ports)
+    for port in ports[begin:] + ports[:begin]:
         if all(_is_free(port + offset) for offset in PORT_OFFSETS):
             return port
     raise RuntimeError(f"no free port between {first} and {last} with free ports at offsets {PORT_OFFSETS}")
