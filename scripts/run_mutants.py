@@ -37,12 +37,16 @@ TESTS: dict[str, tuple[str, ...]] = {
 }
 """Fault -> tests meant to notice, cheapest first; the run stops at the first that does."""
 
+NOTICED = re.compile(r"AssertionError|assert |sglang_dcp\.ledger\.integrity\.IntegrityError")
+"""What a noticed fault ends with. Any other error may as well be a mutant that no longer installs."""
+
 FAILED = re.compile(r"^FAILED (\S+)(?: - (.*))?$", re.MULTILINE)
 
 
 def run_tests(tests: tuple[str, ...], mutant: str | None) -> tuple[int, str]:
     """pytest's exit code and its output."""
     environment = {name: value for name, value in os.environ.items() if name not in (MUTANT_VARIABLE, TESTING_VARIABLE)}
+    environment["COLUMNS"] = "240"
     if mutant is not None:
         environment |= {MUTANT_VARIABLE: mutant, TESTING_VARIABLE: "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", *tests]
@@ -68,11 +72,11 @@ def main() -> int:
         start = time.monotonic()
         code, output = run_tests(TESTS[mutant], mutant)
         found = FAILED.search(output)
-        if code != 1 or found is None:
+        if code != 1 or found is None or not NOTICED.match(found[2] or ""):
             survived.append(mutant)
             print(f"{mutant:24} NOT NOTICED (pytest exit code {code})\n{output}", flush=True)
         else:
-            print(f"{mutant:24} {found[1]}  ({time.monotonic() - start:.0f} s)\n{'':24}   {(found[2] or '')[:110]}", flush=True)
+            print(f"{mutant:24} {found[1]}  ({time.monotonic() - start:.0f} s)\n{'':24}   {(found[2] or '')[:150]}", flush=True)
     print(f"{len(chosen) - len(survived)} of {len(chosen)} faults noticed" + (f"; not: {', '.join(survived)}" if survived else ""))
     return 1 if survived else 0
 

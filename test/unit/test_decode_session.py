@@ -129,7 +129,7 @@ def test_session_of_random_requests(num_instances, num_pages, page_size, latent)
 
 @pytest.mark.parametrize("latent", [False, True])
 def test_pages_are_reused_right_after_a_release(latent):
-    """Long requests take turns on the same full pools beside a short one that decodes: no page may be read through its last owner's table."""
+    """Long requests take turns on the same full pools beside a short one that decodes: no page may be read through a stale table."""
     session = Session(4, 2, 6, 4, latent=latent)
     session.arrive(1, 6, 30)
     for turn in range(6):

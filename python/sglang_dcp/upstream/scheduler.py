@@ -13,6 +13,8 @@ from sglang_dcp.upstream.admission import is_managed
 from sglang_dcp.upstream.install import verify_installed
 from sglang_dcp.upstream.instance import Instance
 from sglang_dcp.upstream.kv_pool import LedgerAllocator
+from sglang_dcp.upstream.metrics import attach_metrics
+from sglang_dcp.upstream.models import check_model
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
     if config is None:
         raise UnsupportedError("the dyncp hooks are installed but no configuration came with the environment")
     verify_installed()
+    check_model(scheduler.tp_worker.model_runner.model)
     pool = scheduler.token_to_kv_pool_allocator
     if not isinstance(pool, LedgerAllocator):
         raise UnsupportedError(f"--enable-dyncp needs a paged KV pool (--page-size above 1), this server has {type(pool).__name__}")
@@ -40,7 +43,9 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
     instance = Instance(config.resolve(num_instances), rank, num_instances, pool.num_pages, pool.page_size, pool)
     pool.bind(instance, scheduler.tree_cache)
     group = create_gloo_group(EXCHANGE_TIMEOUT_SECONDS)
-    bindings.bind(bindings.Binding(scheduler, instance, GlooTransport(group), group))
+    binding = bindings.Binding(scheduler, instance, GlooTransport(group), group)
+    attach_metrics(binding)
+    bindings.bind(binding)
     logger.info(
         "dyncp: instance %d of %d, policy %s, %d pages of %d tokens", rank, num_instances, config.policy, pool.num_pages, pool.page_size
     )
