@@ -34,6 +34,7 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
     if config is None:
         raise UnsupportedError("the dyncp hooks are installed but no configuration came with the environment")
     verify_installed()
+    install_mutant()
     check_model(scheduler.tp_worker.model_runner.model)
     pool = scheduler.token_to_kv_pool_allocator
     if not isinstance(pool, LedgerAllocator):
