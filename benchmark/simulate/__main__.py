@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.no_plots:
         from benchmark.simulate.plots import plot_run
 
-        plot_run(results, rates, args.out)
+        plot_run(results, rates, args.out, args.seconds)
     for name, row in report["policies"].items():
         held = f"max {row['max_rate']:8.2f} requests/s under {args.slo_ms:g} ms"
         print(f"{name:20s} {held}; at {rate:.2f}: P99 TPOT {row['p99_tpot_ms']:.1f} ms")

@@ -41,6 +41,14 @@ GROUPS: dict[str, dict[str, Any]] = {
         "policies": ("dual-frozen", "dual-batch-blind", "dual-kv-blind", "dual-degree-1", "dual-exchange-twice", "buckets-exchange-twice"),
         "seeds": (1,),
     },
+    # As many requests per run as half of the published runs: how far the length of a run and the tail of the prompts carry the gain.
+    "tail": {
+        "workloads": ("chat-1pct", "chat-1pct-heavy"),
+        "policies": ("dual-balance", "length-buckets", "local-least-batch"),
+        "seeds": (1,),
+        "limits": LIMITS[:2],
+        "num_requests": 30_000,
+    },
     "short": {"workloads": ("chat-0pct", "servegen-r1"), "policies": MAIN, "seeds": SEEDS[:3]},
     "fixed": {"workloads": ("chat-1pct",), "policies": ("fixed-2", "fixed-4", "fixed-8"), "seeds": (1,)},
     "qwen": {"deployment": Deployment("qwen3-235b-a22b"), "workloads": ("chat-1pct",), "policies": DP_AND_OURS, "seeds": (1,)},
@@ -50,6 +58,7 @@ GROUPS: dict[str, dict[str, Any]] = {
 FIRST_GUESS = {
     "chat-0pct": 80.0,
     "chat-1pct": 60.0,
+    "chat-1pct-heavy": 40.0,
     "chat-5pct": 35.0,
     "weka": 7.0,
     "mooncake": 60.0,
@@ -80,11 +89,14 @@ def point(result: SimulationResult) -> dict[str, Any]:
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in data.items()}
 
 
-def search_case(deployment: Deployment, workload: Workload, policy: str, seed: int, limits, guess: float) -> dict[str, Any]:
-    """Highest rates under `limits` and every simulated rate on the way."""
+def search_case(
+    deployment: Deployment, workload: Workload, policy: str, seed: int, limits, guess: float, num_requests: int = 0
+) -> dict[str, Any]:
+    """Highest rates under `limits` and every simulated rate on the way. `num_requests` fixes the length of every run."""
 
     def evaluate(rate: float) -> SimulationResult:
-        return simulate(policy, deployment, workload, workload.requests(rate, run_seconds(rate, workload.name), seed))
+        seconds = num_requests / rate if num_requests else run_seconds(rate, workload.name)
+        return simulate(policy, deployment, workload, workload.requests(rate, seconds, seed))
 
     search = RateSearch(evaluate, guess)
     rates = {f"{statistic}-{limit:g}": round(search.highest_rate(limit, statistic), 4) for statistic, limit in limits}
@@ -137,7 +149,7 @@ def run_group(name: str) -> None:
                 if key in file.data["cases"]:
                     continue
                 started = time.perf_counter()
-                case = search_case(deployment, workload, policy, seed, limits, guess)
+                case = search_case(deployment, workload, policy, seed, limits, guess, group.get("num_requests", 0))
                 guess = case["max_rate"].get("p99-75") or guess
                 file.add(key, case)
                 print(f"{key} {case['max_rate']} {len(case['points'])} runs {time.perf_counter() - started:.0f} s", flush=True)

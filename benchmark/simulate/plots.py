@@ -35,14 +35,14 @@ def colour(name: str) -> str:
     return COLOURS.get(name) or FALLBACK_COLOURS[sum(map(ord, name)) % len(FALLBACK_COLOURS)]
 
 
-def plot_run(results: dict[str, SimulationResult], rates: dict[str, float], out: Path) -> None:
+def plot_run(results: dict[str, SimulationResult], rates: dict[str, float], out: Path, seconds: float) -> None:
     """max_rate.png, balance.png (max and mean of KV and batch over time) and degrees.png in `out`."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 3))
     axis.barh(list(rates), list(rates.values()), color=[colour(name) for name in rates])
     axis.set_xlabel("highest rate under the limit (requests/s)")
     save(figure, out / "max_rate.png")
-    plot_balance(results, out / "balance.png")
+    plot_balance(results, out / "balance.png", (0.1 * seconds, seconds))
     figure, axis = plt.subplots(figsize=(6, 3))
     for name, result in results.items():
         degrees = sorted(result.end_degrees)
@@ -53,12 +53,12 @@ def plot_run(results: dict[str, SimulationResult], rates: dict[str, float], out:
     save(figure, out / "degrees.png")
 
 
-def plot_balance(results: dict[str, SimulationResult], path: Path) -> None:
-    """Hottest over mean instance over time, KV above and batch below."""
+def plot_balance(results: dict[str, SimulationResult], path: Path, span: tuple[float, float] = (0.0, float("inf"))) -> None:
+    """Hottest over mean instance over time, KV above and batch below, for the seconds in `span`."""
     plt = pyplot()
     figure, axes = plt.subplots(2, 1, figsize=(8, 5), sharex=True)
     for name, result in results.items():
-        rows = [row for row in result.timeline if row[3] > 0 and row[5] > 0]
+        rows = [row for row in result.timeline if row[3] > 0 and row[5] > 0 and span[0] <= row[0] <= span[1]]
         for axis, top in zip(axes, (2, 4), strict=True):
             axis.plot([row[0] for row in rows], [row[top] / row[top + 1] for row in rows], label=name, color=colour(name), linewidth=0.9)
     axes[0].set(ylabel="KV tokens, max / mean", ylim=(1, None))
