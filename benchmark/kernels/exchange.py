@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from sgl_kernel_dcp import ExchangeShape, PeerExchange, RowLine, StepMessage, StepTables, TableShape, launch_together
-from timing import Row, event_times
+from timing import Row, event_times, graph_microseconds
 
 from sglang_dcp.dataflow.reference import route_tables
 
@@ -112,6 +112,21 @@ class Group:
         return statistics.median(times) * 1000 / LAYERS
 
 
+def absorption(num_rows: int) -> Row:
+    """What the small payload moves from home to the shards: the query's product with W_UK and the output's with W_UV, per head."""
+    like = {"dtype": torch.bfloat16, "device": "cuda:0"}
+    query, up_key = torch.randn(128, num_rows, 128, **like), torch.randn(128, 128, 512, **like)
+    latent, up_value = torch.randn(128, num_rows, 512, **like), torch.randn(128, 512, 128, **like)
+    absorbed, output = torch.empty(128, num_rows, 512, **like), torch.empty(128, num_rows, 128, **like)
+
+    def both() -> None:
+        torch.bmm(query, up_key, out=absorbed)
+        torch.bmm(latent, up_value, out=output)
+
+    note = "at home, or at every shard with the small payload"
+    return Row(f"W_UK and W_UV products, {num_rows} rows", graph_microseconds([both]), note=note)
+
+
 def measure(bandwidth: float) -> tuple[list[Row], dict[str, float]]:
     rows, keys = [], {}
     for setting in SETTINGS:
@@ -119,14 +134,15 @@ def measure(bandwidth: float) -> tuple[list[Row], dict[str, float]]:
         at_bandwidth = moved / bandwidth * 1e6
         for early_launch in (True, False):
             group = Group(setting, early_launch=early_launch)
-            for way, layers in (("", group.layers_together), ("_branches", group.layers_on_branches)):
+            ways = [("", group.layers_together)] + ([] if early_launch else [("_branches", group.layers_on_branches)])
+            for way, layers in ways:
                 microseconds = group.microseconds(layers)
                 note = f"{microseconds - at_bandwidth:.2f} us beyond the bytes; {'branches' if way else 'one launch'}"
-                note += "" if early_launch else ", no early launch"
+                note += ", launched early" if early_launch else ""
                 rows.append(Row(f"exchange {setting.name}", microseconds, moved, note))
-                if setting.key and early_launch:
+                if setting.key and (early_launch or way):
                     keys[f"{setting.key}_total{way}_us"] = microseconds
                     keys[f"{setting.key}_fixed{way}_us"] = microseconds - at_bandwidth
             for exchange in group.exchanges:
                 exchange.close()
-    return rows, keys
+    return [*rows, absorption(8), absorption(64)], keys

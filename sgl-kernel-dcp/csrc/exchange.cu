@@ -30,6 +30,7 @@ struct Exchange {
   int32_t max_dispatch_blocks;
   int32_t max_return_blocks;
   bool early_launch;
+  bool alone;  // on its GPU; else only grouped launches may be early: a waiting successor would take a peer's place
   uint64_t wait_limit_ns;
 };
 
@@ -115,6 +116,7 @@ int64_t create_exchange(Shape numbers, Shape table_numbers, Shape peers, int64_t
   exchange->device = static_cast<int32_t>(device);
   exchange->wait_limit_ns = static_cast<uint64_t>(wait_limit_ns);
   exchange->early_launch = early_launch;
+  exchange->alone = num_sharing == 1;
   const int multiprocessors = multiprocessor_count(exchange->device);
   const int dispatch_capacity = std::min(preload_kernel(dispatch_kernel<false>, kThreads, exchange->device),
                                          preload_kernel(dispatch_kernel<true>, kThreads, exchange->device));
@@ -257,8 +259,8 @@ void dispatch(int64_t handle, TensorView tables, TensorView state, TensorView qu
   const int64_t units = std::max<int64_t>(exchange.shape.max_home_rows * int64_t{exchange.layout.num_query_pieces}, 1);
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, exchange.max_dispatch_blocks));
   if (hold(pending_group().dispatches, params, blocks, exchange.early_launch)) return;
-  launch(flat ? dispatch_kernel<false> : dispatch_kernel<true>, params, dim3(blocks), exchange.early_launch, current_stream(query),
-         "dispatch_kernel");
+  launch(flat ? dispatch_kernel<false> : dispatch_kernel<true>, params, dim3(blocks), exchange.early_launch && exchange.alone,
+         current_stream(query), "dispatch_kernel");
 }
 
 void return_merge(int64_t handle, TensorView tables, TensorView state, TensorView partial, TensorView partial_lse, TensorView merged,
@@ -281,7 +283,8 @@ void return_merge(int64_t handle, TensorView tables, TensorView state, TensorVie
   const int64_t units = int64_t{std::max(exchange.shape.max_attention_rows, exchange.shape.max_home_rows)} * exchange.layout.num_output_pieces;
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, exchange.max_return_blocks));
   if (hold(pending_group().returns, params, blocks, exchange.early_launch)) return;
-  launch(return_merge_kernel, params, dim3(blocks), exchange.early_launch, current_stream(partial), "return_merge_kernel");
+  launch(return_merge_kernel, params, dim3(blocks), exchange.early_launch && exchange.alone, current_stream(partial),
+         "return_merge_kernel");
 }
 
 }  // namespace

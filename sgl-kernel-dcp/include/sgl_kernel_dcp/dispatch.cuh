@@ -216,7 +216,8 @@ __device__ __forceinline__ void dispatch_rows(const DispatchParams& params) {
     receive_queries(params, epoch);
     if (blockIdx.x == 0 && threadIdx.x == 0) params.state->return_epoch = epoch;
   }
-  let_successor_start();  // not before the waits: a successor must not take the place of a peer that shares the GPU
+  __syncthreads();  // one thread speaks for the block, so the last wait of all comes first:
+  let_successor_start();  // a waiting successor must not take the place of a peer that shares the GPU
 }
 
 // Instances of one process on one GPU may share a launch: blockIdx.y is the instance.

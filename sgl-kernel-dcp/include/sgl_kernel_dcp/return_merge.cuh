@@ -189,6 +189,7 @@ __device__ __forceinline__ void return_and_merge(const ReturnParams& params) {
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) params.state->dispatch_epoch = epoch + 1;
   }
+  __syncthreads();  // as in dispatch_rows
   let_successor_start();
 }
 

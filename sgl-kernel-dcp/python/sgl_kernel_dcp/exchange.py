@@ -47,7 +47,8 @@ class PeerExchange:
 
     num_sharing: instances that share this GPU. Their waiting kernels together take at most one block per multiprocessor, and their
     waits last up to 60 s instead of 2 s, because processes on one GPU are time-sliced.
-    early_launch: let a kernel of ours be set up while its predecessor ends (programmatic dependent launch).
+    early_launch: let a kernel of ours be set up while its predecessor ends (programmatic dependent launch). Instances that share a GPU
+    do so only in `launch_together`: by itself a successor could take the place of a peer's kernel that it waits for.
     """
 
     def __init__(
