@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_dcp.dataflow.transport.base import Transport
+from sglang_dcp.observe.request_log import RequestLog
 from sglang_dcp.upstream.instance import Instance
+from sglang_dcp.upstream.metrics import StepMetrics
 
 
 @dataclass
 class Binding:
     """parked: requests that sit out decode steps for want of a tail page. waiting: those with an open reservation, by handle.
-    local_batch: the batch of the step being synchronised.
+    local_batch: the batch of the step being synchronised. metrics: None without --enable-metrics.
     """
 
     scheduler: Any
@@ -25,6 +27,8 @@ class Binding:
     local_batch: Any = None
     pending_rows: Any = None
     ran_since_check: bool = False
+    request_log: RequestLog = field(default_factory=RequestLog)
+    metrics: StepMetrics | None = None
 
 
 _binding: Binding | None = None

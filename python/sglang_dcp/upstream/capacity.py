@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_dcp.config import DynCpConfig
+from sglang_dcp.upstream.placement_request import most_pools
 
 
 def pools_per_request() -> int:
@@ -12,11 +13,7 @@ def pools_per_request() -> int:
     from sglang.srt.runtime_context import get_parallel
 
     config = DynCpConfig.from_environment()
-    if config is None or config.policy == "local":
-        return 1
-    if config.policy == "fixed":
-        return config.degree or 1
-    return config.max_degree or int(get_parallel().num_dp_ranks)
+    return 1 if config is None else most_pools(config, int(get_parallel().num_dp_ranks))
 
 
 def raise_worker_limits(result: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:

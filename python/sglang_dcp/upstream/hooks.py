@@ -131,6 +131,36 @@ DYNCP_HOOKS: tuple[Hook, ...] = (
         parameters=("recv_req",),
     ),
     Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.get_output_streamer_class",
+        kind="after",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.result:get_streamer_class",
+        why="the last output of a request tells where it lived",
+        upstream="nothing: this is the documented extension point",
+        remove_when="never",
+        parameters=(),
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.send_abort_output",
+        kind="after",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.result:after_abort_output",
+        why="requests that end in the queue are in the report too",
+        upstream="one place where requests end",
+        remove_when="aborted requests go through the output streamer",
+        parameters=("abort_req", "req"),
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state",
+        kind="around",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.result:answer_report",
+        why="an instance's report, built only when somebody asks",
+        upstream="control requests by registration",
+        remove_when="plugins can answer control requests of their own",
+        parameters=("recv_req",),
+    ),
+    Hook(
         target="sglang.srt.managers.scheduler.Scheduler.is_fully_idle",
         kind="after",
         hook_set="dyncp",
@@ -276,8 +306,9 @@ DYNCP_HOOKS: tuple[Hook, ...] = (
 def all_hooks() -> tuple[Hook, ...]:
     """Every touch point of every set."""
     from sglang_dcp.cpu.hooks import CPU_HOOKS
+    from sglang_dcp.upstream.main_hooks import DYNCP_MAIN_HOOKS
 
-    return FLAGS_HOOKS + CPU_HOOKS + DYNCP_HOOKS
+    return FLAGS_HOOKS + CPU_HOOKS + DYNCP_HOOKS + DYNCP_MAIN_HOOKS
 
 
 def check_targets() -> list[str]:

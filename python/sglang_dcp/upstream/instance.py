@@ -7,6 +7,7 @@ about SGLang's objects itself beyond reading them.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,9 @@ class Instance:
         self.plan: StepPlan | None = None
         self.num_growths = 0
         self.num_retractions = 0
+        self.num_degree_growths = 0
+        self.admission_waits: list[float] = []
+        self._asked_at: dict[int, float] = {}
 
     # ---- what a home does with its requests
 
@@ -67,6 +71,7 @@ class Instance:
     def ask_admission(self, request: HomeRequest, segments: Sequence[tuple[int, int]], *, flexible: bool) -> None:
         """Asks for all pages of a request: (instance, pages) in sequence order, the tail last."""
         request.asked_admission = True
+        self._asked_at[request.handle] = time.monotonic()
         self.outbox.append(AskAdmission(request.handle, request.born, flexible, tuple(segments)))
 
     def ask_growth(self, request: HomeRequest, *, stuck: bool) -> None:
@@ -85,11 +90,13 @@ class Instance:
         pages = self.pool.take_pages(1)
         if pages is None:
             return False
+        self.num_degree_growths += self.rank not in request.shards
         self.homes.append(request, Page(self.rank, pages[0]))
         return True
 
     def release(self, request: HomeRequest) -> None:
         """The request is over: own pages return to the pool now, guest pages with the next message."""
+        self._asked_at.pop(request.handle, None)
         self.pool.return_pages(self.homes.close(request.handle))
         self.outbox.append(Release(request.handle))
 
@@ -186,6 +193,7 @@ class Instance:
         request = self.homes.requests.get(grant.handle) if grant.home == self.rank else None
         if request is not None:
             self.num_growths += request.admitted
+            self._measure_grant(request, grant)
             self.homes.expect(request, grant)
         for segment in grant.segments:
             if segment.rank != self.rank:
@@ -201,6 +209,12 @@ class Instance:
             else:
                 self.guests.lend(grant.home, grant.handle, segment.first_index, pages)
                 self.outbox.append(granted)
+
+    def _measure_grant(self, request: HomeRequest, grant: Grant) -> None:
+        if request.admitted:
+            self.num_degree_growths += sum(segment.rank not in request.shards for segment in grant.segments)
+        elif request.handle in self._asked_at:
+            self.admission_waits.append(time.monotonic() - self._asked_at.pop(request.handle))
 
     def _forget_victims(self, victims: Sequence[Key]) -> None:
         for home, handle in victims:

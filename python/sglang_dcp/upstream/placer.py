@@ -11,10 +11,8 @@ from typing import Any
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.placement import make_policy
-from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementPolicy, PlacementRequest
-
-EXPECTED_NEW_TOKENS = 256
-"""Output length that placement assumes, at most what the request allows: no policy knows the true one."""
+from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementPolicy
+from sglang_dcp.upstream.placement_request import describe_request, most_pools
 
 GPUS_PER_NODE = 8
 
@@ -105,15 +103,9 @@ class Placer:
         """(placement, flexible) of a tokenized request. A pinned placement is not flexible: no grant may split it otherwise."""
         assert self._policy is not None, "configure() comes first"
         pin = (req.sampling_params.custom_params or {}).get("dyncp") or {}
-        max_new_tokens = req.sampling_params.max_new_tokens
-        max_new_tokens = EXPECTED_NEW_TOKENS if max_new_tokens is None else max_new_tokens
-        request = PlacementRequest(
-            prompt_tokens=len(req.input_ids),
-            expected_new_tokens=min(EXPECTED_NEW_TOKENS, max_new_tokens),
-            max_new_tokens=max_new_tokens,
-            degree=pin.get("degree"),
-            home=pin.get("home"),
-        )
+        page_size = self._page_size
+        reach_tokens = most_pools(self._config, len(self._homes)) * (min(self._capacity) // page_size * page_size)
+        request = describe_request(len(req.input_ids), req.sampling_params.max_new_tokens, pin, reach_tokens)
         placement = self._policy.place(request, self.loads(), self._page_size)
         self._homes[placement.home].placed.append(InFlight(placement, self._clock()))
         pinned = bool(pin) or self._config.policy in ("fixed", "length-buckets")

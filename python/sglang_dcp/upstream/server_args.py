@@ -25,7 +25,8 @@ def read_flags(server_args: Any, cls: type, args: argparse.Namespace) -> Any:
     if config is not None:
         from sglang_dcp.upstream.hooks import DYNCP_HOOKS
         from sglang_dcp.upstream.install import install
+        from sglang_dcp.upstream.main_hooks import DYNCP_MAIN_HOOKS
 
         os.environ[CONFIG_VARIABLE] = config.to_json()
-        install(DYNCP_HOOKS)
+        install(DYNCP_HOOKS + DYNCP_MAIN_HOOKS)
     return server_args

@@ -60,6 +60,8 @@ def after_gather(result: Any, info: Any, *args: Any, **kwargs: Any) -> None:
     most_words = instance.read_columns(columns)
     words = exchange_words(binding, columns[:, col.WORDS], most_words) if most_words else [[]] * instance.num_instances
     instance.finish_step(words, anybody_runs=max(info.global_num_tokens) > 0)
+    if binding.metrics is not None:
+        binding.metrics.after_step(binding)
     binding.ran_since_check = binding.ran_since_check or max(info.global_num_tokens) > 0
     instance.plan = None
     binding.pending_rows = None

@@ -1,0 +1,51 @@
+"""Reads the report of a running server over HTTP. Standard library only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+ROUTE = "/dyncp/requests"
+DEFAULT_PORT = 30000
+
+
+class ReportError(RuntimeError):
+    """No report; the message says from where and why."""
+
+
+@dataclass(frozen=True)
+class ReportClient:
+    """url: of the server, without a path. api_key: as given to the server by --api-key."""
+
+    url: str
+    api_key: str | None = None
+    timeout_s: float = 30.0
+
+    def read(self, request_id: str | None = None) -> dict[str, Any]:
+        """{"instances": [...], "requests": [...]}; only the requests named `request_id` when given. Raises ReportError."""
+        query = "" if request_id is None else "?" + urllib.parse.urlencode({"rid": request_id})
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        try:
+            request = urllib.request.Request(self.url.rstrip("/") + ROUTE + query, headers=headers)
+            with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                return dict(json.load(response))
+        except urllib.error.HTTPError as error:
+            hint = "was the server started with --enable-dyncp?" if error.code == 404 else "--api-key?" if error.code == 401 else ""
+            raise ReportError(f"{self.url}{ROUTE} answered {error.code} {error.reason}; {hint}".rstrip("; ")) from error
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            raise ReportError(f"{self.url} gives no report: {error} (--port, --url)") from error
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"port of a server on this machine (default {DEFAULT_PORT})")
+    parser.add_argument("--url", help="address of the server, instead of --port: http://HOST:PORT")
+    parser.add_argument("--api-key", help="the server's --api-key")
+
+
+def client_of(args: argparse.Namespace) -> ReportClient:
+    return ReportClient(args.url or f"http://127.0.0.1:{args.port}", args.api_key)

@@ -1,0 +1,34 @@
+"""What a policy is told about a request: the same in the main process, which refuses, and in the router, which places."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sglang_dcp.config import DynCpConfig
+from sglang_dcp.policy.types import PlacementRequest
+
+EXPECTED_NEW_TOKENS = 256
+"""Output length that placement assumes, at most what the request allows: no policy knows the true one."""
+
+
+def most_pools(config: DynCpConfig, num_instances: int) -> int:
+    """Most pools that one request may use."""
+    if config.policy == "local":
+        return 1
+    if config.policy == "fixed":
+        return config.degree or 1
+    return config.max_degree or num_instances
+
+
+def describe_request(prompt_tokens: int, max_new_tokens: int | None, pin: Mapping[str, Any], reach_tokens: int) -> PlacementRequest:
+    """max_new_tokens None: the client set no bound, so the output ends where `reach_tokens`, the pools of one request, end."""
+    if max_new_tokens is None:
+        max_new_tokens = max(0, min(EXPECTED_NEW_TOKENS, reach_tokens - prompt_tokens))
+    return PlacementRequest(
+        prompt_tokens=prompt_tokens,
+        expected_new_tokens=min(EXPECTED_NEW_TOKENS, max_new_tokens),
+        max_new_tokens=max_new_tokens,
+        degree=pin.get("degree"),
+        home=pin.get("home"),
+    )

@@ -1,0 +1,95 @@
+"""Requests in the main process: what cannot be served is refused with HTTP 400 before it reaches a scheduler, streaming or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+
+from sglang_dcp.config import DynCpConfig
+from sglang_dcp.upstream.placement_hint import strip_hints
+from sglang_dcp.upstream.request_limits import RequestError, RequestLimits, check_options
+
+
+def learn_limits(result: tuple[Any, ...], engine: type, *args: Any, **kwargs: Any) -> None:
+    """AFTER Engine._launch_subprocesses: the schedulers have told how large their pools are."""
+    from sglang.srt.runtime_context import get_parallel, get_schedule
+
+    manager, init = result[0], result[3]
+    config = DynCpConfig.from_environment()
+    if manager is None or config is None:
+        return
+    num_instances = int(get_parallel().num_dp_ranks)
+    manager.dyncp_limits = RequestLimits(
+        config=config.resolve(num_instances),
+        num_instances=num_instances,
+        pool_tokens=min(int(info["max_total_num_tokens"]) for info in init.scheduler_infos),
+        page_size=int(get_schedule().page_size),
+    )
+
+
+def check_request_options(manager: Any, obj: Any, request: Any = None) -> None:
+    """BEFORE TokenizerManager.generate_request."""
+    from sglang.srt.managers.io_struct import EmbeddingReqInput
+
+    if isinstance(obj, EmbeddingReqInput):
+        raise RequestError("embedding, classification and reranking requests do not work with --enable-dyncp: such models do not decode")
+    check_options(obj)
+
+
+def validate_request(result: None, manager: Any, obj: Any, input_ids: list[int] | None) -> None:
+    """AFTER TokenizerManager._validate_one_request: pins and length. A client's own placement hint ends here."""
+    obj.kv_hints = strip_hints(obj.kv_hints)
+    limits: RequestLimits = manager.dyncp_limits
+    limits.check(len(input_ids or ()), obj.sampling_params or {}, obj.routed_dp_rank)
+
+
+async def serve_generate(original: Callable[..., Any], obj: Any, request: Any) -> Any:
+    """AROUND http_server.serve_generate_request: a stream that starts with an error becomes a plain error answer.
+
+    The OpenAI endpoints do the same upstream: they wait for the first chunk before they send status 200.
+    """
+    response = await original(obj, request)
+    if not obj.stream:
+        return response
+    chunks = response.body_iterator
+    first = await anext(chunks, None)
+    error = _read_error(first)
+    if error is not None:
+        await chunks.aclose()
+        return JSONResponse({"error": error}, status_code=int(error.get("code") or 400), background=response.background)
+    response.body_iterator = _prepend(first, chunks)
+    return response
+
+
+def _read_error(chunk: Any) -> dict[str, Any] | None:
+    if not isinstance(chunk, bytes) or not chunk.startswith(b'data: {"error"'):
+        return None
+    error = json.loads(chunk[len(b"data: ") :])["error"]
+    return error if isinstance(error, dict) else {"message": str(error)}
+
+
+async def _prepend(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    if first is not None:
+        yield first
+    async for chunk in rest:
+        yield chunk
+
+
+class ControlRefused(HTTPException):
+    """HTTP 400 from any endpoint: some print an exception's text, others leave it to FastAPI."""
+
+    def __init__(self, call: str) -> None:
+        reason = "it would change weights or pools under requests that live on several instances"
+        super().__init__(status_code=400, detail=f"{call} does not work with --enable-dyncp: {reason}")
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+async def refuse_control(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND control calls that would touch pages of every instance: pause, weight updates, memory release, sessions, adapters."""
+    raise ControlRefused(original.__name__)

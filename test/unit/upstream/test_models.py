@@ -1,0 +1,71 @@
+"""The allow-list of attention layers, on stand-ins with the attributes that SGLang's layers have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_dcp.upstream.models import SERVED_CLASSES, UnsupportedModelError, check_model, find_unsupported_layer
+
+
+class RadixAttention(torch.nn.Module):
+    """Stand-in: SGLang's cannot be imported without its platform."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__()
+        values = {"sliding_window_size": -1, "logit_cap": 0.0, "is_cross_attention": False, "attn_type": "decoder", "use_irope": False}
+        for name, value in (values | changes).items():
+            setattr(self, name, value)
+
+
+def model_with(layer: torch.nn.Module, class_name: str = "Qwen3MoeAttention", **owner_attributes: Any) -> torch.nn.Module:
+    owner = type(class_name, (torch.nn.Module,), {})()
+    owner.attn = layer
+    for name, value in owner_attributes.items():
+        setattr(owner, name, value)
+    block = torch.nn.Module()
+    block.self_attn = owner
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([block])
+    return model
+
+
+@pytest.mark.parametrize("name", SERVED_CLASSES)
+def test_served_classes_pass(name: str) -> None:
+    check_model(model_with(RadixAttention(), name, use_dsa=False, indexer=None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "owner", "reason"),
+    [
+        ({"sliding_window_size": 128}, {}, "sliding window of 128"),
+        ({"logit_cap": 30.0}, {}, "logit cap 30.0"),
+        ({"is_cross_attention": True}, {}, "cross attention"),
+        ({"attn_type": "encoder_only"}, {}, "encoder_only"),
+        ({"attn_type": "decoder_bidirectional"}, {}, "decoder_bidirectional"),
+        ({"use_irope": True}, {}, "chunked local attention"),
+        ({}, {"sinks": torch.nn.Parameter(torch.zeros(2))}, "sinks"),
+        ({}, {"use_dsa": True}, "sparse attention"),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], owner: dict[str, Any], reason: str) -> None:
+    problem = find_unsupported_layer(model_with(RadixAttention(**changes), **owner))
+    assert problem is not None
+    assert problem.startswith("layers.0.self_attn (Qwen3MoeAttention): ")
+    assert reason in problem
+
+
+def test_another_class_is_refused_by_the_layers_name() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"layers.0.self_attn \(LlamaAttention\): not tested; served are Qwen2MoeAttention"):
+        check_model(model_with(RadixAttention(), "LlamaAttention"))
+
+
+def test_layers_with_a_state_are_refused() -> None:
+    mamba = type("MambaMixer2", (torch.nn.Module,), {})()
+    assert "MambaMixer2" in str(find_unsupported_layer(model_with(mamba)))
+
+
+def test_model_without_attention_is_refused() -> None:
+    assert "no RadixAttention" in str(find_unsupported_layer(torch.nn.Linear(2, 2)))

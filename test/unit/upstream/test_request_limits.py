@@ -1,0 +1,167 @@
+"""Which requests the main process refuses: pins, lengths, options; every message names value and limit."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_dcp.config import DynCpConfig
+from sglang_dcp.upstream.placement_hint import ACTION_TYPE, strip_hints
+from sglang_dcp.upstream.placement_request import describe_request, most_pools
+from sglang_dcp.upstream.request_limits import REFUSED_OPTIONS, RequestError, RequestLimits, check_options, read_pin
+
+POOL, PAGE = 1024, 16
+
+
+def limits(instances: int = 4, **config: Any) -> RequestLimits:
+    return RequestLimits(DynCpConfig(**config).resolve(instances), instances, POOL, PAGE)
+
+
+@pytest.mark.parametrize("degree", [0, -1, 5, 99, "two", "2", 1.5, 2.0, [2], True, None, {}])
+def test_senseless_degree(degree: Any) -> None:
+    with pytest.raises(RequestError, match=r"custom_params.dyncp.degree must be an integer in 1\.\.4 .*got ") as refused:
+        limits().check(100, {"custom_params": {"dyncp": {"degree": degree}}})
+    assert repr(degree) in str(refused.value)
+
+
+@pytest.mark.parametrize("home", [-1, 4, 9, "0", 0.0, False])
+def test_senseless_home(home: Any) -> None:
+    with pytest.raises(RequestError, match=r"dyncp.home must be an integer in 0\.\.3"):
+        limits().check(100, {"custom_params": {"dyncp": {"home": home}}})
+
+
+@pytest.mark.parametrize("pin", [None, 2, "degree", [1], True])
+def test_pin_must_be_an_object(pin: Any) -> None:
+    with pytest.raises(RequestError, match="must be an object"):
+        read_pin({"dyncp": pin}, 4)
+
+
+def test_unknown_key_is_named() -> None:
+    with pytest.raises(RequestError, match="dyncp.degre is unknown; there are degree and home"):
+        read_pin({"dyncp": {"degre": 2}}, 4)
+
+
+def test_custom_params_of_others_are_left_alone() -> None:
+    assert read_pin({"thinking_budget": 3}, 4) == {}
+    assert read_pin(None, 4) == {}
+    assert read_pin({"dyncp": {"degree": 4, "home": 0}}, 4) == {"degree": 4, "home": 0}
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 4])
+def test_every_honourable_pin_passes(degree: int) -> None:
+    for home in range(4):
+        limits().check(degree * PAGE, {"custom_params": {"dyncp": {"degree": degree, "home": home}}, "max_new_tokens": 10})
+
+
+def test_more_shards_than_pages() -> None:
+    with pytest.raises(ValueError, match="degree = 3 needs one page per shard.*2 pages of 16"):
+        limits().check(32, {"custom_params": {"dyncp": {"degree": 3}}})
+
+
+def test_max_degree_bounds_pins_and_length() -> None:
+    bounded = limits(max_degree=2)
+    with pytest.raises(ValueError, match="degree = 3 exceeds --dyncp-max-degree 2"):
+        bounded.check(320, {"custom_params": {"dyncp": {"degree": 3}}})
+    bounded.check(2 * POOL - 3 * PAGE, {"max_new_tokens": 1})
+    with pytest.raises(RequestError, match="2 KV pools of 1024 tokens .*--dyncp-max-degree"):
+        bounded.check(2 * POOL, {"max_new_tokens": 1})
+
+
+BORDER = [(4064, 0, True), (4064, 15, True), (4064, 16, False), (4065, 0, False), (4081, 0, False)]
+
+
+@pytest.mark.parametrize(("prompt", "new", "fits"), BORDER)
+def test_border_of_the_capacity(prompt: int, new: int, fits: bool) -> None:
+    """4 x 1024 tokens: the prompt takes whole pages, one more page and one token stay free."""
+    if fits:
+        limits().check(prompt, {"max_new_tokens": new})
+        return
+    with pytest.raises(RequestError, match=rf"\({prompt} tokens.*max_new_tokens \({new}\) exceed 4079 .*--max-total-tokens"):
+        limits().check(prompt, {"max_new_tokens": new})
+
+
+def test_output_without_a_bound_takes_what_is_left() -> None:
+    limits().check(4064, {})
+    limits().check(4064, {"max_new_tokens": None})
+    request = describe_request(4000, None, {}, 4096)
+    assert (request.max_new_tokens, request.expected_new_tokens) == (96, 96)
+    assert describe_request(5000, None, {}, 4096).max_new_tokens == 0
+
+
+def test_pinned_degree_must_hold_the_prompt() -> None:
+    with pytest.raises(ValueError, match="1024.*degree"):
+        limits().check(1500, {"custom_params": {"dyncp": {"degree": 1}}, "max_new_tokens": 4})
+    limits().check(900, {"custom_params": {"dyncp": {"degree": 1}}, "max_new_tokens": 1500})
+
+
+def test_whatever_passes_can_be_placed() -> None:
+    """The router's process ends when its policy raises: whatever length and pin passes must not make it."""
+    checker = limits(2)
+    for prompt in range(1, 2 * POOL + 40, 7):
+        for pin in ({}, {"degree": 1}, {"degree": 2}, {"degree": 2, "home": 1}, {"home": 0}):
+            for new in (None, 0, 64, POOL):
+                sampling = {"custom_params": {"dyncp": pin}, "max_new_tokens": new}
+                try:
+                    checker.check(prompt, sampling)
+                except ValueError:
+                    continue
+                request = describe_request(prompt, new, pin, checker.reach_tokens)
+                assert request.prompt_tokens + request.max_new_tokens <= 2 * POOL
+
+
+POOLS = [({}, 4), ({"policy": "local"}, 1), ({"policy": "fixed", "degree": 2}, 2), ({"max_degree": 3}, 3)]
+
+
+@pytest.mark.parametrize(("config", "pools"), POOLS)
+def test_pools_per_policy(config: dict[str, Any], pools: int) -> None:
+    assert most_pools(DynCpConfig(**config), 4) == pools
+    with pytest.raises(ValueError):
+        limits(**config).check(pools * POOL, {})
+    limits(**config).check(pools * POOL - 3 * PAGE, {})
+
+
+def test_local_takes_no_pins() -> None:
+    with pytest.raises(RequestError, match="no effect with --dyncp-policy local"):
+        limits(policy="local").check(10, {"custom_params": {"dyncp": {"home": 1}}})
+
+
+def test_pin_and_rank_exclude_each_other() -> None:
+    with pytest.raises(RequestError, match="routed_dp_rank 1"):
+        limits().check(10, {"custom_params": {"dyncp": {"home": 1}}}, routed_dp_rank=1)
+
+
+@pytest.mark.parametrize("value", ["8", 2.5, True])
+def test_max_new_tokens_must_be_an_integer(value: Any) -> None:
+    with pytest.raises(RequestError, match="max_new_tokens must be an integer"):
+        limits().check(10, {"max_new_tokens": value})
+
+
+@pytest.mark.parametrize("name", REFUSED_OPTIONS)
+def test_options_are_refused_by_name(name: str) -> None:
+    with pytest.raises(RequestError, match=f"{name} does not work with --enable-dyncp"):
+        check_options(SimpleNamespace(**{name: [None, "x"]}))
+
+
+def test_options_that_are_not_set_pass() -> None:
+    for empty in (None, False, 0, [], [None, None], [False]):
+        check_options(SimpleNamespace(**dict.fromkeys(REFUSED_OPTIONS, empty)))
+    check_options(SimpleNamespace(sampling_params=[{"n": 2}, {}]))
+
+
+@pytest.mark.parametrize("sampling", [{"beam_width": 4}, [{}, {"beam_width": 2}]])
+def test_beam_search_is_refused(sampling: Any) -> None:
+    with pytest.raises(RequestError, match="beam_width"):
+        check_options(SimpleNamespace(sampling_params=sampling))
+
+
+def test_client_hints_lose_their_placement() -> None:
+    from sglang.srt.managers.kv_hints import KvHintAction, KvHintsEnvelope
+
+    def action(kind: str) -> KvHintAction:
+        return KvHintAction(action_id=kind, action_type=kind, action_version="1", payload={"home": 1})
+
+    envelope = KvHintsEnvelope(protocol_version="1", message_id="m", actions=[action(ACTION_TYPE), action("other")])
+    assert [kept.action_type for kept in strip_hints(envelope).actions] == ["other"]
+    assert strip_hints(None) is None

@@ -1,0 +1,58 @@
+"""Settings that dynamic context parallelism refuses or completes, each by its flag's name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sglang_dcp.upstream.settings import REFUSALS, SettingError, complete_parallelism, find_refusal
+
+WORKING: dict[str, Any] = {
+    "pp_size": 1,
+    "disaggregation_mode": "null",
+    "tokenizer_worker_num": 1,
+    "page_size": 16,
+    "kv_cache_dtype": "auto",
+    "dcp_size": 1,
+    "attn_cp_size": 1,
+    "dp_size": 1,
+}
+BREAKING: dict[str, Any] = {
+    "pp_size": 2,
+    "disaggregation_mode": "prefill",
+    "tokenizer_worker_num": 2,
+    "page_size": 1,
+    "kv_cache_dtype": "fp8_e4m3",
+    "dcp_size": 2,
+    "attn_cp_size": 2,
+    "dp_size": 2,
+    "speculative_algorithm": "EAGLE",
+    "lora_paths": ["a=b"],
+    "dllm_algorithm": "LowConfidence",
+    "elastic_ep_backend": "mooncake",
+}
+
+
+def test_a_plain_server_is_served() -> None:
+    assert find_refusal(WORKING.get) is None
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.field)
+def test_every_refusal_names_flag_value_and_reason(refusal: Any) -> None:
+    value = BREAKING.get(refusal.field, True)
+    message = find_refusal((WORKING | {refusal.field: value}).get)
+    assert message is not None
+    assert message.startswith(f"{refusal.flag} {value} does not work with --enable-dyncp: ")
+    assert refusal.reason in message
+
+
+def test_tp_implies_the_other_widths() -> None:
+    for given in ((4, 1, 1), (4, 4, 1), (4, 1, 4), (4, 4, 4)):
+        assert complete_parallelism(*given) == {"attn_dp_size": 4, "ep_size": 4}
+
+
+@pytest.mark.parametrize(("sizes", "flag"), [((1, 1, 1), "--tp 1"), ((4, 2, 4), "--attn-dp-size 2"), ((4, 4, 2), "--ep-size 2")])
+def test_other_widths_are_refused(sizes: tuple[int, int, int], flag: str) -> None:
+    with pytest.raises(SettingError, match=flag):
+        complete_parallelism(*sizes)
