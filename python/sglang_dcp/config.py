@@ -54,7 +54,7 @@ class DynCpConfig:
         for flag, value in (("--dyncp-degree", self.degree), ("--dyncp-max-degree", self.max_degree)):
             if value is not None and value > num_instances:
                 raise ConfigError(f"{flag} {value} exceeds the number of instances, {num_instances} (--tp)")
-        max_degree = self.max_degree or num_instances
+        max_degree = self.max_degree or {"local": 1, "fixed": self.degree}.get(self.policy) or num_instances
         if self.degree is not None and self.degree > max_degree:
             raise ConfigError(f"--dyncp-degree {self.degree} exceeds --dyncp-max-degree {max_degree}")
         return dataclasses.replace(self, max_degree=max_degree)

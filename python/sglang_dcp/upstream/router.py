@@ -14,12 +14,17 @@ logger = logging.getLogger(__name__)
 
 
 def install_placement(result: Any, controller: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER DataParallelController.__init__: every request leaves the router with a placement."""
+    """AFTER DataParallelController.__init__: every request leaves the router with a placement.
+
+    Policy `local` leaves SGLang's own total_tokens balancing in charge: its requests carry no placement.
+    """
     from sglang.srt.runtime_context import get_schedule
 
     config = DynCpConfig.from_environment()
     if config is None:
         raise RuntimeError("the dyncp hooks are installed but no configuration came with the environment")
+    if config.policy == "local":
+        return
     controller.dyncp = Placer(config.resolve(controller.launch_dp_size), controller.launch_dp_size)
     controller.dyncp.configure(get_schedule().page_size)
     controller.dispatching = types.MethodType(dispatch, controller)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.transport.gloo import GlooTransport, create_gloo_group
+from sglang_dcp.mutants import install_mutant
 from sglang_dcp.upstream import binding as bindings
 from sglang_dcp.upstream.admission import is_managed
 from sglang_dcp.upstream.install import verify_installed

@@ -1,0 +1,130 @@
+"""Serves a long mixed load on four CPU instances and reports losses, leaks and balance; then the same arrivals with policy `local`.
+
+    python -m benchmark.serving.soak [--requests 2000] [--per-second 4] [--out benchmark/results/soak.json]
+
+`local` is SGLang's own total_tokens balancing of the same server: every request at degree 1, at home.
+Exit code 1 when a request was lost or a pool did not drain. Timings are those of this machine and judge nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmark.serving.balance import Sampler
+from benchmark.serving.load import LoadRequest, Outcome, run_load, scaled_load
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "test"))
+
+from support.dyncp_grid import CHECK, INSTANCES, POOL_TOKENS  # noqa: E402
+from support.server import Server, ServerConfig, server_pool  # noqa: E402
+
+
+
+@dataclass(frozen=True)
+class SoakResult:
+    policy: str
+    requests: int
+    longest_prompt: int
+    answered: int
+    aborted: int
+    disconnected: int
+    unexpected: list[str]
+    drained: bool
+    seconds: float
+    balance: dict[str, float]
+    mean_degree: float
+    p95_degree: int
+    small_at_degree_one: float
+    degrees: dict[str, int]
+
+
+def server_config(policy: str, model: str) -> ServerConfig:
+    return ServerConfig(
+        model=model,
+        instances=INSTANCES,
+        pool_tokens=POOL_TOKENS,
+        page_size=16,
+        chunk_tokens=256,
+        dyncp=True,
+        flags=("--enable-metrics", "--dyncp-policy", policy),
+        environment=CHECK,
+    )
+
+
+def soak(server: Server, policy: str, load: list[LoadRequest], longest: int) -> SoakResult:
+    with Sampler(server.port, INSTANCES) as sampler:
+        outcome = run_load(server.port, load)
+    return summarise(policy, load, longest, outcome, drains(server), sampler.summary(POOL_TOKENS))
+
+
+def drains(server: Server, limit_s: float = 120.0) -> bool:
+    """Whether the server falls idle with every pool whole: flushing works then only, after the page audit."""
+    deadline = time.monotonic() + limit_s
+    while server.is_alive and time.monotonic() < deadline:
+        if server.client.flush_cache():
+            return True
+        time.sleep(0.5)
+    return False
+
+
+def summarise(policy: str, load: list[LoadRequest], longest: int, outcome: Outcome, drained: bool, balance: dict[str, float]) -> SoakResult:
+    ends = sorted(end for _, _, end in outcome.degrees) or [0]
+    small = [start for prompt, start, _ in outcome.degrees if prompt <= POOL_TOKENS // 10]
+    return SoakResult(
+        policy=policy,
+        requests=len(load),
+        longest_prompt=longest,
+        answered=outcome.answered,
+        aborted=outcome.aborted,
+        disconnected=outcome.disconnected,
+        unexpected=outcome.unexpected[:20],
+        drained=drained,
+        seconds=round(outcome.seconds, 1),
+        balance=balance,
+        mean_degree=sum(ends) / len(ends),
+        p95_degree=ends[int(0.95 * (len(ends) - 1))],
+        small_at_degree_one=sum(start == 1 for start in small) / max(1, len(small)),
+        degrees={str(degree): count for degree, count in sorted(Counter(ends).items())},
+    )
+
+
+def provenance(arguments: argparse.Namespace) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    command = f"python -m benchmark.serving.soak --requests {arguments.requests} --per-second {arguments.per_second}"
+    return {"command": command, "commit": commit, "machine": f"{platform.machine()}, CPU only, 2 cores", "seed": arguments.seed}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--per-second", type=float, default=4.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--model", default="qwen3moe")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmark" / "results" / "soak.json")
+    arguments = parser.parse_args()
+    runs = [("dual-balance", 3500), ("dual-balance", 900), ("local", 900)]
+    results = []
+    with server_pool(ROOT / "logs") as servers:
+        for policy, longest in runs:
+            count = arguments.requests if longest > POOL_TOKENS else arguments.requests // 4
+            load = scaled_load(count, longest=longest, per_second=arguments.per_second, leaving=0.1, seed=arguments.seed)
+            results.append(soak(servers.get(server_config(policy, arguments.model)), policy, load, longest))
+            print(json.dumps(asdict(results[-1]), indent=1), flush=True)
+            report = provenance(arguments) | {"runs": [asdict(result) for result in results]}
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    return int(any(result.unexpected or not result.drained for result in results))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,18 @@
+"""A short soak: a mixed load with aborts and disconnects loses nothing and leaks nothing. The long one: `python -m benchmark.serving.soak`."""
+
+import pytest
+
+from benchmark.serving.load import scaled_load
+from benchmark.serving.soak import soak
+from support.dyncp_grid import grid_server
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("model", ["qwen3moe", "deepseek_v2"])
+def test_nothing_lost_nothing_leaked(serve, model):
+    load = scaled_load(200, longest=3500, per_second=4.0, leaving=0.1, seed=11)
+    result = soak(serve(grid_server(model, 16, 256)), "dual-balance", load, 3500)
+    assert result.unexpected == []
+    assert result.drained
+    assert result.answered + result.aborted + result.disconnected == len(load)
+    assert result.small_at_degree_one >= 0.95
