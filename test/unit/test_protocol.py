@@ -119,6 +119,29 @@ def test_a_long_request_is_admitted_into_a_steady_stream_of_short_ones():
     assert long.finished_in_step is not None
 
 
+@pytest.mark.parametrize("num_pages", [8, 16])
+@pytest.mark.parametrize(("prompt", "lives"), [((1, 4), (5, 5)), ((4, 4), (2, 10)), ((4, 8), (9, 9))])
+def test_short_ones_that_fit_exactly_what_others_free(num_pages, prompt, lives):
+    """Promising only pages that are free already starves the long request here for more than 1,500 steps: its room is refilled at once."""
+    model = ProtocolModel(7, 2, num_pages, 4, chunk_tokens=64, check_every=10)
+
+    def keep_busy():
+        for rank, home in enumerate(model.homes):
+            while len(home.waiting_queue) < 6:
+                model.arrive(rank, model.random.randint(*prompt), model.random.randint(*lives))
+
+    for _ in range(60):
+        keep_busy()
+        model.step()
+    long = model.arrive(0, (num_pages - 2) * 2 * 4, 10, (1, 0))
+    for _ in range(40):
+        keep_busy()
+        model.step()
+        if long.dyncp is not None and long.dyncp.admitted:
+            return
+    pytest.fail("starved")
+
+
 def test_a_growing_request_gets_its_page_from_pools_full_of_short_ones():
     """Short local requests take every free page at once; the one that outgrew its pool still goes on, and is never sent back."""
     model = ProtocolModel(8, 2, 12, 4, chunk_tokens=16)
