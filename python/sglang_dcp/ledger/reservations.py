@@ -14,11 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from sglang_dcp.ledger.messages import AskAdmission, AskGrowth
 
 Key = tuple[int, int]
 """(home, handle)"""
+
+Ask = TypeVar("Ask", AskAdmission, AskGrowth)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,7 @@ class ReservationTable:
         return water_fill(home, sum(pages for _, pages in ask.segments), limits) if ask.flexible else None
 
     @staticmethod
-    def _in_order(asks: dict[Key, AskAdmission] | dict[Key, AskGrowth]) -> list[tuple[Key, AskAdmission | AskGrowth]]:
+    def _in_order(asks: dict[Key, Ask]) -> list[tuple[Key, Ask]]:
         return sorted(asks.items(), key=lambda item: (item[1].born, *item[0]))
 
 
