@@ -42,14 +42,28 @@ def add_one_req(original: Callable[..., Any], adder: Any, req: Any, *args: Any, 
         return original(adder, req, *args, **kwargs)
     placement = getattr(req, "dyncp_placement", None)
     if placement is None or placement.is_local:
-        with _charge_no_more_than_a_pool(req, binding):
-            return original(adder, req, *args, **kwargs)
+        return _add_local(original, adder, binding, req, *args, **kwargs)
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     if not _reserved(binding, req):
         return AddReqResult.CONTINUE
     with _charge_nothing(adder):
         return original(adder, req, *args, **kwargs)
+
+
+def _add_local(original: Callable[..., Any], adder: Any, binding: Binding, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stock admission. A local request that does not fit ends SGLang's round; where a reservation is open it must not: the request
+    behind it may hold the very pages that it waits for. Then the round goes on, past further local requests."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    if getattr(adder, "dyncp_local_blocked", False):
+        return AddReqResult.CONTINUE
+    with _charge_no_more_than_a_pool(req, binding):
+        result = original(adder, req, *args, **kwargs)
+    if result is AddReqResult.NO_TOKEN and binding.waiting:
+        adder.dyncp_local_blocked = True
+        return AddReqResult.CONTINUE
+    return result
 
 
 def add_chunked_req(original: Callable[..., Any], adder: Any, req: Any) -> Any:
@@ -76,25 +90,37 @@ def _reserved(binding: Binding, req: Any) -> bool:
     if request is not None:
         return request.ready
     req.dyncp = request = binding.instance.open_request()
-    request.born = min(request.born, getattr(req, "dyncp_born", request.born))
-    req.dyncp_born = request.born
+    keep_place_in_order(req)
     binding.waiting[request.handle] = req
-    binding.instance.ask_admission(request, page_segments(req, binding.instance.page_size), flexible=req.dyncp_placement_flexible)
+    binding.instance.ask_admission(request, page_segments(req, binding.instance.page_size, binding.instance.num_pages), flexible=req.dyncp_placement_flexible)
     return False
 
 
-def page_segments(req: Any, page_size: int) -> list[tuple[int, int]]:
-    """Pages per shard: the placement's split of the prompt, what the request has generated so far and one tail page on the tail."""
+def keep_place_in_order(req: Any) -> None:
+    """A request that starts over keeps the place in the total order that it had: otherwise it would be the youngest, and the victim, for ever."""
+    req.dyncp.born = req.dyncp_born = min(req.dyncp.born, getattr(req, "dyncp_born", req.dyncp.born))
+
+
+def page_segments(req: Any, page_size: int, num_pages: int) -> list[tuple[int, int]]:
+    """Pages per shard: the placement's split of the prompt, what the request has generated so far and one tail page on the tail.
+
+    No segment is larger than a pool: what exceeds one goes to the shards before it, so that the ask fits once the pools are empty enough.
+    """
     placement = req.dyncp_placement
     num_tokens = len(req.origin_input_ids) + len(req.output_ids)
-    total = -(-num_tokens // page_size) + 1
-    segments = [
-        (rank, max(1, tokens // page_size)) for rank, tokens in zip(placement.shards[:-1], placement.shard_tokens[:-1], strict=True)
-    ]
-    left = total - sum(pages for _, pages in segments)
-    if left < 1:
-        raise ValueError(f"placement {placement} of {num_tokens} tokens leaves no page for the tail")
-    return [*segments, (placement.tail, left)]
+    total = min(-(-num_tokens // page_size) + 1, placement.degree * num_pages)
+    counts = [max(1, tokens // page_size) for tokens in placement.shard_tokens[:-1]]
+    counts.append(max(1, total - sum(counts)))
+    surplus = sum(counts) - total
+    for index in range(len(counts)):
+        cut = max(counts[index] - num_pages, min(surplus, counts[index] - 1))
+        counts[index] -= cut
+        surplus -= cut
+    for index in reversed(range(len(counts))):
+        added = min(num_pages - counts[index], max(0, -surplus))
+        counts[index] += added
+        surplus += added
+    return list(zip(placement.shards, counts, strict=True))
 
 
 class _Unbounded:

@@ -9,7 +9,7 @@ import torch
 
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.policy.types import Placement
-from sglang_dcp.upstream.admission import is_managed, keep_out_of_prefix_cache
+from sglang_dcp.upstream.admission import is_managed, keep_out_of_prefix_cache, keep_place_in_order
 from sglang_dcp.upstream.binding import Binding, current
 from sglang_dcp.upstream.page_audit import check_when_due
 
@@ -65,7 +65,7 @@ def secure_next_token(binding: Binding, req: Any) -> bool:
     if length // page_size < len(request.pages):
         if len(request.pages) * page_size - length <= GROW_AHEAD_TOKENS and not instance.pool.num_givable_pages():
             instance.ask_growth(request, stuck=False)
-        return request.ready
+        return request.pages[length // page_size] is not None
     if instance.grow_at_home(request):
         return True
     instance.ask_growth(request, stuck=True)
@@ -73,8 +73,8 @@ def secure_next_token(binding: Binding, req: Any) -> bool:
 
 
 def has_room(binding: Binding, req: Any) -> bool:
-    request = req.dyncp
-    return request.ready and req.kv.kv_allocated_len // binding.instance.page_size < len(request.pages)
+    index = req.kv.kv_allocated_len // binding.instance.page_size
+    return index < len(req.dyncp.pages) and req.dyncp.pages[index] is not None
 
 
 def adopt(binding: Binding, req: Any) -> None:
@@ -83,6 +83,7 @@ def adopt(binding: Binding, req: Any) -> None:
     row = binding.scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : req.kv.kv_allocated_len : page_size]
     pages = [Page(instance.rank, int(token_id) // page_size) for token_id in row.tolist()]
     req.dyncp = instance.open_request()
+    keep_place_in_order(req)
     instance.homes.adopt(req.dyncp, pages, req.kv.cache_protected_len // page_size)
     # Its prefix may be in the tree, what it adds from now on must not enter.
     req.skip_radix_cache_insert = True

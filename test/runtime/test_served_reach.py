@@ -31,7 +31,7 @@ def long_prompts(page_size: int) -> list:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("model", ["qwen3moe", "deepseek_v2"])
+@pytest.mark.parametrize("model", ["deepseek_v2", "qwen3moe"])
 def test_long_prompts_beside_short_ones(serve, model):
     client = serve(grid_server(model, 16, 256)).client
     prompts = long_prompts(16)
