@@ -1,0 +1,124 @@
+"""The documentation: commands run, tables equal the code, links resolve, the site builds."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from scripts.upstream_tools.targets import REPOSITORY
+from sglang_dcp.cli import COMMANDS
+from sglang_dcp.config import DynCpConfig, add_cli_arguments
+
+DOCUMENTS = sorted((REPOSITORY / "docs").glob("*.md"))
+BLOCK = re.compile(r"(?:^<!-- (run|by hand: [^>]+) -->\n)?^```(?:bash|sh|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Shell commands of a document. mark: "run", "by hand: REASON", or "" where the mark is missing."""
+
+    document: str
+    mark: str
+    commands: tuple[str, ...]
+
+
+def blocks() -> list[Block]:
+    found = []
+    for path in DOCUMENTS:
+        for match in BLOCK.finditer(path.read_text()):
+            commands = tuple(line for line in match.group(2).splitlines() if line.strip() and not line.startswith("#"))
+            found.append(Block(path.name, match.group(1) or "", commands))
+    return found
+
+
+RUN = sorted({(block.document, command) for block in blocks() if block.mark == "run" for command in block.commands})
+BY_HAND = sorted({(block.document, command) for block in blocks() if block.mark.startswith("by hand") for command in block.commands})
+
+
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command as a reader would: in the repository's root, with the environment's programs first."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return subprocess.run(
+        ["bash", "-c", command], cwd=REPOSITORY, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=250, check=False
+    )
+
+
+def test_every_block_of_commands_is_marked() -> None:
+    assert [block.document for block in blocks() if not block.mark] == []
+    assert len(RUN) > 10
+
+
+@pytest.mark.parametrize(("document", "command"), RUN)
+def test_a_documented_command_runs(document: str, command: str) -> None:
+    result = shell(command)
+    assert result.returncode == 0, f"{document}: {command}\n{result.stdout[-800:]}\n{result.stderr[-800:]}"
+
+
+def our_flags() -> set[str]:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    add_cli_arguments(parser)
+    return {flag for action in parser._actions for flag in action.option_strings if flag.startswith(("--dyncp", "--enable-dyncp"))}
+
+
+@pytest.mark.parametrize(("document", "command"), BY_HAND)
+def test_a_command_that_is_not_run_exists(document: str, command: str) -> None:
+    words = command.split()
+    if words[0] == "sglang-dcp":
+        assert words[1] in {c.name for c in COMMANDS}
+    elif words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    elif words[:2] == ["python", "-m"]:
+        assert (REPOSITORY / (words[2].replace(".", "/") + ".py")).exists()
+    else:
+        assert words[0] in ("python", "bash")
+        assert (REPOSITORY / words[1]).exists()
+        text = (REPOSITORY / words[1]).read_text()
+        assert all(f'"{word}"' in text for word in words if word.startswith("--"))
+    assert {word for word in words if "dyncp" in word and word.startswith("--")} <= our_flags()
+
+
+def test_every_flag_is_in_the_operators_table_with_its_default() -> None:
+    text = (REPOSITORY / "docs" / "operators_guide.md").read_text()
+    rows = dict(re.findall(r"^\| `(--(?:enable-)?dyncp[\w-]*)` \| ([^|]+) \|", text, re.MULTILINE))
+    assert set(rows) == our_flags()
+    default = DynCpConfig()
+    for field in dataclasses.fields(default):
+        value = getattr(default, field.name)
+        stated = rows[f"--dyncp-{field.name.replace('_', '-')}"].strip()
+        assert stated == ("number of instances" if field.name == "max_degree" else "none" if value is None else f"`{value}`")
+
+
+def test_every_metric_is_in_the_operators_table() -> None:
+    source = (REPOSITORY / "python" / "sglang_dcp" / "upstream" / "metrics.py").read_text()
+    names = set(re.findall(r'(?:gauge|counter|histogram)\(\s*"(\w+)"', source))
+    text = (REPOSITORY / "docs" / "operators_guide.md").read_text()
+    assert set(re.findall(r"^\| `sglang:dyncp_(\w+)` ", text, re.MULTILINE)) == names
+    assert len(names) > 5
+
+
+def test_relative_links_resolve() -> None:
+    result = shell("python scripts/check_links.py")
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="pip install mkdocs-material 'mkdocstrings[python]'")
+    pytest.importorskip("mkdocstrings")
+    result = shell(f"NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet --site-dir {tmp_path}")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "one_step" / "index.html").exists()
+    assert "class=\"mermaid\"" in (tmp_path / "one_step" / "index.html").read_text()
+
+
+def test_documents_name_no_path_of_one_machine() -> None:
+    for path in DOCUMENTS:
+        assert not re.search(r"/(?:work|home|root|Users)/", path.read_text()), path.name
