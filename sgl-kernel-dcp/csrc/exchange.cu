@@ -30,7 +30,7 @@ struct Exchange {
   int32_t max_dispatch_blocks;
   int32_t max_return_blocks;
   bool early_launch;
-  bool alone;  // on its GPU; else only grouped launches may be early: a waiting successor would take a peer's place
+  bool alone;  // on its GPU; else only grouped launches may be early: a waiting successor would take the place of a peer's kernel
   uint64_t wait_limit_ns;
 };
 
@@ -255,7 +255,6 @@ void dispatch(int64_t handle, TensorView tables, TensorView state, TensorView qu
     const int64_t bytes = bytes_per_row(params.key_value, 1);
     check_limit("bytes of one K/V row", bytes, exchange.shape.kv_row_bytes, exchange.shape.kv_row_bytes);
   }
-  params.num_query_rows = static_cast<int32_t>(query_rope.has_value() ? std::min(query.size(0), query_rope.value().size(0)) : query.size(0));
   const bool flat = !query_rope.has_value() && query.stride(1) == query.size(2);
   const int64_t units = std::max<int64_t>(exchange.shape.max_home_rows * int64_t{exchange.layout.num_query_pieces}, 1);
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, exchange.max_dispatch_blocks));
@@ -278,7 +277,6 @@ void return_merge(int64_t handle, TensorView tables, TensorView state, TensorVie
     check_tensor("merged_lse", merged_lse.value(), kDLFloat, 32, {merged.size(0), heads});
     params.merged_lse = static_cast<float*>(merged_lse.value().data_ptr());
   }
-  params.num_partial_rows = static_cast<int32_t>(partial.size(0));
   params.partial = static_cast<const uint8_t*>(partial.data_ptr());
   params.partial_lse = static_cast<const float*>(partial_lse.data_ptr());
   params.merged = static_cast<uint8_t*>(merged.data_ptr());

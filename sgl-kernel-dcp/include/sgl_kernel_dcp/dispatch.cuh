@@ -41,7 +41,6 @@ struct DispatchParams {
   RowSource key_value;  // one "head" per row; base[0] null: no K/V in this exchange
   PoolTarget pool;
   uint64_t wait_limit_ns;
-  int32_t num_query_rows;  // of the query tensor; the tables say how many of them are the step's
   int32_t rank;
   int32_t phases;
 };
@@ -115,14 +114,12 @@ __device__ __forceinline__ void load_queries(const DispatchParams& params, Query
   }
 }
 
-__device__ __forceinline__ void store_queries(const DispatchParams& params, const QueryBatch& batch, int first, int num_units,
-                                              uint32_t writable) {
+__device__ __forceinline__ void store_queries(const DispatchParams& params, const QueryBatch& batch, int first, uint32_t writable) {
   const int pieces = params.exchange.num_query_pieces, stride = gridDim.x * kSections;
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const int unit = first + u * stride, row = unit / pieces, index = (unit - row * pieces) * kPieceThreads + threadIdx.x % kPieceThreads;
-    const int count = unit < num_units ? batch.count[u] : 0;
-    for (int j = 0; j < count; ++j) {
+    for (int j = 0; j < batch.count[u]; ++j) {
       const int32_t target = j == 0   ? batch.targets[u].x
                              : j == 1 ? batch.targets[u].y
                              : j == 2 ? batch.targets[u].z
@@ -163,15 +160,13 @@ __device__ __forceinline__ void send_rows(const DispatchParams& params, uint64_t
   const uint32_t send_peers = static_cast<uint32_t>(params.tables[params.table.header + kSendPeers]);
   const int num_units = num_rows * params.exchange.num_query_pieces;
   int first = blockIdx.x + threadIdx.x / kPieceThreads * gridDim.x;
-  // What needs neither credit nor header is requested with them, so that the latencies overlap; rows beyond the step's are dropped.
-  const int num_loadable = params.num_query_rows * params.exchange.num_query_pieces;
   QueryBatch batch;
-  load_queries<kTwoParts>(params, batch, first, num_loadable);
-  const int32_t first_target = flag_target(params, threadIdx.x, num_loadable);
+  load_queries<kTwoParts>(params, batch, first, num_units);  // needs no credit, so it runs ahead of the wait
+  const int32_t first_target = flag_target(params, threadIdx.x, num_units);
   const uint32_t writable = writable_peers(params, epoch, send_peers);
   if (params.key_value.base[0] != nullptr) send_key_values(params, epoch, num_rows, writable);
   while (first < num_units) {
-    store_queries(params, batch, first, num_units, writable);
+    store_queries(params, batch, first, writable);
     first += gridDim.x * kSections * kUnroll;
     load_queries<kTwoParts>(params, batch, first, num_units);
   }
@@ -214,6 +209,7 @@ __device__ __forceinline__ void receive_queries(const DispatchParams& params, ui
 template <bool kTwoParts>
 __device__ __forceinline__ void dispatch_rows(const DispatchParams& params) {
   wait_for_predecessor();
+  let_successor_start();  // takes effect once every block runs, so a successor never takes the place of a block that is waited for
   const uint64_t epoch = params.state->dispatch_epoch;
   if (params.phases & kSend) send_rows<kTwoParts>(params, epoch);
   if (params.phases & kReceive) {
@@ -221,8 +217,6 @@ __device__ __forceinline__ void dispatch_rows(const DispatchParams& params) {
     receive_queries(params, epoch);
     if (blockIdx.x == 0 && threadIdx.x == 0) params.state->return_epoch = epoch;
   }
-  __syncthreads();  // one thread speaks for the block, so the last wait of all comes first:
-  let_successor_start();  // a waiting successor must not take the place of a peer that shares the GPU
 }
 
 // Instances of one process on one GPU may share a launch: blockIdx.y is the instance.

@@ -21,7 +21,6 @@ struct ReturnParams {
   uint8_t* merged;           // bf16 [max_home_rows, num_heads, v_head_dim]
   float* merged_lse;         // [max_home_rows, num_heads] or null
   uint64_t wait_limit_ns;
-  int32_t num_partial_rows;  // of `partial`; the tables say how many of them are the step's
   int32_t rank;
   int32_t phases;
 };
@@ -55,73 +54,59 @@ __device__ __forceinline__ int64_t message_offset(const ReturnParams& params, in
 
 __device__ __forceinline__ bool is_peer(int32_t target, uint32_t silent) { return target >= 0 && !(silent >> target_instance(target) & 1u); }
 
-// Pieces that one section of the block has read and not yet sent: unit first + u * stride each.
-struct PartialBatch {
-  uint4 values[kReturnUnroll];
-  float lse[kReturnUnroll];
-  int32_t targets[kReturnUnroll];
-};
-
-// kBlind: requests the data together with the targets, own rows included; otherwise only what has a peer to go to.
-template <bool kBlind>
-__device__ __forceinline__ void load_pieces(const ReturnParams& params, PartialBatch& batch, int first, int num_units) {
-  const int stride = gridDim.x * kSections, thread = threadIdx.x % kPieceThreads;
-  const int vectors_per_head = params.shape.v_head_bytes / kVectorBytes;
-#pragma unroll
-  for (int u = 0; u < kReturnUnroll; ++u) {
-    batch.targets[u] = -1;
-    if (first + u * stride >= num_units) continue;
-    const RowPiece piece(params, first + u * stride);
-    batch.targets[u] = params.tables[params.table.return_target + piece.row];
-    if (!kBlind && batch.targets[u] < 0) continue;
-    if (thread < piece.num_heads * vectors_per_head) {
-      batch.values[u] = load_vector(params.partial + piece.first_head * params.shape.v_head_bytes + thread * kVectorBytes);
-    }
-    if (thread < piece.num_heads) batch.lse[u] = params.partial_lse[piece.first_head + thread];
-  }
+// Return target of one of this block's units; -1 beyond the step's rows, so it may be read before their number is known.
+__device__ __forceinline__ int32_t unit_target(const ReturnParams& params, int unit) {
+  const int row = unit / params.exchange.num_output_pieces;
+  return row < params.shape.max_attention_rows ? params.tables[params.table.return_target + row] : -1;
 }
 
-__device__ __forceinline__ void store_pieces(const ReturnParams& params, const PartialBatch& batch, int first, uint32_t silent) {
+// One section of the block moves kReturnUnroll pieces: unit first + u * stride each.
+__device__ __forceinline__ void send_pieces(const ReturnParams& params, int first, const int32_t (&targets)[kReturnUnroll], uint32_t silent) {
   const int stride = gridDim.x * kSections, thread = threadIdx.x % kPieceThreads;
   const int vectors_per_head = params.shape.v_head_bytes / kVectorBytes;
   const int64_t lse_offset = int64_t{params.exchange.heads_per_piece} * params.shape.v_head_bytes;
+  uint4 values[kReturnUnroll];
+  float lse[kReturnUnroll];
 #pragma unroll
   for (int u = 0; u < kReturnUnroll; ++u) {
-    if (!is_peer(batch.targets[u], silent)) continue;
+    if (!is_peer(targets[u], silent)) continue;
     const RowPiece piece(params, first + u * stride);
-    uint8_t* peer = params.peers.base[target_instance(batch.targets[u])];
-    uint8_t* message = peer + message_offset(params, target_slot(batch.targets[u]), piece.piece);
-    if (thread < piece.num_heads * vectors_per_head) store_vector(message + thread * kVectorBytes, batch.values[u]);
-    if (thread < piece.num_heads) reinterpret_cast<float*>(message + lse_offset)[thread] = batch.lse[u];
+    if (thread < piece.num_heads * vectors_per_head) {
+      values[u] = load_vector(params.partial + piece.first_head * params.shape.v_head_bytes + thread * kVectorBytes);
+    }
+    if (thread < piece.num_heads) lse[u] = params.partial_lse[piece.first_head + thread];
+  }
+#pragma unroll
+  for (int u = 0; u < kReturnUnroll; ++u) {
+    if (!is_peer(targets[u], silent)) continue;
+    const RowPiece piece(params, first + u * stride);
+    uint8_t* message = params.peers.base[target_instance(targets[u])] + message_offset(params, target_slot(targets[u]), piece.piece);
+    if (thread < piece.num_heads * vectors_per_head) store_vector(message + thread * kVectorBytes, values[u]);
+    if (thread < piece.num_heads) reinterpret_cast<float*>(message + lse_offset)[thread] = lse[u];
   }
 }
 
-// Return target of one of this block's units.
-__device__ __forceinline__ int32_t unit_target(const ReturnParams& params, int item, int num_units) {
-  const int unit = blockIdx.x + item * gridDim.x;
-  return unit < num_units ? params.tables[params.table.return_target + unit / params.exchange.num_output_pieces] : -1;
+__device__ __forceinline__ void load_targets(const ReturnParams& params, int first, int32_t (&targets)[kReturnUnroll]) {
+#pragma unroll
+  for (int u = 0; u < kReturnUnroll; ++u) targets[u] = unit_target(params, first + u * gridDim.x * kSections);
 }
 
-// The first batch is requested before the header is there: rows beyond the step's have target -1.
-__device__ __forceinline__ void send_partials(const ReturnParams& params, uint64_t epoch, int num_units, uint32_t silent) {
-  const int num_loadable = params.num_partial_rows * params.exchange.num_output_pieces;
+// `targets` and `flag_target`: of the first pieces and of the first flag, read ahead.
+__device__ __forceinline__ void send_partials(const ReturnParams& params, uint64_t epoch, int num_units, uint32_t silent,
+                                              int32_t (&targets)[kReturnUnroll], int32_t flag_target) {
   const int stride = gridDim.x * kSections * kReturnUnroll;
-  int first = blockIdx.x + threadIdx.x / kPieceThreads * gridDim.x;
-  PartialBatch batch;
-  load_pieces<true>(params, batch, first, num_loadable);
-  int32_t target = unit_target(params, threadIdx.x, num_loadable);
-  while (first < num_units) {
-    store_pieces(params, batch, first, silent);
-    first += stride;
-    load_pieces<false>(params, batch, first, num_units);
+  for (int first = blockIdx.x + threadIdx.x / kPieceThreads * gridDim.x; first < num_units; first += stride) {
+    send_pieces(params, first, targets, silent);
+    load_targets(params, first + stride, targets);
   }
   __syncthreads();  // the block's stores come before every flag below
   for (int item = threadIdx.x; blockIdx.x + item * gridDim.x < num_units; item += kThreads) {
-    if (item != threadIdx.x) target = unit_target(params, item, num_units);
-    if (!is_peer(target, silent)) continue;
-    const int piece = (blockIdx.x + item * gridDim.x) % params.exchange.num_output_pieces;
-    auto* flags = reinterpret_cast<uint64_t*>(params.peers.base[target_instance(target)] + params.exchange.return_flag);
-    store_release_system(flags + int64_t{target_slot(target)} * params.exchange.num_output_pieces + piece, epoch);
+    const int unit = blockIdx.x + item * gridDim.x;
+    if (item != threadIdx.x) flag_target = unit_target(params, unit);
+    if (!is_peer(flag_target, silent)) continue;
+    auto* flags = reinterpret_cast<uint64_t*>(params.peers.base[target_instance(flag_target)] + params.exchange.return_flag);
+    const int piece = unit % params.exchange.num_output_pieces;
+    store_release_system(flags + int64_t{target_slot(flag_target)} * params.exchange.num_output_pieces + piece, epoch);
   }
 }
 
@@ -185,16 +170,20 @@ __device__ __forceinline__ void acknowledge(const ReturnParams& params, uint64_t
 
 __device__ __forceinline__ void return_and_merge(const ReturnParams& params) {
   wait_for_predecessor();
+  let_successor_start();  // as in dispatch_rows
   const int lane = threadIdx.x & 31, num_warps = gridDim.x * (kThreads / 32);
   const uint64_t epoch = params.state->return_epoch;
   const int num_home_units = params.tables[params.table.header + kNumHomeRows] * params.exchange.num_output_pieces * kSpansPerPiece;
   const int num_sent_units = params.tables[params.table.header + kNumAttentionRows] * params.exchange.num_output_pieces;
+  int32_t targets[kReturnUnroll];
+  load_targets(params, blockIdx.x + threadIdx.x / kPieceThreads * gridDim.x, targets);
+  const int32_t flag_target = unit_target(params, blockIdx.x + threadIdx.x * gridDim.x);
   int unit = blockIdx.x + (threadIdx.x >> 5) * gridDim.x;
   SpanSource span = load_source(params, unit, num_home_units, lane);  // while the partials travel
   if (params.phases & kSend) {
     const uint32_t silent = load_silent_mask(params.state);
     acknowledge(params, epoch, silent);
-    send_partials(params, epoch, num_sent_units, silent);
+    send_partials(params, epoch, num_sent_units, silent, targets, flag_target);
   }
   if (params.phases & kReceive) {
     for (; unit < num_home_units; unit += num_warps) {
@@ -204,8 +193,6 @@ __device__ __forceinline__ void return_and_merge(const ReturnParams& params) {
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) params.state->dispatch_epoch = epoch + 1;
   }
-  __syncthreads();  // as in dispatch_rows
-  let_successor_start();
 }
 
 struct ReturnGroup {
