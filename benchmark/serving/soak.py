@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmark.serving.balance import Sampler
 from benchmark.serving.load import LoadRequest, Outcome, run_load, scaled_load
+from benchmark.serving.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "test"))
 
 from support.dyncp_grid import CHECK, INSTANCES, POOL_TOKENS  # noqa: E402
 from support.server import Server, ServerConfig, server_pool  # noqa: E402
-
 
 
 @dataclass(frozen=True)
@@ -98,12 +95,6 @@ def summarise(policy: str, load: list[LoadRequest], longest: int, outcome: Outco
     )
 
 
-def provenance(arguments: argparse.Namespace) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    command = f"python -m benchmark.serving.soak --requests {arguments.requests} --per-second {arguments.per_second}"
-    return {"command": command, "commit": commit, "machine": f"{platform.machine()}, CPU only, 2 cores", "seed": arguments.seed}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=2000)
@@ -120,7 +111,8 @@ def main() -> int:
             load = scaled_load(count, longest=longest, per_second=arguments.per_second, leaving=0.1, seed=arguments.seed)
             results.append(soak(servers.get(server_config(policy, arguments.model)), policy, load, longest))
             print(json.dumps(asdict(results[-1]), indent=1), flush=True)
-            report = provenance(arguments) | {"runs": [asdict(result) for result in results]}
+            command = f"python -m benchmark.serving.soak --requests {arguments.requests} --per-second {arguments.per_second}"
+            report = provenance(command) | {"seed": arguments.seed, "runs": [asdict(result) for result in results]}
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     return int(any(result.unexpected or not result.drained for result in results))

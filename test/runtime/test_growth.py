@@ -57,7 +57,9 @@ def test_three_growing_requests_share_the_cluster(stock_tokens, server):
 def test_abort_while_growing_gives_everything_back(server):
     prompt = recall_prompt(60, 0.3, 4)
     with ThreadPoolExecutor(3) as pool:
-        running = [pool.submit(server.client.generate, prompt.text, max_new_tokens=850, sampling=FOREVER, rid=f"grow-{i}") for i in range(3)]
+        running = [
+            pool.submit(server.client.generate, prompt.text, max_new_tokens=850, sampling=FOREVER, rid=f"grow-{i}") for i in range(3)
+        ]
         time.sleep(12)
         assert not server.client.flush_cache(), "a busy cluster must not be flushed"
         for i in range(3):

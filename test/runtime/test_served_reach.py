@@ -50,25 +50,13 @@ def test_long_prompts_beside_short_ones(serve, model):
 
 
 def test_eight_long_prompts_at_once_finish(serve):
-    """8 x 3,500 tokens on pools that hold one of them: no deadlock, the slowest within twice the serial time."""
-    import time
-
+    """8 x 3,500 tokens, two for each home, on pools that hold one of them: no deadlock. (Times: benchmark/serving/pressure.py.)"""
     client = serve(grid_server("qwen3moe", 16, 256)).client
     prompts = [recall_prompt(LENGTH, i / 8, 70 + i) for i in range(8)]
-    client.flush_cache()
-    started = time.monotonic()
-    assert client.generate(prompts[0].text).text == prompts[0].answer
-    serial = 8 * (time.monotonic() - started)
-    started = time.monotonic()
+    pins = [{"custom_params": {"dyncp": {"home": i % INSTANCES, "degree": INSTANCES}}} for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        pinned = [
-            pool.submit(client.generate, p.text, sampling={"custom_params": {"dyncp": {"home": i % INSTANCES, "degree": INSTANCES}}})
-            for i, p in enumerate(prompts)
-        ]
-        answers = [f.result() for f in pinned]
-    elapsed = time.monotonic() - started
+        answers = list(pool.map(lambda p, pin: client.generate(p.text, sampling=pin), prompts, pins))
     assert sum(a.text == p.answer for a, p in zip(answers, prompts, strict=True)) >= 7
-    assert elapsed < 2 * serial
 
 
 def test_a_long_prompt_is_not_starved_by_short_ones(serve):

@@ -117,6 +117,7 @@ def build_decode_batch(scheduler: Any, reqs: list[Any]) -> Any:
         batch.input_ids = None
     else:
         batch.input_ids = last_tokens
+    batch.multimodal_inputs = [req.multimodal_inputs for req in reqs]
     if batch.return_logprob:
         batch.top_logprobs_nums = [req.logprob.top_logprobs_num for req in reqs]
         batch.token_ids_logprobs = [req.logprob.token_ids_logprob for req in reqs]
