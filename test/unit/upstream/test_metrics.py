@@ -1,0 +1,100 @@
+"""Metrics of an instance: names, when gauges are set, what is counted once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from prometheus_client import REGISTRY
+
+from sglang_dcp.ledger.messages import Row
+from sglang_dcp.upstream.metrics import GAUGE_INTERVAL_SECONDS, MeasuredTransport, StepMetrics, count_attention_rows
+
+LABELS = {"dp_rank": 1, "model_name": "m"}
+
+
+class Clock:
+    now = 10.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Transport:
+    def all_to_all(
+        self, message: torch.Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], *, step: int, layer: int, stage: str
+    ) -> torch.Tensor:
+        return message
+
+
+def read(name: str) -> float:
+    value = REGISTRY.get_sample_value(f"sglang:dyncp_{name}", {key: str(value) for key, value in LABELS.items()})
+    assert value is not None
+    return value
+
+
+def make_binding(**changes: Any) -> Any:
+    held = {(0, 7): [(0, 3)]}
+    guests = SimpleNamespace(num_pages=2, pages_of=lambda home, handle: held.get((home, handle), ()))
+    instance = SimpleNamespace(
+        rank=1,
+        page_size=16,
+        kv_tokens=np.array([5, 96]),
+        home_requests=np.array([0, 3]),
+        guests=guests,
+        rows_of=[(Row(7, 10, 1), Row(8, 10, 1)), (Row(1, 10, 1),)],
+        admission_waits=[],
+        num_degree_growths=0,
+        num_retractions=0,
+    )
+    batch = SimpleNamespace(forward_mode=SimpleNamespace(is_idle=lambda: False), reqs=[1, 2])
+    return SimpleNamespace(instance=instance, local_batch=batch, transport=MeasuredTransport(Transport()), **changes)
+
+
+@pytest.fixture(scope="module")
+def metrics() -> StepMetrics:
+    return StepMetrics(LABELS, Clock())
+
+
+def test_a_step(metrics: StepMetrics) -> None:
+    binding, clock = make_binding(), metrics._clock
+    assert isinstance(clock, Clock)
+    metrics.after_step(binding)
+    assert [read(name) for name in ("kv_tokens", "guest_tokens", "home_requests", "attention_rows")] == [96, 32, 3, 3]
+    assert read("exchange_seconds_count") == 0
+    binding.transport.all_to_all(torch.zeros(1), [1], [1], step=0, layer=0, stage="dispatch")
+    binding.instance.guests.num_pages = 5
+    binding.instance.num_degree_growths = 2
+    binding.instance.admission_waits = [0.5]
+    metrics.after_step(binding)
+    assert (read("guest_tokens"), read("degree_growths_total")) == (32, 0), "not due yet"
+    assert (read("reservation_wait_seconds_sum"), read("exchange_seconds_count")) == (0.5, 1)
+    assert binding.instance.admission_waits == []
+    for _ in range(2):
+        clock.now += GAUGE_INTERVAL_SECONDS
+        metrics.after_step(binding)
+    assert (read("guest_tokens"), read("degree_growths_total"), read("reservation_wait_seconds_count")) == (80, 2, 1)
+    metrics.observe_end({"degree_end": 4})
+    assert read("request_degree_sum") == 4
+
+
+def test_rows_of_an_idle_instance_are_its_guests() -> None:
+    binding = make_binding()
+    binding.local_batch = None
+    assert count_attention_rows(binding) == 1, "handle 8 has no page here"
+
+
+def test_time_in_a_failing_exchange_counts_too() -> None:
+    class Failing(Transport):
+        def all_to_all(self, *_arguments: Any, **_named: Any) -> torch.Tensor:
+            raise RuntimeError("peer")
+
+    transport = MeasuredTransport(Failing())
+    with pytest.raises(RuntimeError):
+        transport.all_to_all(torch.zeros(1), [1], [1], step=0, layer=0, stage="return")
+    assert transport.take_seconds() > 0
+    assert transport.take_seconds() == 0
