@@ -1,0 +1,274 @@
+"""Tries the staged changes on a patched SGLang and prints the outcomes as JSON. Runs in a process of its own, without hooks of ours."""
+
+import argparse
+import json
+import os
+import threading
+import types
+
+import torch
+import torch.distributed as dist
+
+
+def outcome(attempt):
+    try:
+        return attempt()
+    except Exception as error:  # noqa: BLE001 - whatever it raises is the finding
+        return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def expert_layer(weights13, weights2, num_experts):
+    return types.SimpleNamespace(num_experts=num_experts, w13_weight=weights13, w2_weight=weights2)
+
+
+def experts_of_two_ranks_add_up():
+    from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
+
+    config = types.SimpleNamespace(
+        apply_router_weight_on_input=False, activation="silu", gemm1_alpha=None, gemm1_clamp_limit=None, swiglu_limit=None
+    )
+    generator = torch.Generator().manual_seed(0)
+    weights13, weights2 = torch.randn(4, 8, 6, generator=generator), torch.randn(4, 6, 4, generator=generator)
+    tokens, weights = torch.randn(5, 6, generator=generator), torch.rand(5, 2, generator=generator)
+    ids = torch.tensor([[0, 3], [1, 2], [2, 3], [0, 1], [3, 2]])
+    whole = moe_forward_native(expert_layer(weights13, weights2, 4), tokens, (weights, ids, None), config)
+    total = torch.zeros_like(whole)
+    for first in (0, 2):
+        local = torch.where((ids >= first) & (ids < first + 2), ids - first, -1)
+        layer = expert_layer(weights13[first : first + 2], weights2[first : first + 2], 4)
+        total += moe_forward_native(layer, tokens, (weights, local, None), config)
+    return bool(torch.allclose(whole, total, atol=1e-5))
+
+
+class OneOfTwo:
+    """The parts of a GroupCoordinator that the collectives read, for a thread that plays a rank."""
+
+    def __init__(self, rank, group):
+        from sglang.srt.distributed.parallel_state import GroupCoordinator
+
+        self.rank_in_group, self.world_size, self.device_group, self.pynccl_comm = rank, 2, group, None
+        for name in ("_reduce_scatterv_without_nccl", "_all_gatherv_without_nccl"):
+            setattr(self, name, getattr(GroupCoordinator, name).__get__(self))
+
+
+def collectives_of_two_ranks():
+    """Two ranks with 1 and 3 rows. Threads of one process, each with a gloo group of its own."""
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
+
+    store = dist.HashStore()
+    results = {}
+
+    def play(rank):
+        group = dist.ProcessGroupGloo(dist.PrefixStore("two", store), rank, 2)
+        original_reduce, original_gather = dist.all_reduce, dist.all_gather
+        me = OneOfTwo(rank, group)
+        sizes = [1, 3]
+        rows = torch.arange(8.0).view(4, 2) * (rank + 1)
+        own = torch.full((sizes[rank], 2), float(rank))
+        results[rank] = (
+            GroupCoordinator.reduce_scatterv(me, rows, sizes=sizes),
+            GroupCoordinator.all_gatherv(me, own, sizes=sizes)[0],
+            original_reduce,
+            original_gather,
+        )
+
+    def all_reduce(tensor, group=None):
+        group.allreduce([tensor]).wait()
+
+    def all_gather(parts, tensor, group=None):
+        group.allgather([parts], [tensor]).wait()
+
+    saved = dist.all_reduce, dist.all_gather
+    dist.all_reduce, dist.all_gather = all_reduce, all_gather
+    try:
+        threads = [threading.Thread(target=play, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+    finally:
+        dist.all_reduce, dist.all_gather = saved
+    summed = torch.arange(8.0).view(4, 2) * 3
+    gathered = torch.tensor([[0.0, 0.0], [1, 1], [1, 1], [1, 1]])
+    return (
+        torch.equal(results[0][0], summed[:1])
+        and torch.equal(results[1][0], summed[1:])
+        and all(torch.equal(results[rank][1], gathered) for rank in range(2))
+    )
+
+
+def parsed_flags():
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    return parser, ServerArgs
+
+
+def parser_without_plugins_is_as_before():
+    parser, server_args = parsed_flags()
+    known = server_args.from_cli_args(parser.parse_args(["--model-path", "x"]))
+    return known.model_path == "x" and not any("--seam" in action.option_strings for action in parser._actions)
+
+
+def flags_of_a_plugin_are_parsed_and_read():
+    from sglang.srt.plugins import register_cli_args
+
+    seen = {}
+    def add(parser):
+        parser.add_argument("--seam", type=int)
+
+    def read(args, namespace):
+        seen.update(seam=namespace.seam, args=args)
+
+    register_cli_args(add, read)
+    parser, server_args = parsed_flags()
+    result = server_args.from_cli_args(parser.parse_args(["--model-path", "x", "--seam", "7"]))
+    return seen["seam"] == 7 and seen["args"] is result
+
+
+def sampling(custom_params):
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    parameters = SamplingParams(custom_params=custom_params)
+    parameters.normalize(None)
+    parameters.verify(100)
+
+
+def custom_params_pass_without_checks():
+    sampling({"degree": 0})
+    return True
+
+
+def a_check_refuses_custom_params():
+    from sglang.srt.sampling.sampling_params import register_custom_params_check
+
+    def check(custom_params):
+        if custom_params and custom_params.get("degree") == 0:
+            raise ValueError("degree 0")
+
+    register_custom_params_check(check)
+    sampling({"degree": 1})
+    try:
+        sampling({"degree": 0})
+    except ValueError as error:
+        return str(error) == "degree 0"
+    return False
+
+
+class Policy:
+    """Places requests that ask for it on rank 1."""
+
+    def place(self, req, snapshots):
+        if req.wanted:
+            assert snapshots == ["load"]
+            req.routed_dp_rank = 1
+
+
+def controller():
+    from sglang.srt.managers.data_parallel_controller import DataParallelController
+
+    made = object.__new__(DataParallelController)
+    made.placement_policy = Policy()
+    made.load_snapshot_reader = types.SimpleNamespace(read_all=lambda: ["load"])
+    made.sent = []
+    made.maybe_external_dp_rank_routing = lambda req: req.routed_dp_rank is not None and (made.sent.append(req.routed_dp_rank) or True)
+    made.round_robin_scheduler = lambda req: made.sent.append("round robin")
+    return made
+
+
+def dispatched(wanted):
+    made = controller()
+    made.placed_scheduler(types.SimpleNamespace(routed_dp_rank=None, wanted=wanted))
+    return made.sent
+
+
+def installed_policy_names():
+    import inspect
+
+    from sglang.srt.managers import data_parallel_controller as module
+
+    module.register_placement_policy(lambda _controller: Policy())
+    assert "_placement_policy_factory is not None" in inspect.getsource(module.DataParallelController.__init__)
+    return dispatched(wanted=True) == [1]
+
+
+def raised(counts, asked):
+    from sglang.srt.managers.scheduler_components import dp_attn
+
+    dp_attn._idle_rank_floors[:] = []
+    dp_attn.register_idle_rank_floor(lambda: asked)
+    info = object.__new__(dp_attn.MLPSyncBatchInfo)
+    info.global_num_tokens, info.num_tokens = list(counts), 0
+    info.apply_idle_rank_floor()
+    return info.global_num_tokens, info.num_tokens
+
+
+def attention(keys, values, query, return_lse):
+    """One decode token over all of `keys` through the torch_native backend."""
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    backend = object.__new__(TorchNativeAttnBackend)
+    backend.swa_out_cache_loc = None
+    backend.token_to_kv_pool = types.SimpleNamespace(get_key_buffer=lambda _: keys, get_value_buffer=lambda _: values)
+    backend.req_to_token_pool = types.SimpleNamespace(req_to_token=torch.arange(len(keys)).view(1, -1))
+    layer = types.SimpleNamespace(
+        tp_q_head_num=4,
+        tp_k_head_num=2,
+        qk_head_dim=8,
+        v_head_dim=8,
+        layer_id=0,
+        scaling=0.3,
+        is_cross_attention=False,
+        sliding_window_size=None,
+    )
+    batch = types.SimpleNamespace(
+        out_cache_loc=None,
+        encoder_out_cache_loc=None,
+        req_pool_indices=torch.tensor([0]),
+        seq_lens=torch.tensor([len(keys)]),
+        encoder_lens=None,
+    )
+    extra = {"return_lse": True} if return_lse else {}
+    return backend.forward_decode(query, None, None, layer, batch, save_kv_cache=False, **extra)
+
+
+def halves_merged_by_lse_equal_the_whole():
+    generator = torch.Generator().manual_seed(1)
+    keys, values = torch.randn(12, 2, 8, generator=generator), torch.randn(12, 2, 8, generator=generator)
+    query = torch.randn(1, 32, generator=generator)
+    whole = attention(keys, values, query, return_lse=False).view(4, 8)
+    parts = [attention(keys[part], values[part], query, return_lse=True) for part in (slice(0, 5), slice(5, 12))]
+    lse = torch.stack([part[1].view(4) for part in parts])
+    weights = torch.softmax(lse, dim=0)
+    merged = sum(weight.unsqueeze(-1) * part[0].view(4, 8) for weight, part in zip(weights, parts, strict=True))
+    return bool(torch.allclose(whole, merged, atol=1e-5))
+
+
+def decode_without_lse_is_as_before():
+    result = attention(torch.ones(3, 2, 8), torch.ones(3, 2, 8), torch.ones(1, 32), return_lse=False)
+    return isinstance(result, torch.Tensor) and bool(torch.allclose(result, torch.ones(1, 32)))
+
+
+def probe():
+    import sglang
+
+    return {
+        "imported_from_the_copy": os.environ["PYTHONPATH"].split(os.pathsep)[0] in str(list(sglang.__path__)[0]),
+        "experts_of_two_ranks_add_up": outcome(experts_of_two_ranks_add_up),
+        "collectives_of_two_ranks": outcome(collectives_of_two_ranks),
+        "parser_without_plugins_is_as_before": outcome(parser_without_plugins_is_as_before),
+        "flags_of_a_plugin_are_parsed_and_read": outcome(flags_of_a_plugin_are_parsed_and_read),
+        "custom_params_pass_without_checks": outcome(custom_params_pass_without_checks),
+        "a_check_refuses_custom_params": outcome(a_check_refuses_custom_params),
+        "placed_requests_go_to_their_rank": outcome(installed_policy_names),
+        "unplaced_requests_go_round_robin": outcome(lambda: dispatched(wanted=False) == ["round robin"]),
+        "idle_ranks_are_raised_when_asked": outcome(lambda: raised([0, 3], True) == ([1, 3], 1) and raised([0, 3], False) == ([0, 3], 0)),
+        "no_rank_is_raised_when_all_are_idle": outcome(lambda: raised([0, 0], True) == ([0, 0], 0)),
+        "halves_merged_by_lse_equal_the_whole": outcome(halves_merged_by_lse_equal_the_whole),
+        "decode_without_lse_is_as_before": outcome(decode_without_lse_is_as_before),
+    }
+
+
+if __name__ == "__main__":
+    print("PROBE " + json.dumps(probe()))
