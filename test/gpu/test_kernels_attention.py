@@ -21,7 +21,7 @@ def page_lists(lengths: list[int], page_size: int) -> tuple[torch.Tensor, torch.
     indptr = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
     indices = torch.randperm(sum(counts) + 3)[: sum(counts)].to(torch.int32)
     last = torch.tensor([0 if t == 0 else (t - 1) % page_size + 1 for t in lengths], dtype=torch.int32)
-    block_table = torch.zeros(len(lengths), 64, dtype=torch.int32)
+    block_table = torch.zeros(len(lengths), 4096 // page_size, dtype=torch.int32)
     for row, count in enumerate(counts):
         block_table[row, :count] = indices[indptr[row] : indptr[row] + count]
     return indptr, indices, last, block_table

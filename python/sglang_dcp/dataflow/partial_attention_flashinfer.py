@@ -196,7 +196,7 @@ class FlashMLADecode:
     """
 
     def __init__(self, num_heads: int, scale: float, block_table: torch.Tensor, kv_length: torch.Tensor) -> None:
-        import flash_mla
+        import flash_mla  # type: ignore[import-untyped, unused-ignore]
 
         self.num_heads, self.scale, self._block_table, self._kv_length = num_heads, scale, block_table, kv_length
         self._library: Any = flash_mla
@@ -217,7 +217,7 @@ class FlashMLADecode:
             raise RuntimeError("FlashMLADecode.plan must run before run")
         if latent_cache.shape[1] != FLASH_MLA_PAGE_SIZE:
             raise ValueError(f"FlashMLA needs pages of {FLASH_MLA_PAGE_SIZE} tokens, got {latent_cache.shape[1]} (--page-size)")
-        from flash_mla.flash_mla_interface import FlashMLASchedMeta
+        from flash_mla.flash_mla_interface import FlashMLASchedMeta  # type: ignore[import-untyped, unused-ignore]
 
         output, lse = self._library.flash_mla_with_kvcache(
             queries.unsqueeze(1),
