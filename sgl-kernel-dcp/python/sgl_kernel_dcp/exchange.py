@@ -148,7 +148,8 @@ class PeerExchange:
         """Sends partial results home and merges what arrives for this instance's rows into `merged` [home rows, heads, v_head_dim].
 
         partial [attention rows, heads, v_head_dim] bfloat16 and partial_lse [attention rows, heads] float32 in natural log, in the
-        order of `query_rows`, which peers may overwrite from here on. A row without shards becomes neutral; a silent peer's partial counts as neutral.
+        order of `query_rows`, which peers may overwrite from here on. A row without shards becomes neutral; a silent peer's partial
+        counts as neutral.
         """
         self._library.return_merge(
             self._connected(), self.tables.buffer, self.state, partial, partial_lse, merged, merged_lse, phases
