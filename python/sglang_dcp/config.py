@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 POLICIES = ("dual-balance", "length-buckets", "fixed", "local")
 TRANSPORTS = ("auto", "gloo", "nccl", "peer")
@@ -75,7 +76,7 @@ class DynCpConfig:
     @classmethod
     def from_namespace(cls, args: argparse.Namespace) -> DynCpConfig | None:
         """The parsed flags, or None without --enable-dyncp. A --dyncp-* flag without it is refused."""
-        given = {field.name: getattr(args, f"dyncp_{field.name}", None) for field in dataclasses.fields(cls)}
+        given: dict[str, Any] = {field.name: getattr(args, f"dyncp_{field.name}", None) for field in dataclasses.fields(cls)}
         given = {name: value for name, value in given.items() if value is not None}
         if not getattr(args, "enable_dyncp", False):
             if given:
@@ -99,4 +100,4 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dyncp-cost-model", metavar="FILE", help="Step-time constants (JSON, see `sglang-dcp calibrate`).")
     group.add_argument("--dyncp-transport", choices=TRANSPORTS, help="How rows travel between instances. Default: auto.")
-    group.add_argument("--dyncp-max-rows", type=int, metavar="S", help="Most attention rows per instance that graphs are captured for. Default: 256.")
+    group.add_argument("--dyncp-max-rows", type=int, metavar="S", help="Most attention rows per instance that graphs are for. Default: 256.")

@@ -1,4 +1,4 @@
-"""A short soak: a mixed load with aborts and disconnects loses nothing and leaks nothing. The long one: `python -m benchmark.serving.soak`."""
+"""A short soak: a mixed load with aborts and disconnects loses and leaks nothing. The long one: `python -m benchmark.serving.soak`."""
 
 import pytest
 

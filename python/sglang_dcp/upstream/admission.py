@@ -92,12 +92,14 @@ def _reserved(binding: Binding, req: Any) -> bool:
     req.dyncp = request = binding.instance.open_request()
     keep_place_in_order(req)
     binding.waiting[request.handle] = req
-    binding.instance.ask_admission(request, page_segments(req, binding.instance.page_size, binding.instance.num_pages), flexible=req.dyncp_placement_flexible)
+    binding.instance.ask_admission(
+        request, page_segments(req, binding.instance.page_size, binding.instance.num_pages), flexible=req.dyncp_placement_flexible
+    )
     return False
 
 
 def keep_place_in_order(req: Any) -> None:
-    """A request that starts over keeps the place in the total order that it had: otherwise it would be the youngest, and the victim, for ever."""
+    """A request that starts over keeps its place in the total order: else it would be the youngest, and the victim, for ever."""
     req.dyncp.born = req.dyncp_born = min(req.dyncp.born, getattr(req, "dyncp_born", req.dyncp.born))
 
 

@@ -46,7 +46,7 @@ class PoolLayer:
 def make_backend_class(stock: type) -> type:
     """The stock backend with one method of ours: `forward`, entered once per layer."""
 
-    class DynCpBackend(stock):  # type: ignore[misc,valid-type]
+    class DynCpBackend(stock):
         def forward(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any) -> Any:
             binding = current()
             if binding is None or binding.pending_rows is None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 class LedgerAllocator(PagedTokenToKVPoolAllocator):
     """Stock behaviour until an `Instance` is bound to it."""
 
+    free_pages: torch.Tensor
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.instance: Instance | None = None
         self.tree_cache: Any = None

@@ -31,4 +31,6 @@ class GlooTransport:
 
 def create_gloo_group(timeout_seconds: float) -> dist.ProcessGroup:
     """A gloo group of all ranks. Every rank must call it. A wait longer than the timeout raises TransportError."""
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+    assert isinstance(group, dist.ProcessGroup), "this rank is in the group of all ranks"
+    return group
