@@ -40,7 +40,15 @@ def dispatch(controller: Any, req: Any) -> None:
         req.kv_hints = hints
         controller.round_robin_scheduler(req)
         return
-    placement, flexible = placer.place(req)
+    try:
+        placement, flexible = placer.place(req)
+    except ValueError as error:
+        # The main process refuses what cannot be placed (request_limits.py); one that slips through must not take the router down.
+        # Without a placement its home serves it locally, or refuses it by length.
+        logger.error("dyncp: request %s has no placement: %s", req.rid, error)
+        req.kv_hints = hints
+        controller.total_tokens_scheduler(req)
+        return
     req.kv_hints = write_placement(hints, placement, flexible=flexible)
     req.routed_dp_rank = placement.home
     controller.maybe_external_dp_rank_routing(req)
