@@ -99,13 +99,13 @@ def show_request(server: Server, request_id: str) -> bool:
 
 @contextmanager
 def ticking(what: str) -> Iterator[None]:
-    """Prints the seconds every 5 s, so that nobody takes the wait for a hang."""
+    """Prints the seconds every 10 s, so that nobody takes the wait for a hang."""
     done = threading.Event()
 
     def tick() -> None:
         started = time.monotonic()
-        while not done.wait(5.0):
-            print(f"  {what}, {time.monotonic() - started:.0f} s (about a minute on 2 cores)", flush=True)
+        while not done.wait(10.0):
+            print(f"  {what}, {time.monotonic() - started:.0f} s (one to two minutes on 2 cores)", flush=True)
 
     thread = threading.Thread(target=tick, daemon=True)
     thread.start()

@@ -51,7 +51,7 @@ def read_gauges(client: Client) -> list[InstanceGauges]:
 
 
 class LoadSampler:
-    """Reads the gauges again and again in the background, and keeps the reading with the most KV tokens in all."""
+    """Reads the gauges again and again in the background, and keeps the reading with the most guest tokens, then KV tokens, in all."""
 
     def __init__(self, client: Client, interval_s: float = 0.1) -> None:
         self._client = client
@@ -77,8 +77,12 @@ class LoadSampler:
                 loads = read_gauges(self._client)
             except (OSError, RequestFailed):
                 continue
-            if sum(load.kv_tokens for load in loads) >= sum(load.kv_tokens for load in self._fullest):
+            if _total(loads) > _total(self._fullest):
                 self._fullest = loads
+
+
+def _total(loads: list[InstanceGauges]) -> tuple[int, int]:
+    return sum(load.guest_tokens for load in loads), sum(load.kv_tokens for load in loads)
 
 
 def format_loads(loads: list[InstanceGauges], pool_tokens: int) -> str:
