@@ -1,0 +1,90 @@
+"""A step without sharded rows costs eight columns on SGLang's own all-gather: no second exchange, no code of ours in a layer."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_dcp.config import DynCpConfig
+from sglang_dcp.ledger.messages import Row
+from sglang_dcp.upstream import binding as bindings
+from sglang_dcp.upstream import columns as col
+from sglang_dcp.upstream import step_sync
+from sglang_dcp.upstream.attention_backend import make_backend_class
+from sglang_dcp.upstream.instance import Instance
+
+RANKS = 2
+
+
+class Pool:
+    """A pool nobody takes pages from."""
+
+    def num_givable_pages(self):
+        return 8
+
+    def take_pages(self, count):
+        raise AssertionError("no page is asked for")
+
+    def return_pages(self, pages):
+        assert not pages
+
+
+@pytest.fixture
+def binding(monkeypatch):
+    scheduler = SimpleNamespace(running_batch=SimpleNamespace(reqs=[]), waiting_queue=[], chunked_req=None)
+    instance = Instance(DynCpConfig().resolve(RANKS), 0, RANKS, 8, 4, Pool())
+    made = bindings.Binding(scheduler, instance, transport=None, control_group=None)
+    monkeypatch.setattr(bindings, "_binding", made)
+    return made
+
+
+@pytest.fixture
+def exchanges(monkeypatch):
+    """Counts exchanges beside SGLang's own."""
+    seen = []
+    monkeypatch.setattr(step_sync.dist, "all_gather", lambda outputs, own, group: seen.append(own) or [o.copy_(own) for o in outputs])
+    return seen
+
+
+def step(binding, rows=()):
+    """One step in which both ranks report the same; returns SGLang's sync record after our hook."""
+    stock = torch.zeros(11, dtype=torch.int64)
+    local = step_sync.local_columns(stock, None, "cpu")
+    assert local.numel() == stock.numel() + col.NUM_COLUMNS
+    info = SimpleNamespace(tp0_info_cpu=torch.stack([local] * RANKS), global_num_tokens=[3, 0], num_tokens=3)
+    step_sync.after_gather(None, info)
+    return info
+
+
+def test_no_second_exchange_and_no_floor_without_sharded_rows(binding, exchanges):
+    for _ in range(5):
+        info = step(binding)
+        assert info.global_num_tokens == [3, 0]
+    assert exchanges == []
+    assert binding.pending_rows is None
+
+
+def test_a_steady_sharded_row_needs_no_second_exchange_either(binding, exchanges, monkeypatch):
+    """Rows travel when they change; while a request just decodes on, every instance advances its table alone."""
+    monkeypatch.setattr(step_sync, "home_rows", lambda binding: [])
+    monkeypatch.setattr(step_sync, "sharded_rows", lambda binding: [Row(1, 40 + binding.instance.step, 1)])
+    for _ in range(6):
+        info = step(binding)
+        assert info.global_num_tokens == [3, 1], "an instance without tokens takes part when a row is sharded"
+    assert len(exchanges) == 1
+
+
+def test_the_stock_backend_runs_untouched(binding):
+    class Stock:
+        def forward(self, *arguments, **keywords):
+            return arguments, keywords
+
+    backend = make_backend_class(Stock)()
+    assert backend.forward("q", "k", "v", "layer", "batch", False, extra=1) == (("q", "k", "v", "layer", "batch", False), {"extra": 1})
+
+
+def test_columns_of_a_missing_rank_are_neutral(binding):
+    row = step_sync.fallback_columns(torch.zeros(11, dtype=torch.int64), None, "cpu")
+    assert row.numel() == 11 + col.NUM_COLUMNS
+    assert np.count_nonzero(row.numpy()) == 0
