@@ -24,6 +24,7 @@ def _off(value: Any) -> bool:
 
 
 REFUSALS: tuple[Refusal, ...] = (
+    Refusal("device", "--device", lambda v: v == "cpu", "the data path of the GPU (peer transport, graphs) is not joined to SGLang yet"),
     Refusal("pp_size", "--pp-size", lambda v: v == 1, "a request's shards are found by data-parallel rank alone"),
     Refusal("speculative_algorithm", "--speculative-algorithm", _off, "step plans assume one new token per request and step"),
     Refusal("disaggregation_mode", "--disaggregation-mode", lambda v: v in (None, "null"), "KV transfer knows one pool per request"),
@@ -33,7 +34,12 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("enable_two_batch_overlap", "--enable-two-batch-overlap", _off, "it splits a step's rows in two"),
     Refusal("enable_mixed_chunk", "--enable-mixed-chunk", _off, "a batch is either a prefill or a decode"),
     Refusal("enable_pdmux", "--enable-pdmux", _off, "a batch is either a prefill or a decode"),
-    Refusal("tokenizer_worker_num", "--tokenizer-worker-num", lambda v: v == 1, "tokenizer workers load no plugins, so they would not check requests"),
+    Refusal(
+        "tokenizer_worker_num",
+        "--tokenizer-worker-num",
+        lambda v: v == 1,
+        "tokenizer workers load no plugins, so they would not check requests",
+    ),
     Refusal(
         "enable_dp_attention_local_control_broadcast",
         "--enable-dp-attention-local-control-broadcast",
@@ -41,7 +47,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "instances must see control requests in the same step",
     ),
     Refusal("page_size", "--page-size", lambda v: v is not None and v > 1, "the ledger works in pages of at least 2 tokens"),
-    Refusal("kv_cache_dtype", "--kv-cache-dtype", lambda v: v in ("auto", "bf16", "bfloat16", "float16", "float32"), "quantised KV is not exchanged"),
+    Refusal(
+        "kv_cache_dtype",
+        "--kv-cache-dtype",
+        lambda v: v in ("auto", "bf16", "bfloat16", "float16", "float32"),
+        "quantised KV is not exchanged",
+    ),
     Refusal("enable_hisparse", "--enable-hisparse", _off, "it keeps KV of running requests on the host"),
     Refusal("dllm_algorithm", "--dllm-algorithm", _off, "diffusion decoding rewrites tokens"),
     Refusal("dcp_size", "--dcp-size", lambda v: v == 1, "static and dynamic context parallelism exclude each other"),
@@ -53,6 +64,10 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("enable_priority_scheduling", "--enable-priority-scheduling", _off, "preemption would free pages that reservations count on"),
     Refusal("dp_size", "--dp-size", lambda v: v == 1, "replicas do not share requests; give --tp and leave --dp out"),
 )
+
+
+WORKING_TRANSPORTS = ("auto", "gloo")
+"""Of --dyncp-transport. nccl and peer belong to the GPU's data path."""
 
 
 class SettingError(ValueError):
@@ -103,5 +118,8 @@ def register_resolution() -> None:
         previous(server_args)
         view = resolving_view(server_args)
         message = find_refusal(lambda field: getattr(view, field))
+        transport = server_args._dyncp.transport
+        if message is None and transport not in WORKING_TRANSPORTS:
+            message = f"--dyncp-transport {transport} is not there yet; choose one of {', '.join(WORKING_TRANSPORTS)}"
         if message is not None:
             raise SystemExit(f"sglang_dcp: {message}")

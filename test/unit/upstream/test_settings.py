@@ -9,6 +9,7 @@ import pytest
 from sglang_dcp.upstream.settings import REFUSALS, SettingError, complete_parallelism, find_refusal
 
 WORKING: dict[str, Any] = {
+    "device": "cpu",
     "pp_size": 1,
     "disaggregation_mode": "null",
     "tokenizer_worker_num": 1,
@@ -19,6 +20,7 @@ WORKING: dict[str, Any] = {
     "dp_size": 1,
 }
 BREAKING: dict[str, Any] = {
+    "device": "cuda",
     "pp_size": 2,
     "disaggregation_mode": "prefill",
     "tokenizer_worker_num": 2,
