@@ -125,7 +125,8 @@ CPU: tuple[Contribution, ...] = (
         title="[CPU] Native MoE forward accepts experts of other ranks",
         gap="With expert parallelism, `topk_ids` holds -1 for experts of other ranks; `moe_forward_native` scatters with it: "
         "index -1 is out of bounds.",
-        change="Such choices get weight zero and a local stand-in before the loop, and choices are counted instead of marked. Results without -1 are unchanged.",
+        change="Such choices get weight zero and a local stand-in before the loop, and choices are counted instead of marked. "
+        "Results without -1 are unchanged.",
         proof="The sum over two ranks of outputs with -1 equals one rank's output with all experts.",
         closes="hook moe_forward_native",
         apply=experts,

@@ -22,6 +22,7 @@ def render() -> str:
         "`sgl_kernel`; the tests in `test/upstream/test_cpu_gaps.py` watch them.\n",
     ]
     for item in ALL:
-        lines.append(f"## {item.name}\n\n**{item.title}**\n\n*Motivation.* {item.gap}\n\n*Change.* {item.change}\n\n*Tests.* {item.proof}\n")
+        lines.append(f"## {item.name}\n\n**{item.title}**\n\n*Motivation.* {item.gap}\n\n*Change.* {item.change}\n")
+        lines.append(f"*Tests.* {item.proof}\n")
         lines.append(f"Makes unneeded here: {item.closes}.\n")
     return "\n".join(lines)
