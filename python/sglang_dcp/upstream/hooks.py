@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["before", "after", "around", "replace", "add", "register"]
+Kind = Literal["before", "after", "around", "replace", "add", "register", "refuse"]
 HookSet = Literal["flags", "cpu", "dyncp"]
 
 
@@ -18,6 +18,7 @@ class Hook:
 
     target:      dotted path in sglang; for kind "register" the registry function that the handler calls.
     kind:        before, after, around, replace: as in sglang.srt.plugins.hook_registry. "add": sets an attribute that upstream lacks.
+                 "refuse": replaces a method by handler(method), which raises when it is called.
                  "register": calls the handler once, which uses an official registry.
     handler:     "module:function" of ours, imported when the set is installed.
     why:         what it is for. upstream: what would replace it there. remove_when: the observable that makes it unneeded.

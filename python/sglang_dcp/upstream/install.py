@@ -70,6 +70,10 @@ def install(hooks: Iterable[Hook]) -> None:
             parent, name = _parent_and_name(hook.target)
             handler.dyncp_added = True  # type: ignore[attr-defined]
             setattr(parent, name, handler)
+        elif hook.kind == "refuse":
+            # Not through the registry: it would search every module for copies of a method, which has none, for each of them.
+            parent, name = _parent_and_name(hook.target)
+            setattr(parent, name, handler(getattr(parent, name)))
         else:
             HookRegistry.register(hook.target, handler, HookType(hook.kind))
         _installed.append(hook)
@@ -81,7 +85,7 @@ def verify_installed() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     patched = HookRegistry._patched
-    missing = [h.target for h in _installed if h.kind not in ("add", "register") and h.target not in patched]
+    missing = [h.target for h in _installed if h.kind not in ("add", "register", "refuse") and h.target not in patched]
     if missing:
         raise HookError(f"hooks not in place, refusing to serve: {', '.join(missing)}")
 

@@ -29,7 +29,7 @@ REFUSED_CONTROLS = (
 _REFUSALS = tuple(
     Hook(
         target=target,
-        kind="around",
+        kind="refuse",
         hook_set="dyncp",
         handler="sglang_dcp.upstream.requests:refuse_control",
         why="a control call that does not work with sharded requests is refused by name",

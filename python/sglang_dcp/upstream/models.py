@@ -15,7 +15,7 @@ class UnsupportedModelError(RuntimeError):
 
 
 def find_unsupported_layer(model: Any) -> str | None:
-    """"NAME (CLASS): REASON" of the first attention layer that is not served, or None. `model`: a torch module."""
+    """The first attention layer that is not served, as "NAME (CLASS): REASON", or None. `model`: a torch module."""
     modules = dict(model.named_modules())
     num_layers = 0
     for name, module in modules.items():

@@ -67,9 +67,7 @@ def read_pin(custom_params: Any, num_instances: int) -> dict[str, int]:
         raise RequestError(f"custom_params.dyncp.{unknown[0]} is unknown; there are {' and '.join(PIN_KEYS)}")
     for key, first, last in (("degree", 1, num_instances), ("home", 0, num_instances - 1)):
         if key in pin and (type(pin[key]) is not int or not first <= pin[key] <= last):
-            raise RequestError(
-                f"custom_params.dyncp.{key} must be an integer in {first}..{last} (--tp {num_instances}), got {pin[key]!r}"
-            )
+            raise RequestError(f"custom_params.dyncp.{key} must be an integer in {first}..{last} (--tp {num_instances}), got {pin[key]!r}")
     return dict(pin)
 
 

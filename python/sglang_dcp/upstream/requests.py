@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -10,6 +11,7 @@ from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
 from sglang_dcp.config import DynCpConfig
+from sglang_dcp.upstream.install import verify_installed
 from sglang_dcp.upstream.placement_hint import strip_hints
 from sglang_dcp.upstream.request_limits import RequestError, RequestLimits, check_options
 
@@ -18,6 +20,7 @@ def learn_limits(result: tuple[Any, ...], engine: type, *args: Any, **kwargs: An
     """AFTER Engine._launch_subprocesses: the schedulers have told how large their pools are."""
     from sglang.srt.runtime_context import get_parallel, get_schedule
 
+    verify_installed()
     manager, init = result[0], result[3]
     config = DynCpConfig.from_environment()
     if manager is None or config is None:
@@ -90,6 +93,11 @@ class ControlRefused(HTTPException):
         return self.detail
 
 
-async def refuse_control(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND control calls that would touch pages of every instance: pause, weight updates, memory release, sessions, adapters."""
-    raise ControlRefused(original.__name__)
+def refuse_control(original: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of control calls that would touch pages of every instance: pause, weight updates, memory release, sessions, adapters."""
+
+    @functools.wraps(original)
+    async def refused(manager: Any, *args: Any, **kwargs: Any) -> None:
+        raise ControlRefused(original.__name__)
+
+    return refused
