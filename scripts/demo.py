@@ -6,6 +6,7 @@ while the long request ran, and where that request lived. Exit code 0 if every a
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -47,6 +48,7 @@ class Outcome:
 
 def main() -> int:
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
     config = ServerConfig(
         "qwen3moe", INSTANCES, pool_tokens=POOL_TOKENS, page_size=16, chunk_tokens=256, dyncp=True, flags=("--enable-metrics",)
     )

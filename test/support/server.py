@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,12 +95,17 @@ class Server:
         self.process.wait(timeout=10)
 
 
-def start_server(config: ServerConfig, *, log_folder: Path, limit_s: float = START_LIMIT_S) -> Server:
-    """Starts a server and waits until it is healthy. ServerStartError if it ends or is not healthy within `limit_s`."""
+def start_server(
+    config: ServerConfig, *, log_folder: Path, limit_s: float = START_LIMIT_S, started: Callable[[Server], None] | None = None
+) -> Server:
+    """Starts a server and waits until it is healthy. ServerStartError if it ends or is not healthy within `limit_s`.
+
+    started: called with the server as soon as its process exists, so that a run that is killed while it waits leaves a record.
+    """
     port = find_free_port()
     log_folder.mkdir(parents=True, exist_ok=True)
     log_path = log_folder / f"server_{port}_{int(time.time())}.log"
-    started = time.monotonic()
+    began = time.monotonic()
     environment = clean_environment(os.environ) | dict(config.environment)
     with log_path.open("wb") as log:
         command = config.command(port)
@@ -111,11 +116,13 @@ def start_server(config: ServerConfig, *, log_folder: Path, limit_s: float = STA
         )
     server = Server(config, process, port, log_path)
     try:
+        if started is not None:
+            started(server)
         _wait_healthy(server, limit_s)
     except BaseException:
         server.stop()
         raise
-    server.start_s = time.monotonic() - started
+    server.start_s = time.monotonic() - began
     return server
 
 
@@ -216,8 +223,7 @@ class ServerPool:
         if self._current is not None and self._current.is_alive and self._current.config == config:
             return self._current
         self.stop()
-        self._current = start_server(config, log_folder=self._log_folder)
-        _record(self._lock, self._current)
+        self._current = start_server(config, log_folder=self._log_folder, started=lambda server: _record(self._lock, server))
         return self._current
 
     def stop(self) -> None:
