@@ -10,7 +10,11 @@ from support.server import ServerConfig
 
 POOL_TOKENS = 1024
 INSTANCES = 4
-CHECK = (("SGLANG_DYNCP_CHECK_EVERY_STEP", "1"), ("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1"), ("SGLANG_CHECK_KV_PAGE_INVARIANTS", "1"))
+CHECK = (
+    ("SGLANG_DYNCP_CHECK_EVERY_STEP", "1"),
+    ("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1"),
+    ("SGLANG_CHECK_KV_PAGE_INVARIANTS", "1"),
+)
 """Our page audit before every step, and SGLang's own leak and page checks; each ends the server when it fails."""
 
 GRID = [(model, page, chunk) for model in ("qwen3moe", "deepseek_v2") for page in (64, 16) for chunk in (64, 256)]
