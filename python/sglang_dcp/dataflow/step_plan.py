@@ -27,21 +27,10 @@ def build_step_plan(
 
     num_tokens: tokens of the own batch (padding included); home_rows in batch order; guest_rows ordered by home, then by that home's batch.
     """
-    queries: list[list[np.ndarray]] = [[] for _ in range(num_instances)]
-    rows_kv: list[list[np.ndarray]] = [[] for _ in range(num_instances)]
-    write_tokens, write_slots, attention = [], [], []
-    depth_of_token = np.zeros(num_tokens, dtype=np.int64)
+    sending = _Sending(rank, num_instances)
+    attention = []
     for row in home_rows:
-        tokens = np.arange(row.token_start, row.token_start + row.num_new)
-        positions = np.arange(row.prefix_len, row.prefix_len + row.num_new)
-        owners = row.page_owners[positions // page_size]
-        for owner in _active_owners(row, page_size):
-            if owner != rank:
-                queries[owner].append(tokens)
-                rows_kv[owner].append(tokens[owners == owner])
-        here = owners == rank
-        write_tokens.append(tokens[here])
-        write_slots.append(row.page_numbers[positions[here] // page_size] * page_size + positions[here] % page_size)
+        sending.add(row, page_size)
         mine = np.flatnonzero(row.page_owners == rank)
         attention.append(attention_row(row.token_start, row.num_new, row.prefix_len, mine, row.page_numbers[mine], page_size))
     receive_queries, receive_kv = [0] * num_instances, [0] * num_instances
@@ -54,12 +43,8 @@ def build_step_plan(
         receive_slots.append(slots)
         attention.append(attention_row(query_start, guest.num_new, guest.prefix_len, guest.page_index, guest.page_numbers, page_size))
         query_start += guest.num_new
-    send_queries = [_concat(parts) for parts in queries]
-    send_kv = [_concat(parts) for parts in rows_kv]
-    depths = []
-    for sent in send_queries:
-        depth_of_token[sent] += 1
-        depths.append(depth_of_token[sent].copy())
+    send_queries = [_concat(parts) for parts in sending.queries]
+    send_kv = [_concat(parts) for parts in sending.kv]
     return StepPlan(
         step=step,
         num_tokens=num_tokens,
@@ -70,12 +55,45 @@ def build_step_plan(
         send_kv_splits=tuple(len(sent) for sent in send_kv),
         receive_kv_splits=tuple(receive_kv),
         receive_kv_slots=torch.from_numpy(_concat(receive_slots)),
-        write_tokens=torch.from_numpy(_concat(write_tokens)),
-        write_slots=torch.from_numpy(_concat(write_slots)),
+        write_tokens=torch.from_numpy(_concat(sending.write_tokens)),
+        write_slots=torch.from_numpy(_concat(sending.write_slots)),
         attention_rows=tuple(row for row in attention if row.num_queries),
-        merge_depth=torch.from_numpy(_concat(depths)),
+        merge_depth=torch.from_numpy(_merge_depths(send_queries, num_tokens)),
         num_guest_rows=len(guest_rows),
     )
+
+
+class _Sending:
+    """What an instance's own rows send, per destination, and what of their K/V stays."""
+
+    def __init__(self, rank: int, num_instances: int) -> None:
+        self._rank = rank
+        self.queries: list[list[np.ndarray]] = [[] for _ in range(num_instances)]
+        self.kv: list[list[np.ndarray]] = [[] for _ in range(num_instances)]
+        self.write_tokens: list[np.ndarray] = []
+        self.write_slots: list[np.ndarray] = []
+
+    def add(self, row: HomeRow, page_size: int) -> None:
+        tokens = np.arange(row.token_start, row.token_start + row.num_new)
+        positions = np.arange(row.prefix_len, row.prefix_len + row.num_new)
+        owners = row.page_owners[positions // page_size]
+        for owner in _active_owners(row, page_size):
+            if owner != self._rank:
+                self.queries[owner].append(tokens)
+                self.kv[owner].append(tokens[owners == owner])
+        here = owners == self._rank
+        self.write_tokens.append(tokens[here])
+        self.write_slots.append(row.page_numbers[positions[here] // page_size] * page_size + positions[here] % page_size)
+
+
+def _merge_depths(send_queries: Sequence[np.ndarray], num_tokens: int) -> np.ndarray:
+    """For each query row sent: 1 for the token's first remote partial, 2 for its second ..."""
+    depth_of_token = np.zeros(num_tokens, dtype=np.int64)
+    depths = []
+    for sent in send_queries:
+        depth_of_token[sent] += 1
+        depths.append(depth_of_token[sent].copy())
+    return _concat(depths)
 
 
 def attention_row(
