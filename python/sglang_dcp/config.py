@@ -100,4 +100,4 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dyncp-cost-model", metavar="FILE", help="Step-time constants (JSON, see `sglang-dcp calibrate`).")
     group.add_argument("--dyncp-transport", choices=TRANSPORTS, help="How rows travel between instances. Default: auto.")
-    group.add_argument("--dyncp-max-rows", type=int, metavar="S", help="Most attention rows per instance that graphs are for. Default: 256.")
+    group.add_argument("--dyncp-max-rows", type=int, metavar="S", help="Most attention rows per instance of a graph. Default: 256.")
