@@ -24,7 +24,7 @@ from support.server import Server, ServerConfig, server_pool
 
 HERE = Path(__file__).parent
 ENTRIES: list[dict[str, Any]] = yaml.safe_load((HERE / "behaviour.yaml").read_text())
-FLAGS = ("--enable-metrics", "--chat-template", "chatml")
+FLAGS = ("--enable-metrics", "--chat-template", "chatml", "--constrained-json-disable-any-whitespace")
 MODES = {
     "off": ServerConfig("qwen3moe", 2, pool_tokens=8192, flags=FLAGS),
     "short": ServerConfig("qwen3moe", 2, pool_tokens=8192, dyncp=True, flags=FLAGS),
@@ -110,7 +110,7 @@ def write_report(seen: Outcomes, path: Path) -> None:
         "command": "DYNCP_BEHAVIOUR_REPORT=benchmark/results/upstream_behaviour.json python -m pytest test/upstream/test_behaviour.py",
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU",
         "commit": commit,
-        "modes": {mode: " ".join(("--enable-dyncp", *c.flags[3:])) if c.dyncp else "plugin off" for mode, c in MODES.items()},
+        "modes": {mode: " ".join(("--enable-dyncp", *c.flags[len(FLAGS):])) if c.dyncp else "plugin off" for mode, c in MODES.items()},
         "counts": {mode: sum(row[mode] == "holds" for row in table) for mode in MODES},
         "table": table,
     }
