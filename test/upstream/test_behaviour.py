@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import yaml
 from upstream.behaviour_checks import CHECKS, PROMPT
 
 from support.client import RequestFailed
-from support.server import Server, ServerConfig, server_pool
+from support.server import Server, ServerConfig
 
 HERE = Path(__file__).parent
 ENTRIES: list[dict[str, Any]] = yaml.safe_load((HERE / "behaviour.yaml").read_text())
@@ -49,9 +49,8 @@ def outcomes() -> Iterator[Outcomes]:
 
 
 @pytest.fixture(scope="module", params=list(MODES))
-def served(request: pytest.FixtureRequest) -> Iterator[tuple[str, Server]]:
-    with server_pool(HERE.parents[1] / "logs") as servers:
-        yield request.param, servers.get(MODES[request.param])
+def served(request: pytest.FixtureRequest, serve: Callable[[ServerConfig], Server]) -> tuple[str, Server]:
+    return request.param, serve(MODES[request.param])
 
 
 @pytest.mark.server

@@ -69,10 +69,16 @@ async def serve_generate(original: Callable[..., Any], obj: Any, request: Any) -
 
 
 def _read_error(chunk: Any) -> dict[str, Any] | None:
-    if not isinstance(chunk, bytes) or not chunk.startswith(b'data: {"error"'):
+    """{"message", "code"} of a first chunk that is an error: an error event, or a request that ended with a status (a full queue)."""
+    if not isinstance(chunk, bytes) or not (chunk.startswith(b'data: {"error"') or b'"status_code"' in chunk):
         return None
-    error = json.loads(chunk[len(b"data: ") :])["error"]
-    return error if isinstance(error, dict) else {"message": str(error)}
+    event = json.loads(chunk.removeprefix(b"data: "))
+    if "error" in event:
+        return dict(event["error"])
+    reason = event.get("meta_info", {}).get("finish_reason") or {}
+    if reason.get("type") == "abort" and reason.get("status_code"):
+        return {"message": reason["message"], "code": int(reason["status_code"])}
+    return None
 
 
 async def _prepend(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:

@@ -1,0 +1,25 @@
+"""The one live server of a test run. Tests that ask for the same configuration share it, so they are run next to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from support.server import Server, ServerConfig, ServerPool, server_pool
+
+LOG_FOLDER = Path(__file__).resolve().parent.parent / "logs"
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[ServerPool]:
+    """The one live server of this machine, under the machine lock."""
+    with server_pool(LOG_FOLDER) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def serve(pool: ServerPool) -> Callable[[ServerConfig], Server]:
+    """serve(config) -> running server. A server of another configuration is stopped first."""
+    return pool.get

@@ -1,0 +1,71 @@
+"""A stream that starts with an error becomes a plain error answer; any other stream stays as it is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_dcp.upstream.requests import ControlRefused, refuse_control, serve_generate
+
+
+def event(body: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
+
+
+def serve(chunks: list[bytes], *, stream: bool = True) -> Any:
+    async def body() -> AsyncIterator[bytes]:
+        for chunk in chunks:
+            yield chunk
+
+    async def original(_obj: Any, _request: Any) -> Any:
+        return SimpleNamespace(body_iterator=body(), background=None)
+
+    async def run() -> Any:
+        response = await serve_generate(original, SimpleNamespace(stream=stream), None)
+        if hasattr(response, "status_code"):
+            return response.status_code, json.loads(response.body)
+        return [chunk async for chunk in response.body_iterator]
+
+    return asyncio.run(run())
+
+
+ERRORS = [
+    ({"error": {"message": "no", "code": 400}}, 400),
+    ({"text": "", "meta_info": {"finish_reason": {"type": "abort", "status_code": 503, "message": "no"}}}, 503),
+]
+
+
+@pytest.mark.parametrize(("body", "status"), ERRORS)
+def test_first_chunk_is_an_error(body: dict[str, Any], status: int) -> None:
+    code, answer = serve([event(body), b"data: [DONE]\n\n"])
+    assert code == status
+    assert answer["error"]["message"] == "no"
+
+
+TEXTS = [
+    [event({"text": '"status_code"', "meta_info": {"finish_reason": None}}), event({"error": {"message": "late"}})],
+    [event({"text": '{"error"', "meta_info": {"finish_reason": {"type": "abort", "message": "by the client"}}})],
+    [event({"text": "a", "meta_info": {}})],
+    [],
+]
+
+
+@pytest.mark.parametrize("chunks", TEXTS)
+def test_other_streams_are_unchanged(chunks: list[bytes]) -> None:
+    assert serve(chunks) == chunks
+    assert serve(chunks, stream=False) == chunks
+
+
+def test_refused_control() -> None:
+    async def pause_generation(_manager: Any, _obj: Any) -> None:
+        raise AssertionError("must not be called")
+
+    with pytest.raises(ControlRefused) as failure:
+        asyncio.run(refuse_control(pause_generation)(None, None))
+    assert failure.value.status_code == 400
+    assert str(failure.value).startswith("pause_generation does not work with --enable-dyncp")
