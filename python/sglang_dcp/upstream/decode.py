@@ -45,7 +45,8 @@ def update_running_batch(original: Callable[..., Any], scheduler: Any, batch: An
     finishing = set(scheduler._reqs_finishing_inflight(batch))
     stay = [i for i, req in enumerate(batch.reqs) if req in finishing or secure_next_token(binding, req)]
     if len(stay) < len(batch.reqs):
-        binding.parked += [req for i, req in enumerate(batch.reqs) if i not in set(stay)]
+        staying = set(stay)
+        binding.parked += [req for i, req in enumerate(batch.reqs) if i not in staying]
         batch.filter_batch(keep_indices=stay)
         if batch.is_empty():
             batch.batch_is_full = False

@@ -88,7 +88,3 @@ def verify_installed() -> None:
     missing = [h.target for h in _installed if h.kind not in ("add", "register", "refuse") and h.target not in patched]
     if missing:
         raise HookError(f"hooks not in place, refusing to serve: {', '.join(missing)}")
-
-
-def installed_hooks() -> tuple[Hook, ...]:
-    return tuple(_installed)
