@@ -76,14 +76,16 @@ def water_fill(levels: Sequence[float], rooms: Sequence[int], pages: int, page_u
     open_columns = [i for i in range(count) if rooms[i] > 1]
     while remaining > 0:
         target = fill_level([heights[i] for i in open_columns], remaining * page_us)
-        wanted = {i: min(rooms[i] - shares[i], int((target - heights[i]) / page_us + 1e-9)) for i in open_columns if heights[i] < target}
-        poured = sum(wanted.values())
+        poured = 0
+        for i in open_columns:
+            if heights[i] < target:
+                extra = min(rooms[i] - shares[i], int((target - heights[i]) / page_us + 1e-9))
+                shares[i] += extra
+                heights[i] += extra * page_us
+                poured += extra
         if poured == 0:
             _pour_singly(shares, heights, rooms, remaining, page_us)
             break
-        for i, extra in wanted.items():
-            shares[i] += extra
-            heights[i] += extra * page_us
         remaining -= poured
         open_columns = [i for i in open_columns if shares[i] < rooms[i]]
     return shares
@@ -92,7 +94,7 @@ def water_fill(levels: Sequence[float], rooms: Sequence[int], pages: int, page_u
 def _pour_singly(shares: list[int], heights: list[float], rooms: Sequence[int], remaining: int, page_us: float) -> None:
     """What is left after pouring whole pages evenly: one page each, lowest columns first."""
     while remaining > 0:
-        columns = sorted((i for i in range(len(shares)) if shares[i] < rooms[i]), key=heights.__getitem__)
+        columns = sorted([i for i in range(len(shares)) if shares[i] < rooms[i]], key=heights.__getitem__)
         for i in columns[:remaining]:
             shares[i] += 1
             heights[i] += page_us
