@@ -246,7 +246,8 @@ class Simulation:
                 layer += cost.remote_exchange_fixed_us
             else:
                 level += cost.exchange_us_per_row * rows
-        layer += float(level.max()) + cost.expert_us(self.num_running / self.settings.num_instances) + cost.combine_us_per_request * float(cluster.batch.max())
+        layer += float(level.max()) + cost.expert_us(self.num_running / self.settings.num_instances)
+        layer += cost.combine_us_per_request * float(cluster.batch.max())
         microseconds = cost.num_layers * layer + cost.step_fixed_us
         if self._num_prefilling:
             microseconds += self._prefill_chunks()

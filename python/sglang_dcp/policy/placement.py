@@ -101,7 +101,7 @@ class DualBalance:
 
     def _check_capacity(self, request: PlacementRequest, loads: Sequence[InstanceLoad], page_size: int) -> None:
         first_pool = loads[0].kv_capacity // page_size * page_size
-        if 1 <= request.prompt_tokens <= first_pool - request.max_new_tokens and 0 <= request.max_new_tokens:
+        if 1 <= request.prompt_tokens <= first_pool - request.max_new_tokens and request.max_new_tokens >= 0:
             return  # What fits one pool fits them all.
         capacities = [load.kv_capacity // page_size * page_size for load in loads]
         check_request(request, sum(capacities), f"all {len(loads)} instances")
