@@ -1,6 +1,8 @@
 """Serves a long mixed load on four CPU instances and reports losses, leaks and balance; then the same arrivals with policy `local`.
 
-    python -m benchmark.serving.soak [--requests 2000] [--per-second 4] [--out benchmark/results/soak.json]
+    python -m benchmark.serving.soak [--requests 2000] [--per-second 4] [--out benchmark/results/soak.json] [--record FILE]
+
+`--record` keeps every placement of the router with the loads it saw; `python -m benchmark.simulate.replay FILE` compares them.
 
 `local` is SGLang's own total_tokens balancing of the same server: every request at degree 1, at home.
 Exit code 1 when a request was lost or a pool did not drain. Timings are those of this machine and judge nothing.
@@ -19,6 +21,7 @@ from pathlib import Path
 from benchmark.serving.balance import Sampler
 from benchmark.serving.load import LoadRequest, Outcome, run_load, scaled_load
 from benchmark.serving.provenance import provenance
+from sglang_dcp.observe.placement_log import LOG_VARIABLE, PlacementLog
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "test"))
@@ -45,7 +48,7 @@ class SoakResult:
     degrees: dict[str, int]
 
 
-def server_config(policy: str, model: str) -> ServerConfig:
+def server_config(policy: str, model: str, record: Path | None = None) -> ServerConfig:
     return ServerConfig(
         model=model,
         instances=INSTANCES,
@@ -54,13 +57,16 @@ def server_config(policy: str, model: str) -> ServerConfig:
         chunk_tokens=256,
         dyncp=True,
         flags=("--enable-metrics", "--dyncp-policy", policy),
-        environment=CHECK,
+        environment=CHECK if record is None else (*CHECK, (LOG_VARIABLE, str(record))),
     )
 
 
-def soak(server: Server, policy: str, load: list[LoadRequest], longest: int) -> SoakResult:
+def soak(server: Server, policy: str, load: list[LoadRequest], longest: int, record: Path | None = None) -> SoakResult:
     with Sampler(server.port, INSTANCES) as sampler:
         outcome = run_load(server.port, load)
+    if record is not None:
+        for rid, moment in outcome.finished.items():
+            PlacementLog(record).add_finish(moment, rid)
     return summarise(policy, load, longest, outcome, drains(server), sampler.summary(POOL_TOKENS))
 
 
@@ -102,14 +108,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", default="qwen3moe")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmark" / "results" / "soak.json")
+    parser.add_argument("--record", type=Path, help="file for the placements of the dual-balance runs (overwritten)")
     arguments = parser.parse_args()
+    record: Path | None = arguments.record.resolve() if arguments.record else None
+    if record is not None:
+        record.unlink(missing_ok=True)
     runs = [("dual-balance", 3500), ("dual-balance", 900), ("local", 900)]
     results = []
     with server_pool(ROOT / "logs") as servers:
         for policy, longest in runs:
             count = arguments.requests if longest > POOL_TOKENS else arguments.requests // 4
             load = scaled_load(count, longest=longest, per_second=arguments.per_second, leaving=0.1, seed=arguments.seed)
-            results.append(soak(servers.get(server_config(policy, arguments.model)), policy, load, longest))
+            log = record if policy == "dual-balance" else None
+            results.append(soak(servers.get(server_config(policy, arguments.model, log)), policy, load, longest, log))
             print(json.dumps(asdict(results[-1]), indent=1), flush=True)
             command = f"python -m benchmark.serving.soak --requests {arguments.requests} --per-second {arguments.per_second}"
             report = provenance(command) | {"seed": arguments.seed, "runs": [asdict(result) for result in results]}

@@ -23,6 +23,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 SEEDS = (1, 2, 3, 4, 5)
 LIMITS = (("p99", 60.0), ("p99", 75.0), ("p99", 100.0))
 ALL_LIMITS = (("p99", 50.0), ("mean", 50.0), *LIMITS, ("mean", 100.0))
+FULL_POOL_LIMITS = (("p99", 75.0), ("p99", 100.0))
 WAITING = (("latency", 60.0), ("latency", 75.0), ("latency", 100.0))
 MAIN = ("dual-balance", "length-buckets", "local-least-batch", "local-least-kv", "oracle")
 # A run sends for this many seconds, longer at low rates so that the P99 rests on enough requests.
@@ -39,14 +40,27 @@ GROUPS: dict[str, dict[str, Any]] = {
     "long-run": {"workloads": ("chat-1pct",), "policies": MAIN, "seeds": SEEDS, "seconds": 600.0},
     # How far the tail of the long prompts carries the gain over data parallelism, and whether full pools then matter.
     "tail": {"workloads": ("chat-1pct-heavy", "chat-1pct-heaviest"), "policies": MAIN, "seeds": SEEDS[:3]},
-    "tail-kimi": {"deployment": KIMI, "workloads": ("chat-1pct-heaviest",), "policies": MAIN, "seeds": SEEDS[:2]},
-    "tail-tight": {"deployment": TIGHT, "workloads": ("chat-1pct-heaviest",), "policies": MAIN, "seeds": SEEDS[:2]},
+    "tail-kimi": {
+        "deployment": KIMI,
+        "workloads": ("chat-1pct-heaviest",),
+        "policies": MAIN,
+        "seeds": SEEDS[:2],
+        "limits": FULL_POOL_LIMITS,
+    },
+    "tail-tight": {
+        "deployment": TIGHT,
+        "workloads": ("chat-1pct-heaviest",),
+        "policies": MAIN,
+        "seeds": SEEDS[:2],
+        "limits": FULL_POOL_LIMITS,
+    },
     # Who waits for whom when a pool is full: the whole queue in order, or nobody for anybody.
     "order-global": {
         "deployment": TIGHT,
-        "workloads": ("chat-1pct", "chat-1pct-heaviest"),
+        "workloads": ("chat-1pct-heaviest",),
         "policies": ("dual-balance", "local-least-batch", "local-least-kv"),
         "seeds": SEEDS[:2],
+        "limits": FULL_POOL_LIMITS,
         "overrides": {"admission": "global"},
     },
     "order-any": {
@@ -54,6 +68,7 @@ GROUPS: dict[str, dict[str, Any]] = {
         "workloads": ("chat-1pct-heaviest",),
         "policies": ("dual-balance", "local-least-batch", "local-least-kv"),
         "seeds": SEEDS[:2],
+        "limits": FULL_POOL_LIMITS,
         "overrides": {"admission": "any"},
     },
     # Waiting counted as part of a request's latency, on the cases of other groups.
@@ -105,16 +120,17 @@ FIRST_GUESS = {
 # Every constant at +-30 %, at the 60 and 75 ms limits. Constant terms of a layer add up, so `layer_other_us`, the largest, stands for
 # all of them; the constants between nodes and of prefill take part in none of these runs.
 SCALED_CONSTANTS = (
-    "attention_us_per_token",
     "layer_other_us",
-    "dispatch_us_per_request",
-    "combine_us_per_request",
+    "attention_us_per_token",
     "exchange_fixed_us",
+    "pool_tokens",
+    "combine_us_per_request",
+    "dispatch_us_per_request",
     "exchange_us_per_row",
     "step_fixed_us",
     "expert_weight_us",
-    "pool_tokens",
 )
+SENSITIVITY_SECONDS = 100.0
 SENSITIVITY_LIMITS = (("p99", 60.0), ("p99", 75.0))
 
 
@@ -138,10 +154,12 @@ def search_case(
     guess: float,
     *,
     known: dict[str, Any] | None = None,
+    near: dict[str, float] | None = None,
     seconds: float | None = None,
     overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Highest rates under `limits` and every simulated rate on the way. A `known` case lends its rates and points and is extended."""
+    """Highest rates under `limits` and every simulated rate on the way. A `known` case lends its rates and points and is extended;
+    `near` are the rates of a like case, by limit, to look at first."""
 
     def evaluate(rate: float) -> SimulationResult:
         requests = workload.requests(rate, seconds or run_seconds(rate, workload.name), seed)
@@ -155,7 +173,7 @@ def search_case(
     for statistic, limit in limits:
         name = f"{statistic}-{limit:g}"
         if name not in rates:
-            rates[name] = round(search.highest_rate(limit, statistic), 4)
+            rates[name] = round(search.highest_rate(limit, statistic, (near or {}).get(name)), 4)
     return {"max_rate": rates, "points": {f"{rate:.4f}": point(result) for rate, result in sorted(search.points.items())}}
 
 
@@ -178,21 +196,32 @@ class ResultFile:
         self.path.write_text(json.dumps(self.data, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
-def run_sensitivity() -> None:
+def like_case(file: ResultFile, deployment: Deployment, workload: str, policy: str) -> dict[str, float]:
+    """Rates of the same policy and workload: another seed of the deployment, else the main deployment's, else none."""
+    for cases, label in ((file.data["cases"], deployment.label()), (ResultFile("bars").data["cases"], Deployment().label())):
+        for seed in SEEDS:
+            case = cases.get(f"{label}|{workload}|{policy}|{seed}")
+            if case:
+                return dict(case["max_rate"])
+    return {}
+
+
+def run_sensitivity(constants: Sequence[str] = SCALED_CONSTANTS) -> None:
     """chat + 1 %, seed 1: every constant at 0.7 and 1.3 of its value, with the policy fitted to the same constant."""
     file, workload = ResultFile("sensitivity"), load_workload("chat-1pct")
-    for constant in SCALED_CONSTANTS:
-        for factor in (0.7, 1.3):
-            deployment = Deployment(scale=(constant, factor))
-            for policy in ("dual-balance", "length-buckets", "local-least-batch"):
-                key = f"{deployment.label()}|chat-1pct|{policy}|1"
-                if key not in file.data["cases"]:
-                    file.add(key, search_case(deployment, workload, policy, 1, SENSITIVITY_LIMITS, 60.0))
-                    print(key, file.data["cases"][key]["max_rate"], flush=True)
+    for scale in (None, *((constant, factor) for constant in constants for factor in (0.7, 1.3))):
+        deployment = Deployment(scale=scale)
+        for policy in ("dual-balance", "length-buckets", "local-least-batch"):
+            key = f"{deployment.label()}|chat-1pct|{policy}|1"
+            if key not in file.data["cases"]:
+                near = like_case(file, deployment, "chat-1pct", policy)
+                options: dict[str, Any] = {"near": near, "seconds": SENSITIVITY_SECONDS}
+                file.add(key, search_case(deployment, workload, policy, 1, SENSITIVITY_LIMITS, 60.0, **options))
+                print(key, file.data["cases"][key]["max_rate"], flush=True)
 
 
-def run_group(name: str, max_seed: int = max(SEEDS)) -> None:
-    """Runs what is missing of a group, all policies of a workload and seed together; a case that lacks a limit is extended."""
+def run_group(name: str, max_seed: int = max(SEEDS), only: Sequence[str] = ()) -> None:
+    """Runs what is missing of a group (of these policies `only`), a workload and seed together; a case that lacks a limit is extended."""
     group = GROUPS[name]
     deployment = group.get("deployment", Deployment())
     limits = group.get("limits", LIMITS)
@@ -200,12 +229,13 @@ def run_group(name: str, max_seed: int = max(SEEDS)) -> None:
     for seed in (seed for seed in group["seeds"] if seed <= max_seed):
         for workload_name in group["workloads"]:
             workload, guess = load_workload(workload_name), FIRST_GUESS[workload_name]
-            for policy in group["policies"]:
+            for policy in (policy for policy in group["policies"] if not only or policy in only):
                 key = f"{deployment.label()}|{workload_name}|{policy}|{seed}"
                 known = file.data["cases"].get(key)
                 if known is not None and all(f"{statistic}-{limit:g}" in known["max_rate"] for statistic, limit in limits):
                     continue
                 started, options = time.perf_counter(), {"seconds": group.get("seconds"), "overrides": group.get("overrides")}
+                options["near"] = like_case(file, deployment, workload_name, policy)
                 case = search_case(deployment, workload, policy, seed, limits, guess, known=known, **options)
                 guess = case["max_rate"].get("p99-75") or guess
                 file.add(key, case)
@@ -217,13 +247,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmark.simulate.experiments", description=__doc__)
     parser.add_argument("groups", nargs="+", choices=[*GROUPS, "sensitivity", "all"])
     parser.add_argument("--max-seed", type=int, default=max(SEEDS), help="leave out the cases of higher seeds (they can be added later)")
+    parser.add_argument("--policy", action="append", default=[], help="only this policy of the groups; repeat for several")
+    parser.add_argument("--constant", action="append", choices=SCALED_CONSTANTS, help="with sensitivity: only this constant")
     args = parser.parse_args()
     names = args.groups
     for name in (*GROUPS, "sensitivity") if "all" in names else names:
         if name == "sensitivity":
-            run_sensitivity()
+            run_sensitivity(args.constant or SCALED_CONSTANTS)
         else:
-            run_group(name, args.max_seed)
+            run_group(name, args.max_seed, args.policy)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class DualBalance:
         nodes = call.nodes if call.home is None else [members for members in call.nodes if call.home in members]
         if not any(sum([loads[i].kv_capacity for i in members]) >= needed for members in nodes):
             return [range(len(loads))]
-        priced = []
+        priced: list[tuple[float, int, Sequence[int]]] = []
         for members in nodes:
             first, end = members[0], members[-1] + 1
             is_run = end - first == len(members)
