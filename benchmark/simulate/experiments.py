@@ -24,6 +24,7 @@ SEEDS = (1, 2, 3, 4, 5)
 LIMITS = (("p99", 60.0), ("p99", 75.0), ("p99", 100.0))
 ALL_LIMITS = (("p99", 50.0), ("mean", 50.0), *LIMITS, ("mean", 100.0))
 FULL_POOL_LIMITS = (("p99", 75.0), ("p99", 100.0))
+SENSITIVITY_LIMITS = (("p99", 60.0), ("p99", 75.0))
 LOW_LIMITS = (("p99", 55.0), ("p99", 50.0))
 WAITING = (("latency", 60.0), ("latency", 75.0), ("latency", 100.0))
 MAIN = ("dual-balance", "length-buckets", "local-least-batch", "local-least-kv", "oracle")
@@ -94,8 +95,14 @@ GROUPS: dict[str, dict[str, Any]] = {
         "workloads": ("chat-1pct", "weka"),
         "policies": ("dual-frozen", "dual-batch-blind", "dual-kv-blind", "dual-degree-1", "dual-exchange-twice", "buckets-exchange-twice"),
         "seeds": SEEDS[:3],
+        "limits": SENSITIVITY_LIMITS,
     },
-    "moves": {"workloads": ("chat-1pct", "chat-5pct", "weka"), "policies": ("dual-moves",), "seeds": SEEDS[:3]},
+    "moves": {
+        "workloads": ("chat-1pct", "chat-5pct", "weka"),
+        "policies": ("dual-moves",),
+        "seeds": SEEDS[:3],
+        "limits": SENSITIVITY_LIMITS,
+    },
     "slo": {
         "workloads": ("chat-1pct", "chat-5pct", "mooncake", "weka"),
         "policies": MAIN,
@@ -140,7 +147,6 @@ SCALED_CONSTANTS = (
     "expert_weight_us",
 )
 SENSITIVITY_SECONDS = 100.0
-SENSITIVITY_LIMITS = (("p99", 60.0), ("p99", 75.0))
 
 
 def run_seconds(rate: float, workload: str) -> float:

@@ -153,8 +153,6 @@ class DualBalance:
         needed = (call.pages + 1) * call.page_size
         loads, attention, free = call.loads, call.levels.attention, call.levels.free
         nodes = call.nodes if call.home is None else [members for members in call.nodes if call.home in members]
-        if not any(sum([loads[i].kv_capacity for i in members]) >= needed for members in nodes):
-            return [range(len(loads))]
         priced: list[tuple[float, int, Sequence[int]]] = []
         for members in nodes:
             first, end = members[0], members[-1] + 1
@@ -165,6 +163,8 @@ class DualBalance:
             if sum(room) >= needed:
                 level = sum(attention[first:end] if is_run else [attention[i] for i in members]) / len(members)
                 priced.append((level, len(priced), members))
+        if not priced and not any(sum([loads[i].kv_capacity for i in members]) >= needed for members in nodes):
+            return [range(len(loads))]
         priced.sort()
         return [members for _, _, members in priced[:NUM_PRICED_NODES]]
 

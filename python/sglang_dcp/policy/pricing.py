@@ -32,13 +32,15 @@ class Levels:
 
     @classmethod
     def of(cls, loads: Sequence[InstanceLoad], cost: CostModel) -> Levels:
-        """Reads KV tokens and batch of every load once."""
+        """Reads KV tokens and batch of every load once; one plain loop is faster than a comprehension per list."""
         token_us = cost.attention_us_per_token
         request_us = cost.dispatch_us_per_request + cost.attention_us_per_row
-        held = [load.kv_tokens for load in loads]
-        batches = [load.home_requests for load in loads]
-        attention = [token_us * tokens + request_us * batch for tokens, batch in zip(held, batches, strict=True)]
-        free = [load.kv_capacity - tokens for load, tokens in zip(loads, held, strict=True)]
+        attention, batches, free = [], [], []
+        for load in loads:
+            tokens, batch = load.kv_tokens, load.home_requests
+            attention.append(token_us * tokens + request_us * batch)
+            batches.append(batch)
+            free.append(load.kv_capacity - tokens)
         return cls(loads, cost, attention, batches, free, max(attention), max(batches))
 
     def request_us(self, tokens: int) -> float:

@@ -76,17 +76,21 @@ def water_fill(levels: Sequence[float], rooms: Sequence[int], pages: int, page_u
     open_columns = [i for i in range(count) if rooms[i] > 1]
     while remaining > 0:
         target = fill_level([heights[i] for i in open_columns], remaining * page_us)
-        poured = 0
+        poured, is_capped = 0, False
         for i in open_columns:
-            if heights[i] < target:
-                extra = min(rooms[i] - shares[i], int((target - heights[i]) / page_us + 1e-9))
+            height = heights[i]
+            if height < target:
+                room, extra = rooms[i] - shares[i], int((target - height) / page_us + 1e-9)
+                if extra >= room:
+                    extra, is_capped = room, True
                 shares[i] += extra
-                heights[i] += extra * page_us
+                heights[i] = height + extra * page_us
                 poured += extra
-        if poured == 0:
+        remaining -= poured
+        if not is_capped:
+            # Every column is within a page of the target, so what is left is less than a page for each that is below it.
             _pour_singly(shares, heights, rooms, remaining, page_us)
             break
-        remaining -= poured
         open_columns = [i for i in open_columns if shares[i] < rooms[i]]
     return shares
 
