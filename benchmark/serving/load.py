@@ -36,13 +36,17 @@ class LoadRequest:
 
 @dataclass
 class Outcome:
-    """What became of the load. `unexpected`: messages of requests that should have been answered and were not."""
+    """What became of the load. `unexpected`: messages of requests that should have been answered and were not.
+
+    `finished`: when a request was answered or left, by rid (seconds since 1970).
+    """
 
     answered: int = 0
     aborted: int = 0
     disconnected: int = 0
     degrees: list[tuple[int, int, int]] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    finished: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -91,6 +95,7 @@ def _send(port: int, request: LoadRequest, rid: str, outcome: Outcome, lock: thr
                 _read_for(response, request.leave_s)
                 with lock:
                     outcome.disconnected += 1
+                    outcome.finished[rid] = time.time()
                 return
             answer = json.load(response)
     except OSError as error:
@@ -103,6 +108,7 @@ def _send(port: int, request: LoadRequest, rid: str, outcome: Outcome, lock: thr
 def _record(request: LoadRequest, rid: str, meta: dict[str, Any], outcome: Outcome, lock: threading.Lock) -> None:
     reason = meta["finish_reason"]["type"]
     with lock:
+        outcome.finished[rid] = time.time()
         if reason == "abort":
             outcome.aborted += 1
             if request.leave != "abort":

@@ -3,6 +3,8 @@
     python -m benchmark.serving.soak --part long     2,000 requests, prompts of up to 3,500 tokens on pools of 1,024
     python -m benchmark.serving.soak --part short    the same arrivals with `dual-balance` and with `local`, prompts that fit one pool
 
+`--record FILE` keeps every placement of the router with the loads it saw; `python -m benchmark.simulate.replay FILE` compares them.
+
 `local` is SGLang's own total_tokens balancing of the same server: every request at degree 1, at home. It cannot serve the long part.
 Exit code 1 when a request was lost or a pool did not drain. Timings are those of this machine and judge nothing.
 """
@@ -20,6 +22,7 @@ from pathlib import Path
 from benchmark.serving.balance import Sampler
 from benchmark.serving.load import LoadRequest, Outcome, run_load, scaled_load
 from benchmark.serving.provenance import provenance
+from sglang_dcp.observe.placement_log import LOG_VARIABLE, PlacementLog
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "test"))
@@ -57,7 +60,7 @@ class SoakResult:
     degrees: dict[str, int]
 
 
-def server_config(policy: str, model: str) -> ServerConfig:
+def server_config(policy: str, model: str, record: Path | None = None) -> ServerConfig:
     return ServerConfig(
         model=model,
         instances=INSTANCES,
@@ -66,13 +69,16 @@ def server_config(policy: str, model: str) -> ServerConfig:
         chunk_tokens=256,
         dyncp=True,
         flags=("--enable-metrics", "--dyncp-policy", policy),
-        environment=CHECK,
+        environment=CHECK if record is None else (*CHECK, (LOG_VARIABLE, str(record))),
     )
 
 
-def soak(server: Server, policy: str, load: list[LoadRequest], longest: int) -> SoakResult:
+def soak(server: Server, policy: str, load: list[LoadRequest], longest: int, record: Path | None = None) -> SoakResult:
     with Sampler(server.port, INSTANCES) as sampler:
         outcome = run_load(server.port, load)
+    if record is not None:
+        for rid, moment in outcome.finished.items():
+            PlacementLog(record).add_finish(moment, rid)
     return summarise(policy, load, longest, outcome, drains(server), sampler.summary(POOL_TOKENS))
 
 
@@ -115,14 +121,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", default="qwen3moe")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmark" / "results" / "soak.json")
+    parser.add_argument("--record", type=Path, help="file for the placements of the dual-balance runs (overwritten)")
     arguments = parser.parse_args()
+    record: Path | None = arguments.record.resolve() if arguments.record else None
+    if record is not None:
+        record.unlink(missing_ok=True)
     part = PARTS[arguments.part]
     count, per_second = arguments.requests or part.requests, arguments.per_second or part.per_second
     results = []
     with server_pool(ROOT / "logs") as servers:
         for policy in part.policies:
             load = scaled_load(count, longest=part.longest, per_second=per_second, leaving=0.1, seed=arguments.seed)
-            results.append(soak(servers.get(server_config(policy, arguments.model)), policy, load, part.longest))
+            log = record if policy == "dual-balance" else None
+            results.append(soak(servers.get(server_config(policy, arguments.model, log)), policy, load, part.longest, log))
             print(json.dumps(asdict(results[-1]), indent=1), flush=True)
     command = f"python -m benchmark.serving.soak --part {arguments.part} --requests {count} --per-second {per_second}"
     report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}

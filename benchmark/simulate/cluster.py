@@ -153,6 +153,25 @@ class Cluster:
         if rank != request.home:
             load.guest_tokens += self.page_size
 
+    def move_pages(self, request: SimulatedRequest, source: int, target: int, pages: int) -> None:
+        """Full pages of a decoding request change their instance; the tail and at least one page stay. Settle its tokens first."""
+        tokens = pages * self.page_size
+        if not 0 < pages < request.pages[source] or self.free_pages[target] < pages:
+            raise AssertionError(f"{pages} pages of request {request.identity} cannot move from {source} to {target}")
+        for rank, sign in ((source, -1), (target, 1)):
+            if rank not in request.pages:
+                request.pages[rank] = request.tokens[rank] = 0
+                self.residents[rank][request.identity] = request
+                self.loads[rank].attention_rows += 1
+                self._count_row(request.home, rank, 1)
+            request.pages[rank] += sign * pages
+            request.tokens[rank] += sign * tokens
+            self.free_pages[rank] -= sign * pages
+            self.kv_tokens[rank] += sign * tokens
+            self.loads[rank].kv_tokens += sign * tokens
+            if rank != request.home:
+                self.loads[rank].guest_tokens += sign * tokens
+
     def release(self, request: SimulatedRequest) -> None:
         """Frees every page. The request must be out of the decode batch."""
         self.withdraw(request)

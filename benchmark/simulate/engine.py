@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmark.simulate.cluster import Cluster, SimulatedRequest
+from benchmark.simulate.moves import move_pages
 from benchmark.simulate.results import Recorder, SimulationResult
 from sglang_dcp.policy.cost_model import CostModel
 from sglang_dcp.policy.growth import RequestOrder, choose_victim, next_tail, predicted_level
@@ -22,6 +23,8 @@ class SimulationSettings:
 
     `grows`: a full tail may continue on another instance (ours); without it the youngest request of the instance is retracted.
     `prefill`: "elsewhere" (KV arrives complete) or "same" (chunks of `chunk_tokens` per home and step beside the decode step).
+    `moves`: pages of running requests may move between instances (moves.py).
+    `admission`: who waits behind a request that has no room: those of its "home" (an engine's own queue), all ("global"), or none ("any").
     `overload_fraction`: the run is given up as unstable once more than this share of all requests waits.
     """
 
@@ -33,7 +36,9 @@ class SimulationSettings:
     max_new_tokens: int = 4096
     max_degree: int = 32
     grows: bool = True
+    moves: bool = False
     prefill: str = "elsewhere"
+    admission: str = "home"
     chunk_tokens: int = 512
     overload_fraction: float = 0.05
     first_estimate: float = 512.0
@@ -41,6 +46,8 @@ class SimulationSettings:
     def __post_init__(self) -> None:
         if self.prefill not in ("elsewhere", "same"):
             raise ValueError(f"prefill {self.prefill!r}: expected elsewhere or same")
+        if self.admission not in ("home", "global", "any"):
+            raise ValueError(f"admission {self.admission!r}: expected home, global or any")
         if self.pool_tokens < 2 * self.page_size:
             raise ValueError(f"pool_tokens {self.pool_tokens} is below two pages of {self.page_size}: the weights leave no room")
 
@@ -144,7 +151,7 @@ class Simulation:
 
     def _grant(self) -> None:
         """All-or-nothing reservations in the total order. What a waiting request was promised counts as taken for those behind it,
-        and a home serves its own queue in order."""
+        and a home serves its own queue in order (unless `admission` says otherwise)."""
         if not self.waiting:
             self._changed = False
             return
@@ -153,6 +160,7 @@ class Simulation:
         blocked: set[int] = set()
         still = []
         in_prefill = [len(queue) for queue in self._prefilling]
+        order = self.settings.admission
         for request in self.waiting:
             home, tail = request.home, request.tail
             granted = home not in blocked and self.cluster.batch[home] + in_prefill[home] < max_running
@@ -165,9 +173,10 @@ class Simulation:
                 self._start(request)
                 in_prefill[home] = len(self._prefilling[home])
             else:
-                blocked.add(home)
-                for rank, pages in request.pages.items():
-                    promised[rank] += pages + (rank == tail)
+                if order != "any":
+                    blocked.update((home,) if order == "home" else range(self.settings.num_instances))
+                    for rank, pages in request.pages.items():
+                        promised[rank] += pages + (rank == tail)
                 still.append(request)
         self.waiting = still
         self._changed = False
@@ -205,7 +214,8 @@ class Simulation:
         for request in self._page_full.pop(step, ()):
             if request.page_step == step and request.finish_step > step:
                 self._grow(request)
-        duration = self._step_seconds()
+        moving = move_pages(self) if self.settings.moves and self.num_running else 0.0
+        duration = self._step_seconds() + moving
         cluster = self.cluster
         self.recorder.record_step(self.clock, duration, cluster.kv_tokens, cluster.batch, self.num_running)
         self.clock += duration
@@ -236,7 +246,8 @@ class Simulation:
                 layer += cost.remote_exchange_fixed_us
             else:
                 level += cost.exchange_us_per_row * rows
-        layer += float(level.max()) + cost.expert_us(float(cluster.batch.mean())) + cost.combine_us_per_request * float(cluster.batch.max())
+        layer += float(level.max()) + cost.expert_us(self.num_running / self.settings.num_instances)
+        layer += cost.combine_us_per_request * float(cluster.batch.max())
         microseconds = cost.num_layers * layer + cost.step_fixed_us
         if self._num_prefilling:
             microseconds += self._prefill_chunks()

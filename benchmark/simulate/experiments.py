@@ -10,6 +10,7 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,54 +23,130 @@ RESULTS = Path(__file__).parents[1] / "results"
 SEEDS = (1, 2, 3, 4, 5)
 LIMITS = (("p99", 60.0), ("p99", 75.0), ("p99", 100.0))
 ALL_LIMITS = (("p99", 50.0), ("mean", 50.0), *LIMITS, ("mean", 100.0))
+FULL_POOL_LIMITS = (("p99", 75.0), ("p99", 100.0))
+SENSITIVITY_LIMITS = (("p99", 60.0), ("p99", 75.0))
+LOW_LIMITS = (("p99", 55.0), ("p99", 50.0))
+WAITING = (("latency", 60.0), ("latency", 75.0), ("latency", 100.0))
 MAIN = ("dual-balance", "length-buckets", "local-least-batch", "local-least-kv", "oracle")
 # A run sends for this many seconds, longer at low rates so that the P99 rests on enough requests.
 SECONDS, MIN_REQUESTS, MAX_SECONDS = 180.0, 4000, 800.0
 
 DP_AND_OURS = ("dual-balance", "length-buckets", "local-least-batch", "local-least-kv")
+KIMI, TIGHT = Deployment("kimi-k2"), Deployment(pool_tokens=1_000_000)
+# A group may name: deployment, limits, seconds (length of every run), overrides (settings), file (where its cases are stored).
 GROUPS: dict[str, dict[str, Any]] = {
     "bars": {"workloads": ("chat-1pct", "weka", "mooncake", "chat-5pct"), "policies": MAIN, "seeds": SEEDS},
-    "kimi": {"deployment": Deployment("kimi-k2"), "workloads": ("chat-1pct",), "policies": DP_AND_OURS, "seeds": SEEDS[:3]},
-    "tight-pool": {
-        "deployment": Deployment(pool_tokens=1_000_000),
+    "kimi": {"deployment": KIMI, "workloads": ("chat-1pct",), "policies": MAIN, "seeds": SEEDS},
+    "tight-pool": {"deployment": TIGHT, "workloads": ("chat-1pct",), "policies": MAIN, "seeds": SEEDS},
+    # The authors send for 600 s: a P99 over three times as many requests hangs less on which long prompts a seed draws.
+    "long-run": {"workloads": ("chat-1pct",), "policies": MAIN, "seeds": SEEDS, "seconds": 600.0},
+    # How far the tail of the long prompts carries the gain over data parallelism, and whether full pools then matter.
+    "tail": {"workloads": ("chat-1pct-heavy", "chat-1pct-heaviest"), "policies": MAIN, "seeds": SEEDS[:3]},
+    "tail-kimi": {
+        "deployment": KIMI,
+        "workloads": ("chat-1pct-heaviest",),
+        "policies": MAIN,
+        "seeds": SEEDS[:2],
+        "limits": FULL_POOL_LIMITS,
+    },
+    "tail-tight": {
+        "deployment": TIGHT,
+        "workloads": ("chat-1pct-heaviest",),
+        "policies": MAIN,
+        "seeds": SEEDS[:2],
+        "limits": FULL_POOL_LIMITS,
+    },
+    # Who waits for whom when a pool is full: the whole queue in order, or nobody for anybody.
+    "order-global": {
+        "deployment": TIGHT,
+        "workloads": ("chat-1pct-heaviest",),
+        "policies": ("dual-balance", "local-least-batch", "local-least-kv"),
+        "seeds": SEEDS[:2],
+        "limits": FULL_POOL_LIMITS,
+        "overrides": {"admission": "global"},
+    },
+    "order-any": {
+        "deployment": TIGHT,
+        "workloads": ("chat-1pct-heaviest",),
+        "policies": ("dual-balance", "local-least-batch", "local-least-kv"),
+        "seeds": SEEDS[:2],
+        "limits": FULL_POOL_LIMITS,
+        "overrides": {"admission": "any"},
+    },
+    # Waiting counted as part of a request's latency, on the cases of other groups.
+    "waiting": {"workloads": ("chat-1pct", "chat-5pct"), "policies": DP_AND_OURS, "seeds": SEEDS[:3], "limits": WAITING, "file": "bars"},
+    "waiting-kimi": {
+        "deployment": KIMI,
         "workloads": ("chat-1pct",),
         "policies": DP_AND_OURS,
         "seeds": SEEDS[:3],
+        "limits": WAITING,
+        "file": "kimi",
+    },
+    # Where the gain of 4x begins: below 60 ms little but the constant part of a step is left for data parallelism.
+    "low-limits": {
+        "workloads": ("chat-1pct",),
+        "policies": ("dual-balance", "local-least-batch", "oracle", "length-buckets", "local-least-kv"),
+        "seeds": SEEDS[:3],
+        "limits": LOW_LIMITS,
+        "file": "bars",
     },
     "ablation": {
         "workloads": ("chat-1pct", "weka"),
         "policies": ("dual-frozen", "dual-batch-blind", "dual-kv-blind", "dual-degree-1", "dual-exchange-twice", "buckets-exchange-twice"),
-        "seeds": (1,),
+        "seeds": SEEDS[:3],
+        "limits": SENSITIVITY_LIMITS,
     },
-    # How far the tail of the long prompts carries the gain over data parallelism.
-    "tail": {"workloads": ("chat-1pct-heavy",), "policies": ("dual-balance", "length-buckets", "local-least-batch"), "seeds": (1, 2)},
-    "short": {"workloads": ("chat-0pct", "servegen-r1"), "policies": MAIN, "seeds": SEEDS[:3]},
-    "fixed": {"workloads": ("chat-1pct",), "policies": ("fixed-2", "fixed-4", "fixed-8"), "seeds": (1,)},
-    "qwen": {"deployment": Deployment("qwen3-235b-a22b"), "workloads": ("chat-1pct",), "policies": DP_AND_OURS, "seeds": (1,)},
-    "azure": {"workloads": ("azure-clock",), "policies": DP_AND_OURS, "seeds": (1,)},
-    "h100": {"deployment": Deployment(gpu="h100"), "workloads": ("chat-1pct",), "policies": DP_AND_OURS, "seeds": (1,)},
+    "moves": {
+        "workloads": ("chat-1pct", "chat-5pct", "weka"),
+        "policies": ("dual-moves",),
+        "seeds": SEEDS[:3],
+        "limits": SENSITIVITY_LIMITS,
+    },
+    "slo": {
+        "workloads": ("chat-1pct", "chat-5pct", "mooncake", "weka"),
+        "policies": MAIN,
+        "seeds": SEEDS[:3],
+        "limits": ALL_LIMITS,
+        "file": "bars",
+    },
+    "baselines": {"workloads": ("chat-1pct",), "policies": ("local-round-robin", "fixed-2", "fixed-4", "fixed-8"), "seeds": SEEDS[:3]},
+    "short": {"workloads": ("chat-0pct", "servegen-r1"), "policies": MAIN, "seeds": SEEDS[:3], "file": "bars"},
+    "prefill-same": {
+        "workloads": ("chat-1pct",),
+        "policies": ("dual-prefill-same", "local-least-batch-prefill-same", "local-least-kv-prefill-same"),
+        "seeds": (1,),
+        "limits": (("p99", 300.0),),
+    },
+    "qwen": {"deployment": Deployment("qwen3-235b-a22b"), "workloads": ("chat-1pct",), "policies": MAIN, "seeds": SEEDS[:2]},
+    "azure": {"workloads": ("azure-clock",), "policies": MAIN, "seeds": SEEDS[:2]},
+    "h100": {"deployment": Deployment(gpu="h100"), "workloads": ("chat-1pct",), "policies": MAIN, "seeds": SEEDS[:2]},
 }
 FIRST_GUESS = {
     "chat-0pct": 80.0,
     "chat-1pct": 60.0,
     "chat-1pct-heavy": 40.0,
+    "chat-1pct-heaviest": 40.0,
     "chat-5pct": 35.0,
     "weka": 7.0,
     "mooncake": 60.0,
     "servegen-r1": 35.0,
     "azure-clock": 60.0,
 }
-# Every constant at +-30 %: `sensitivity` runs these at the 75 ms limit.
+# Every constant at +-30 %, at the 60 and 75 ms limits. Constant terms of a layer add up, so `layer_other_us`, the largest, stands for
+# all of them; the constants between nodes and of prefill take part in none of these runs.
 SCALED_CONSTANTS = (
-    "attention_us_per_token",
     "layer_other_us",
-    "dispatch_us_per_request",
-    "combine_us_per_request",
+    "attention_us_per_token",
     "exchange_fixed_us",
+    "pool_tokens",
+    "combine_us_per_request",
+    "dispatch_us_per_request",
     "exchange_us_per_row",
     "step_fixed_us",
     "expert_weight_us",
 )
+SENSITIVITY_SECONDS = 100.0
 
 
 def run_seconds(rate: float, workload: str) -> float:
@@ -83,14 +160,35 @@ def point(result: SimulationResult) -> dict[str, Any]:
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in data.items()}
 
 
-def search_case(deployment: Deployment, workload: Workload, policy: str, seed: int, limits, guess: float) -> dict[str, Any]:
-    """Highest rates under `limits` and every simulated rate on the way."""
+def search_case(
+    deployment: Deployment,
+    workload: Workload,
+    policy: str,
+    seed: int,
+    limits: Sequence[tuple[str, float]],
+    guess: float,
+    *,
+    known: dict[str, Any] | None = None,
+    near: dict[str, float] | None = None,
+    seconds: float | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Highest rates under `limits` and every simulated rate on the way. A `known` case lends its rates and points and is extended;
+    `near` are the rates of a like case, by limit, to look at first."""
 
     def evaluate(rate: float) -> SimulationResult:
-        return simulate(policy, deployment, workload, workload.requests(rate, run_seconds(rate, workload.name), seed))
+        requests = workload.requests(rate, seconds or run_seconds(rate, workload.name), seed)
+        return simulate(policy, deployment, workload, requests, **(overrides or {}))
 
     search = RateSearch(evaluate, guess)
-    rates = {f"{statistic}-{limit:g}": round(search.highest_rate(limit, statistic), 4) for statistic, limit in limits}
+    rates: dict[str, float] = {}
+    if known is not None:
+        search.points.update({float(rate): SimulationResult(**row) for rate, row in known["points"].items()})
+        rates.update(known["max_rate"])
+    for statistic, limit in limits:
+        name = f"{statistic}-{limit:g}"
+        if name not in rates:
+            rates[name] = round(search.highest_rate(limit, statistic, (near or {}).get(name)), 4)
     return {"max_rate": rates, "points": {f"{rate:.4f}": point(result) for rate, result in sorted(search.points.items())}}
 
 
@@ -113,34 +211,50 @@ class ResultFile:
         self.path.write_text(json.dumps(self.data, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
-def run_sensitivity() -> None:
-    """chat + 1 %, seed 1, 75 ms: every constant at 0.7 and 1.3 of its value, with the policy fitted to the same constant."""
+def like_case(file: ResultFile, deployment: Deployment, workload: str, policy: str) -> dict[str, float]:
+    """Rates of the same policy and workload: another seed of the deployment, else the main deployment's, else none."""
+    for cases, label in ((file.data["cases"], deployment.label()), (ResultFile("bars").data["cases"], Deployment().label())):
+        for seed in SEEDS:
+            case = cases.get(f"{label}|{workload}|{policy}|{seed}")
+            if case:
+                return dict(case["max_rate"])
+    return {}
+
+
+def run_sensitivity(constants: Sequence[str] = SCALED_CONSTANTS) -> None:
+    """chat + 1 %, seed 1: every constant at 0.7 and 1.3 of its value, with the policy fitted to the same constant."""
     file, workload = ResultFile("sensitivity"), load_workload("chat-1pct")
-    for constant in SCALED_CONSTANTS:
-        for factor in (0.7, 1.3):
-            deployment = Deployment(scale=(constant, factor))
-            for policy in ("dual-balance", "length-buckets", "local-least-batch"):
-                key = f"{deployment.label()}|chat-1pct|{policy}|1"
-                if key not in file.data["cases"]:
-                    file.add(key, search_case(deployment, workload, policy, 1, (("p99", 75.0),), 60.0))
-                    print(key, file.data["cases"][key]["max_rate"], flush=True)
+    for scale in (None, *((constant, factor) for constant in constants for factor in (0.7, 1.3))):
+        deployment = Deployment(scale=scale)
+        for policy in ("dual-balance", "length-buckets", "local-least-batch"):
+            key = f"{deployment.label()}|chat-1pct|{policy}|1"
+            if key not in file.data["cases"]:
+                near = like_case(file, deployment, "chat-1pct", policy)
+                options: dict[str, Any] = {"near": near, "seconds": SENSITIVITY_SECONDS}
+                file.add(key, search_case(deployment, workload, policy, 1, SENSITIVITY_LIMITS, 60.0, **options))
+                print(key, file.data["cases"][key]["max_rate"], flush=True)
 
 
-def run_group(name: str, max_seed: int = max(SEEDS)) -> None:
-    """Runs the missing cases of a group, all policies of a workload and seed together."""
+def run_group(name: str, max_seed: int = max(SEEDS), policies: Sequence[str] = (), workloads: Sequence[str] = ()) -> None:
+    """Runs what is missing of a group, all policies of a workload and seed together; a case that lacks a limit is extended.
+
+    `policies` and `workloads` narrow the group down; empty means all of it.
+    """
     group = GROUPS[name]
     deployment = group.get("deployment", Deployment())
     limits = group.get("limits", LIMITS)
-    file = ResultFile("bars" if name == "short" else name)
+    file = ResultFile(group.get("file", name))
     for seed in (seed for seed in group["seeds"] if seed <= max_seed):
-        for workload_name in group["workloads"]:
+        for workload_name in (workload for workload in group["workloads"] if not workloads or workload in workloads):
             workload, guess = load_workload(workload_name), FIRST_GUESS[workload_name]
-            for policy in group["policies"]:
+            for policy in (policy for policy in group["policies"] if not policies or policy in policies):
                 key = f"{deployment.label()}|{workload_name}|{policy}|{seed}"
-                if key in file.data["cases"]:
+                known = file.data["cases"].get(key)
+                if known is not None and all(f"{statistic}-{limit:g}" in known["max_rate"] for statistic, limit in limits):
                     continue
-                started = time.perf_counter()
-                case = search_case(deployment, workload, policy, seed, limits, guess)
+                started, options = time.perf_counter(), {"seconds": group.get("seconds"), "overrides": group.get("overrides")}
+                options["near"] = like_case(file, deployment, workload_name, policy)
+                case = search_case(deployment, workload, policy, seed, limits, guess, known=known, **options)
                 guess = case["max_rate"].get("p99-75") or guess
                 file.add(key, case)
                 print(f"{key} {case['max_rate']} {len(case['points'])} runs {time.perf_counter() - started:.0f} s", flush=True)
@@ -151,13 +265,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmark.simulate.experiments", description=__doc__)
     parser.add_argument("groups", nargs="+", choices=[*GROUPS, "sensitivity", "all"])
     parser.add_argument("--max-seed", type=int, default=max(SEEDS), help="leave out the cases of higher seeds (they can be added later)")
+    parser.add_argument("--policy", action="append", default=[], help="only this policy of the groups; repeat for several")
+    parser.add_argument("--workload", action="append", default=[], help="only this workload of the groups; repeat for several")
+    parser.add_argument("--constant", action="append", choices=SCALED_CONSTANTS, help="with sensitivity: only this constant")
     args = parser.parse_args()
     names = args.groups
     for name in (*GROUPS, "sensitivity") if "all" in names else names:
         if name == "sensitivity":
-            run_sensitivity()
+            run_sensitivity(args.constant or SCALED_CONSTANTS)
         else:
-            run_group(name, args.max_seed)
+            run_group(name, args.max_seed, args.policy, args.workload)
 
 
 if __name__ == "__main__":

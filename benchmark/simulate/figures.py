@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmark.simulate.experiments import GROUPS, run_group, run_seconds, run_sensitivity
+from benchmark.simulate.explain import FILES, explain
+from benchmark.simulate.figures_explain import plot_explanations
 from benchmark.simulate.plots import colour, plot_balance, pyplot, save
-from benchmark.simulate.summary import LIMIT_KEYS, OURS, Cases, compare, load_cases
+from benchmark.simulate.summary import LIMIT_KEYS, OURS, Cases, compare, interval, load_cases, value_inside
 from benchmark.simulate.variants import Deployment, simulate
 from benchmark.simulate.workloads import load_workload
 
@@ -25,22 +30,38 @@ def main() -> None:
     """Rebuilds all figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmark.simulate.figures", description=__doc__)
     parser.add_argument("--simulate", action="store_true", help="first simulate the cases that are missing")
-    if parser.parse_args().simulate:
+    parser.add_argument("--without-balance", action="store_true", help="leave out the one figure that needs new simulations")
+    args = parser.parse_args()
+    if args.simulate:
         for name in GROUPS:
             run_group(name)
         run_sensitivity()
-    cases = load_cases(*(name for name in GROUPS if name != "tail"), "sensitivity")
-    pairs = sorted({(deployment, workload) for deployment, workload, _, _ in cases})
-    comparisons = {f"{deployment}|{workload}": compare(cases, deployment, workload) for deployment, workload in pairs}
-    comparisons = {key: value for key, value in comparisons.items() if value}
+    label = Deployment().label()
+    bars = load_cases("bars")
+    comparisons = all_comparisons()
     write_json("comparison.json", comparisons)
-    main_label = Deployment().label()
-    plot_rates({key.split("|")[1]: value for key, value in comparisons.items() if key.startswith(main_label + "|")})
-    plot_latency_over_rate(cases, main_label)
-    plot_degrees(cases, main_label)
-    plot_variants(cases, main_label)
-    plot_sensitivity(cases)
-    plot_balance_over_time()
+    plot_rates({workload: comparisons[f"bars|{label}|{workload}"] for workload in workloads_of(bars, label)})
+    plot_latency_over_rate(bars, label)
+    plot_degrees(bars, label)
+    for name, data in plot_explanations(explain(), FIGURES).items():
+        write_json(f"{name}.json", data)
+    if not args.without_balance:
+        plot_balance_over_time()
+
+
+def workloads_of(cases: Cases, label: str) -> list[str]:
+    """Workloads of a deployment that can be compared."""
+    return [name for name in sorted({key[1] for key in cases if key[0] == label}) if compare(cases, label, name)]
+
+
+def all_comparisons() -> dict[str, Any]:
+    """Every stored file by file, deployment and workload."""
+    found = {}
+    for name in FILES:
+        cases = load_cases(name)
+        for deployment, workload in sorted({(key[0], key[1]) for key in cases}):
+            found[f"{name}|{deployment}|{workload}"] = compare(cases, deployment, workload)
+    return {key: value for key, value in found.items() if value}
 
 
 def write_json(name: str, data: Any) -> None:
@@ -50,118 +71,94 @@ def write_json(name: str, data: Any) -> None:
 
 
 def plot_rates(comparisons: dict[str, Any]) -> None:
-    """Highest rate per workload and limit, with 95 % intervals over seeds."""
+    """Highest rate per limit, one panel per workload (rates differ tenfold), with 95 % intervals over seeds."""
     plt = pyplot()
-    figure, axes = plt.subplots(len(LIMIT_KEYS), 1, figsize=(9, 8), sharex=True)
-    for axis, limit in zip(axes, LIMIT_KEYS, strict=True):
-        policies = [*BALANCE_POLICIES, "oracle"]
+    columns = 3
+    rows = -(-len(comparisons) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(11, 3.2 * rows), squeeze=False)
+    policies = [*BALANCE_POLICIES, "oracle"]
+    for axis, (workload, comparison) in zip(axes.flat, comparisons.items(), strict=False):
         for shift, policy in enumerate(policies):
-            rows = [comparison["max_rate"].get(policy, {}).get(limit, {}) for comparison in comparisons.values()]
-            heights = [row.get("mean") or 0.0 for row in rows]
-            errors = [row.get("half_width") or 0.0 for row in rows]
-            places = [k + 0.16 * (shift - 2) for k in range(len(rows))]
-            axis.bar(places, heights, 0.15, yerr=errors, label=policy, color=colour(policy), error_kw={"elinewidth": 0.8})
-        axis.set_ylabel(f"requests/s, P99 <= {limit.removeprefix('p99-')} ms")
-    axes[-1].set_xticks(range(len(comparisons)), list(comparisons))
-    axes[0].legend(fontsize=8, ncols=3)
-    save(figure, FIGURES / "max_rate.png")
+            by_limit = [comparison["max_rate"].get(policy, {}).get(limit, {}) for limit in LIMIT_KEYS]
+            axis.bar(
+                [k + 0.16 * (shift - 2) for k in range(len(LIMIT_KEYS))],
+                [row.get("mean") or 0.0 for row in by_limit],
+                0.15,
+                yerr=[row.get("half_width") or 0.0 for row in by_limit],
+                label=policy,
+                color=colour(policy),
+                error_kw={"elinewidth": 0.9, "capsize": 1.5},
+            )
+        seeds = len(comparison["seeds"])
+        axis.set_title(f"{workload} ({seeds} seed{'s' if seeds > 1 else ''})", fontsize=10)
+        axis.set_xticks(range(len(LIMIT_KEYS)), [limit.removeprefix("p99-") for limit in LIMIT_KEYS])
+        axis.set_ylim(0, None)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("highest rate (requests/s)")
+    for axis in axes[-1]:
+        axis.set_xlabel("limit on the P99 TPOT (ms)")
+    for axis in list(axes.flat)[len(comparisons) :]:
+        axis.axis("off")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", ncols=len(policies), fontsize=9, frameon=False)
+    save(figure, FIGURES / "max_rate.png", top=0.95)
 
 
 def plot_latency_over_rate(cases: Cases, label: str) -> None:
-    """P99 over requests of mean TPOT against the rate, chat + 1 %, seed 1."""
+    """P99 over requests of mean TPOT against the rate, chat + 1 %: mean over seeds and 95 % interval."""
     plt = pyplot()
-    figure, axis = plt.subplots(figsize=(7, 4))
-    data = {}
-    for policy in (*BALANCE_POLICIES, "fixed-2", "fixed-4", "fixed-8", "oracle"):
-        case = cases.get((label, "chat-1pct", policy, 1))
-        if case is None:
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    data: dict[str, Any] = {}
+    for policy in (*BALANCE_POLICIES, "oracle"):
+        of_seed = [case for key, case in sorted(cases.items()) if key[:3] == (label, "chat-1pct", policy)]
+        rows = []
+        for rate in range(16, 132, 4):
+            values = [value for value in (value_inside(case, rate, "p99_tpot_ms") for case in of_seed) if math.isfinite(value)]
+            # Where a seed's queue is unstable, a mean over the others would look better than it is.
+            if len(values) == len(of_seed) > 1:
+                rows.append((rate, interval(values)))
+        if not rows:
             continue
-        rows = sorted((float(rate), row["p99_tpot_ms"]) for rate, row in case["points"].items() if not row["unstable"])
-        data[policy] = rows
-        axis.plot([row[0] for row in rows], [row[1] for row in rows], "o-", label=policy, color=colour(policy), markersize=3)
-    axis.set(xlabel="requests/s", ylabel="P99 over requests of mean TPOT (ms)", ylim=(40, 130))
-    axis.legend(fontsize=8)
+        middle, half = np.array([row["mean"] for _, row in rows]), np.array([row["half_width"] for _, row in rows])
+        axis.plot([rate for rate, _ in rows], middle, "-", label=policy, color=colour(policy))
+        axis.fill_between([rate for rate, _ in rows], middle - half, middle + half, color=colour(policy), alpha=0.15, linewidth=0)
+        data[policy] = [[rate, row["mean"], row["half_width"]] for rate, row in rows]
+    for limit in (60, 75, 100):
+        axis.axhline(limit, color="black", linewidth=0.7, linestyle=":")
+    axis.set(xlabel="requests/s (chat + 1 % long prompts)", ylabel="P99 over requests of mean TPOT (ms)", ylim=(45, 125))
+    axis.legend(fontsize=8, title="mean of five seeds, 95 % interval", title_fontsize=8)
     save(figure, FIGURES / "p99_over_rate.png")
     write_json("p99_over_rate.json", data)
 
 
 def plot_degrees(cases: Cases, label: str) -> None:
-    """Share of requests per degree at the simulated rate next to the 75 ms limit."""
+    """Share of requests per degree at the simulated rate next to the 75 ms limit, mean over seeds."""
     plt = pyplot()
     workloads = [name for name in ("chat-1pct", "chat-5pct", "weka", "mooncake") if (label, name, OURS, 1) in cases]
     if not workloads:
         return
-    figure, axes = plt.subplots(1, len(workloads), figsize=(3 * len(workloads), 3), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(workloads), figsize=(3 * len(workloads), 3.2), sharey=True, squeeze=False)
     data: dict[str, Any] = {}
     for axis, workload in zip(axes[0], workloads, strict=True):
-        for policy in (OURS, "length-buckets"):
-            case = cases.get((label, workload, policy, 1))
-            if case is None:
-                continue
-            target = case["max_rate"]["p99-75"]
-            row = min(case["points"].items(), key=lambda item: abs(float(item[0]) - target))[1]
-            shares = {int(k): v / row["num_finished"] for k, v in row["end_degrees"].items()}
+        for shift, policy in enumerate((OURS, "length-buckets")):
+            shares = _degree_shares([case for key, case in cases.items() if key[:3] == (label, workload, policy)])
             data[f"{workload}|{policy}"] = shares
-            axis.plot(list(shares), list(shares.values()), "o-", color=colour(policy), label=policy)
-        axis.set(title=workload, xlabel="degree at the end", yscale="log")
+            axis.bar([k + 0.4 * (shift - 0.5) for k in shares], list(shares.values()), 0.4, color=colour(policy), label=policy)
+        axis.set(title=workload, xlabel="shards at the end", yscale="log", ylim=(5e-5, 1.2), xticks=range(1, 9))
     axes[0][0].set_ylabel("share of requests")
-    axes[0][0].legend(fontsize=7)
+    axes[0][-1].legend(fontsize=7)
     save(figure, FIGURES / "degrees.png")
     write_json("degrees.json", data)
 
 
-def plot_variants(cases: Cases, label: str) -> None:
-    """Ablations: rate of each variant over the full policy, seed 1."""
-    plt = pyplot()
-    variants = GROUPS["ablation"]["policies"]
-    data = {}
-    for workload in GROUPS["ablation"]["workloads"]:
-        full = cases.get((label, workload, OURS, 1))
-        for variant in variants:
-            case = cases.get((label, workload, variant, 1))
-            if full and case:
-                data[f"{workload}|{variant}"] = {
-                    limit: round(case["max_rate"][limit] / full["max_rate"][limit], 4) for limit in LIMIT_KEYS if full["max_rate"][limit]
-                }
-    if not data:
-        return
-    figure, axis = plt.subplots(figsize=(8, 4.5))
-    for shift, limit in enumerate(LIMIT_KEYS):
-        values = [row.get(limit, 0.0) for row in data.values()]
-        axis.barh([k + 0.26 * (shift - 1) for k in range(len(data))], values, 0.25, label=limit)
-    axis.set_yticks(range(len(data)), [key.replace("|", "  ") for key in data], fontsize=8)
-    axis.axvline(1.0, color="black", linewidth=0.8)
-    axis.set_xlabel("highest rate over that of dual-balance")
-    axis.legend(fontsize=8)
-    save(figure, FIGURES / "ablation.png")
-    write_json("ablation.json", data)
-
-
-def plot_sensitivity(cases: Cases) -> None:
-    """Gain at 75 ms on chat + 1 % with each constant at 0.7 and 1.3."""
-    data: dict[str, dict[str, float]] = {}
-    base = Deployment().label()
-    for deployment in sorted({key[0] for key in cases if key[0].startswith(base + "-") and "x0.7" in key[0] or "x1.3" in key[0]}):
-        rates = {p: cases.get((deployment, "chat-1pct", p, 1)) for p in ("dual-balance", "length-buckets", "local-least-batch")}
-        if all(rates.values()):
-            held = {policy: case["max_rate"]["p99-75"] for policy, case in rates.items() if case}
-            if all(held.values()):
-                data[deployment.removeprefix(base + "-")] = {
-                    "over_local_least_batch": round(held["dual-balance"] / held["local-least-batch"], 4),
-                    "over_length_buckets": round(held["dual-balance"] / held["length-buckets"], 4),
-                }
-    if not data:
-        return
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(8, 4.5))
-    for shift, key in enumerate(("over_local_least_batch", "over_length_buckets")):
-        axis.barh([k + 0.4 * (shift - 0.5) for k in range(len(data))], [row[key] for row in data.values()], 0.38, label=key)
-    axis.set_yticks(range(len(data)), list(data), fontsize=8)
-    axis.axvline(1.0, color="black", linewidth=0.8)
-    axis.set_xlabel("ratio of the highest rates at 75 ms")
-    axis.legend(fontsize=8)
-    save(figure, FIGURES / "sensitivity.png")
-    write_json("sensitivity.json", data)
+def _degree_shares(of_seed: list[dict[str, Any]]) -> dict[int, float]:
+    """Mean over seeds of the share of each degree."""
+    totals: dict[int, float] = {}
+    for case in of_seed:
+        target = case["max_rate"]["p99-75"]
+        row = min(case["points"].items(), key=lambda item: abs(float(item[0]) - target))[1]
+        for degree, count in row["end_degrees"].items():
+            totals[int(degree)] = totals.get(int(degree), 0.0) + count / row["num_finished"] / len(of_seed)
+    return {degree: round(share, 6) for degree, share in sorted(totals.items())}
 
 
 def plot_balance_over_time() -> None:

@@ -67,9 +67,9 @@ def plot_balance(results: dict[str, SimulationResult], path: Path, span: tuple[f
     save(figure, path)
 
 
-def save(figure: Any, path: Path) -> None:
-    """Writes the figure without a date, so that equal results give equal files."""
+def save(figure: Any, path: Path, top: float = 1.0) -> None:
+    """Writes the figure without a date, so that equal results give equal files. What is above `top` is kept for a legend."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0.0, 0.0, 1.0, top))
     figure.savefig(path, metadata={"Software": None})
     pyplot().close(figure)

@@ -47,6 +47,7 @@ class SimulationResult:
     duration_s: float
     start_degrees: dict[int, int] = field(default_factory=dict)
     end_degrees: dict[int, int] = field(default_factory=dict)
+    num_moved_tokens: int = 0
     timeline: list[tuple[float, float, float, float, float, float]] = field(default_factory=list, repr=False)
 
     def as_dict(self, with_timeline: bool = False) -> dict[str, Any]:
@@ -66,6 +67,7 @@ class Recorder:
         self.num_rejected = 0
         self.num_retractions = 0
         self.num_growths = 0
+        self.num_moved_tokens = 0
         self.steps: list[tuple[float, int]] = []
         self.timeline: list[tuple[float, float, float, float, float, float]] = []
 
@@ -112,6 +114,7 @@ class Recorder:
             duration_s=duration,
             start_degrees=dict(sorted(Counter(r.start_degree for r in requests if r.start_degree).items())),
             end_degrees=dict(sorted(Counter(r.end_degree for r in requests if r.end_degree).items())),
+            num_moved_tokens=self.num_moved_tokens,
             timeline=self.timeline,
         )
 

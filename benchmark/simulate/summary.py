@@ -32,15 +32,26 @@ def load_cases(*names: str) -> Cases:
     return cases
 
 
-def interval(values: Sequence[float]) -> dict[str, float | int | None]:
-    """Mean and half width of the 95 % interval over seeds; the half width is None for one seed."""
+def interval(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, half width of the 95 % interval over seeds (None for one seed), and each value; what is not finite counts as no value."""
     finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return {"mean": None, "half_width": None, "seeds": len(values)}
     half = None
     if len(finite) > 1:
         half = STUDENT[min(4, len(finite) - 1)] * float(np.std(finite, ddof=1)) / math.sqrt(len(finite))
-    return {"mean": round(float(np.mean(finite)), 3), "half_width": None if half is None else round(half, 3), "seeds": len(values)}
+    return {
+        "mean": round(float(np.mean(finite)), 3) if finite else None,
+        "half_width": None if half is None else round(half, 3),
+        "seeds": len(values),
+        "values": [round(value, 3) if math.isfinite(value) else None for value in values],
+    }
+
+
+def value_inside(case: dict[str, Any], rate: float, key: str) -> float:
+    """`value_at` where the rate lies between simulated stable rates (2 % off at most); NaN elsewhere: nothing is extrapolated."""
+    stable = [float(simulated) for simulated, row in case["points"].items() if not row["unstable"] and math.isfinite(row[key])]
+    if not stable or not min(stable) * 0.98 <= rate <= max(stable) * 1.02:
+        return math.nan
+    return value_at(case, rate, key)
 
 
 def value_at(case: dict[str, Any], rate: float, key: str) -> float:
@@ -51,56 +62,70 @@ def value_at(case: dict[str, Any], rate: float, key: str) -> float:
 
 
 def compare(cases: Cases, deployment: str, workload: str) -> dict[str, Any]:
-    """Rates per policy and limit, and the ratios that the bars are about, each over the seeds that have all policies needed."""
+    """Rates per policy and limit, and the ratios that the bars are about, each over the seeds that have what it needs.
+
+    `data_parallel` names the baselines of that kind that were simulated: "best" means the best of these.
+    """
     by_policy: dict[str, dict[int, dict[str, Any]]] = {}
-    for (held, name, policy, seed), case in cases.items():
+    for (held, name, policy, seed), case in sorted(cases.items()):
         if held == deployment and name == workload:
             by_policy.setdefault(policy, {})[seed] = case
-    needed = [policy for policy in (OURS, *DATA_PARALLEL, BUCKETS) if policy in by_policy]
-    seeds = sorted(set.intersection(*(set(by_policy[policy]) for policy in needed))) if needed else []
-    if len(needed) < 4 or not seeds:
+    baselines = [policy for policy in DATA_PARALLEL if policy in by_policy]
+    if OURS not in by_policy or not baselines:
         return {}
+    seeds = sorted(set.intersection(*(set(by_policy[policy]) for policy in (OURS, *baselines))))
+    limits = sorted({limit for by_seed in by_policy.values() for case in by_seed.values() for limit in case["max_rate"]})
     rates = {
-        policy: {limit: interval([by_seed[s]["max_rate"][limit] for s in seeds if s in by_seed]) for limit in LIMIT_KEYS}
+        policy: {limit: interval([case["max_rate"][limit] for case in by_seed.values() if limit in case["max_rate"]]) for limit in limits}
         for policy, by_seed in by_policy.items()
     }
-    ratios = {limit: _ratios(by_policy, seeds, limit) for limit in LIMIT_KEYS}
-    return {"seeds": seeds, "max_rate": rates, "ratios": ratios, "equal_rate": _equal_rate(by_policy, seeds)}
-
-
-def _ratios(by_policy: dict[str, dict[int, dict[str, Any]]], seeds: Sequence[int], limit: str) -> dict[str, Any]:
-    def rate(policy: str, seed: int) -> float:
-        return float(by_policy[policy][seed]["max_rate"][limit])
-
-    best = {seed: max(rate(policy, seed) for policy in DATA_PARALLEL) for seed in seeds}
-    result = {
-        "over_best_dp": interval([_divide(rate(OURS, s), best[s]) for s in seeds]),
-        "over_best_baseline": interval([_divide(rate(OURS, s), max(best[s], rate(BUCKETS, s))) for s in seeds]),
-        "over_length_buckets": interval([_divide(rate(OURS, s), rate(BUCKETS, s)) for s in seeds]),
-        "length_buckets_over_best_dp": interval([_divide(rate(BUCKETS, s), best[s]) for s in seeds]),
+    return {
+        "seeds": seeds,
+        "data_parallel": baselines,
+        "max_rate": {policy: {limit: row for limit, row in by_limit.items() if row["seeds"]} for policy, by_limit in rates.items()},
+        "ratios": {limit: _ratios(by_policy, baselines, seeds, limit) for limit in limits},
+        "equal_rate": _equal_rate(by_policy, baselines, seeds),
     }
-    with_oracle = [s for s in seeds if s in by_policy.get(ORACLE, {})]
-    if with_oracle:
-        result["share_of_oracle"] = interval([_divide(rate(OURS, s), rate(ORACLE, s)) for s in with_oracle])
-        way = [_divide(rate(OURS, s) - rate(BUCKETS, s), rate(ORACLE, s) - rate(BUCKETS, s)) for s in with_oracle]
-        result["way_from_buckets_to_oracle"] = interval(way)
-    return result
+
+
+def _ratios(by_policy: dict[str, dict[int, dict[str, Any]]], baselines: Sequence[str], seeds: Sequence[int], limit: str) -> dict[str, Any]:
+    def rate(policy: str, seed: int) -> float:
+        return float(by_policy.get(policy, {}).get(seed, {"max_rate": {}})["max_rate"].get(limit, math.nan))
+
+    def ratio(upper: Sequence[float], lower: Sequence[float]) -> dict[str, Any]:
+        pairs = [_divide(a, b) for a, b in zip(upper, lower, strict=True) if not math.isnan(a) and not math.isnan(b)]
+        return interval(pairs)
+
+    ours, buckets, oracle = ([rate(policy, seed) for seed in seeds] for policy in (OURS, BUCKETS, ORACLE))
+    best = [max(rate(policy, seed) for policy in baselines) for seed in seeds]
+    result = {
+        "over_best_dp": ratio(ours, best),
+        "over_best_baseline": ratio(ours, [max(a, b) if not math.isnan(b) else a for a, b in zip(best, buckets, strict=True)]),
+        "over_length_buckets": ratio(ours, buckets),
+        "length_buckets_over_best_dp": ratio(buckets, best),
+        "oracle_over_best_dp": ratio(oracle, best),
+        "share_of_oracle": ratio(ours, oracle),
+        "way_from_buckets_to_oracle": ratio(
+            [a - b for a, b in zip(ours, buckets, strict=True)], [a - b for a, b in zip(oracle, buckets, strict=True)]
+        ),
+    }
+    return {name: row for name, row in result.items() if row["seeds"]}
 
 
 def _divide(left: float, right: float) -> float:
     return left / right if right else math.inf
 
 
-def _equal_rate(by_policy: dict[str, dict[int, dict[str, Any]]], seeds: Sequence[int]) -> dict[str, Any]:
+def _equal_rate(by_policy: dict[str, dict[int, dict[str, Any]]], baselines: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     """Latency of the best DP baseline over ours at one rate, by definition: per request, per token, and counted from arrival.
 
     At the rate that the baseline holds at 75 ms; and, counted from arrival, at the rate that ours holds there (or the highest at which
     the baseline's queue was still stable), where the baseline's requests wait.
     """
     ratios: dict[str, list[float]] = {"p99_tpot_ms": [], "p99_gap_ms": [], "p99_latency_ms": []}
-    ours, at_our_rate = [], []
-    for seed in seeds:
-        best = max(DATA_PARALLEL, key=lambda policy: by_policy[policy][seed]["max_rate"]["p99-75"])
+    ours, at_our_rate, of_oracle = [], [], []
+    for seed in (seed for seed in seeds if all("p99-75" in by_policy[policy][seed]["max_rate"] for policy in (OURS, *baselines))):
+        best = max(baselines, key=lambda policy: by_policy[policy][seed]["max_rate"]["p99-75"])
         theirs, mine = by_policy[best][seed], by_policy[OURS][seed]
         rate = theirs["max_rate"]["p99-75"]
         if not rate:
@@ -108,11 +133,14 @@ def _equal_rate(by_policy: dict[str, dict[int, dict[str, Any]]], seeds: Sequence
         for key, values in ratios.items():
             values.append(value_at(theirs, rate, key) / value_at(mine, rate, key))
         ours.append(value_at(mine, rate, "p99_tpot_ms"))
+        if seed in by_policy.get(ORACLE, {}):
+            of_oracle.append(value_at(theirs, rate, "p99_tpot_ms") / value_at(by_policy[ORACLE][seed], rate, "p99_tpot_ms"))
         stable = max(float(simulated) for simulated, row in theirs["points"].items() if not row["unstable"])
         rate = min(mine["max_rate"]["p99-75"], stable)
         at_our_rate.append(value_at(theirs, rate, "p99_latency_ms") / value_at(mine, rate, "p99_latency_ms"))
     return {
         "our_p99_tpot_ms": interval(ours),
         **{f"ratio_{key}": interval(values) for key, values in ratios.items()},
+        "oracle_ratio_p99_tpot_ms": interval(of_oracle),
         "ratio_p99_latency_ms_at_our_rate": interval(at_our_rate),
     }

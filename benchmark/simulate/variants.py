@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from benchmark.simulate.engine import Simulation, SimulationSettings
@@ -9,11 +10,20 @@ from benchmark.simulate.results import SimulationResult
 from benchmark.simulate.workloads import Requests, Workload
 from sglang_dcp.policy.cost_model import CostModel, load_cost_model
 from sglang_dcp.policy.placement import Local, make_policy
-from sglang_dcp.policy.types import PlacementPolicy
+from sglang_dcp.policy.types import CapacityError, InstanceLoad, Placement, PlacementPolicy, PlacementRequest
 
 SERVED = ("dual-balance", "length-buckets", "local-least-batch", "local-least-kv", "fixed-2", "fixed-4", "fixed-8")
 ABLATIONS = ("dual-frozen", "dual-batch-blind", "dual-kv-blind", "dual-degree-1", "dual-exchange-twice", "dual-prefill-same")
-VARIANTS = (*SERVED, *ABLATIONS, "oracle", "buckets-exchange-twice", "local-least-batch-prefill-same", "local-least-kv-prefill-same")
+VARIANTS = (
+    *SERVED,
+    *ABLATIONS,
+    "dual-moves",
+    "oracle",
+    "local-round-robin",
+    "buckets-exchange-twice",
+    "local-least-batch-prefill-same",
+    "local-least-kv-prefill-same",
+)
 PAGE_SIZE = 64
 
 
@@ -39,7 +49,7 @@ class Deployment:
             raise ValueError(
                 f"{self.model} does not fit {self.num_instances} x {self.gpu}: its weights leave no KV pool (--instances, --pool-tokens)"
             )
-        return pool
+        return int(pool)
 
     def label(self) -> str:
         """Unique text for result files."""
@@ -48,9 +58,29 @@ class Deployment:
         return f"{self.model}.{self.gpu}x{self.num_instances}{pool}{scale}"
 
 
+class RoundRobin:
+    """SGLang's default for data parallelism: in turn, whatever the load; past a pool that could never hold the request."""
+
+    name = "local-round-robin"
+
+    def __init__(self) -> None:
+        self._turn = -1
+
+    def place(self, request: PlacementRequest, loads: Sequence[InstanceLoad], page_size: int) -> Placement:
+        """See PlacementPolicy."""
+        needed = request.prompt_tokens + request.max_new_tokens
+        for _ in loads:
+            self._turn = (self._turn + 1) % len(loads)
+            if loads[self._turn].kv_capacity >= needed:
+                return Placement(self._turn, (self._turn,), (request.prompt_tokens,))
+        raise CapacityError(f"{needed} tokens exceed {max(load.kv_capacity for load in loads)}, the KV capacity of one instance")
+
+
 def _policy(name: str, cost: CostModel, num_instances: int) -> PlacementPolicy:
     """The policy behind a variant; ablations blind the policy, not the clock."""
     degree, max_degree = None, num_instances
+    if name == "local-round-robin":
+        return RoundRobin()
     if name == "dual-batch-blind":
         cost = replace(cost, dispatch_us_per_request=0.0, combine_us_per_request=0.0)
     if name == "dual-kv-blind":
@@ -95,6 +125,7 @@ def simulate(
         page_size=PAGE_SIZE,
         max_new_tokens=workload.max_new_tokens,
         max_degree=deployment.num_instances,
+        moves=name == "dual-moves",
         grows=name.startswith("dual") and name not in ("dual-frozen", "dual-degree-1"),
         prefill="same" if name.endswith("prefill-same") else "elsewhere",
     )

@@ -165,6 +165,8 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "chat-5pct": lambda: chat(0.05),
     # A heavier tail than the two facts give: the share of prompts beyond 600,000 tokens is 2.9 % of the long ones instead of 0.4 %.
     "chat-1pct-heavy": lambda: chat(0.01, long_sigma=0.9, suffix="-heavy"),
+    # Heavier still: 8 % of the long prompts are beyond 600,000 tokens, and 3 % stand at the cap of 1M.
+    "chat-1pct-heaviest": lambda: chat(0.01, long_sigma=1.2, suffix="-heaviest"),
     "mooncake": mooncake,
     "weka": weka,
     "servegen-r1": servegen_r1,

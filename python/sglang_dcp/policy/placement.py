@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from sglang_dcp.policy.baselines import FixedDegree, LengthBuckets, Local
 from sglang_dcp.policy.cost_model import CostModel
@@ -29,9 +30,12 @@ WAITING_POOL_SHARE = 10
 WINDOW = 128
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Call:
-    """One request and the instances looked at. All indices are positions in `loads`; ranks appear only in the answer."""
+    """One request and the instances looked at. All indices are positions in `loads`; ranks appear only in the answer.
+
+    Never changed once made; not frozen, because making a frozen one takes microseconds of a placement's fifty.
+    """
 
     request: PlacementRequest
     loads: Sequence[InstanceLoad]
@@ -96,6 +100,9 @@ class DualBalance:
         return self._call(request, window, nodes, page_size)
 
     def _check_capacity(self, request: PlacementRequest, loads: Sequence[InstanceLoad], page_size: int) -> None:
+        first_pool = loads[0].kv_capacity // page_size * page_size
+        if 1 <= request.prompt_tokens <= first_pool - request.max_new_tokens and request.max_new_tokens >= 0:
+            return  # What fits one pool fits them all.
         capacities = [load.kv_capacity // page_size * page_size for load in loads]
         check_request(request, sum(capacities), f"all {len(loads)} instances")
         at_most = request.degree or min(self._max_degree, len(loads))
@@ -109,29 +116,34 @@ class DualBalance:
     # What has room now
 
     def _place_now(self, call: _Call) -> Placement | None:
-        single = self._best_single(call)
-        if single is not None and (call.is_small or self._max_degree == 1):
-            return _single(call, single)
+        single: int | None = None
+        if call.is_small or self._max_degree == 1 or call.pages == 1:
+            single = self._best_single(call)
+            if single is not None or self._max_degree == 1 or call.pages == 1 or _fits_one_pool(call):
+                return None if single is None else _single(call, single)
         best: Split | None = None
-        if call.pages > 1 and self._max_degree > 1 and not (call.is_small and _fits_one_pool(call)):
-            for members in self._candidate_nodes(call):
-                split = self._best_split(call, members)
-                if split is not None and (best is None or split.price < best.price):
-                    best = split
-        if single is not None:
-            levels = call.levels
-            whole = levels.price(levels.attention[single] + levels.request_us(call.total_tokens), levels.batches[single] + 1)
-            if best is None or whole <= best.price:
+        for members in self._candidate_nodes(call):
+            split = self._best_split(call, members, inf if best is None else best.price)
+            if split is not None:
+                best = split
+        levels = call.levels
+        added = levels.request_us(call.total_tokens)
+        # Where even the emptiest instance is dearer than the split, the best one need not be looked for.
+        if best is None or levels.least_price_whole(added) <= best.price:
+            single = self._best_single(call)
+            if single is not None and (
+                best is None or levels.price(levels.attention[single] + added, levels.batches[single] + 1) <= best.price
+            ):
                 return _single(call, single)
         return None if best is None else self._split(call, best.home, best.guests, waiting=False)
 
     def _best_single(self, call: _Call) -> int | None:
         """Where the request is cheapest whole, with room for the expected output too if any has it, and one page of headroom."""
         added = call.levels.request_us(call.total_tokens)
-        candidates = range(len(call.loads)) if call.home is None else (call.home,)
+        candidates, free = range(len(call.loads)) if call.home is None else (call.home,), call.levels.free
         for tokens in (call.total_tokens, call.request.prompt_tokens):
             needed = (num_pages(tokens, call.page_size) + 1) * call.page_size
-            fitting = [i for i in candidates if call.loads[i].kv_capacity - call.loads[i].kv_tokens >= needed]
+            fitting = [i for i in candidates if free[i] >= needed]
             if fitting:
                 return call.levels.lowest_smoothly(fitting, added) if call.is_small else call.levels.lowest(fitting, added)
         return None
@@ -139,35 +151,48 @@ class DualBalance:
     def _candidate_nodes(self, call: _Call) -> list[Sequence[int]]:
         """The nodes with the lowest mean level that have room now; all instances only when the prompt fits no node."""
         needed = (call.pages + 1) * call.page_size
-        loads, attention = call.loads, call.levels.attention
+        loads, attention, free = call.loads, call.levels.attention, call.levels.free
         nodes = call.nodes if call.home is None else [members for members in call.nodes if call.home in members]
-        if not any(sum([loads[i].kv_capacity for i in members]) >= needed for members in nodes):
+        priced: list[tuple[float, int, Sequence[int]]] = []
+        for members in nodes:
+            first, end = members[0], members[-1] + 1
+            is_run = end - first == len(members)
+            room = free[first:end] if is_run else [free[i] for i in members]
+            if min(room) < 0:
+                room = [tokens for tokens in room if tokens > 0]
+            if sum(room) >= needed:
+                level = sum(attention[first:end] if is_run else [attention[i] for i in members]) / len(members)
+                priced.append((level, len(priced), members))
+        if not priced and not any(sum([loads[i].kv_capacity for i in members]) >= needed for members in nodes):
             return [range(len(loads))]
-        free = [load.kv_capacity - load.kv_tokens for load in loads]
-        with_room = [members for members in nodes if sum([free[i] for i in members if free[i] > 0]) >= needed]
-        with_room.sort(key=lambda members: sum([attention[i] for i in members]) / len(members))
-        return with_room[:NUM_PRICED_NODES]
+        priced.sort()
+        return [members for _, _, members in priced[:NUM_PRICED_NODES]]
 
-    def _best_split(self, call: _Call, members: Sequence[int]) -> Split | None:
-        loads, page_size, home = call.loads, call.page_size, call.home
+    def _best_split(self, call: _Call, members: Sequence[int], cheaper_than: float) -> Split | None:
+        loads, page_size, home, free = call.loads, call.page_size, call.home, call.levels.free
         if self._max_guest_fraction >= 1.0:
-            guest_room = {i: (loads[i].kv_capacity - loads[i].kv_tokens) // page_size for i in members}
+            able = [i for i in members if free[i] >= page_size and i != home]
         else:
-            guest_room = {i: self._rooms(call, i, waiting=False)[1] for i in members}
-        ordered = sorted([i for i in members if i != home and guest_room[i] >= 1], key=call.levels.attention.__getitem__)
+            able = [i for i in members if i != home and self._rooms(call, i, waiting=False)[1] >= 1]
+        ordered = sorted(able, key=call.levels.attention.__getitem__)
         if home is not None:
-            has_room = home in guest_room and free_pages(loads[home], page_size) >= 2
+            has_room = home in members and free[home] >= 2 * page_size
             ordered = [home, *ordered] if has_room else []
-        ordered = ordered[: min(self._max_degree, call.pages)]
+        del ordered[min(self._max_degree, call.pages) :]
+        if self._max_guest_fraction >= 1.0:
+            guest_rooms = [free[i] // page_size for i in ordered]
+        else:
+            guest_rooms = [self._rooms(call, i, waiting=False)[1] for i in ordered]
         return cheapest_split(
             call.levels,
             ordered,
-            [(loads[i].kv_capacity - loads[i].kv_tokens) // page_size - 1 for i in ordered],
-            [guest_room[i] for i in ordered],
+            guest_rooms,
+            page_size=page_size,
             pages=call.pages,
             total_tokens=call.total_tokens,
             pinned_home=home,
             is_remote=bool(ordered) and loads[ordered[0]].node != loads[ordered[-1]].node,
+            cheaper_than=cheaper_than,
         )
 
     def _rooms(self, call: _Call, position: int, *, waiting: bool) -> tuple[int, int]:
@@ -181,14 +206,18 @@ class DualBalance:
 
     def _split(self, call: _Call, home: int, guests: Sequence[int], *, waiting: bool) -> Placement:
         positions = [home, *guests]
-        cost, attention = self._cost, call.levels.attention
+        cost, attention, free, page_size = self._cost, call.levels.attention, call.levels.free, call.page_size
         heights = [attention[i] for i in positions]
         growth = call.total_tokens - call.request.prompt_tokens
         heights[0] += call.levels.request_us(growth) + len(guests) * cost.exchange_us_per_row
-        rooms = [self._rooms(call, home, waiting=waiting)[0], *(self._rooms(call, i, waiting=waiting)[1] for i in guests)]
-        shares = water_fill(heights, rooms, call.pages, cost.attention_us_per_token * call.page_size)
+        if waiting or self._max_guest_fraction < 1.0:
+            rooms = [self._rooms(call, home, waiting=waiting)[0], *[self._rooms(call, i, waiting=waiting)[1] for i in guests]]
+        else:
+            rooms = [max(0, free[i]) // page_size for i in positions]
+            rooms[0] -= 1
+        shares = water_fill(heights, rooms, call.pages, cost.attention_us_per_token * page_size)
         ranks = [call.loads[i].rank for i in positions]
-        return build_placement(ranks[0], ranks[0], dict(zip(ranks, shares, strict=True)), call.request.prompt_tokens, call.page_size)
+        return build_placement(ranks[0], ranks[0], dict(zip(ranks, shares, strict=True)), call.request.prompt_tokens, page_size)
 
     # What has to wait, and pins
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp
+from math import exp, inf
 
 from sglang_dcp.policy.cost_model import CostModel
 from sglang_dcp.policy.types import InstanceLoad
@@ -20,27 +20,43 @@ OWN_WEIGHT = 0.1
 
 @dataclass(slots=True)
 class Levels:
-    """Levels of the instances looked at, by position in `loads`; microseconds per layer."""
+    """Levels of the instances looked at, by position in `loads`; microseconds per layer. `free` are tokens, below 0 when overdrawn."""
 
     loads: Sequence[InstanceLoad]
     cost: CostModel
     attention: list[float]
     batches: list[int]
+    free: list[int]
     highest_attention: float
     highest_batch: int
 
     @classmethod
     def of(cls, loads: Sequence[InstanceLoad], cost: CostModel) -> Levels:
-        """Reads KV tokens and batch of every load once."""
+        """Reads KV tokens and batch of every load once; one plain loop is faster than a comprehension per list."""
         token_us = cost.attention_us_per_token
         request_us = cost.dispatch_us_per_request + cost.attention_us_per_row
-        batches = [load.home_requests for load in loads]
-        attention = [token_us * load.kv_tokens + request_us * load.home_requests for load in loads]
-        return cls(loads, cost, attention, batches, max(attention), max(batches))
+        attention, batches, free = [], [], []
+        for load in loads:
+            tokens, batch = load.kv_tokens, load.home_requests
+            attention.append(token_us * tokens + request_us * batch)
+            batches.append(batch)
+            free.append(load.kv_capacity - tokens)
+        return cls(loads, cost, attention, batches, free, max(attention), max(batches))
 
     def request_us(self, tokens: int) -> float:
         """What a whole request adds to the attention level of the instance that is home to it and holds all of it."""
         return self.cost.attention_us_per_token * tokens + self.cost.dispatch_us_per_request + self.cost.attention_us_per_row
+
+    def is_exchanging(self) -> bool:
+        """Whether a step has routed rows already, so that one more pays no fixed part. A loop: it mostly ends at the first load."""
+        for load in self.loads:  # noqa: SIM110
+            if load.guest_tokens:
+                return True
+        return False
+
+    def least_price_whole(self, added_us: float) -> float:
+        """No instance takes a request that adds `added_us` at a lower price."""
+        return self.price(min(self.attention) + added_us, min(self.batches) + 1)
 
     def price(self, attention: float, batch: int) -> float:
         """Price of leaving one instance, and none higher, at these levels."""
@@ -73,7 +89,7 @@ class Levels:
         return positions[prices.index(min(prices))]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Split:
     """A priced division: positions of the home (the tail) and of the other shards."""
 
@@ -85,40 +101,46 @@ class Split:
 def cheapest_split(
     levels: Levels,
     ordered: Sequence[int],
-    home_rooms: Sequence[int],
     guest_rooms: Sequence[int],
     *,
+    page_size: int,
     pages: int,
     total_tokens: int,
     pinned_home: int | None,
     is_remote: bool,
+    cheaper_than: float = inf,
 ) -> Split | None:
     """Cheapest degree >= 2 over prefixes of `ordered` (positions, lowest attention level first; a pinned home stands first).
 
-    Rooms are pages per entry of `ordered`. Water-filled, k shards end at one common level; the home is the smallest batch among
-    them. None when no prefix has room for `pages`.
+    Rooms are pages per entry of `ordered`; a home keeps one page of its free ones as headroom. Water-filled, k shards end at one common
+    level; the home is the smallest batch among them. None when no prefix with room for `pages` is priced below `cheaper_than`.
     """
-    cost, a, b = levels.cost, levels.attention, levels.batches
+    cost, a, b, free = levels.cost, levels.attention, levels.batches, levels.free
     row_us = cost.attention_us_per_row + (cost.remote_exchange_us_per_row if is_remote else cost.exchange_us_per_row)
-    is_active = any(load.guest_tokens for load in levels.loads)
-    fixed_us = 0.0 if is_active else cost.exchange_fixed_us + (cost.remote_exchange_fixed_us if is_remote else 0.0)
-    column, room, home, home_entry = levels.request_us(total_tokens), 0, -1, -1
-    best_price, best_degree, best_home = float("inf"), 0, -1
-    highest, most, combine_us = levels.highest_attention, levels.highest_batch, cost.combine_us_per_request
-    for entry, position in enumerate(ordered):
-        degree = entry + 1
-        column += a[position]
-        room += guest_rooms[entry]
-        if home_rooms[entry] >= 1 and (home < 0 or (pinned_home is None and b[position] < b[home])):
-            home, home_entry = position, entry
-        if degree == 1 or home < 0 or room - guest_rooms[home_entry] + home_rooms[home_entry] < pages:
+    fixed_us = 0.0 if levels.is_exchanging() else cost.exchange_fixed_us + (cost.remote_exchange_fixed_us if is_remote else 0.0)
+    column, room, home, headroom = levels.request_us(total_tokens), 0, -1, 0
+    best_price, best_degree, best_home = cheaper_than, 0, -1
+    highest, most, combine_us, own = levels.highest_attention, levels.highest_batch, cost.combine_us_per_request, OWN_WEIGHT
+    entry, batch, batch_us, double_us = -1, 0, 0.0, 2 * row_us
+    for position, guest_room in zip(ordered, guest_rooms, strict=True):
+        entry += 1
+        lowest = a[position]
+        column += lowest
+        room += guest_room
+        if home < 0 or (b[position] < batch - 1 and pinned_home is None):
+            home_room = free[position] // page_size - 1
+            if home_room >= 1:
+                home, headroom, batch = position, guest_room - home_room, b[position] + 1
+                batch_us = combine_us * ((batch - most if batch > most else 0) + own * batch)
+        if entry == 0 or home < 0 or room - headroom < pages:
             continue
-        level = max((column + 2 * entry * row_us) / degree, a[position])
-        batch = b[home] + 1
-        price = (level - highest if level > highest else 0.0) + OWN_WEIGHT * level + entry * row_us + fixed_us
-        price += combine_us * ((batch - most if batch > most else 0) + OWN_WEIGHT * batch)
+        level = (column + entry * double_us) / (entry + 1)
+        if level < lowest:
+            level = lowest
+        price = (level - highest if level > highest else 0.0) + own * level + entry * row_us + fixed_us
+        price += batch_us
         if price < best_price:
-            best_price, best_degree, best_home = price, degree, home
+            best_price, best_degree, best_home = price, entry + 1, home
     if best_degree == 0:
         return None
-    return Split(best_price, best_home, tuple(position for position in ordered[:best_degree] if position != best_home))
+    return Split(best_price, best_home, tuple([position for position in ordered[:best_degree] if position != best_home]))

@@ -76,15 +76,21 @@ def water_fill(levels: Sequence[float], rooms: Sequence[int], pages: int, page_u
     open_columns = [i for i in range(count) if rooms[i] > 1]
     while remaining > 0:
         target = fill_level([heights[i] for i in open_columns], remaining * page_us)
-        wanted = {i: min(rooms[i] - shares[i], int((target - heights[i]) / page_us + 1e-9)) for i in open_columns if heights[i] < target}
-        poured = sum(wanted.values())
-        if poured == 0:
+        poured, is_capped = 0, False
+        for i in open_columns:
+            height = heights[i]
+            if height < target:
+                room, extra = rooms[i] - shares[i], int((target - height) / page_us + 1e-9)
+                if extra >= room:
+                    extra, is_capped = room, True
+                shares[i] += extra
+                heights[i] = height + extra * page_us
+                poured += extra
+        remaining -= poured
+        if not is_capped:
+            # Every column is within a page of the target, so what is left is less than a page for each that is below it.
             _pour_singly(shares, heights, rooms, remaining, page_us)
             break
-        for i, extra in wanted.items():
-            shares[i] += extra
-            heights[i] += extra * page_us
-        remaining -= poured
         open_columns = [i for i in open_columns if shares[i] < rooms[i]]
     return shares
 
@@ -92,7 +98,7 @@ def water_fill(levels: Sequence[float], rooms: Sequence[int], pages: int, page_u
 def _pour_singly(shares: list[int], heights: list[float], rooms: Sequence[int], remaining: int, page_us: float) -> None:
     """What is left after pouring whole pages evenly: one page each, lowest columns first."""
     while remaining > 0:
-        columns = sorted((i for i in range(len(shares)) if shares[i] < rooms[i]), key=heights.__getitem__)
+        columns = sorted([i for i in range(len(shares)) if shares[i] < rooms[i]], key=heights.__getitem__)
         for i in columns[:remaining]:
             shares[i] += 1
             heights[i] += page_us

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_dcp.config import DynCpConfig
+from sglang_dcp.observe.placement_log import PlacementLog
 from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementPolicy
@@ -46,20 +47,23 @@ class Placer:
         self._capacity = [0] * num_instances
         self._policy: PlacementPolicy | None = None
         self._page_size = 0
+        self._log = PlacementLog.from_environment()
 
     def configure(self, page_size: int, default_cost_model: str = DEFAULT_COST_MODEL) -> None:
         """Builds the policy; called once the page size is known."""
         num_instances = len(self._homes)
         self._page_size = page_size
-        self._policy = make_policy(
-            self._config.policy,
-            num_instances=num_instances,
-            page_size=page_size,
-            cost_model=load_cost_model(self._config.cost_model or default_cost_model, num_instances),
-            degree=self._config.degree,
-            max_degree=self._config.max_degree or num_instances,
-            max_guest_fraction=self._config.max_guest_fraction,
-        )
+        cost_model = self._config.cost_model or default_cost_model
+        settings: dict[str, Any] = {
+            "num_instances": num_instances,
+            "page_size": page_size,
+            "degree": self._config.degree,
+            "max_degree": self._config.max_degree or num_instances,
+            "max_guest_fraction": self._config.max_guest_fraction,
+        }
+        self._policy = make_policy(self._config.policy, cost_model=load_cost_model(cost_model, num_instances), **settings)
+        if self._log is not None:
+            self._log.begin(policy=self._config.policy, cost_model=cost_model, **settings)
 
     def update(self, snapshots: Sequence[Any]) -> None:
         """Takes in SGLang's LoadSnapshot of every instance."""
@@ -104,7 +108,10 @@ class Placer:
         page_size = self._page_size
         reach_tokens = most_pools(self._config, len(self._homes)) * (min(self._capacity) // page_size * page_size)
         request = describe_request(len(req.input_ids), req.sampling_params.max_new_tokens, pin, reach_tokens)
-        placement = self._policy.place(request, self.loads(), self._page_size)
-        self._homes[placement.home].placed.append(InFlight(placement, self._clock()))
+        loads, now = self.loads(), self._clock()
+        placement = self._policy.place(request, loads, self._page_size)
+        self._homes[placement.home].placed.append(InFlight(placement, now))
+        if self._log is not None:
+            self._log.add(now, req.rid, request, loads, placement)
         pinned = bool(pin) or self._config.policy in ("fixed", "length-buckets")
         return placement, not pinned

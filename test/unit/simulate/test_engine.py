@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from benchmark.simulate.engine import Simulation, SimulationSettings
-from benchmark.simulate.variants import Deployment, simulate
+from benchmark.simulate.variants import Deployment, RoundRobin, simulate
 from benchmark.simulate.workloads import Workload, chat
 from sglang_dcp.policy.cost_model import CostModel, InstanceWork, load_cost_model
 from sglang_dcp.policy.placement import make_policy
-from sglang_dcp.policy.types import Placement
+from sglang_dcp.policy.types import CapacityError, InstanceLoad, Placement, PlacementRequest
 
 
 def policy_of(name: str, cost: CostModel, count: int, page: int = 16):
@@ -85,7 +85,54 @@ def test_pages_and_tokens_are_conserved_under_shortage(policy: str, prefill: str
     assert not cluster.kv_tokens.any() and not cluster.batch.any() and not cluster.routed.any() and not cluster.rows.any()
 
 
-def check_books(simulation: Simulation) -> None:
+def test_moved_pages_are_conserved_and_level_the_instances():
+    """Two instances of a node: one starts with everything. Books agree after every step, and the copies lengthen the steps."""
+    cost = load_cost_model("deepseek-v3.h200", 4)
+    requests = [(0.0, 12_000, 80), (0.001, 5_000, 90), (0.002, 300, 100)]
+
+    class AllOnOne:
+        name = "all-on-one"
+
+        def place(self, request, loads, page_size):
+            return Placement(0, (0,), (request.prompt_tokens,))
+
+    def run(moves: bool) -> Simulation:
+        settings = small(4, pool=32_000, moves=moves, instances_per_node=2)
+        simulation = Simulation(requests, AllOnOne(), cost, settings, step_hook=lambda s: check_books(s, 2_000))
+        simulation.result = simulation.run()
+        return simulation
+
+    stays, moves = run(False), run(True)
+    assert stays.recorder.num_moved_tokens == 0 < moves.recorder.num_moved_tokens
+    assert moves.recorder.num_moved_tokens % 16 == 0
+    assert [request.decoded for request in moves.requests] == [80, 90, 100]
+    assert moves.result.kv_balance < stays.result.kv_balance
+    assert [request.end_degree for request in moves.requests][0] == 2
+    assert moves.cluster.free_pages == [2_000] * 4 and not moves.cluster.routed.any() and not moves.cluster.rows.any()
+
+
+def test_who_waits_behind_whom():
+    """Instance 0 is full and a large request waits for it: a small one behind it waits by `home`, one at another home by `global` only."""
+
+    class Scripted:
+        name = "scripted"
+
+        def place(self, request, loads, page_size):
+            home = 1 if request.prompt_tokens == 20 else 0
+            return Placement(home, (home,), (request.prompt_tokens,))
+
+    def waits(rule: str) -> list[bool]:
+        requests = [(0.0, 600, 50), (0.001, 900, 5), (0.002, 30, 5), (0.003, 20, 5)]
+        simulation = Simulation(requests, Scripted(), constant_step(0.01), small(2, admission=rule, overload_fraction=1.0))
+        simulation.run()
+        return [request.wait > 0.2 for request in simulation.requests]
+
+    assert waits("home") == [False, True, True, False]
+    assert waits("global") == [False, True, True, True]
+    assert waits("any") == [False, True, False, False]
+
+
+def check_books(simulation: Simulation, pool_pages: int = 64) -> None:
     """Every page has one owner, no shard holds more tokens than pages, running sums equal a recount."""
     cluster, step = simulation.cluster, simulation.step
     held, tokens, batch = [0] * 4, [0.0] * 4, [0] * 4
@@ -97,7 +144,7 @@ def check_books(simulation: Simulation) -> None:
             tokens[rank] += request.tokens[rank] + gained
             batch[rank] += running and request.home == rank
             assert request.tokens[rank] + gained <= request.pages[rank] * 16
-    assert [64 - pages for pages in held] == cluster.free_pages
+    assert [pool_pages - pages for pages in held] == cluster.free_pages
     assert min(cluster.free_pages) >= 0
     assert tokens == cluster.kv_tokens.tolist()
     assert batch == cluster.batch.tolist()
@@ -186,6 +233,8 @@ def test_retraction_takes_the_youngest_and_it_still_finishes():
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="prefill"):
         small(2, prefill="nowhere")
+    with pytest.raises(ValueError, match="admission"):
+        small(2, admission="never")
     with pytest.raises(ValueError, match="pool_tokens"):
         small(2, pool=16)
     workload = Workload("x", lambda *_: [], 1, 1)
@@ -193,3 +242,13 @@ def test_bad_settings_are_named():
         workload.requests(0.0, 1.0, 1)
     with pytest.raises(ValueError, match="expected one of"):
         simulate("best", Deployment(), workload, [])
+
+
+def test_round_robin_goes_in_turn_past_pools_that_are_too_small():
+    policy = RoundRobin()
+    loads = [InstanceLoad(rank, 0, 0, 1024 if rank != 1 else 64) for rank in range(3)]
+    assert [policy.place(PlacementRequest(100, 10, 10), loads, 16).home for _ in range(4)] == [0, 2, 0, 2]
+    assert policy.place(PlacementRequest(30, 10, 10), loads, 16).home == 0
+    assert policy.place(PlacementRequest(30, 10, 10), loads, 16).home == 1
+    with pytest.raises(CapacityError, match="1024"):
+        policy.place(PlacementRequest(2000, 10, 10), loads, 16)

@@ -37,3 +37,22 @@ def test_no_rate_is_held_or_all_are_unstable_above():
     assert search_of(lambda _: 50.0, unstable_from=33.0).highest_rate(100.0) == pytest.approx(33.0, rel=0.08)
     with pytest.raises(ValueError, match="statistic"):
         search_of(lambda _: 50.0).highest_rate(60.0, "p50")
+
+
+def test_a_near_answer_saves_runs_and_changes_none():
+    def count(near: float | None) -> tuple[float, int]:
+        search = search_of(lambda rate: 40 + 0.5 * rate, 10.0)
+        return search.highest_rate(75.0, near=near), len(search.points)
+
+    (far, far_runs), (close, close_runs), (wrong, _) = count(None), count(71.0), count(9.0)
+    assert far == pytest.approx(70.0, rel=0.01) and close == pytest.approx(70.0, rel=0.01) and wrong == pytest.approx(70.0, rel=0.01)
+    assert close_runs == 2 < far_runs
+
+
+def test_latency_counts_waiting_instead_of_limiting_it():
+    def evaluate(rate: float):
+        return SimpleNamespace(unstable=False, p99_wait_s=11.0 * rate / 20, p99_tpot_ms=50.0, mean_tpot_ms=50.0, p99_latency_ms=40 + rate)
+
+    search = RateSearch(evaluate, 20.0)
+    assert search.highest_rate(75.0, "latency") == pytest.approx(35.0, rel=0.01)
+    assert search.highest_rate(75.0, "p99") < 20.0

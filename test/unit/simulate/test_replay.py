@@ -1,16 +1,25 @@
-"""A replay of the policy's own choices finds no difference, and a tampered placement is found where it is."""
+"""A replay of the policy's own choices finds no difference, and a tampered placement is found where it is.
+
+The recorded file is written by the very router code that serves, on made-up snapshots.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmark.simulate.cluster import Cluster, SimulatedRequest
-from benchmark.simulate.replay import ObservedRequest, replay
+from benchmark.simulate.replay import ObservedRequest, main, read_record, replay, replay_on_recorded_loads
+from sglang_dcp.config import DynCpConfig
+from sglang_dcp.observe.placement_log import LOG_VARIABLE, PlacementLog
 from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.types import Placement, PlacementRequest
+from sglang_dcp.upstream.placer import Placer
 
 SHAPE = {"num_instances": 4, "instances_per_node": 8, "pool_tokens": 1024, "page_size": 16}
 
@@ -48,3 +57,77 @@ def test_a_tampered_placement_is_found():
     assert replay(observed, new_policy(), **SHAPE).differences[0][0] == 7
     with pytest.raises(ValueError, match="order"):
         replay(observed[::-1], new_policy(), **SHAPE)
+
+
+def record(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty-four requests through the router's placer, whose snapshots lag behind; one is pinned, most finish."""
+    monkeypatch.setenv(LOG_VARIABLE, str(path))
+    ticks = iter(range(10_000))
+    placer = Placer(DynCpConfig().resolve(4), 4, clock=lambda: float(next(ticks)))
+    placer.configure(page_size=16)
+    log = PlacementLog(path)
+    for index in range(24):
+        moment = float(next(ticks))
+        snapshots = [
+            SimpleNamespace(
+                dp_rank=rank,
+                timestamp=moment,
+                num_used_tokens=100 * rank + 7 * index,
+                max_total_num_tokens=1024,
+                num_running_reqs=rank % 2,
+                num_waiting_reqs=0,
+            )
+            for rank in range(4)
+        ]
+        placer.update(snapshots)
+        pin = {"dyncp": {"home": 1, "degree": 2}} if index == 9 else None
+        prompt = 1500 if index % 8 == 5 else 30 + index
+        sampling = SimpleNamespace(max_new_tokens=8, custom_params=pin)
+        placer.place(SimpleNamespace(rid=f"load-{index % 20}", input_ids=[0] * prompt, sampling_params=sampling))
+        if index % 5:
+            log.add_finish(float(next(ticks)), f"load-{index % 20}")
+    log.add_finish(1e6, "never placed")
+
+
+def test_a_recorded_run_is_what_the_policy_alone_would_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    path = tmp_path / "placements.jsonl"
+    record(path, monkeypatch)
+    run = read_record(path)
+    assert len(run.requests) == 24 and run.requests[9].home == 1 and run.requests[9].degree == 2
+    assert any(item.placement.degree > 2 for item in run.requests)
+    assert [item.finish is None for item in run.requests[:6]] == [True, False, False, False, False, True]
+    assert main([str(path), "--out", str(tmp_path / "out.json")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((tmp_path / "out.json").read_text())
+    assert report["equal_on_recorded_loads"] == 1.0 and report["requests"] == 24
+    assert 0.0 <= report["equal_on_simulated_loads"] <= report["equal_degree_on_simulated_loads"] <= 1.0
+
+
+def test_a_recorded_placement_that_the_policy_would_not_make_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "placements.jsonl"
+    record(path, monkeypatch)
+    lines = path.read_text().splitlines()
+    places = [number for number, line in enumerate(lines) if "placement" in line]
+    entry = json.loads(lines[places[7]])
+    home = (entry["placement"][0] + 1) % 4
+    entry["placement"] = [home, [home], [entry["request"][0]]]
+    path.write_text("\n".join([*lines[: places[7]], json.dumps(entry), *lines[places[7] + 1 :]]))
+    assert [index for index, _, _ in replay_on_recorded_loads(read_record(path)).differences] == [7]
+    assert main([str(path)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "no placements"), ('{"cluster": {}}', "no placements"), ('{"cluster": {}}\n{"time": 1}', "line 2"), ("{", "line 1")],
+)
+def test_a_file_that_is_no_record_is_refused_by_line(tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_record(path)
+    assert main([str(path)]) == 2 and "bad.jsonl" in capsys.readouterr().err
+
+
+def test_without_the_variable_nothing_is_written():
+    assert PlacementLog.from_environment({}) is None
+    assert PlacementLog.from_environment({LOG_VARIABLE: "x"}) == PlacementLog(Path("x"))

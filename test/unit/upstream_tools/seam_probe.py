@@ -115,6 +115,7 @@ def flags_of_a_plugin_are_parsed_and_read():
     from sglang.srt.plugins import register_cli_args
 
     seen = {}
+
     def add(parser):
         parser.add_argument("--seam", type=int)
 

@@ -116,7 +116,7 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     result = shell(f"NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet --site-dir {tmp_path}")
     assert result.returncode == 0, result.stderr[-2000:]
     assert (tmp_path / "one_step" / "index.html").exists()
-    assert "class=\"mermaid\"" in (tmp_path / "one_step" / "index.html").read_text()
+    assert 'class="mermaid"' in (tmp_path / "one_step" / "index.html").read_text()
 
 
 def test_documents_name_no_path_of_one_machine() -> None:
