@@ -48,8 +48,15 @@ class GpuServer:
     def command(self) -> list[str]:
         run = ["sglang_dcp.cli", "serve"] if self.device == "cpu" else ["sglang.launch_server"]
         command = [sys.executable, "-m", *run, "--model-path", str(self.model_path), "--port", str(self.port), "--skip-server-warmup"]
-        command += ["--context-length", "8192", "--page-size", "16", "--max-total-tokens", str(self.pool_tokens)]
-        command += ["--chunked-prefill-size", str(512 * self.instances), "--tp", str(self.instances)]
+        command += [
+            "--context-length",
+            "8192" if self.device == "cuda" else "4096",
+            "--page-size",
+            "16",
+            "--max-total-tokens",
+            str(self.pool_tokens),
+        ]
+        command += ["--chunked-prefill-size", str(self.pool_tokens // 8 * self.instances), "--tp", str(self.instances)]
         if self.device == "cuda":
             command += ["--dtype", "bfloat16", "--attention-backend", "flashinfer", "--sampling-backend", "pytorch"]
             command += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "8", "--mem-fraction-static", "0.4"]

@@ -16,10 +16,13 @@ import os
 import random
 import re
 import sys
+import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +35,25 @@ from random_models import MODELS, write_model  # noqa: E402
 from support.client import Answer  # noqa: E402
 
 FAILURES = (RuntimeError, OSError, AssertionError, ValueError, LookupError, http.client.HTTPException)
-POOL_TOKENS = 4096
-LENGTHS = (40, 150, 333, 800, 1500, 2600, 3300)
-LONG_LENGTH = 6000
-"""More than a pool holds."""
-GROWING_LENGTH, GROWING_NEW = 4020, 120
-"""Fits a pool, its output does not."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """pool: of an instance. lengths: prompts that fit one. long: more than a pool. growing: a prompt that fits, with an output that does
+    not."""
+
+    pool: int
+    lengths: tuple[int, ...]
+    long: int
+    growing: int
+    growing_new: int
+    soak_requests: int
+
+
+SIZES = {
+    "cuda": Sizes(4096, (40, 150, 333, 800, 1500, 2600, 3300), 6000, 4020, 120, 40),
+    "cpu": Sizes(1024, (40, 150, 333, 800), 1500, 1000, 40, 10),
+}
 NEW_TOKENS = 24
 TIE_GAP = 0.25
 """Where stock's best two tokens are closer than this, bfloat16 may choose either."""
@@ -120,7 +136,8 @@ class Check:
     def __init__(self, ours: GpuServer, stock: GpuServer | None, save: Callable[[], None]) -> None:
         self.ours, self.stock, self.save = ours, stock, save
         self.result: dict[str, Any] = {"stages": {}}
-        self.prompts = [prompt(length, seed) for seed, length in enumerate(LENGTHS)]
+        self.sizes = SIZES[ours.device]
+        self.prompts = [prompt(length, seed) for seed, length in enumerate(self.sizes.lengths)]
         self._reference: dict[int, Answer] = {}
 
     def reference(self, ids: list[int], new_tokens: int) -> Answer:
@@ -174,13 +191,15 @@ class Check:
     sharded_again = sharded
 
     def growth(self) -> dict[str, Any]:
-        ids = prompt(GROWING_LENGTH, 101)
-        answer = ask(self.ours, ids, GROWING_NEW, pinned(1, 0))
-        found = summary([differences(self.reference(ids, GROWING_NEW), answer)])
+        ids, new_tokens = prompt(self.sizes.growing, 101), self.sizes.growing_new
+        answer = ask(self.ours, ids, new_tokens, pinned(1, 0))
+        if self.stock is None:
+            return {"ok": len(answer.output_tokens) == new_tokens, "dyncp": answer.meta.get("dyncp")}
+        found = summary([differences(self.reference(ids, new_tokens), answer)])
         return {"ok": within_bounds(found, self.base) and found["degrees"] == [2], "dyncp": answer.meta.get("dyncp"), **found}
 
     def longer_than_a_pool(self) -> dict[str, Any]:
-        ids = prompt(LONG_LENGTH, 102)
+        ids = prompt(self.sizes.long, 102)
         answer = ask(self.ours, ids, NEW_TOKENS, None)
         found = {"dyncp": answer.meta.get("dyncp"), "output_tokens": len(answer.output_tokens)}
         if self.stock is None:
@@ -191,7 +210,10 @@ class Check:
     def soak(self) -> dict[str, Any]:
         """Requests of random length, degree and home, eight at a time: steps mix prefills, decodes and idleness."""
         rng = random.Random(5)
-        jobs = [(prompt(rng.randrange(20, 1200), 200 + i), rng.randrange(1, 40), pinned(rng.choice((1, 1, 2)), i % 2)) for i in range(40)]
+        jobs = [
+            (prompt(rng.randrange(20, self.sizes.pool // 4), 200 + i), rng.randrange(1, 40), pinned(rng.choice((1, 1, 2)), i % 2))
+            for i in range(self.sizes.soak_requests)
+        ]
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda job: ask(self.ours, *job), jobs))
         wrong = sum(len(answer.output_tokens) != job[1] for answer, job in zip(answers, jobs, strict=True))
@@ -211,10 +233,10 @@ def build_servers(args: argparse.Namespace, models: dict[str, Path]) -> dict[str
         model = name.partition("_")[0]
         mla = ("--flashinfer-mla-disable-ragged",) if model == "mla" and args.device == "cuda" else ()
         transport = ("--dyncp-transport", "gloo", "--disable-overlap-schedule") if name.endswith("_gloo") else ()
-        ours = GpuServer(name, models[model], 2, POOL_TOKENS, True, mla + transport, one_gpu=args.one_gpu, device=args.device)
+        ours = GpuServer(name, models[model], 2, SIZES[args.device].pool, True, mla + transport, one_gpu=args.one_gpu, device=args.device)
         if model not in stock and not args.without_stock:
             stock[model] = GpuServer(
-                f"{model}_stock", models[model], 1, 4 * POOL_TOKENS, False, mla, one_gpu=args.one_gpu, device=args.device
+                f"{model}_stock", models[model], 1, 4 * SIZES[args.device].pool, False, mla, one_gpu=args.one_gpu, device=args.device
             )
         pairs[name] = ours, stock.get(model)
     return pairs
@@ -232,14 +254,14 @@ def main() -> int:
     end = time.monotonic() + args.limit
     args.out.mkdir(parents=True, exist_ok=True)
     args.one_gpu = args.one_gpu and args.device == "cuda"
-    folder = args.out.parent / "models"
     if args.device == "cpu":
         models = {"gqa": ROOT / "test" / "models" / "qwen3moe", "mla": ROOT / "test" / "models" / "deepseek_v2"}
     else:
+        folder = Path(tempfile.mkdtemp(prefix="dyncp_models_"))
         models = {name: write_model(name, folder) for name in MODELS if name in args.only}
     pairs = build_servers(args, models)
     servers = list({id(s): s for pair in pairs.values() for s in pair if s is not None}.values())
-    report: dict[str, Any] = {"bounds": BOUNDS, "lengths": LENGTHS, "pool_tokens": POOL_TOKENS, "checks": {}, "servers": {}}
+    report: dict[str, Any] = {"bounds": BOUNDS, "sizes": asdict(SIZES[args.device]), "checks": {}, "servers": {}}
 
     def save() -> None:
         report["servers"] = {s.name: {"ready_s": s.ready_s, "alive": s.alive} for s in servers}
@@ -247,12 +269,11 @@ def main() -> int:
 
     try:
         start_all(servers, args.out)
-        wait_ready(servers, end - 30)
-        save()
-        print("ready", {s.name: s.ready_s for s in servers}, flush=True)
 
         def run(name: str) -> None:
             ours, stock = pairs[name]
+            wait_ready([server for server in (ours, stock) if server is not None], end - 30)
+            print(name, "ready", {s.name: s.ready_s for s in servers}, flush=True)
             if ours.ready_s is None or (stock is not None and stock.ready_s is None):
                 report["checks"][name] = {"stages": {}, "error": "a server did not become ready"}
                 return
@@ -260,15 +281,15 @@ def main() -> int:
             report["checks"][name] = check.result
             check.run()
 
-        with ThreadPoolExecutor(len(pairs)) as pool:
-            futures = [pool.submit(run, name) for name in pairs]
-            while not all(f.done() for f in futures) and time.monotonic() < end - 8:
-                time.sleep(0.25)
-            if not all(f.done() for f in futures):
-                report["timed_out"] = True
-                for server in servers:
-                    server.dump_stacks()
-                stop_all(servers)
+        threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in pairs]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads) and time.monotonic() < end - 8:
+            time.sleep(0.25)
+        if any(thread.is_alive() for thread in threads):
+            report["timed_out"] = True
+            for server in servers:
+                server.dump_stacks()
     except BaseException:
         report["error"] = traceback.format_exc()[-3000:]
         raise
