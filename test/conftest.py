@@ -23,3 +23,13 @@ def pool() -> Iterator[ServerPool]:
 def serve(pool: ServerPool) -> Callable[[ServerConfig], Server]:
     """serve(config) -> running server. A server of another configuration is stopped first."""
     return pool.get
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
+    """A failure on a server that died shows why it died: no test that uses it can know."""
+    report: pytest.TestReport = yield
+    servers = getattr(item, "funcargs", {}).get("pool")
+    if report.failed and isinstance(servers, ServerPool) and (dead := servers.dead_server()) is not None:
+        report.sections.append(("the server died", dead.last_words()))
+    return report

@@ -5,14 +5,14 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from benchmark.simulate.cluster import Cluster, SimulatedRequest
 from benchmark.simulate.results import Recorder, SimulationResult
 from sglang_dcp.policy.cost_model import CostModel
-from sglang_dcp.policy.growth import RequestOrder, choose_victim, next_tail
+from sglang_dcp.policy.growth import RequestOrder, choose_victim, next_tail, predicted_level
 from sglang_dcp.policy.types import CapacityError, PlacementPolicy, PlacementRequest
 
 
@@ -333,9 +333,10 @@ class Simulation:
             return home
         if not self.settings.grows:
             return request.tail if free[request.tail] > 0 else None
-        size = self.settings.page_size
-        held = [replace(load, kv_tokens=load.kv_capacity - free[load.rank] * size) for load in self.cluster.loads]
-        return next_tail(home, tuple(request.pages), held, size, self.cost, max_degree=self.settings.max_degree)
+        size, loads = self.settings.page_size, self.cluster.loads
+        levels = [predicted_level(self.cost, load.kv_capacity - free[load.rank] * size, load.home_requests) for load in loads]
+        nodes = [load.node for load in loads]
+        return next_tail(home, tuple(request.pages), free, max_degree=self.settings.max_degree, levels=levels, nodes=nodes)
 
     def _retract(self, victim: SimulatedRequest) -> None:
         """Frees the victim's pages; it comes back with its tokens as prompt once they are computed again."""

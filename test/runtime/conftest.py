@@ -1,17 +1,41 @@
-"""The runtime tests need servers: marked so, and given time to start one."""
+"""The runtime tests need servers: marked so, given time to start one, and put in an order in which few servers are started."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from support.recall import MODEL_NAMES
+from support.server import Server, ServerConfig
+from support.stock_answers import StockAnswers
 
+
+@pytest.fixture(scope="session")
+def stock_answers(serve: Callable[[ServerConfig], Server]) -> StockAnswers:
+    return StockAnswers(serve)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test in this folder needs a server; starting one takes up to a minute, loaded machines longer."""
+    """Every test in this folder needs a server. Those that name theirs (`on_server`) follow each other by server, stock before ours:
+    starting one takes a minute, and stock's answers are asked for while a stock server is up."""
     here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.server)
-            if item.get_closest_marker("timeout") is None:
-                item.add_marker(pytest.mark.timeout(900))
+    ours = [item for item in items if here in item.path.parents]
+    for item in ours:
+        item.add_marker(pytest.mark.server)
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(900))
+    places = [index for index, item in enumerate(items) if here in item.path.parents]
+    for index, item in zip(places, sorted(ours, key=server_order), strict=True):
+        items[index] = item
+
+
+def server_order(item: pytest.Item) -> tuple[Any, ...]:
+    marker = item.get_closest_marker("on_server")
+    if marker is None:
+        return (-1,)
+    config: ServerConfig = marker.args[0]
+    return (MODEL_NAMES.index(config.model), config.dyncp, config.instances, config.pool_tokens, -config.page_size, config.chunk_tokens)

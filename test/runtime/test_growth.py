@@ -6,26 +6,24 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from support.comparison import first_tie
-from support.dyncp_grid import small_pool_server, stock_server
+from support.dyncp_grid import GROWING, small_pool_server
 from support.recall import recall_prompt
+from support.stock_answers import FOREVER
 
 POOL = 256
-FOREVER = {"ignore_eos": True}
+SERVER = small_pool_server(POOL)
+pytestmark = pytest.mark.on_server(SERVER)
 
 
 @pytest.fixture
 def server(serve):
-    return serve(small_pool_server(POOL))
+    return serve(SERVER)
 
 
-@pytest.fixture(scope="session")
-def stock_tokens(serve):
+@pytest.fixture
+def stock_tokens(stock_answers):
     """Stock's greedy output of the growth prompts, with gaps."""
-    client = serve(stock_server("qwen3moe")).client
-    return [client.generate(p.text, max_new_tokens=n, logprobs=True, sampling=FOREVER) for p, n in GROWING]
-
-
-GROWING = [(recall_prompt(60, 0.3, 1), 640), (recall_prompt(100, 0.6, 2), 300), (recall_prompt(200, 0.1, 3), 330)]
+    return stock_answers.of(SERVER.model).growing
 
 
 def assert_same_until_tie(stock, ours):

@@ -1,58 +1,46 @@
 """Log-probabilities of all prompt and output tokens against stock SGLang with one large pool, over the whole grid."""
 
-import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from support.client import Answer
 from support.comparison import compare
-from support.dyncp_grid import GRID, grid_server, random_prompts, stock_server
-from support.recall import encode
+from support.dyncp_grid import GRID, PROMPTS, grid_server
+from support.recall import MODEL_NAMES, encode
 from support.transformers_reference import load_reference, score
 
-NUM_PROMPTS = 50
-PROMPTS = random_prompts(NUM_PROMPTS, seed=20261124)
+NUM_AT_ONCE = 8
 MOST_SKIPPED = 0.01
 """Share of output tokens that may lie behind a near tie of stock's."""
 
 
-@pytest.fixture(scope="session")
-def reference(serve):
-    """Stock's answers to PROMPTS, per model: computed once."""
-
-    @functools.cache
-    def answers(model: str) -> list[Answer]:
-        client = serve(stock_server(model)).client
-        return [client.generate(p.text, max_new_tokens=p.max_new_tokens, logprobs=True) for p in PROMPTS]
-
-    return answers
-
-
 def ask_all(client) -> list[Answer]:
-    """Three at a time: steps mix prefills of one home with decodes and idleness of others."""
+    """Two per home at a time: steps mix prefills of one home with decodes and idleness of others."""
 
     def ask(p):
         pin = {"custom_params": {"dyncp": {"degree": p.degree, "home": p.home}}}
         return client.generate(p.text, max_new_tokens=p.max_new_tokens, logprobs=True, sampling=pin)
 
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
         return list(pool.map(ask, PROMPTS))
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("model", "page_size", "chunk_tokens"), GRID)
-def test_equal_to_one_large_pool(serve, reference, model, page_size, chunk_tokens):
-    stock = reference(model)
+@pytest.mark.parametrize(
+    ("model", "page_size", "chunk_tokens"), [pytest.param(*point, marks=pytest.mark.on_server(grid_server(*point))) for point in GRID]
+)
+def test_equal_to_one_large_pool(serve, stock_answers, model, page_size, chunk_tokens):
+    stock = stock_answers.of(model).prompts
     ours = ask_all(serve(grid_server(model, page_size, chunk_tokens)).client)
     results = [compare(a, b) for a, b in zip(stock, ours, strict=True)]
-    worst = max(range(NUM_PROMPTS), key=lambda i: results[i].worst)
+    worst = max(range(len(PROMPTS)), key=lambda i: results[i].worst)
     assert results[worst].worst < 1e-4, f"prompt {worst}: {PROMPTS[worst]}"
     num_outputs = sum(len(answer.output_tokens) for answer in stock)
     assert sum(r.num_skipped for r in results) <= MOST_SKIPPED * num_outputs
 
 
-@pytest.mark.parametrize("model", ["qwen3moe", "deepseek_v2"])
+@pytest.mark.parametrize("model", [pytest.param(m, marks=pytest.mark.on_server(grid_server(m, 64, 256))) for m in MODEL_NAMES])
 def test_close_to_transformers(serve, model):
     client = serve(grid_server(model, 64, 256)).client
     oracle = load_reference(model)

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from support.dyncp_grid import INSTANCES, POOL_TOKENS, grid_server
-from support.recall import depth_at, recall_prompt
+from support.recall import MODEL_NAMES, depth_at, recall_prompt
 
 LENGTH = 3500
 NUM_LONG, NUM_SHORT = 20, 8
@@ -31,7 +31,7 @@ def long_prompts(page_size: int) -> list:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("model", ["deepseek_v2", "qwen3moe"])
+@pytest.mark.parametrize("model", [pytest.param(m, marks=pytest.mark.on_server(grid_server(m, 16, 256))) for m in MODEL_NAMES])
 def test_long_prompts_beside_short_ones(serve, model):
     client = serve(grid_server(model, 16, 256)).client
     prompts = long_prompts(16)
@@ -49,6 +49,7 @@ def test_long_prompts_beside_short_ones(serve, model):
         assert sum(shard["tokens"] for shard in answer.meta["dyncp"]["shards"]) >= LENGTH
 
 
+@pytest.mark.on_server(grid_server("qwen3moe", 16, 256))
 def test_eight_long_prompts_at_once_finish(serve):
     """8 x 3,500 tokens, two for each home, on pools that hold one of them: no deadlock. (Times: benchmark/serving/pressure.py.)"""
     client = serve(grid_server("qwen3moe", 16, 256)).client
@@ -59,6 +60,7 @@ def test_eight_long_prompts_at_once_finish(serve):
     assert sum(a.text == p.answer for a, p in zip(answers, prompts, strict=True)) >= 7
 
 
+@pytest.mark.on_server(grid_server("qwen3moe", 16, 256))
 def test_a_long_prompt_is_not_starved_by_short_ones(serve):
     client = serve(grid_server("qwen3moe", 16, 256)).client
     done, short = [], recall_prompt(200, 0.5, 5)

@@ -5,10 +5,11 @@ import pytest
 from benchmark.serving.load import scaled_load
 from benchmark.serving.soak import soak
 from support.dyncp_grid import grid_server
+from support.recall import MODEL_NAMES
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("model", ["qwen3moe", "deepseek_v2"])
+@pytest.mark.parametrize("model", [pytest.param(m, marks=pytest.mark.on_server(grid_server(m, 16, 256))) for m in MODEL_NAMES])
 def test_nothing_lost_nothing_leaked(serve, model):
     load = scaled_load(200, longest=3500, per_second=4.0, leaving=0.1, seed=11)
     result = soak(serve(grid_server(model, 16, 256)), "dual-balance", load, 3500)

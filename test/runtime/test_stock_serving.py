@@ -6,6 +6,7 @@ what a pool that is too small answers, and that nothing but the hook sets `flags
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +16,11 @@ import pytest
 from sglang_dcp.cpu.hooks import CPU_HOOKS
 from sglang_dcp.upstream.hooks import FLAGS_HOOKS
 from support.client import Answer, Client, RequestFailed
+from support.dyncp_grid import stock_server
 from support.hook_report import read_hook_reports, reporting_hooks
 from support.recall import EOS, MODEL_NAMES, encode, random_ids, recall_prompt
 from support.server import Server, ServerConfig
+from support.stock_answers import StockAnswers
 from support.transformers_reference import generate_greedily, load_reference, score
 
 Serve = Callable[[ServerConfig], Server]
@@ -29,13 +32,26 @@ INSTANCES = (1, 2, 4)
 SMALL_POOL = 1024
 
 
-@pytest.fixture(scope="module", params=[(m, n) for m in MODEL_NAMES for n in INSTANCES], ids=lambda p: f"{p[0]}-{p[1]}")
-def stock(request: pytest.FixtureRequest, serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> tuple[Server, Path]:
+def stock_config(model: str, instances: int) -> ServerConfig:
+    return dataclasses.replace(stock_server(model), instances=instances, pool_tokens=SMALL_POOL if instances == 4 else 8192)
+
+
+PARAMS = [
+    pytest.param((m, n), id=f"{m}-{n}", marks=pytest.mark.on_server(stock_config(m, n))) for m in MODEL_NAMES for n in INSTANCES
+]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
+def stock(
+    request: pytest.FixtureRequest, serve: Serve, stock_answers: StockAnswers, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Server, Path]:
     """One stock server per model and number of instances; the one with four has small pools. Reports its hooks."""
     model, instances = request.param
     folder = tmp_path_factory.mktemp("hooks")
-    config = ServerConfig(model, instances, pool_tokens=SMALL_POOL if instances == 4 else 8192, chunk_tokens=256)
-    return serve(reporting_hooks(config, folder)), folder
+    server = serve(reporting_hooks(stock_config(model, instances), folder))
+    if instances == 1:
+        stock_answers.collect(model, server.client)
+    return server, folder
 
 
 @pytest.fixture(scope="module")

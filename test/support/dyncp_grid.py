@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from support.recall import recall_prompt
+from support.recall import RecallPrompt, recall_prompt
 from support.server import ServerConfig
 
 POOL_TOKENS = 1024
@@ -18,7 +18,13 @@ CHECK = (
 """Our page audit before every step, and SGLang's own leak and page checks; each ends the server when it fails."""
 
 GRID = [(model, page, chunk) for model in ("qwen3moe", "deepseek_v2") for page in (64, 16) for chunk in (64, 256)]
-"""Ends with the server that test_served_reach begins with."""
+
+GROWING: list[tuple[RecallPrompt, int]] = [
+    (recall_prompt(60, 0.3, 1), 640),
+    (recall_prompt(100, 0.6, 2), 300),
+    (recall_prompt(200, 0.1, 3), 330),
+]
+"""Prompts that outgrow a pool of 256 tokens, with their numbers of output tokens."""
 
 
 def grid_server(model: str, page_size: int, chunk_tokens: int) -> ServerConfig:
@@ -73,3 +79,7 @@ def random_prompts(count: int, seed: int) -> list[PinnedPrompt]:
         prompt = recall_prompt(length, rng.random(), seed + index, scatter=index % 3 == 0)
         prompts.append(PinnedPrompt(prompt.text, degree, rng.randrange(INSTANCES), 4 + index % 9))
     return prompts
+
+
+PROMPTS = random_prompts(50, seed=20261124)
+"""What the exactness tests ask."""

@@ -21,6 +21,8 @@ from support.recall import model_path
 
 START_LIMIT_S = 480.0
 """A process of SGLang imports for 20 s of CPU time, and four instances are seven processes: 70 s on two idle cores, more on busy ones."""
+LONGEST_LINE = 400
+"""A server prints its arguments in one line of thousands of characters."""
 LOCK_FILE = Path(tempfile.gettempdir()) / "sglang_dcp_server.lock"
 
 PORT_OFFSETS = (0, 13, *range(233, 250))
@@ -88,6 +90,12 @@ class Server:
 
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
+
+    def last_words(self, most_lines: int = 120) -> str:
+        """The end of the log, from the first traceback there on: what a server that died has to say."""
+        lines = [line[:LONGEST_LINE] for line in self.log().splitlines()[-5 * most_lines :]]
+        first = next((i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line), max(0, len(lines) - most_lines))
+        return f"--- {self.log_path}, code {self.process.poll()}\n" + "\n".join(lines[first:][:most_lines])
 
     def stop(self) -> None:
         """Ends the server with its whole process tree. Can be repeated."""
@@ -225,6 +233,10 @@ class ServerPool:
         self.stop()
         self._current = start_server(config, log_folder=self._log_folder, started=lambda server: _record(self._lock, server))
         return self._current
+
+    def dead_server(self) -> Server | None:
+        """The server that tests use, if it ended by itself."""
+        return self._current if self._current is not None and not self._current.is_alive else None
 
     def stop(self) -> None:
         if self._current is not None:

@@ -6,7 +6,7 @@ Rules, and why:
 - Admission is all or nothing. While the first waiting ask does not fit, what its split needs is promised to it, pages that are still
   taken included: nobody behind it (nor a local request, see `Decision.promised`) may take them when they become free, so short requests
   cannot starve a long one. A stuck growth is promised one page wherever it may grow, for the same reason.
-- Growth takes the home's pool first, then the shard with most room, then a new shard.
+- Where growth goes is the policy's rule (policy/growth.py), the same that the simulator runs.
 - Stuck growth with no page anywhere makes a victim: the youngest stuck request, as soon as two are stuck or nothing else runs.
 """
 
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from sglang_dcp.ledger.messages import AskAdmission, AskGrowth
+from sglang_dcp.policy.growth import next_tail
 
 Key = tuple[int, int]
 """(home, handle)"""
@@ -50,8 +51,9 @@ class Decision:
 class ReservationTable:
     """Open asks of all homes. Fed with the same messages in the same order everywhere."""
 
-    def __init__(self, num_instances: int) -> None:
+    def __init__(self, num_instances: int, nodes: Sequence[int] | None = None) -> None:
         self.num_instances = num_instances
+        self.nodes = list(nodes or [0] * num_instances)
         self._admissions: dict[Key, AskAdmission] = {}
         self._growths: dict[Key, AskGrowth] = {}
 
@@ -69,14 +71,16 @@ class ReservationTable:
         self._admissions.pop((home, handle), None)
         self._growths.pop((home, handle), None)
 
-    def decide(self, free: Sequence[int], guest_room: Sequence[int], anybody_runs: bool) -> Decision:
+    def decide(
+        self, free: Sequence[int], guest_room: Sequence[int], anybody_runs: bool, levels: Sequence[float] | None = None
+    ) -> Decision:
         """Grants of this step; granted asks leave the table.
 
         free[r]: pages that instance r can give now (evictable cache included). guest_room[r]: guest pages that admission may still
-        put there. anybody_runs: some instance has tokens in this step's batch.
+        put there. anybody_runs: some instance has tokens in this step's batch. levels[r]: predicted level, where growth may choose.
         """
         room, guests = list(free), list(guest_room)
-        grants, stuck = self._decide_growth(room)
+        grants, stuck = self._decide_growth(room, levels or [0.0] * self.num_instances)
         promised = [0] * self.num_instances
         somebody_waits = False
         for key, ask in self._in_order(self._admissions):
@@ -104,10 +108,10 @@ class ReservationTable:
         ask = self._growths[key]
         return range(self.num_instances) if len(set(ask.shards)) < ask.max_degree else sorted(set(ask.shards))
 
-    def _decide_growth(self, room: list[int]) -> tuple[list[Grant], list[Key]]:
+    def _decide_growth(self, room: list[int], levels: Sequence[float]) -> tuple[list[Grant], list[Key]]:
         grants, stuck = [], []
         for key, ask in self._in_order(self._growths):
-            rank = next_tail(key[0], ask.shards, ask.max_degree, room)
+            rank = next_tail(key[0], ask.shards, room, max_degree=ask.max_degree, levels=levels, nodes=self.nodes)
             if rank is None:
                 if ask.stuck:
                     stuck.append(key)
@@ -121,28 +125,14 @@ class ReservationTable:
         limits = [room[r] if r == home else min(room[r], guests[r]) for r in range(self.num_instances)]
         if all(pages <= limits[rank] for rank, pages in ask.segments):
             return ask.segments
-        return water_fill(home, sum(pages for _, pages in ask.segments), limits) if ask.flexible else None
+        return split_by_room(home, sum(pages for _, pages in ask.segments), limits) if ask.flexible else None
 
     @staticmethod
     def _in_order(asks: dict[Key, Ask]) -> list[tuple[Key, Ask]]:
         return sorted(asks.items(), key=lambda item: (item[1].born, *item[0]))
 
 
-def next_tail(home: int, shards: Sequence[int], max_degree: int, room: Sequence[int]) -> int | None:
-    """Instance of the next tail page: home, else the shard with most room, else the emptiest new instance; None when all are full."""
-    may_widen = len(set(shards)) < max_degree
-    if room[home] > 0 and (home in shards or may_widen):
-        return home
-    known = max(shards, key=lambda rank: (room[rank], -rank))
-    if room[known] > 0:
-        return known
-    if not may_widen:
-        return None
-    widest = max(range(len(room)), key=lambda rank: (room[rank], -rank))
-    return widest if room[widest] > 0 else None
-
-
-def water_fill(home: int, num_pages: int, limits: Sequence[int]) -> tuple[tuple[int, int], ...] | None:
+def split_by_room(home: int, num_pages: int, limits: Sequence[int]) -> tuple[tuple[int, int], ...] | None:
     """Splits pages over the instances with most room so that as few as possible are used and they end equally empty; the home, when used,
     is last (the tail). None when they do not fit."""
     limits = [max(0, limit) for limit in limits]

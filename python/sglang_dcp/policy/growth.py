@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sglang_dcp.policy.cost_model import CostModel
-from sglang_dcp.policy.types import InstanceLoad
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -19,36 +18,28 @@ class RequestOrder:
 
 
 def next_tail(
-    home: int,
-    shards: Sequence[int],
-    loads: Sequence[InstanceLoad],
-    page_size: int,
-    cost_model: CostModel,
-    *,
-    max_degree: int,
+    home: int, shards: Sequence[int], room: Sequence[int], *, max_degree: int, levels: Sequence[float], nodes: Sequence[int]
 ) -> int | None:
     """Rank that takes the next tail page of a request, or None when nothing has room.
 
     The home first (then only queries and partial results travel), then the existing shard with most room, then a new shard of the
-    lowest predicted level, in the home's node before any other, while the degree stays within `max_degree`. `loads[i].rank == i`.
+    lowest predicted level, in the home's node before any other, while the distinct shards stay within `max_degree`.
+    room[r]: free pages of rank r. levels[r]: `predicted_level`. nodes[r]: the node of rank r.
     """
-    if loads[home].free_tokens >= page_size and (home in shards or len(shards) < max_degree):
+    held = set(shards)
+    may_widen = len(held) < max_degree
+    if room[home] > 0 and (home in held or may_widen):
         return home
-    existing = [rank for rank in shards if loads[rank].free_tokens >= page_size]
+    existing = [rank for rank in held if room[rank] > 0]
     if existing:
-        return max(existing, key=lambda rank: (loads[rank].free_tokens, -rank))
-    if len(shards) >= max_degree:
-        return None
-    fresh = [load for load in loads if load.rank not in shards and load.free_tokens >= page_size]
-    if not fresh:
-        return None
-    node = loads[home].node
+        return max(existing, key=lambda rank: (room[rank], -rank))
+    fresh = [rank for rank in range(len(room)) if rank not in held and room[rank] > 0] if may_widen else []
+    return min(fresh, key=lambda rank: (nodes[rank] != nodes[home], levels[rank], -room[rank], rank), default=None)
 
-    def price(load: InstanceLoad) -> tuple[bool, float, int, int]:
-        level = cost_model.attention_us_per_token * load.kv_tokens + cost_model.request_us * load.home_requests
-        return load.node != node, level, -load.free_tokens, load.rank
 
-    return min(fresh, key=price).rank
+def predicted_level(cost_model: CostModel, kv_tokens: int, home_requests: int) -> float:
+    """Attention time of an instance [us per layer], as far as its load tells."""
+    return cost_model.attention_us_per_token * kv_tokens + cost_model.request_us * home_requests
 
 
 def choose_victim(candidates: Iterable[RequestOrder]) -> RequestOrder | None:

@@ -23,8 +23,9 @@ def get_next_batch(original: Callable[..., Any], scheduler: Any, running_batch: 
     if binding is not None:
         check_when_due(binding)
     if binding is not None and (binding.parked or binding.instance.victims):
-        retract_victims(binding)
+        release_finished(binding)
         drop_aborted(binding)
+        retract_victims(binding)
         back = [req for req in binding.parked if not req.finished() and has_room(binding, req)]
         binding.parked = [req for req in binding.parked if req not in back and not req.finished()]
         if back:
@@ -147,10 +148,27 @@ def retract_victims(binding: Binding) -> None:
             tree_cache=scheduler.tree_cache,
             hisparse_coordinator=None,
         )
+        release_unwritten(binding, req)
         req.dyncp = None
         place_again(binding, req)
         scheduler._add_request_to_queue(req, is_retracted=True)
     binding.instance.victims = []
+
+
+def release_unwritten(binding: Binding, req: Any) -> None:
+    """Closes the books of a request that owns no written page: freeing its row does not pass the allocator.
+
+    That is a local one which was taken over with all its tokens in prefix-cache pages and has not stored a token since.
+    """
+    if req.dyncp.handle in binding.instance.homes.requests:
+        binding.instance.release(req.dyncp)
+
+
+def release_finished(binding: Binding) -> None:
+    """Requests that finished while they sat out: by the result of the step before, or by an abort that SGLang carried out."""
+    for req in binding.parked:
+        if req.finished():
+            release_unwritten(binding, req)
 
 
 def place_again(binding: Binding, req: Any) -> None:
@@ -193,6 +211,7 @@ def drop_aborted(binding: Binding) -> None:
         req.finished_reason = req.to_finish or FINISH_ABORT()
         scheduler._release_aborted_request(req)
         release_kv_cache(req, scheduler.tree_cache, checkpoint=False)
+        release_unwritten(binding, req)
         scheduler.send_abort_output(_make_abort_req(req), req)
     binding.aborted.clear()
 

@@ -22,7 +22,10 @@ from sglang_dcp.ledger.homes import HomeBook, HomeRequest
 from sglang_dcp.ledger.messages import AskAdmission, AskGrowth, Granted, Message, Release, Row, Rows
 from sglang_dcp.ledger.page_ids import Page, PageIds
 from sglang_dcp.ledger.reservations import Decision, Grant, Key, ReservationTable
+from sglang_dcp.policy.cost_model import load_cost_model
+from sglang_dcp.policy.growth import predicted_level
 from sglang_dcp.upstream import columns as col
+from sglang_dcp.upstream.placement_request import DEFAULT_COST_MODEL, node_of
 
 if TYPE_CHECKING:
     from sglang_dcp.upstream.kv_pool import LedgerAllocator
@@ -47,7 +50,8 @@ class Instance:
         self.pool = pool
         self.homes = HomeBook(self.ids)
         self.guests = GuestBook()
-        self.table = ReservationTable(num_instances)
+        self.table = ReservationTable(num_instances, [node_of(rank) for rank in range(num_instances)])
+        self.cost_model = load_cost_model(config.cost_model or DEFAULT_COST_MODEL, num_instances)
         self.step = 0
         self.outbox: list[Message] = []
         self.rows_of: list[tuple[Row, ...]] = [()] * num_instances
@@ -167,7 +171,8 @@ class Instance:
         if len(self.table):
             most_guests = int(self.config.max_guest_fraction * self.num_pages)
             room = [max(0, most_guests - row[col.GUEST_PAGES]) for row in self._columns]
-            decision = self.table.decide([row[col.FREE_PAGES] for row in self._columns], room, anybody_runs)
+            levels = [predicted_level(self.cost_model, row[col.KV_TOKENS], row[col.HOME_REQUESTS]) for row in self._columns]
+            decision = self.table.decide([row[col.FREE_PAGES] for row in self._columns], room, anybody_runs, levels)
         for grant in decision.grants:
             self._apply_grant(grant)
         self.promised = decision.promised

@@ -8,8 +8,14 @@ from typing import Any
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.policy.types import PlacementRequest
 
+GPUS_PER_NODE = 8
+DEFAULT_COST_MODEL = "cpu"
 EXPECTED_NEW_TOKENS = 256
 """Output length that placement assumes, at most what the request allows: no policy knows the true one."""
+
+
+def node_of(rank: int) -> int:
+    return rank // GPUS_PER_NODE
 
 
 def most_pools(config: DynCpConfig, num_instances: int) -> int:

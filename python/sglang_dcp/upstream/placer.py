@@ -12,9 +12,7 @@ from sglang_dcp.config import DynCpConfig
 from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementPolicy
-from sglang_dcp.upstream.placement_request import describe_request, most_pools
-
-GPUS_PER_NODE = 8
+from sglang_dcp.upstream.placement_request import DEFAULT_COST_MODEL, describe_request, most_pools, node_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Placer:
         self._policy: PlacementPolicy | None = None
         self._page_size = 0
 
-    def configure(self, page_size: int, default_cost_model: str = "cpu") -> None:
+    def configure(self, page_size: int, default_cost_model: str = DEFAULT_COST_MODEL) -> None:
         """Builds the policy; called once the page size is known."""
         num_instances = len(self._homes)
         self._page_size = page_size
@@ -89,7 +87,7 @@ class Placer:
         return [
             InstanceLoad(
                 rank=rank,
-                node=rank // GPUS_PER_NODE,
+                node=node_of(rank),
                 kv_tokens=tokens[rank],
                 kv_capacity=self._capacity[rank],
                 guest_tokens=guests[rank],

@@ -1,4 +1,4 @@
-"""The GPU's attention path on the CPU: spans, page lists, plans and the calls into FlashInfer, against attention over the whole sequence."""
+"""The GPU's attention path on the CPU (spans, page lists, plans, the calls into FlashInfer) against attention over the whole sequence."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dcp.ledger.messages import AskAdmission, AskGrowth
-from sglang_dcp.ledger.reservations import Decision, GrantedSegment, ReservationTable, next_tail, water_fill
+from sglang_dcp.ledger.reservations import Decision, GrantedSegment, ReservationTable, split_by_room
 
 MANY = (100, 100, 100, 100)
 
@@ -165,34 +165,12 @@ def test_two_growths_do_not_share_a_page():
     assert granted(decide(table, [0, 0, 0, 1])) == [(0, 1)]
 
 
-# ---- where growth goes
-
-
-@pytest.mark.parametrize(
-    ("shards", "max_degree", "room", "expected"),
-    [
-        ((0, 2), 4, [1, 9, 9, 9], 0),
-        ((2,), 4, [1, 9, 9, 9], 0),
-        ((2,), 1, [1, 9, 3, 9], 2),
-        ((1, 2), 4, [0, 2, 3, 9], 2),
-        ((1, 2), 4, [0, 3, 3, 9], 1),
-        ((1, 2), 4, [0, 0, 0, 9], 3),
-        ((1,), 4, [0, 0, 5, 5], 2),
-        ((1, 2), 2, [9, 0, 0, 9], None),
-        ((1,), 4, [0, 0, 0, 0], None),
-        ((1, 1, 1), 2, [0, 0, 4, 0], 2),
-    ],
-)
-def test_next_tail(shards, max_degree, room, expected):
-    assert next_tail(0, shards, max_degree, room) == expected
-
-
-# ---- water_fill
+# ---- split_by_room
 
 
 @given(st.integers(0, 3), st.integers(1, 60), st.lists(st.integers(-3, 20), min_size=4, max_size=4))
-def test_water_fill(home, num_pages, limits):
-    split = water_fill(home, num_pages, limits)
+def test_split_by_room(home, num_pages, limits):
+    split = split_by_room(home, num_pages, limits)
     positive = sorted((max(0, limit) for limit in limits), reverse=True)
     if split is None:
         assert sum(positive) < num_pages
@@ -208,9 +186,9 @@ def test_water_fill(home, num_pages, limits):
     assert max(left) - min(left) <= 1, "equally empty"
 
 
-def test_water_fill_prefers_home_among_equals():
-    assert water_fill(2, 5, [5, 5, 5, 5]) == ((2, 5),)
+def test_split_by_room_prefers_home_among_equals():
+    assert split_by_room(2, 5, [5, 5, 5, 5]) == ((2, 5),)
 
 
-def test_water_fill_leaves_the_chosen_equally_empty():
-    assert water_fill(0, 20, [18, 12, 3, 4]) == ((1, 7), (0, 13))
+def test_split_by_room_leaves_the_chosen_equally_empty():
+    assert split_by_room(0, 20, [18, 12, 3, 4]) == ((1, 7), (0, 13))

@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
+import pytest
+
 from sglang_dcp.policy.cost_model import load_cost_model
-from sglang_dcp.policy.growth import RequestOrder, choose_victim, next_tail
-from sglang_dcp.policy.types import InstanceLoad
+from sglang_dcp.policy.growth import RequestOrder, choose_victim, next_tail, predicted_level
 
-PAGE = 16
 COST = load_cost_model("cpu", 4)
+POOL_PAGES, PAGE = 64, 16
 
 
-def loads_of(free: list[int], nodes: list[int] | None = None) -> list[InstanceLoad]:
-    nodes = nodes or [0] * len(free)
-    return [InstanceLoad(i, nodes[i], 1024 - tokens, 1024) for i, tokens in enumerate(free)]
-
-
-def grow(free: list[int], shards: tuple[int, ...], nodes: list[int] | None = None, max_degree: int = 4) -> int | None:
-    return next_tail(0, shards, loads_of(free, nodes), PAGE, COST, max_degree=max_degree)
+def grow(room: list[int], shards: tuple[int, ...], nodes: list[int] | None = None, max_degree: int = 4) -> int | None:
+    levels = [predicted_level(COST, (POOL_PAGES - pages) * PAGE, 0) for pages in room]
+    return next_tail(0, shards, room, max_degree=max_degree, levels=levels, nodes=nodes or [0] * len(room))
 
 
 def test_order_of_preference():
-    assert grow([16, 500, 500, 0], (1, 0)) == 0
-    assert grow([15, 32, 500, 0], (1, 0)) == 1
-    assert grow([0, 32, 64, 500], (1, 2, 0)) == 2
-    assert grow([0, 0, 100, 500], (1, 0)) == 3
-    assert grow([0, 15, 0, 8], (1, 0)) is None
+    assert grow([1, 50, 50, 0], (1, 0)) == 0
+    assert grow([0, 2, 50, 0], (1, 0)) == 1
+    assert grow([0, 2, 4, 50], (1, 2, 0)) == 2
+    assert grow([0, 0, 10, 50], (1, 0)) == 3
+    assert grow([0, 0, 0, 0], (1, 0)) is None
+
+
+def test_a_new_shard_is_the_one_of_the_lowest_level():
+    """Rank 3 has most room and the highest level: many requests attend there."""
+    levels = [predicted_level(COST, 0, requests) for requests in (0, 5, 1, 9)]
+    assert next_tail(0, (0,), [0, 4, 4, 40], max_degree=4, levels=levels, nodes=[0] * 4) == 2
+
+
+@pytest.mark.parametrize(
+    ("shards", "max_degree", "room", "expected"),
+    [
+        ((0, 2), 4, [1, 9, 9, 9], 0),
+        ((2,), 4, [1, 9, 9, 9], 0),
+        ((2,), 1, [1, 9, 3, 9], 2),
+        ((1, 2), 4, [0, 2, 3, 9], 2),
+        ((1, 2), 4, [0, 3, 3, 9], 1),
+        ((1, 2), 4, [0, 0, 0, 9], 3),
+        ((1,), 4, [0, 0, 5, 5], 2),
+        ((1, 2), 2, [9, 0, 0, 9], None),
+        ((1,), 4, [0, 0, 0, 0], None),
+        ((1, 1, 1), 2, [0, 0, 4, 0], 2),
+    ],
+)
+def test_home_then_known_shards_then_new_ones(shards, max_degree, room, expected):
+    assert grow(room, shards, max_degree=max_degree) == expected
 
 
 def test_a_new_shard_prefers_the_home_s_node_and_the_degree_is_bounded():
