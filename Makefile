@@ -26,7 +26,7 @@ test-fast: $(STAMP) ## The tests that start no server (about 2 minutes)
 	$(PYTHON) -m pytest -m "not server and not gpu"
 
 gpu-test: $(STAMP) ## Kernels and runtime on a Hopper GPU, against stock SGLang; skips with the reason where there is none
-	$(PYTHON) -m pytest -m gpu -rs test/gpu
+	$(PYTHON) -m pytest -rs test/gpu
 
 walk: $(STAMP) ## A million random steps of the page protocol (2 minutes; `make test` takes a tenth)
 	DYNCP_WALK_STEPS=1000000 $(PYTHON) -m pytest test/unit/test_protocol.py

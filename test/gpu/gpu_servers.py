@@ -59,7 +59,7 @@ class GpuServer:
         command += ["--chunked-prefill-size", str(self.pool_tokens // 8 * self.instances), "--tp", str(self.instances)]
         if self.device == "cuda":
             command += ["--dtype", "bfloat16", "--attention-backend", "flashinfer", "--sampling-backend", "pytorch"]
-            command += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "8", "--mem-fraction-static", "0.4"]
+            command += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "8", "--mem-fraction-static", "0.6"]
             command += ["--disable-custom-all-reduce", "--disable-flashinfer-autotune"]
         else:
             command += ["--dtype", "float32"]
@@ -79,7 +79,7 @@ class GpuServer:
 
     @property
     def client(self) -> Client:
-        return Client(self.port, timeout_s=60.0)
+        return Client(self.port, timeout_s=120.0)
 
     @property
     def alive(self) -> bool:

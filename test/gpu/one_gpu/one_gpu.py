@@ -12,11 +12,13 @@ from collections.abc import Iterator
 
 
 def register() -> None:
-    import sglang.srt.entrypoints.engine as engine
-    import sglang.srt.managers.data_parallel_controller as controller
     import sglang.srt.utils.common as common
 
-    for module in (common, controller, engine):
+    common.maybe_reindex_device_id = _first_device
+    import sglang.srt.entrypoints.engine as engine
+    import sglang.srt.managers.data_parallel_controller as controller
+
+    for module in (controller, engine):
         module.maybe_reindex_device_id = _first_device
 
 
