@@ -165,9 +165,7 @@ class FlashInferMLA:
 
         pages = self._page_indices[: int(page_indptr[-1])]
         self._wrapper.plan(
-            metadata=MLAPlanMetadata.csr(
-                qo_indptr=self._query_indptr, kv_indptr=page_indptr, kv_indices=pages, kv_len_arr=kv_length
-            ),
+            metadata=MLAPlanMetadata.csr(qo_indptr=self._query_indptr, kv_indptr=page_indptr, kv_indices=pages, kv_len_arr=kv_length),
             num_heads=self.num_heads,
             head_dim_ckv=MLA_LATENT_DIM,
             head_dim_kpe=MLA_ROPE_DIM,
@@ -182,9 +180,7 @@ class FlashInferMLA:
 
     def run(self, queries: torch.Tensor, latent_cache: torch.Tensor) -> PartialState:
         """The result lives until the next run."""
-        self._wrapper.run(
-            query=queries, kv_cache=latent_cache, out=self._output, lse=self._lse, return_lse=True, return_lse_base_on_e=True
-        )
+        self._wrapper.run(query=queries, kv_cache=latent_cache, out=self._output, lse=self._lse, return_lse=True, return_lse_base_on_e=True)
         torch.add(self._bias, self._lse, out=self._natural_lse)
         return PartialState(self._output, self._natural_lse)
 

@@ -45,6 +45,7 @@ def build_step_plan(
         query_start += guest.num_new
     send_queries = [_concat(parts) for parts in sending.queries]
     send_kv = [_concat(parts) for parts in sending.kv]
+    depths = _merge_depths(send_queries, num_tokens)
     return StepPlan(
         step=step,
         num_tokens=num_tokens,
@@ -58,7 +59,8 @@ def build_step_plan(
         write_tokens=torch.from_numpy(_concat(sending.write_tokens)),
         write_slots=torch.from_numpy(_concat(sending.write_slots)),
         attention_rows=tuple(row for row in attention if row.num_queries),
-        merge_depth=torch.from_numpy(_merge_depths(send_queries, num_tokens)),
+        merge_depth=torch.from_numpy(depths),
+        num_partials=1 + int(depths.max(initial=0)),
         num_guest_rows=len(guest_rows),
     )
 
@@ -100,19 +102,23 @@ def attention_row(
     query_start: int, num_queries: int, prefix_len: int, page_index: np.ndarray, page_numbers: np.ndarray, page_size: int
 ) -> AttentionRow:
     """The (request, shard) pair whose shard holds pages `page_numbers` at sequence indices `page_index` (ascending)."""
-    positions = (page_index[:, None] * page_size + np.arange(page_size)).ravel()
-    slots = (page_numbers[:, None] * page_size + np.arange(page_size)).ravel()
-    seen = positions < prefix_len + num_queries
-    positions, slots = positions[seen], slots[seen]
-    num_unmasked = int(np.searchsorted(positions, prefix_len))
-    if num_queries == 1:
-        num_unmasked = len(positions)
+    end = prefix_len + num_queries
+    held = page_index * page_size < end
+    starts, numbers = page_index[held] * page_size, page_numbers[held]
+    # Every page is full up to the sequence's end, so keys before a position are counted page by page.
+    num_keys = int(np.minimum(end - starts, page_size).sum())
+    num_unmasked = num_keys if num_queries == 1 else int(np.clip(prefix_len - starts, 0, page_size).sum())
+    chunk = starts[starts + page_size > prefix_len]
+    positions = (chunk[:, None] + np.arange(page_size)).ravel()
+    offsets = positions[(positions >= prefix_len) & (positions < end)] - prefix_len
     return AttentionRow(
         query_start=query_start,
         num_queries=num_queries,
-        kv_slots=torch.from_numpy(slots.astype(np.int64)),
+        page_numbers=numbers.astype(np.int64),
+        page_size=page_size,
+        num_keys=num_keys,
         num_unmasked=num_unmasked,
-        key_offsets=torch.from_numpy((positions[num_unmasked:] - prefix_len).astype(np.int64)),
+        key_offsets=torch.from_numpy(offsets[: num_keys - num_unmasked].astype(np.int64)),
     )
 
 
