@@ -129,7 +129,7 @@ class Group:
         for rank, device in enumerate(self.devices):
             with torch.cuda.device(device):
                 graphs.append(torch.cuda.CUDAGraph())
-                with torch.cuda.graph(graphs[rank]):
+                with torch.cuda.graph(graphs[rank], stream=self.streams[rank]):
                     self.layers_of(rank)
 
         def replay() -> None:
