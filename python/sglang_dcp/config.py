@@ -32,7 +32,6 @@ class DynCpConfig:
     cost_model: str | None = None
     transport: str = "auto"
     max_rows: int = 256
-    experimental_gpu: bool = False
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -78,7 +77,7 @@ class DynCpConfig:
     def from_namespace(cls, args: argparse.Namespace) -> DynCpConfig | None:
         """The parsed flags, or None without --enable-dyncp. A --dyncp-* flag without it is refused."""
         given: dict[str, Any] = {field.name: getattr(args, f"dyncp_{field.name}", None) for field in dataclasses.fields(cls)}
-        given = {name: value for name, value in given.items() if value is not None and value is not False}
+        given = {name: value for name, value in given.items() if value is not None}
         if not getattr(args, "enable_dyncp", False):
             if given:
                 raise ConfigError(f"--dyncp-{next(iter(given)).replace('_', '-')} has no effect without --enable-dyncp")
@@ -101,5 +100,4 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dyncp-cost-model", metavar="FILE", help="Step-time constants (JSON, see `sglang-dcp calibrate`).")
     group.add_argument("--dyncp-transport", choices=TRANSPORTS, help="How rows travel between instances. Default: auto.")
-    group.add_argument("--dyncp-experimental-gpu", action="store_true", help="Serve on a GPU although that path is young (docs/gpu.md).")
     group.add_argument("--dyncp-max-rows", type=int, metavar="S", help="Most attention rows per instance of a graph. Default: 256.")

@@ -1,14 +1,16 @@
-"""Settings of a GPU server: what is completed, what is refused, and the opt-in to a path that is young."""
+"""Settings of a GPU server: what is completed and what is refused. Today all of it is, unless a check of the path asks otherwise."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
-OPT_IN_FLAG = "--dyncp-experimental-gpu"
+UNVERIFIED_VARIABLE = "SGLANG_DYNCP_UNVERIFIED_GPU"
+"""Set to 1 by test/gpu/runtime_check.py, which is to show that the path serves. Not for users: it was never seen serving."""
 BACKEND = "flashinfer"
 BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 CUDA_TRANSPORTS = ("auto", "nccl", "gloo")
@@ -31,12 +33,12 @@ def complete_prefill_graph(values: Callable[[str], Any]) -> dict[str, bool]:
     return {"disable_prefill_cuda_graph": True}
 
 
-def find_cuda_refusal(values: Callable[[str], Any], *, opted_in: bool) -> str | None:
+def find_cuda_refusal(values: Callable[[str], Any], environment: Mapping[str, str] = os.environ) -> str | None:
     """The message for the first thing of a GPU server that is not served, or None. `values(field)` reads a resolved setting."""
-    if not opted_in:
+    if environment.get(UNVERIFIED_VARIABLE) != "1":
         return (
-            f"--device cuda does not work with --enable-dyncp alone: the GPU path is young and unmeasured. {OPT_IN_FLAG} switches it on; "
-            "docs/gpu.md says what was seen working"
+            "--device cuda does not work with --enable-dyncp: sharded steps were never seen serving on a GPU, only their attention was "
+            "(docs/gpu.md)"
         )
     for field in BACKEND_FIELDS:
         value = values(field)

@@ -127,7 +127,7 @@ def register_resolution() -> None:
 
         message = find_refusal(values) or find_transport_refusal(config.transport, view.device)
         if message is None and view.device == "cuda":
-            message = find_cuda_refusal(values, opted_in=config.experimental_gpu)
+            message = find_cuda_refusal(values)
         if message is not None:
             raise SystemExit(f"sglang_dcp: {message}")
 

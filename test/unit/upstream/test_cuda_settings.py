@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from sglang_dcp.config import ConfigError, DynCpConfig, add_cli_arguments
 from sglang_dcp.upstream.cuda_settings import (
+    UNVERIFIED_VARIABLE,
     complete_attention_backend,
     complete_prefill_graph,
     find_cuda_refusal,
@@ -30,13 +30,17 @@ WORKING: dict[str, Any] = {
 
 
 def refusal(**changes: Any) -> str | None:
-    return find_cuda_refusal((WORKING | changes).get, opted_in=True)
+    return find_cuda_refusal((WORKING | changes).get, {UNVERIFIED_VARIABLE: "1"})
 
 
-def test_a_plain_gpu_server_needs_the_opt_in_alone() -> None:
+@pytest.mark.parametrize("environment", [{}, {UNVERIFIED_VARIABLE: ""}, {UNVERIFIED_VARIABLE: "0"}])
+def test_a_gpu_is_refused(environment: dict[str, str]) -> None:
+    message = find_cuda_refusal(WORKING.get, environment)
+    assert message is not None and message.startswith("--device cuda does not work with --enable-dyncp")
+
+
+def test_the_check_of_the_path_may_serve() -> None:
     assert refusal() is None
-    message = find_cuda_refusal(WORKING.get, opted_in=False)
-    assert message is not None and "--dyncp-experimental-gpu" in message and message.startswith("--device cuda does not work")
 
 
 @pytest.mark.parametrize(
@@ -84,17 +88,3 @@ def test_transports_per_device(transport: str, device: str, there: bool) -> None
 def test_peer_is_nowhere_yet(device: str) -> None:
     message = find_transport_refusal("peer", device)
     assert message is not None and message.startswith(f"--dyncp-transport peer is not there on --device {device}")
-
-
-def test_the_opt_in_is_a_flag_of_dyncp() -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    add_cli_arguments(parser)
-    config = DynCpConfig.from_namespace(parser.parse_args(["--enable-dyncp", "--dyncp-experimental-gpu"]))
-    assert config is not None and config.experimental_gpu
-    assert DynCpConfig.from_json(config.to_json()) == config
-    plain = DynCpConfig.from_namespace(parser.parse_args(["--enable-dyncp"]))
-    assert plain is not None and not plain.experimental_gpu
-    with pytest.raises(ConfigError, match="--dyncp-experimental-gpu has no effect"):
-        DynCpConfig.from_namespace(parser.parse_args(["--dyncp-experimental-gpu"]))
