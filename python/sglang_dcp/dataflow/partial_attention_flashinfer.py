@@ -195,7 +195,7 @@ class FlashMLADecode:
     """
 
     def __init__(self, num_heads: int, scale: float, block_table: torch.Tensor, kv_length: torch.Tensor, *, num_parts: int = 1) -> None:
-        import flash_mla  # type: ignore[import-untyped, unused-ignore]
+        import flash_mla
 
         self.num_heads, self.scale, self.num_parts = num_heads, scale, num_parts
         self._block_table, self._kv_length = block_table, kv_length
@@ -227,7 +227,7 @@ class FlashMLADecode:
             raise RuntimeError("FlashMLADecode.plan must run before run")
         if latent_cache.shape[1] != FLASH_MLA_PAGE_SIZE:
             raise ValueError(f"FlashMLA needs pages of {FLASH_MLA_PAGE_SIZE} tokens, got {latent_cache.shape[1]} (--page-size)")
-        from flash_mla.flash_mla_interface import FlashMLASchedMeta  # type: ignore[import-untyped, unused-ignore]
+        from flash_mla.flash_mla_interface import FlashMLASchedMeta
 
         output, lse = self._library.flash_mla_with_kvcache(
             (queries if self._parts is None else self._parts.repeat(queries)).unsqueeze(1),
@@ -252,7 +252,7 @@ class _RowParts:
     """Rows cut into parts along their block tables; part-major, as the merge of stacked partials wants them."""
 
     def __init__(self, num_heads: int, block_table: torch.Tensor, kv_length: torch.Tensor, num_parts: int) -> None:
-        from sgl_kernel_dcp import merge_stacked  # type: ignore[import-untyped, unused-ignore]
+        from sgl_kernel_dcp import merge_stacked
 
         rows, width = block_table.shape
         if width % num_parts != 0:
