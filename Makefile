@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast walk lint mutants figures docs-check clean
+.PHONY: help install demo test test-fast gpu-test walk lint mutants figures docs-check clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -24,6 +24,9 @@ test: $(STAMP) ## All tests, real servers on the CPU included (under an hour on 
 
 test-fast: $(STAMP) ## The tests that start no server (about 2 minutes)
 	$(PYTHON) -m pytest -m "not server and not gpu"
+
+gpu-test: $(STAMP) ## Kernels and runtime on a Hopper GPU, against stock SGLang; skips with the reason where there is none
+	$(PYTHON) -m pytest -rs test/gpu
 
 walk: $(STAMP) ## A million random steps of the page protocol (2 minutes; `make test` takes a tenth)
 	DYNCP_WALK_STEPS=1000000 $(PYTHON) -m pytest test/unit/test_protocol.py

@@ -1,10 +1,11 @@
-"""Serves a long mixed load on four CPU instances and reports losses, leaks and balance; then the same arrivals with policy `local`.
+"""Serves a mixed load on four CPU instances and reports losses, leaks and balance.
 
-    python -m benchmark.serving.soak [--requests 2000] [--per-second 4] [--out benchmark/results/soak.json] [--record FILE]
+    python -m benchmark.serving.soak --part long     2,000 requests, prompts of up to 3,500 tokens on pools of 1,024
+    python -m benchmark.serving.soak --part short    the same arrivals with `dual-balance` and with `local`, prompts that fit one pool
 
-`--record` keeps every placement of the router with the loads it saw; `python -m benchmark.simulate.replay FILE` compares them.
+`--record FILE` keeps every placement of the router with the loads it saw; `python -m benchmark.simulate.replay FILE` compares them.
 
-`local` is SGLang's own total_tokens balancing of the same server: every request at degree 1, at home.
+`local` is SGLang's own total_tokens balancing of the same server: every request at degree 1, at home. It cannot serve the long part.
 Exit code 1 when a request was lost or a pool did not drain. Timings are those of this machine and judge nothing.
 """
 
@@ -28,6 +29,17 @@ sys.path.insert(0, str(ROOT / "test"))
 
 from support.dyncp_grid import CHECK, INSTANCES, POOL_TOKENS  # noqa: E402
 from support.server import Server, ServerConfig, server_pool  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Part:
+    requests: int
+    per_second: float
+    longest: int
+    policies: tuple[str, ...]
+
+
+PARTS = {"long": Part(2000, 4.0, 3500, ("dual-balance",)), "short": Part(600, 16.0, 900, ("dual-balance", "local"))}
 
 
 @dataclass(frozen=True)
@@ -103,8 +115,9 @@ def summarise(policy: str, load: list[LoadRequest], longest: int, outcome: Outco
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--per-second", type=float, default=4.0)
+    parser.add_argument("--part", choices=tuple(PARTS), required=True)
+    parser.add_argument("--requests", type=int, help="default: 2000 of the long part, 600 of the short")
+    parser.add_argument("--per-second", type=float, help="default: 4 and 16; more than the machine serves, so that requests wait")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", default="qwen3moe")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmark" / "results" / "soak.json")
@@ -113,19 +126,20 @@ def main() -> int:
     record: Path | None = arguments.record.resolve() if arguments.record else None
     if record is not None:
         record.unlink(missing_ok=True)
-    runs = [("dual-balance", 3500), ("dual-balance", 900), ("local", 900)]
+    part = PARTS[arguments.part]
+    count, per_second = arguments.requests or part.requests, arguments.per_second or part.per_second
     results = []
     with server_pool(ROOT / "logs") as servers:
-        for policy, longest in runs:
-            count = arguments.requests if longest > POOL_TOKENS else arguments.requests // 4
-            load = scaled_load(count, longest=longest, per_second=arguments.per_second, leaving=0.1, seed=arguments.seed)
+        for policy in part.policies:
+            load = scaled_load(count, longest=part.longest, per_second=per_second, leaving=0.1, seed=arguments.seed)
             log = record if policy == "dual-balance" else None
-            results.append(soak(servers.get(server_config(policy, arguments.model, log)), policy, load, longest, log))
+            results.append(soak(servers.get(server_config(policy, arguments.model, log)), policy, load, part.longest, log))
             print(json.dumps(asdict(results[-1]), indent=1), flush=True)
-            command = f"python -m benchmark.serving.soak --requests {arguments.requests} --per-second {arguments.per_second}"
-            report = provenance(command) | {"seed": arguments.seed, "runs": [asdict(result) for result in results]}
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    command = f"python -m benchmark.serving.soak --part {arguments.part} --requests {count} --per-second {per_second}"
+    report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    report[arguments.part] = provenance(command) | {"seed": arguments.seed, "runs": [asdict(result) for result in results]}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     return int(any(result.unexpected or not result.drained for result in results))
 
 

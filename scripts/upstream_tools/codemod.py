@@ -37,6 +37,14 @@ class EditedTree(SourceTree):
             raise CodemodError(f"{target}: {old!r} occurs {body.count(old)} times, expected once")
         self._write(definition.path, [*lines[: first - 1], body.replace(old, new), *lines[last:]])
 
+    def replace_in_module(self, module: str, old: str, new: str) -> None:
+        """Replaces the only occurrence of `old` in a module, for statements outside any definition."""
+        path = self.module_path(module)
+        text = (self.read(path) or "") if path is not None else ""
+        if path is None or text.count(old) != 1:
+            raise CodemodError(f"{module}: {old!r} occurs {text.count(old)} times, expected once")
+        self._write(path, text.replace(old, new).splitlines(keepends=True))
+
     def replace_body(self, target: str, code: str) -> None:
         """The function gets another body; signature and docstring stay."""
         definition = self._find(target)

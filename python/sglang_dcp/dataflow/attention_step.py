@@ -56,9 +56,9 @@ def merge_at_home(state: PartialState, returned: PartialState, plan: StepPlan) -
     own = PartialState(state.output[: plan.num_tokens], state.lse[: plan.num_tokens])
     if plan.merge_depth.numel() == 0:
         return own.output
-    depth = int(plan.merge_depth.max()) + 1
     tokens, heads, v_head_dim = own.output.shape
-    stacked = PartialState.neutral(depth, tokens, heads, v_head_dim=v_head_dim, dtype=own.output.dtype, device=own.output.device)
+    shape, device = (plan.num_partials, tokens, heads), own.output.device
+    stacked = PartialState.neutral(*shape, v_head_dim=v_head_dim, dtype=own.output.dtype, device=device)
     stacked.output[0], stacked.lse[0] = own.output, own.lse
     stacked.output[plan.merge_depth, plan.send_queries] = returned.output
     stacked.lse[plan.merge_depth, plan.send_queries] = returned.lse

@@ -6,6 +6,7 @@ Every log-sum-exp in this package is a natural logarithm; kernel adapters conver
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -66,16 +67,24 @@ class GuestRow:
 class AttentionRow:
     """One (request, shard) pair to compute: queries query_start .. + num_queries of [own tokens, received queries].
 
-    kv_slots:       int64 [num_keys], token slots in this instance's pool, ascending in position.
+    page_numbers:   int64 numpy, this shard's pages of the sequence in order; the row's keys are the first num_keys tokens in them.
     num_unmasked:   leading keys that every query of the row sees (positions before the chunk).
     key_offsets:    int64 [num_keys - num_unmasked]: position of the remaining keys relative to the row's first query.
     """
 
     query_start: int
     num_queries: int
-    kv_slots: torch.Tensor
+    page_numbers: np.ndarray
+    page_size: int
+    num_keys: int
     num_unmasked: int
     key_offsets: torch.Tensor
+
+    @cached_property
+    def kv_slots(self) -> torch.Tensor:
+        """int64 [num_keys], token slots in this instance's pool, ascending in position."""
+        slots = self.page_numbers[:, None] * self.page_size + np.arange(self.page_size)
+        return torch.from_numpy(slots.ravel()[: self.num_keys].astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,7 @@ class StepPlan:
     write_tokens, write_slots:             own tokens whose K/V stays here, and their slots.
     receive_kv_slots [sum(receive_kv_splits)]: slots of received K/V rows, grouped by source.
     merge_depth [sum(send_query_splits)]:  1, 2, ...: which of the partials of its token each returned row is (0 is the own one).
+    num_partials:                          most partials of one token, the own one included.
     """
 
     step: int
@@ -103,6 +113,7 @@ class StepPlan:
     write_slots: torch.Tensor
     attention_rows: tuple[AttentionRow, ...]
     merge_depth: torch.Tensor
+    num_partials: int
     num_guest_rows: int
 
     @property

@@ -45,6 +45,7 @@ def build_step_plan(
         query_start += guest.num_new
     send_queries = [_concat(parts) for parts in sending.queries]
     send_kv = [_concat(parts) for parts in sending.kv]
+    depths = _merge_depths(send_queries, num_tokens)
     return StepPlan(
         step=step,
         num_tokens=num_tokens,
@@ -58,7 +59,8 @@ def build_step_plan(
         write_tokens=torch.from_numpy(_concat(sending.write_tokens)),
         write_slots=torch.from_numpy(_concat(sending.write_slots)),
         attention_rows=tuple(row for row in attention if row.num_queries),
-        merge_depth=torch.from_numpy(_merge_depths(send_queries, num_tokens)),
+        merge_depth=torch.from_numpy(depths),
+        num_partials=1 + int(depths.max(initial=0)),
         num_guest_rows=len(guest_rows),
     )
 
@@ -74,6 +76,9 @@ class _Sending:
         self.write_slots: list[np.ndarray] = []
 
     def add(self, row: HomeRow, page_size: int) -> None:
+        if row.num_new == 1:
+            self._add_decode(row, page_size)
+            return
         tokens = np.arange(row.token_start, row.token_start + row.num_new)
         positions = np.arange(row.prefix_len, row.prefix_len + row.num_new)
         owners = row.page_owners[positions // page_size]
@@ -84,6 +89,20 @@ class _Sending:
         here = owners == self._rank
         self.write_tokens.append(tokens[here])
         self.write_slots.append(row.page_numbers[positions[here] // page_size] * page_size + positions[here] % page_size)
+
+    def _add_decode(self, row: HomeRow, page_size: int) -> None:
+        """The same for one token. Most rows of most steps are such, and lie at home: no array is made for them."""
+        token = np.array([row.token_start])
+        page, offset = divmod(row.prefix_len, page_size)
+        tail = int(row.page_owners[page])
+        if bool((row.page_owners[: page + 1] != self._rank).any()):
+            for owner in _active_owners(row, page_size):
+                if owner != self._rank:
+                    self.queries[owner].append(token)
+                    self.kv[owner].append(token if owner == tail else token[:0])
+        if tail == self._rank:
+            self.write_tokens.append(token)
+            self.write_slots.append(np.array([row.page_numbers[page] * page_size + offset]))
 
 
 def _merge_depths(send_queries: Sequence[np.ndarray], num_tokens: int) -> np.ndarray:
@@ -100,20 +119,35 @@ def attention_row(
     query_start: int, num_queries: int, prefix_len: int, page_index: np.ndarray, page_numbers: np.ndarray, page_size: int
 ) -> AttentionRow:
     """The (request, shard) pair whose shard holds pages `page_numbers` at sequence indices `page_index` (ascending)."""
-    positions = (page_index[:, None] * page_size + np.arange(page_size)).ravel()
-    slots = (page_numbers[:, None] * page_size + np.arange(page_size)).ravel()
-    seen = positions < prefix_len + num_queries
-    positions, slots = positions[seen], slots[seen]
-    num_unmasked = int(np.searchsorted(positions, prefix_len))
-    if num_queries == 1:
-        num_unmasked = len(positions)
+    end = prefix_len + num_queries
+    num_keys = _keys_before(page_index, end, page_size)
+    num_unmasked = num_keys if num_queries == 1 else _keys_before(page_index, prefix_len, page_size)
     return AttentionRow(
         query_start=query_start,
         num_queries=num_queries,
-        kv_slots=torch.from_numpy(slots.astype(np.int64)),
+        page_numbers=page_numbers[: -(-num_keys // page_size)],
+        page_size=page_size,
+        num_keys=num_keys,
         num_unmasked=num_unmasked,
-        key_offsets=torch.from_numpy((positions[num_unmasked:] - prefix_len).astype(np.int64)),
+        key_offsets=torch.from_numpy(_chunk_offsets(page_index, prefix_len, end, page_size)[: num_keys - num_unmasked]),
     )
+
+
+def _keys_before(page_index: np.ndarray, position: int, page_size: int) -> int:
+    """Tokens at sequence positions below `position` on a shard that holds pages `page_index`: its pages are full, but for the last one."""
+    last = (position - 1) // page_size
+    num_pages = int(np.searchsorted(page_index, last, side="right"))
+    cut = (last + 1) * page_size - position if num_pages and page_index[num_pages - 1] == last else 0
+    return num_pages * page_size - cut
+
+
+def _chunk_offsets(page_index: np.ndarray, prefix_len: int, end: int, page_size: int) -> np.ndarray:
+    """Positions of a chunk's own tokens that lie on the shard, relative to its first; ascending. Nothing for a single token."""
+    if end - prefix_len == 1:
+        return np.zeros(0, dtype=np.int64)
+    pages = page_index[np.searchsorted(page_index, prefix_len // page_size) :]
+    positions = (pages[:, None] * page_size + np.arange(page_size)).ravel()
+    return (positions[(positions >= prefix_len) & (positions < end)] - prefix_len).astype(np.int64)
 
 
 def holds_active_page(first_page_index: int, page_size: int, sequence_len: int) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from sglang_dcp.dataflow.attention_step import attention_step
 from sglang_dcp.dataflow.contracts import StepPlan
-from sglang_dcp.dataflow.partial_attention import torch_partial_attention
+from sglang_dcp.dataflow.device_plan import plan_on_device
 from sglang_dcp.upstream.binding import Binding, current
 
 
@@ -44,17 +44,41 @@ class PoolLayer:
 
 
 def make_backend_class(stock: type) -> type:
-    """The stock backend with one method of ours: `forward`, entered once per layer."""
+    """The stock backend with two methods of ours: `forward`, entered once per layer, and the eager preparation of a step."""
 
     class DynCpBackend(stock):
+        def init_forward_metadata(self, forward_batch: Any) -> None:
+            if step_is_sharded():
+                # Stock's metadata would list remote token ids; nobody reads it in such a step.
+                self.forward_metadata = None
+                return
+            super().init_forward_metadata(forward_batch)
+
         def forward(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any) -> Any:
             binding = current()
             if binding is None or binding.pending_rows is None:
                 return super().forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-            return forward_sharded(binding, self.token_to_kv_pool, q, k, v, layer)
+            return forward_sharded(binding, self.token_to_kv_pool, *with_rotary_part(q, k, v, **kwargs), layer)
 
     DynCpBackend.__name__ = DynCpBackend.__qualname__ = f"DynCp{stock.__name__}"
     return DynCpBackend
+
+
+def step_is_sharded() -> bool:
+    """Whether a row of the step that is being launched is sharded, on any instance: every instance answers alike."""
+    binding = current()
+    return binding is not None and binding.pending_rows is not None
+
+
+def with_rotary_part(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_rope: torch.Tensor | None = None, k_rope: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """MLA hands some backends the latent and the rotary part apart: [T, heads, latent] and [T, heads, rotary]. Ours takes them joined."""
+    if q_rope is None or k_rope is None:
+        return q, k, v
+    tokens = q.shape[0]
+    joined_q = torch.cat([q.reshape(tokens, -1, v.shape[-1]), q_rope.reshape(tokens, -1, k_rope.shape[-1])], dim=-1)
+    return joined_q, torch.cat([k, k_rope.reshape(tokens, 1, -1)], dim=-1), v
 
 
 def forward_sharded(binding: Binding, pool: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any) -> torch.Tensor:
@@ -67,7 +91,7 @@ def forward_sharded(binding: Binding, pool: Any, q: torch.Tensor, k: torch.Tenso
         cache.pack(k, v),
         plan,
         cache,
-        torch_partial_attention,
+        binding.partial_attention,
         binding.transport,
         scale=layer.scaling,
         layer=layer.layer_id,
@@ -80,15 +104,50 @@ def plan_of_step(binding: Binding, num_tokens: int) -> StepPlan:
     instance = binding.instance
     if instance.plan is None:
         instance.build_plan(binding.pending_rows, num_tokens)
+        assert instance.plan is not None
+        instance.plan = plan_on_device(instance.plan, binding.device)
     assert instance.plan is not None and instance.plan.num_tokens == num_tokens
     return instance.plan
 
 
-def register_cpu_backend() -> None:
-    """Registers our torch_native in place of stock's, under the same name: SGLang tells backends apart by name in many places."""
+def fused_kv_write(original: Callable[..., bool], forward_batch: Any) -> bool:
+    """AROUND models.utils.enable_fused_set_kv_buffer: the rope kernel would write K/V at remote token ids, outside this pool."""
+    return not step_is_sharded() and original(forward_batch)
+
+
+def register_backends() -> None:
+    """Registers our backends in place of stock's, under the same names: SGLang tells backends apart by name in many places."""
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    register_attention_backend("torch_native")(create_torch_native)
+    register_attention_backend("flashinfer")(create_flashinfer)
+
+
+def create_torch_native(runner: Any) -> Any:
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-    backend = make_backend_class(TorchNativeAttnBackend)
-    factory: Callable[[Any], Any] = backend
-    register_attention_backend("torch_native")(factory)
+    return make_backend_class(TorchNativeAttnBackend)(runner)
+
+
+def create_flashinfer(runner: Any) -> Any:
+    """As stock's factory does without speculative decoding (which is refused)."""
+    if runner.use_mla_backend:
+        from sglang.srt.layers.attention.flashinfer_mla_backend import FlashInferMLAAttnBackend
+
+        return make_backend_class(FlashInferMLAAttnBackend)(runner)
+    from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
+
+    return make_backend_class(FlashInferAttnBackend)(runner, init_new_workspace=runner.init_new_workspace)
+
+
+def register_mla_form() -> None:
+    """MLA's form on FlashInfer: absorbed in a step with sharded rows, in prefill too, because shards hold latents. Else stock's choice."""
+    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+
+    stock = AttentionBackendRegistry.get_handler("flashinfer")
+
+    def choose(attention: Any, forward_batch: Any) -> Any:
+        return AttnForwardMethod.MLA if step_is_sharded() else stock(attention, forward_batch)
+
+    AttentionBackendRegistry.register("flashinfer", choose)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from sglang_dcp.dataflow.partial_attention import PartialAttention, torch_partial_attention
 from sglang_dcp.dataflow.transport.base import Transport
 from sglang_dcp.observe.request_log import RequestLog
 from sglang_dcp.upstream.instance import Instance
@@ -14,7 +17,8 @@ from sglang_dcp.upstream.metrics import StepMetrics
 @dataclass
 class Binding:
     """parked: requests that sit out decode steps for want of a tail page. waiting: those with an open reservation, by handle.
-    local_batch: the batch of the step being synchronised. metrics: None without --enable-metrics.
+    local_batch: the batch of the step being synchronised. metrics: None without --enable-metrics. graph_steps, eager_steps: forward
+    passes that this instance ran as a CUDA graph, and otherwise.
     """
 
     scheduler: Any
@@ -27,6 +31,10 @@ class Binding:
     local_batch: Any = None
     pending_rows: Any = None
     ran_since_check: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    partial_attention: PartialAttention = torch_partial_attention
+    graph_steps: int = 0
+    eager_steps: int = 0
     request_log: RequestLog = field(default_factory=RequestLog)
     metrics: StepMetrics | None = None
 

@@ -260,9 +260,9 @@ def alloc_decode(original: Callable[..., Any], tree_cache: Any, *args: Any, **kw
         subset = {name: call[name][local] for name in ("seq_lens", "seq_lens_cpu", "last_loc")}
         out[local] = original(**{**call, **subset, "req_pool_indices": None})
     lengths = call["seq_lens_cpu"].tolist()
-    for i, req in enumerate(batch.reqs):
-        if is_managed(req):
-            out[i] = int(binding.instance.token_ids(req.dyncp, lengths[i] - 1, lengths[i])[0])
+    managed = {i: req.dyncp for i, req in enumerate(batch.reqs) if is_managed(req)}
+    ids = [int(binding.instance.token_ids(request, lengths[i] - 1, lengths[i])[0]) for i, request in managed.items()]
+    out[list(managed)] = torch.tensor(ids, dtype=torch.int64).to(batch.device)
     return out
 
 

@@ -6,8 +6,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from sglang_dcp.config import DynCpConfig
-from sglang_dcp.dataflow.transport.gloo import GlooTransport, create_gloo_group
+from sglang_dcp.dataflow.transport.gloo import create_gloo_group
 from sglang_dcp.mutants import install_mutant
 from sglang_dcp.upstream import binding as bindings
 from sglang_dcp.upstream.admission import is_managed
@@ -16,6 +18,7 @@ from sglang_dcp.upstream.instance import Instance
 from sglang_dcp.upstream.kv_pool import LedgerAllocator
 from sglang_dcp.upstream.metrics import attach_metrics
 from sglang_dcp.upstream.models import check_model
+from sglang_dcp.upstream.step_path import choose_partial_attention, choose_transport
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +48,11 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
     instance = Instance(config.resolve(num_instances), rank, num_instances, pool.num_pages, pool.page_size, pool)
     pool.bind(instance, scheduler.tree_cache)
     group = create_gloo_group(EXCHANGE_TIMEOUT_SECONDS)
-    binding = bindings.Binding(scheduler, instance, GlooTransport(group), group)
+    device = torch.device(scheduler.tp_worker.model_runner.device)
+    transport = choose_transport(config.transport, device, group, EXCHANGE_TIMEOUT_SECONDS)
+    binding = bindings.Binding(
+        scheduler, instance, transport, group, device=device, partial_attention=choose_partial_attention(device, pool.page_size)
+    )
     attach_metrics(binding)
     bindings.bind(binding)
     logger.info(

@@ -6,6 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_dcp.upstream.cuda_settings import (
+    complete_attention_backend,
+    complete_prefill_graph,
+    find_cuda_refusal,
+    find_transport_refusal,
+)
+
 SOURCE = "dyncp"
 
 
@@ -24,7 +31,7 @@ def _off(value: Any) -> bool:
 
 
 REFUSALS: tuple[Refusal, ...] = (
-    Refusal("device", "--device", lambda v: v == "cpu", "the data path of the GPU (peer transport, graphs) is not joined to SGLang yet"),
+    Refusal("device", "--device", lambda v: v in ("cpu", "cuda"), "there is no data path for this device"),
     Refusal("pp_size", "--pp-size", lambda v: v == 1, "a request's shards are found by data-parallel rank alone"),
     Refusal("speculative_algorithm", "--speculative-algorithm", _off, "step plans assume one new token per request and step"),
     Refusal("disaggregation_mode", "--disaggregation-mode", lambda v: v in (None, "null"), "KV transfer knows one pool per request"),
@@ -64,10 +71,6 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("enable_priority_scheduling", "--enable-priority-scheduling", _off, "preemption would free pages that reservations count on"),
     Refusal("dp_size", "--dp-size", lambda v: v == 1, "replicas do not share requests; give --tp and leave --dp out"),
 )
-
-
-WORKING_TRANSPORTS = ("auto", "gloo")
-"""Of --dyncp-transport. nccl and peer belong to the GPU's data path."""
 
 
 class SettingError(ValueError):
@@ -117,9 +120,36 @@ def register_resolution() -> None:
     def refusals(server_args: Any, previous: Callable[[Any], None]) -> None:
         previous(server_args)
         view = resolving_view(server_args)
-        message = find_refusal(lambda field: getattr(view, field))
-        transport = server_args._dyncp.transport
-        if message is None and transport not in WORKING_TRANSPORTS:
-            message = f"--dyncp-transport {transport} is not there yet; choose one of {', '.join(WORKING_TRANSPORTS)}"
+        config = server_args._dyncp
+
+        def values(field: str) -> Any:
+            return getattr(view, field)
+
+        message = find_refusal(values) or find_transport_refusal(config.transport, view.device)
+        if message is None and view.device == "cuda":
+            message = find_cuda_refusal(values)
         if message is not None:
             raise SystemExit(f"sglang_dcp: {message}")
+
+    _register_cuda_completions()
+
+
+def _register_cuda_completions() -> None:
+    """What a GPU server needs and the user did not say, each where SGLang's pipeline decides it."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    def complete(server_args: Any, completion: Callable[[Callable[[str], Any]], dict[str, Any]]) -> None:
+        view = resolving_view(server_args)
+        if view.device == "cuda" and (fields := completion(lambda field: getattr(view, field))):
+            declare_resolution(server_args, SOURCE, **fields)
+
+    @register_resolution_hook("handle_cuda_graph_config")
+    def graphs(server_args: Any, previous: Callable[[Any], None]) -> None:
+        complete(server_args, complete_prefill_graph)
+        previous(server_args)
+
+    @register_resolution_hook("handle_attention_backend_compatibility")
+    def backend(server_args: Any, previous: Callable[[Any], None]) -> None:
+        complete(server_args, complete_attention_backend)
+        previous(server_args)

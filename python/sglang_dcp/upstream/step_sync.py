@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,8 @@ def after_gather(result: Any, info: Any, *args: Any, **kwargs: Any) -> None:
         # An instance without tokens skips attention altogether; one dummy token makes it take part in the exchange.
         info.global_num_tokens = [max(1, count) for count in info.global_num_tokens]
         info.num_tokens = max(1, info.num_tokens)
+        # Every instance knows every row, so all of them run this step without a graph.
+        info.can_run_decode_cuda_graph = info.can_run_prefill_cuda_graph = False
         binding.pending_rows = home_rows(binding)
 
 
@@ -106,16 +108,26 @@ def sharded_rows(binding: Binding) -> list[Row]:
 def home_rows(binding: Binding) -> list[HomeRow]:
     """Every request of the own batch, sharded or not: in a step with sharded rows ours attends them all."""
     instance, rows, start = binding.instance, [], 0
-    req_to_token = binding.scheduler.req_to_token_pool.req_to_token
-    for req, prefix_len, num_new in batch_spans(binding.local_batch):
+    spans = batch_spans(binding.local_batch)
+    local_pages = read_local_pages(binding, [(req, prefix_len + num_new) for req, prefix_len, num_new in spans if not is_managed(req)])
+    for req, prefix_len, num_new in spans:
         if is_managed(req):
             rows.append(instance.managed_row(req.dyncp, start, num_new, prefix_len))
         else:
-            first_tokens = req_to_token[req.kv.req_pool_idx, : prefix_len + num_new : instance.page_size]
-            numbers = first_tokens.cpu().numpy().astype(np.int64) // instance.page_size
+            numbers = next(local_pages)
             rows.append(HomeRow(start, num_new, prefix_len, np.full(len(numbers), instance.rank, dtype=np.int64), numbers))
         start += num_new
     return rows
+
+
+def read_local_pages(binding: Binding, lengths: Sequence[tuple[Any, int]]) -> Iterator[np.ndarray]:
+    """Page numbers of local requests, given (request, tokens), in order. One read of SGLang's token table for all of them."""
+    if not lengths:
+        return iter(())
+    page_size, table = binding.instance.page_size, binding.scheduler.req_to_token_pool.req_to_token
+    lines = torch.tensor([req.kv.req_pool_idx for req, _ in lengths], device=table.device)
+    first_tokens = table[:, : max(length for _, length in lengths) : page_size][lines].cpu().numpy().astype(np.int64)
+    return (line[: -(-length // page_size)] // page_size for line, (_, length) in zip(first_tokens, lengths, strict=True))
 
 
 def free_tokens(binding: Binding) -> int:

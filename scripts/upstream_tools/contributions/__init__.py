@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..codemod import Contribution
 from .cpu import CPU
+from .cpu_models import CPU_MODELS
 from .seams import SEAMS
 
-ALL: tuple[Contribution, ...] = CPU + SEAMS
+ALL: tuple[Contribution, ...] = CPU + CPU_MODELS + SEAMS

@@ -20,7 +20,7 @@ WORKING: dict[str, Any] = {
     "dp_size": 1,
 }
 BREAKING: dict[str, Any] = {
-    "device": "cuda",
+    "device": "xpu",
     "pp_size": 2,
     "disaggregation_mode": "prefill",
     "tokenizer_worker_num": 2,

@@ -251,6 +251,41 @@ def decode_without_lse_is_as_before():
     return isinstance(result, torch.Tensor) and bool(torch.allclose(result, torch.ones(1, 32)))
 
 
+def heads_on_four_ranks(**arguments):
+    """KV heads that a model with 2 gets on four ranks."""
+    import tempfile
+    from pathlib import Path
+
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
+
+    source = Path(__file__).resolve().parents[2] / "models" / "qwen3moe" / "config.json"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(json.loads(source.read_text()) | {"num_key_value_heads": 2}))
+        return adjust_config_with_unaligned_cpu_tp(ModelConfig(folder), LoadConfig(), 4, **arguments).num_key_value_heads
+
+
+def plain_rope_rotates():
+    from sglang.srt.layers.rotary_embedding.factory import get_rope, get_rope_cpu
+
+    generator = torch.Generator().manual_seed(1)
+    positions, query, key = torch.arange(7), torch.randn(7, 64, generator=generator), torch.randn(7, 16, generator=generator)
+    ours = get_rope_cpu(16, 16, 4096, 10000, False, None, torch.float32, 1.0, "cpu").forward_native(positions, query.clone(), key.clone())
+    stock = get_rope(16, 16, 4096, 10000, False, None, torch.float32).forward_native(positions, query.clone(), key.clone())
+    return all(torch.equal(a, b) for a, b in zip(ours, stock, strict=True)) and not torch.equal(ours[0], query)
+
+
+def rows_are_written_without_the_kernel():
+    from sglang.srt.mem_cache import allocation
+
+    allocation.assign_req_to_token_pool_cpu = None
+    table = torch.zeros(3, 6, dtype=torch.int32)
+    starts, ends = torch.tensor([1, 0]), torch.tensor([3, 1])
+    allocation.assign_req_to_token_pool_func(torch.tensor([2, 0]), table, starts, ends, torch.tensor([7, 8, 9]), 2)
+    return table.tolist() == [[9, 0, 0, 0, 0, 0], [0] * 6, [0, 7, 8, 0, 0, 0]]
+
+
 def probe():
     import sglang
 
@@ -268,6 +303,9 @@ def probe():
         "no_rank_is_raised_when_all_are_idle": outcome(lambda: raised([0, 0], True) == ([0, 0], 0)),
         "halves_merged_by_lse_equal_the_whole": outcome(halves_merged_by_lse_equal_the_whole),
         "decode_without_lse_is_as_before": outcome(decode_without_lse_is_as_before),
+        "heads_are_counted_per_attention_rank": outcome(lambda: (heads_on_four_ranks(attn_tp_size=1), heads_on_four_ranks()) == (2, 4)),
+        "plain_rope_rotates": outcome(plain_rope_rotates),
+        "rows_are_written_without_the_kernel": outcome(rows_are_written_without_the_kernel),
     }
 
 

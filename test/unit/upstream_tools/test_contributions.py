@@ -81,6 +81,15 @@ def test_a_gap_on_the_cpu_is_closed(outcome: str, closed: Any, gaps: dict[str, A
     assert gaps[outcome] == closed
 
 
+def test_the_allocator_loads_without_sgl_kernel(patched: Path) -> None:
+    """Closes test_sgl_kernel_is_needed_to_import_the_allocator_on_a_cpu."""
+    code = "import sys; sys.modules['sgl_kernel'] = None\nimport sglang.srt.mem_cache.allocation as a; print(a.__file__)"
+    environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(patched)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr[-1500:]
+    assert str(patched) in result.stdout
+
+
 @pytest.mark.parametrize(
     "outcome",
     [
@@ -97,6 +106,9 @@ def test_a_gap_on_the_cpu_is_closed(outcome: str, closed: Any, gaps: dict[str, A
         "no_rank_is_raised_when_all_are_idle",
         "halves_merged_by_lse_equal_the_whole",
         "decode_without_lse_is_as_before",
+        "heads_are_counted_per_attention_rank",
+        "plain_rope_rotates",
+        "rows_are_written_without_the_kernel",
     ],
 )
 def test_a_seam_works(outcome: str, seams: dict[str, Any]) -> None:

@@ -1,0 +1,57 @@
+"""What carries a sharded step on this server's device: transport and attention kernels. And what ran as a graph."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sglang_dcp.dataflow.partial_attention import PartialAttention, torch_partial_attention
+from sglang_dcp.dataflow.transport.base import Transport
+from sglang_dcp.dataflow.transport.gloo import GlooTransport
+from sglang_dcp.upstream.binding import current
+
+logger = logging.getLogger(__name__)
+
+
+def choose_transport(name: str, device: torch.device, gloo_group: dist.ProcessGroup, timeout_seconds: float) -> Transport:
+    """The transport of --dyncp-transport `name`, which the settings have checked against the device. Logs what `auto` means.
+
+    Every rank calls it, in the same place: a NCCL group is made by all of them.
+    """
+    if name == "auto":
+        name, reason = ("gloo", "the device is a CPU") if device.type == "cpu" else ("nccl", "peer memory is not joined yet")
+        logger.info("dyncp: --dyncp-transport auto is %s: %s", name, reason)
+    if name == "nccl":
+        from sglang_dcp.dataflow.transport.nccl import NcclTransport, create_nccl_group
+
+        return NcclTransport(create_nccl_group(timeout_seconds))
+    host = GlooTransport(gloo_group)
+    if device.type == "cpu":
+        return host
+    from sglang_dcp.dataflow.transport.host_staged import HostStagedTransport
+
+    return HostStagedTransport(host)
+
+
+def choose_partial_attention(device: torch.device, page_size: int) -> PartialAttention:
+    """FlashInfer on a GPU, plain torch elsewhere."""
+    if device.type == "cpu":
+        return torch_partial_attention
+    from sglang_dcp.dataflow.paged_attention import PagedPartialAttention
+    from sglang_dcp.dataflow.paged_attention_flashinfer import flashinfer_kernel
+
+    return PagedPartialAttention(page_size, flashinfer_kernel)
+
+
+def count_forward(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER TpModelWorker.forward_batch_generation: which share of the steps runs as a graph."""
+    binding = current()
+    if binding is None:
+        return
+    if result.can_run_cuda_graph:
+        binding.graph_steps += 1
+    else:
+        binding.eager_steps += 1

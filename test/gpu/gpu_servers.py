@@ -1,0 +1,128 @@
+"""SGLang servers on a GPU for the runtime check: started together (a start is mostly imports), each with a log of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from support.client import Client
+from support.processes import end_process_tree
+from support.server import find_free_port
+
+HERE = Path(__file__).resolve().parent
+READY = "fired up and ready"
+ONE_GPU = {"SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "1", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONFAULTHANDLER": "1",
+    "SGLANG_DYNCP_UNVERIFIED_GPU": "1",
+    # Several servers share the GPU, so the ranks see different amounts of free memory.
+    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
+    # One prefill kernel for all: the ragged one of the stock path would be compiled for minutes.
+    "SGLANG_FLASHINFER_USE_PAGED": "1",
+}
+
+
+@dataclass
+class GpuServer:
+    """One server. flags: further flags. one_gpu: every rank on GPU 0. device cpu: the same check without a GPU, slowly."""
+
+    name: str
+    model_path: Path
+    instances: int
+    pool_tokens: int
+    dyncp: bool
+    flags: tuple[str, ...] = ()
+    one_gpu: bool = False
+    device: str = "cuda"
+    port: int = 0
+    process: subprocess.Popen[bytes] | None = None
+    log_path: Path = field(default_factory=Path)
+    ready_s: float | None = None
+
+    def command(self) -> list[str]:
+        run = ["sglang_dcp.cli", "serve"] if self.device == "cpu" else ["sglang.launch_server"]
+        command = [sys.executable, "-m", *run, "--model-path", str(self.model_path), "--port", str(self.port), "--skip-server-warmup"]
+        command += [
+            "--context-length",
+            "8192" if self.device == "cuda" else "4096",
+            "--page-size",
+            "16",
+            "--max-total-tokens",
+            str(self.pool_tokens),
+        ]
+        command += ["--chunked-prefill-size", str(self.pool_tokens // 8 * self.instances), "--tp", str(self.instances)]
+        if self.device == "cuda":
+            command += ["--dtype", "bfloat16", "--attention-backend", "flashinfer", "--sampling-backend", "pytorch"]
+            command += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "8", "--mem-fraction-static", "0.6"]
+            command += ["--disable-custom-all-reduce", "--disable-flashinfer-autotune"]
+        else:
+            command += ["--dtype", "float32"]
+        if self.dyncp:
+            command += ["--enable-dyncp", "--enable-metrics"]
+        return command + list(self.flags)
+
+    def start(self, log_folder: Path, port: int) -> None:
+        self.port, self.log_path = port, log_folder / f"{self.name}.log"
+        environment = os.environ | ENVIRONMENT | (ONE_GPU if self.one_gpu else {})
+        if self.one_gpu:
+            environment["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(HERE / "one_gpu")])
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                self.command(), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+            )
+
+    @property
+    def client(self) -> Client:
+        return Client(self.port, timeout_s=120.0)
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def is_ready(self) -> bool:
+        return READY in self.log()
+
+    def dump_stacks(self) -> None:
+        """Makes every Python process of the server write its stacks to the log and end. For a server that hangs."""
+        import psutil
+
+        if self.process is None or not self.alive:
+            return
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            process.send_signal(signal.SIGABRT)
+        time.sleep(1.0)
+
+
+def start_all(servers: list[GpuServer], log_folder: Path) -> None:
+    """Each gets a range of ports of its own: SGLang draws further ones from the 1,000 above a server's."""
+    for index, server in enumerate(servers):
+        server.start(log_folder, find_free_port(15000 + 1200 * index, 15000 + 1200 * index + 300))
+
+
+def stop_all(servers: list[GpuServer]) -> None:
+    """Ends every server with its whole process tree, all at once."""
+    with ThreadPoolExecutor(max(1, len(servers))) as pool:
+        list(pool.map(lambda server: server.process and end_process_tree(server.process.pid, grace_s=2.0), servers))
+
+
+def wait_ready(servers: list[GpuServer], deadline: float) -> None:
+    """Returns when every server is ready, has ended, or `deadline` (time.monotonic) has passed. Sets ready_s of those that are."""
+    began = time.monotonic()
+    while time.monotonic() < deadline:
+        waiting = [server for server in servers if server.ready_s is None and server.alive]
+        for server in waiting:
+            if server.is_ready():
+                server.ready_s = time.monotonic() - began
+        if not waiting:
+            return
+        time.sleep(0.25)

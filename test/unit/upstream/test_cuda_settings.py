@@ -1,0 +1,90 @@
+"""What a GPU server completes and refuses, each by its flag's name."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_dcp.upstream.cuda_settings import (
+    UNVERIFIED_VARIABLE,
+    complete_attention_backend,
+    complete_prefill_graph,
+    find_cuda_refusal,
+    find_transport_refusal,
+)
+
+
+def graphs(prefill: str) -> SimpleNamespace:
+    return SimpleNamespace(prefill=SimpleNamespace(backend=prefill), decode=SimpleNamespace(backend="full"))
+
+
+WORKING: dict[str, Any] = {
+    "attention_backend": "flashinfer",
+    "cuda_graph_config": graphs("disabled"),
+    "moe_a2a_backend": "none",
+    "enable_torch_compile": False,
+    "enable_deterministic_inference": False,
+}
+
+
+def refusal(**changes: Any) -> str | None:
+    return find_cuda_refusal((WORKING | changes).get, {UNVERIFIED_VARIABLE: "1"})
+
+
+@pytest.mark.parametrize("environment", [{}, {UNVERIFIED_VARIABLE: ""}, {UNVERIFIED_VARIABLE: "0"}])
+def test_a_gpu_is_refused(environment: dict[str, str]) -> None:
+    message = find_cuda_refusal(WORKING.get, environment)
+    assert message is not None and message.startswith("--device cuda does not work with --enable-dyncp")
+
+
+def test_the_check_of_the_path_may_serve() -> None:
+    assert refusal() is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"attention_backend": "fa3"}, "--attention-backend fa3"),
+        ({"decode_attention_backend": "trtllm_mha"}, "--decode-attention-backend trtllm_mha"),
+        ({"prefill_attention_backend": "fa3"}, "--prefill-attention-backend fa3"),
+        ({"cuda_graph_config": graphs("breakable")}, "--cuda-graph-backend-prefill breakable"),
+        ({"moe_a2a_backend": "deepep"}, "--moe-a2a-backend deepep"),
+        ({"enable_torch_compile": True}, "--enable-torch-compile True"),
+        ({"enable_deterministic_inference": True}, "--enable-deterministic-inference True"),
+    ],
+)
+def test_what_was_not_run_is_refused(changes: dict[str, Any], flag: str) -> None:
+    message = refusal(**changes)
+    assert message is not None and message.startswith(f"{flag} does not work with --enable-dyncp")
+
+
+def test_completions_leave_what_the_user_said() -> None:
+    assert complete_attention_backend({}.get) == {"attention_backend": "flashinfer"}
+    assert complete_attention_backend({"attention_backend": "fa3"}.get) == {}
+    assert complete_attention_backend({"decode_attention_backend": "fa3"}.get) == {}
+    assert complete_prefill_graph({}.get) == {"disable_prefill_cuda_graph": True}
+    assert complete_prefill_graph({"disable_prefill_cuda_graph": True}.get) == {}
+    assert complete_prefill_graph({"cuda_graph_backend_prefill": "full"}.get) == {}
+
+
+@pytest.mark.parametrize(
+    ("transport", "device", "there"),
+    [
+        ("auto", "cpu", True),
+        ("gloo", "cpu", True),
+        ("nccl", "cpu", False),
+        ("auto", "cuda", True),
+        ("nccl", "cuda", True),
+        ("gloo", "cuda", True),
+    ],
+)
+def test_transports_per_device(transport: str, device: str, there: bool) -> None:
+    assert (find_transport_refusal(transport, device) is None) == there
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_peer_is_nowhere_yet(device: str) -> None:
+    message = find_transport_refusal("peer", device)
+    assert message is not None and message.startswith(f"--dyncp-transport peer is not there on --device {device}")

@@ -1,0 +1,137 @@
+"""How a step that has sharded rows is told from one that has none, and what SGLang may do in either."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_dcp.upstream import attention_backend, binding, step_path, step_sync
+
+STOCK_OUTPUT = object()
+
+
+class Stock:
+    """What our backend class needs of a stock backend."""
+
+    forward_metadata: Any = "old"
+    token_to_kv_pool = None
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        self.forward_metadata = "stock's"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return STOCK_OUTPUT
+
+
+@pytest.fixture
+def bound() -> Iterator[Any]:
+    """A binding of this process; `pending_rows` says whether the step is sharded."""
+    found: Any = SimpleNamespace(pending_rows=None, graph_steps=0, eager_steps=0)
+    binding.bind(found)
+    yield found
+    binding.bind(None)  # type: ignore[arg-type]
+
+
+def test_stock_runs_where_no_row_is_sharded(bound: Any) -> None:
+    backend = attention_backend.make_backend_class(Stock)()
+    backend.init_forward_metadata(None)
+    assert backend.forward_metadata == "stock's"
+    assert backend.forward(None, None, None, None, None) is STOCK_OUTPUT
+    assert attention_backend.fused_kv_write(lambda batch: True, None) is True
+
+
+def test_a_sharded_step_keeps_stock_out(bound: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bound.pending_rows = []
+    backend = attention_backend.make_backend_class(Stock)()
+    backend.init_forward_metadata(None)
+    assert backend.forward_metadata is None
+    seen: list[Any] = []
+    monkeypatch.setattr(attention_backend, "forward_sharded", lambda *args: seen.append(args))
+    q, k, v = torch.zeros(1, 4), torch.zeros(1, 2), torch.zeros(1, 2)
+    backend.forward(q, k, v, "layer", "batch")
+    assert seen[0][1:] == (None, q, k, v, "layer")
+    assert attention_backend.fused_kv_write(lambda batch: True, None) is False
+
+
+def test_a_process_without_an_instance_is_stock() -> None:
+    binding.bind(None)  # type: ignore[arg-type]
+    assert not attention_backend.step_is_sharded()
+    assert attention_backend.make_backend_class(Stock)().forward(None, None, None, None, None) is STOCK_OUTPUT
+
+
+def test_rotary_parts_are_joined_behind_the_latent() -> None:
+    """FlashInfer's MLA gets q [T, heads, latent] and q_rope [T, heads, rotary] apart."""
+    q, k = torch.randn(3, 4, 8), torch.randn(3, 1, 8)
+    q_rope, k_rope = torch.randn(3, 4, 2), torch.randn(3, 1, 2)
+    joined_q, joined_k, v = attention_backend.with_rotary_part(q, k, k, q_rope=q_rope, k_rope=k_rope)
+    assert joined_q.equal(torch.cat([q, q_rope], -1)) and joined_k.equal(torch.cat([k, k_rope], -1)) and v is k
+    flat_q, _, _ = attention_backend.with_rotary_part(q.flatten(1), k, k, q_rope=q_rope.flatten(1), k_rope=k_rope)
+    assert flat_q.equal(joined_q)
+    assert attention_backend.with_rotary_part(q, k, k)[0] is q
+
+
+def test_graph_and_eager_steps_are_counted(bound: Any) -> None:
+    for ran_as_graph in (True, True, False):
+        step_path.count_forward(SimpleNamespace(can_run_cuda_graph=ran_as_graph), None)
+    assert (bound.graph_steps, bound.eager_steps) == (2, 1)
+
+
+def test_auto_is_gloo_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    with caplog.at_level("INFO"):
+        chosen = step_path.choose_transport("auto", cpu, None, 1.0)  # type: ignore[arg-type]
+    assert type(chosen).__name__ == "GlooTransport" and "auto is gloo: the device is a CPU" in caplog.text
+    assert type(step_path.choose_transport("gloo", cuda, None, 1.0)).__name__ == "HostStagedTransport"  # type: ignore[arg-type]
+    monkeypatch.setattr("sglang_dcp.dataflow.transport.nccl.create_nccl_group", lambda timeout: None)
+    with caplog.at_level("INFO"):
+        assert type(step_path.choose_transport("auto", cuda, None, 1.0)).__name__ == "NcclTransport"  # type: ignore[arg-type]
+    assert "auto is nccl" in caplog.text
+
+
+def test_a_sharded_row_anywhere_makes_the_step_eager_everywhere(bound: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flags that SGLang's graph runners ask are cleared from what all instances know, with an idle instance made to take part."""
+    for num_sharded, graph in ((0, True), (1, False)):
+        bound.instance = SimpleNamespace(
+            num_instances=2,
+            num_sharded_rows=num_sharded,
+            plan="old",
+            read_columns=lambda columns: 0,
+            finish_step=lambda words, anybody_runs: None,
+        )
+        bound.metrics, bound.ran_since_check = None, False
+        monkeypatch.setattr(step_sync, "home_rows", lambda found: ["rows"])
+        info = SimpleNamespace(
+            tp0_info_cpu=torch.zeros(2, 19, dtype=torch.int64),
+            global_num_tokens=[3, 0],
+            num_tokens=0,
+            can_run_decode_cuda_graph=True,
+            can_run_prefill_cuda_graph=True,
+        )
+        step_sync.after_gather(None, info)
+        assert info.can_run_decode_cuda_graph is info.can_run_prefill_cuda_graph is graph
+        assert info.global_num_tokens == ([3, 0] if graph else [3, 1])
+        assert (bound.pending_rows is None) == graph and bound.instance.plan is None
+
+
+def test_pages_of_local_requests_come_in_one_read() -> None:
+    """Page numbers per request, cut to its own length; the table holds token ids."""
+    page_size = 4
+    table = torch.zeros(3, 32, dtype=torch.int32)
+    pages = {0: [5, 2, 7], 2: [9]}
+    for line, numbers in pages.items():
+        table[line, : len(numbers) * page_size] = torch.from_numpy(
+            (np.array(numbers)[:, None] * page_size + np.arange(page_size)).ravel()
+        ).int()
+    found: Any = SimpleNamespace(
+        instance=SimpleNamespace(page_size=page_size),
+        scheduler=SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token=table)),
+    )
+    requests = [(SimpleNamespace(kv=SimpleNamespace(req_pool_idx=line)), length) for line, length in ((0, 9), (2, 4))]
+    assert [numbers.tolist() for numbers in step_sync.read_local_pages(found, requests)] == [[5, 2, 7], [9]]
+    assert list(step_sync.read_local_pages(found, [])) == []
