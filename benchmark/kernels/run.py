@@ -64,7 +64,7 @@ def main() -> None:
         "torch": torch.__version__,
         "commit": arguments.commit or commit_id(),
         "copy_bandwidth_tb_per_s": round(bandwidth / 1e12, 3),
-        **{name: round(value, 4) for name, value in keys.items()},
+        **{name: round(value, 4) if isinstance(value, float) else value for name, value in keys.items()},
         "bars": bars,
         "table": [{"kernel": r.name, "us": round(r.microseconds, 2), "bytes": r.bytes, "note": r.note} for r in rows],
     }

@@ -61,7 +61,7 @@ def copy_bandwidth() -> float:
 
 
 def print_table(rows: list[Row], bandwidth: float) -> None:
-    print(f"{'kernel':46} {'us':>9} {'MB':>9} {'of copy':>8}  note")
+    print(f"{'kernel':64} {'us':>9} {'MB':>9} {'of copy':>8}  note")
     for row in rows:
         moved, share = (f"{row.bytes / 1e6:9.2f}", f"{row.share(bandwidth):8.2f}") if row.bytes else (" " * 9, " " * 8)
-        print(f"{row.name:46} {row.microseconds:9.2f} {moved} {share}  {row.note}")
+        print(f"{row.name:64} {row.microseconds:9.2f} {moved} {share}  {row.note}")

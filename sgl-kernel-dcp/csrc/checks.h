@@ -55,14 +55,19 @@ inline int multiprocessor_count(int device) {
   return count;
 }
 
-// Loads a kernel's code now: a lazy load during its first launch would wait for kernels that wait for it.
-template <typename Kernel>
-int preload_kernel(Kernel kernel, int threads, int device, size_t shared_bytes = 0) {
-  cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-  int blocks = 0;
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), "occupancy");
-  return blocks * multiprocessor_count(device);
-}
+// The current device while it lives; the one before comes back.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (device != previous_) check_cuda(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~DeviceGuard() { cudaSetDevice(previous_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+};
 
 }  // namespace dcp

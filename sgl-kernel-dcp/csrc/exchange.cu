@@ -4,7 +4,7 @@
 #include "checks.h"
 
 #include <algorithm>
-#include <vector>
+#include <utility>
 
 #include <tvm/ffi/container/map.h>
 #include <tvm/ffi/container/shape.h>
@@ -27,20 +27,20 @@ struct Exchange {
   PeerPointers peers;
   int32_t rank;
   int32_t device;
-  int32_t max_dispatch_blocks;
-  int32_t max_return_blocks;
+  int32_t num_multiprocessors;
+  int32_t num_sharing;  // instances on this GPU; with more than one only grouped launches may be early: a waiting successor would
+                        // take the place of a peer's kernel
   bool early_launch;
-  bool alone;  // on its GPU; else only grouped launches may be early: a waiting successor would take the place of a peer's kernel
   uint64_t wait_limit_ns;
 };
 
 // Launches on hold between begin_group and end_group of this thread.
 struct PendingGroup {
   bool open = false;
-  std::vector<DispatchParams> dispatches;
-  std::vector<ReturnParams> returns;
-  unsigned blocks = 0;
-  bool early_launch = false;
+  bool two_parts = false;
+  const Exchange* exchange = nullptr;
+  Group<DispatchParams, kMaxGrouped> dispatches{};
+  Group<ReturnParams, kMaxGrouped> returns{};
 };
 
 PendingGroup& pending_group() {
@@ -60,7 +60,10 @@ ExchangeShape exchange_shape(const Shape& n) {
   check_multiple("query_row_bytes", n[6], kVectorBytes);
   check_limit("query_row_bytes", n[6], kVectorBytes, 1 << 22);
   check_multiple("v_head_bytes", n[7], kVectorBytes);
-  check_limit("v_head_bytes", n[7], kVectorBytes, kPieceBytes);
+  check_limit("v_head_bytes", n[7], kVectorBytes, kMaxHeadBytes);
+  // The kernels count vectors of partial results in 32 bits.
+  const int64_t num_vectors = std::max(n[2], n[4]) * n[5] * (n[7] / kVectorBytes);
+  check_limit("vectors of all partial results (rows x num_heads x v_head_bytes / 16)", num_vectors, 1, UINT32_MAX);
   check_multiple("kv_row_bytes", n[8], kVectorBytes);
   check_limit("kv_row_bytes", n[8], kVectorBytes, 1 << 20);
   ExchangeShape shape;
@@ -73,13 +76,12 @@ ExchangeShape exchange_shape(const Shape& n) {
 Map<String, int64_t> exchange_layout(Shape numbers) {
   const ExchangeLayout layout = ExchangeLayout::make(exchange_shape(numbers));
   return {{"num_query_pieces", layout.num_query_pieces},
-          {"heads_per_piece", layout.heads_per_piece},
-          {"num_output_pieces", layout.num_output_pieces},
-          {"output_piece_stride", layout.output_piece_stride},
+          {"num_return_pieces", layout.num_return_pieces},
+          {"num_merge_pieces", layout.num_merge_pieces},
           {"acknowledgement", layout.acknowledgement},
           {"query_flag", layout.query_flag},
           {"kv_flag", layout.kv_flag},
-          {"return_flag", layout.return_flag},
+          {"return_lse", layout.return_lse},
           {"query_rows", layout.query_rows},
           {"kv_rows", layout.kv_rows},
           {"return_slots", layout.return_slots},
@@ -87,6 +89,22 @@ Map<String, int64_t> exchange_layout(Shape numbers) {
           {"state_bytes", static_cast<int64_t>(sizeof(InstanceState))},
           {"silent_mask", static_cast<int64_t>(offsetof(InstanceState, silent_mask))},
           {"silent_epoch", static_cast<int64_t>(offsetof(InstanceState, silent_epoch))}};
+}
+
+// Loads a kernel's code now (a lazy load during its first launch would wait for kernels that wait for it) and makes sure that all
+// blocks of a grid run at once on this device.
+template <typename Kernel>
+void prepare_kernel(Kernel kernel, const char* name) {
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  for (const auto& [threads, needed] : {std::pair{kThreads, kBlocksPerMultiprocessor}, std::pair{kSharedThreads, 1}}) {
+    int blocks = 0;
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0), "occupancy");
+    if (blocks < needed) {
+      TVM_FFI_THROW(RuntimeError) << name << ": " << blocks << " blocks of " << threads << " threads fit on a multiprocessor, needs "
+                                  << needed;
+    }
+  }
 }
 
 // `peers`: addresses of the exchange buffers in this process. `num_sharing`: instances on this GPU; a waiting kernel takes at most
@@ -101,7 +119,7 @@ int64_t create_exchange(Shape numbers, Shape table_numbers, Shape peers, int64_t
   check_limit("rank", rank, 0, shape.num_instances - 1);
   check_limit("num_sharing", num_sharing, 1, kMaxInstances);
   check_limit("wait_limit_ns", wait_limit_ns, 1000, int64_t{600} * 1000000000);
-  check_cuda(cudaSetDevice(static_cast<int>(device)), "cudaSetDevice");
+  const DeviceGuard guard(static_cast<int>(device));
   auto* exchange = new Exchange{};
   exchange->shape = shape;
   exchange->layout = ExchangeLayout::make(shape);
@@ -116,16 +134,14 @@ int64_t create_exchange(Shape numbers, Shape table_numbers, Shape peers, int64_t
   exchange->device = static_cast<int32_t>(device);
   exchange->wait_limit_ns = static_cast<uint64_t>(wait_limit_ns);
   exchange->early_launch = early_launch;
-  exchange->alone = num_sharing == 1;
-  const int multiprocessors = multiprocessor_count(exchange->device);
-  const int dispatch_capacity = std::min(preload_kernel(dispatch_kernel<false>, kThreads, exchange->device),
-                                         preload_kernel(dispatch_kernel<true>, kThreads, exchange->device));
-  preload_kernel(grouped_dispatch_kernel, kThreads, exchange->device);
-  preload_kernel(grouped_return_merge_kernel, kThreads, exchange->device);
-  const int return_capacity = preload_kernel(return_merge_kernel, kThreads, exchange->device);
-  const int share = std::max<int>(1, multiprocessors / static_cast<int>(num_sharing));
-  exchange->max_dispatch_blocks = num_sharing > 1 ? share : dispatch_capacity;
-  exchange->max_return_blocks = num_sharing > 1 ? share : return_capacity;
+  exchange->num_sharing = static_cast<int32_t>(num_sharing);
+  exchange->num_multiprocessors = multiprocessor_count(exchange->device);
+  prepare_kernel(dispatch_kernel<false, 1>, "dispatch_kernel");
+  prepare_kernel(dispatch_kernel<true, 1>, "dispatch_kernel");
+  prepare_kernel(dispatch_kernel<false, kMaxGrouped>, "dispatch_kernel of a group");
+  prepare_kernel(dispatch_kernel<true, kMaxGrouped>, "dispatch_kernel of a group");
+  prepare_kernel(return_merge_kernel<1>, "return_merge_kernel");
+  prepare_kernel(return_merge_kernel<kMaxGrouped>, "return_merge_kernel of a group");
   return reinterpret_cast<int64_t>(exchange);
 }
 
@@ -163,29 +179,53 @@ int64_t bytes_per_row(const RowSource& source, int64_t heads) {
   return (source.num_vectors[0] + source.num_vectors[1]) * heads * kVectorBytes;
 }
 
-template <typename Params>
-void launch(void (*kernel)(Params), const Params& params, dim3 blocks, bool early_launch, cudaStream_t stream, const char* name) {
+template <typename Members>
+void launch(void (*kernel)(Members), const Members& members, unsigned blocks, unsigned threads, bool early_launch, cudaStream_t stream,
+            const char* name) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = blocks;
-  config.blockDim = dim3(kThreads);
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = early_launch ? 1 : 0;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, params), name);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, members), name);
+}
+
+// Alone on its GPU, or with all that share it in one launch: small blocks on every multiprocessor, all of them running at once with room
+// for the successor's. Otherwise large blocks on this instance's share of the multiprocessors, so that all waiting kernels fit together.
+template <typename Params>
+void launch_one(void (*kernel)(Group<Params, 1>), const Exchange& exchange, const Params& params, int64_t max_items, cudaStream_t stream,
+                const char* name) {
+  const bool alone = exchange.num_sharing == 1;
+  const int64_t threads = alone ? kThreads : kSharedThreads;
+  const int64_t limit = alone ? exchange.num_multiprocessors * kBlocksPerMultiprocessor
+                              : std::max(1, exchange.num_multiprocessors / exchange.num_sharing);
+  const int64_t blocks = std::clamp<int64_t>(divide_up(max_items, threads / 32), 1, limit);
+  const DeviceGuard guard(exchange.device);
+  launch(kernel, Group<Params, 1>{{params}, 1}, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
+         exchange.early_launch && alone, stream, name);
 }
 
 template <typename Params>
-bool hold(std::vector<Params>& members, const Params& params, unsigned blocks, bool early_launch) {
+void launch_group(void (*kernel)(Group<Params, kMaxGrouped>), const Exchange& exchange, const Group<Params, kMaxGrouped>& group,
+                  cudaStream_t stream, const char* name) {
+  const DeviceGuard guard(exchange.device);
+  const auto blocks = static_cast<unsigned>(exchange.num_multiprocessors * kBlocksPerMultiprocessor);
+  launch(kernel, group, blocks, kThreads, exchange.early_launch, stream, name);
+}
+
+// Whether a launch is on hold; then `params` has joined `members`.
+template <typename Params>
+bool hold(const Exchange& exchange, Group<Params, kMaxGrouped>& members, const Params& params) {
   PendingGroup& group = pending_group();
   if (!group.open) return false;
-  if (group.dispatches.size() + group.returns.size() > members.size()) TVM_FFI_THROW(ValueError) << "a group holds one kind of call";
-  check_limit("calls in one group", members.size() + 1, 1, kMaxGrouped);
-  members.push_back(params);
-  group.blocks = std::max(group.blocks, blocks);
-  group.early_launch = early_launch;
+  if (group.dispatches.size + group.returns.size > members.size) TVM_FFI_THROW(ValueError) << "a group holds one kind of call";
+  check_limit("calls in one group", members.size + 1, 1, kMaxGrouped);
+  members.members[members.size++] = params;
+  group.exchange = &exchange;
   return true;
 }
 
@@ -198,17 +238,14 @@ void abandon_group() { pending_group() = PendingGroup{}; }
 
 // Launches what was held since begin_group as one kernel on the current stream of `tensor`'s device.
 void end_group(TensorView tensor) {
-  const PendingGroup group = pending_group();
-  pending_group() = PendingGroup{};
-  const dim3 blocks(group.blocks, static_cast<unsigned>(group.dispatches.size() + group.returns.size()));
-  if (!group.dispatches.empty()) {
-    DispatchGroup members{};
-    std::copy(group.dispatches.begin(), group.dispatches.end(), members.members);
-    launch(grouped_dispatch_kernel, members, blocks, group.early_launch, current_stream(tensor), "grouped_dispatch_kernel");
-  } else if (!group.returns.empty()) {
-    ReturnGroup members{};
-    std::copy(group.returns.begin(), group.returns.end(), members.members);
-    launch(grouped_return_merge_kernel, members, blocks, group.early_launch, current_stream(tensor), "grouped_return_merge_kernel");
+  PendingGroup& group = pending_group();
+  group.open = false;
+  if (group.dispatches.size > 0) {
+    launch_group(group.two_parts ? dispatch_kernel<true, kMaxGrouped> : dispatch_kernel<false, kMaxGrouped>, *group.exchange,
+                 group.dispatches, current_stream(tensor), "dispatch_kernel of a group");
+  } else if (group.returns.size > 0) {
+    launch_group(return_merge_kernel<kMaxGrouped>, *group.exchange, group.returns, current_stream(tensor),
+                 "return_merge_kernel of a group");
   }
 }
 
@@ -255,12 +292,15 @@ void dispatch(int64_t handle, TensorView tables, TensorView state, TensorView qu
     const int64_t bytes = bytes_per_row(params.key_value, 1);
     check_limit("bytes of one K/V row", bytes, exchange.shape.kv_row_bytes, exchange.shape.kv_row_bytes);
   }
-  const bool flat = !query_rope.has_value() && query.stride(1) == query.size(2);
-  const int64_t units = std::max<int64_t>(exchange.shape.max_home_rows * int64_t{exchange.layout.num_query_pieces}, 1);
-  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, exchange.max_dispatch_blocks));
-  if (hold(pending_group().dispatches, params, blocks, exchange.early_launch)) return;
-  launch(flat ? dispatch_kernel<false> : dispatch_kernel<true>, params, dim3(blocks), exchange.early_launch && exchange.alone,
-         current_stream(query), "dispatch_kernel");
+  const bool two_parts = query_rope.has_value() || query.stride(1) != query.size(2);
+  if (hold(exchange, pending_group().dispatches, params)) {
+    pending_group().two_parts |= two_parts;
+    return;
+  }
+  const int64_t pieces = exchange.layout.num_query_pieces;
+  const int64_t items = std::max(exchange.shape.max_home_rows * pieces, divide_up(exchange.shape.max_attention_rows * pieces, int64_t{32}));
+  launch_one(two_parts ? dispatch_kernel<true, 1> : dispatch_kernel<false, 1>, exchange, params, items, current_stream(query),
+             "dispatch_kernel");
 }
 
 void return_merge(int64_t handle, TensorView tables, TensorView state, TensorView partial, TensorView partial_lse, TensorView merged,
@@ -280,11 +320,10 @@ void return_merge(int64_t handle, TensorView tables, TensorView state, TensorVie
   params.partial = static_cast<const uint8_t*>(partial.data_ptr());
   params.partial_lse = static_cast<const float*>(partial_lse.data_ptr());
   params.merged = static_cast<uint8_t*>(merged.data_ptr());
-  const int64_t units = int64_t{std::max(exchange.shape.max_attention_rows, exchange.shape.max_home_rows)} * exchange.layout.num_output_pieces;
-  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(units, exchange.max_return_blocks));
-  if (hold(pending_group().returns, params, blocks, exchange.early_launch)) return;
-  launch(return_merge_kernel, params, dim3(blocks), exchange.early_launch && exchange.alone, current_stream(partial),
-         "return_merge_kernel");
+  if (hold(exchange, pending_group().returns, params)) return;
+  const int64_t items = std::max(int64_t{exchange.shape.max_attention_rows} * exchange.layout.num_return_pieces,
+                                 int64_t{exchange.shape.max_home_rows} * exchange.layout.num_merge_pieces);
+  launch_one(return_merge_kernel<1>, exchange, params, items, current_stream(partial), "return_merge_kernel");
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ using tvm::ffi::Tensor;
 
 struct DeviceAllocation {
   void AllocData(DLTensor* tensor) {
-    check_cuda(cudaSetDevice(tensor->device.device_id), "cudaSetDevice");
+    const DeviceGuard guard(tensor->device.device_id);
     const size_t bytes = static_cast<size_t>(tensor->shape[0]);
     check_cuda(cudaMalloc(&tensor->data, bytes), "cudaMalloc of the exchange buffer");
     check_cuda(cudaMemset(tensor->data, 0, bytes), "cudaMemset");
@@ -40,7 +40,7 @@ int64_t open_ipc_handle(Bytes bytes, int64_t device) {
   cudaIpcMemHandle_t handle;
   check_limit("IPC handle bytes", bytes.size(), sizeof(handle), sizeof(handle));
   std::memcpy(&handle, bytes.data(), sizeof(handle));
-  check_cuda(cudaSetDevice(static_cast<int>(device)), "cudaSetDevice");
+  const DeviceGuard guard(static_cast<int>(device));
   void* address = nullptr;
   check_cuda(cudaIpcOpenMemHandle(&address, handle, cudaIpcMemLazyEnablePeerAccess), "cudaIpcOpenMemHandle");
   return reinterpret_cast<int64_t>(address);

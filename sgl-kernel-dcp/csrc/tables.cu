@@ -27,7 +27,8 @@ TableShape table_shape(const Shape& numbers) {
   const TableShape shape{static_cast<int32_t>(numbers[0]), static_cast<int32_t>(numbers[1]), static_cast<int32_t>(numbers[2]),
                     static_cast<int32_t>(numbers[3]), static_cast<int32_t>(numbers[4]), static_cast<int32_t>(numbers[5]),
                     static_cast<int32_t>(numbers[6])};
-  check_limit("words of all tables (max_attention_rows x max_pages_per_row is the largest)", TableLayout::make(shape).total_size, 1, INT32_MAX);
+  const int64_t num_words = TableLayout::make(shape).total_size;
+  check_limit("words of all tables (max_attention_rows x max_pages_per_row is the largest)", num_words, 1, INT32_MAX);
   return shape;
 }
 
@@ -64,6 +65,7 @@ void build_tables(TensorView tables, TensorView resident_pages, Shape numbers, i
   params.resident_pages = static_cast<int32_t*>(resident_pages.data_ptr());
   params.rank = static_cast<int32_t>(rank);
   const int device = tables.device().device_id;
+  const DeviceGuard guard(device);
   const int64_t page_blocks = divide_up(params.shape.max_pages, 2 * kTableThreads);
   const unsigned blocks = 1 + static_cast<unsigned>(std::min<int64_t>(page_blocks, multiprocessor_count(device) - 1));
   const size_t shared_bytes = sizeof(int) * (params.shape.max_attention_rows + 1);

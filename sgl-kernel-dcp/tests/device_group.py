@@ -79,11 +79,12 @@ class DeviceGroup:
         torch.cuda.synchronize()
 
     def randomise(self) -> None:
-        """New inputs, poisoned outputs; about one partial in eight is neutral and holds NaN."""
+        """New inputs, poisoned outputs; about one partial in eight is neutral (LSE -inf or +inf) and holds NaN."""
         self.query.normal_()
         self.kv.normal_()
         self.lse.normal_(std=4.0)
-        self.lse.masked_fill_(torch.rand(*self.lse.shape[:2], 1, device="cuda:0") < 0.125, float("-inf"))
+        chance = torch.rand(*self.lse.shape[:2], 1, device="cuda:0")
+        self.lse.masked_fill_(chance < 0.125, float("-inf")).masked_fill_(chance < 0.0625, float("inf"))
         self.pool.fill_(POISON)
         self.partial.fill_(float("nan"))
         self.merged.fill_(float("nan"))
@@ -148,6 +149,7 @@ class DeviceGroup:
         index = step.merge_index.clamp_min(0).permute(2, 0, 1)
         sent = (wanted[..., : self.shape.v_head_dim] + self.shift).flatten(0, 1)
         lse = torch.where(present.unsqueeze(-1), self.lse.flatten(0, 1)[index], float("-inf"))
+        lse = lse.masked_fill(lse == float("inf"), float("-inf"))
         expected = merge_partial_states(sent[index].float(), lse)
         rows = step.home_rows
         error = (self.merged.float() - expected.output).abs()

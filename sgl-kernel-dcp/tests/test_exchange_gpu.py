@@ -169,6 +169,38 @@ def test_a_silent_peer_is_masked_and_reported(library) -> None:
                 values = torch.stack([(group.query[home, m, :, :128] + group.shift[s, 0]).float() for s, _ in alive])
                 expected = (torch.softmax(lse, 0).unsqueeze(-1) * values).sum(0)
                 torch.testing.assert_close(group.merged[home, m].float(), expected, atol=3e-2, rtol=1e-2)
+    for exchange in group.exchanges:
+        begin = exchange.layout["return_slots"]
+        slots = exchange._bytes[begin : begin + 12 * 16 * 128 * 2]
+        assert bool((slots == 0xFF).all()) or exchange.rank == 2
+        slots.zero_()  # what a silent peer may send after all
+        exchange.forgive()
+        assert bool((slots == 0xFF).all())
+    assert group.silent()[:2] == [{}, {}]
+    group.close()
+
+
+def test_values_that_look_like_an_empty_slot_arrive_as_nan(library) -> None:
+    """A word of ones means "nothing has come": a partial made of them must neither hang nor leave its row without NaN."""
+    group = DeviceGroup(SMALL, ExchangeShape(64, 128, 128, 1024, 24))
+    step = prepare_step(messages_for(group, 3, "mixed"), group)
+    group.randomise()
+    group.lse.normal_()
+    group.load(step)
+    for tables in group.tables:
+        tables.build()
+    for rank in range(group.num_instances):
+        group.dispatch(rank, phases=PHASE_SEND)
+    for rank in range(group.num_instances):
+        group.dispatch(rank, phases=PHASE_RECEIVE)
+        group.partial[rank].view(torch.int16).fill_(-1)
+    for phase in (PHASE_SEND, PHASE_RECEIVE):
+        for rank in range(group.num_instances):
+            group.return_merge(rank, phases=phase)
+    torch.cuda.synchronize()
+    served = (step.merge_index >= 0).any(-1)
+    assert bool(served.any()) and bool(group.merged[served].isnan().all())
+    assert group.silent() == [{}] * group.num_instances
     group.close()
 
 

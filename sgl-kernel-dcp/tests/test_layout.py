@@ -20,6 +20,7 @@ SHAPES = [
     (TableShape(16, 256, 512, 256, 4096, 64, 16), ExchangeShape(64, 128, 128, 1024, 512)),
     (TableShape(3, 7, 11, 5, 13, 3, 1), ExchangeShape(20, 192, 128, 576, 9)),
 ]
+QUERY_PIECE_BYTES, RETURN_PIECE_BYTES, MERGE_PIECE_BYTES = 1024, 2048, 512  # what one warp moves
 
 
 def test_headers_are_framework_free() -> None:
@@ -52,17 +53,18 @@ def test_library_holds_sm_90_code_for_every_kernel(library) -> None:
 def test_sections_do_not_overlap_and_hold_their_contents(library, tables: TableShape, exchange: ExchangeShape) -> None:
     numbers = exchange.numbers(tables)
     layout = {str(k): int(v) for k, v in library.exchange_layout(numbers).items()}
-    pieces, outputs = layout["num_query_pieces"], layout["num_output_pieces"]
-    assert layout["heads_per_piece"] * outputs >= exchange.num_heads > layout["heads_per_piece"] * (outputs - 1)
-    assert layout["output_piece_stride"] >= layout["heads_per_piece"] * (exchange.v_head_dim * 2 + 4)
+    pieces, heads, output_bytes = layout["num_query_pieces"], exchange.num_heads, exchange.num_heads * exchange.v_head_dim * 2
+    assert pieces * QUERY_PIECE_BYTES >= numbers[6] > (pieces - 1) * QUERY_PIECE_BYTES
+    for name, size in (("num_return_pieces", RETURN_PIECE_BYTES), ("num_merge_pieces", MERGE_PIECE_BYTES)):
+        assert layout[name] * size >= output_bytes > (layout[name] - 1) * size
     needs = {
         "acknowledgement": 8 * tables.num_instances,
         "query_flag": 8 * tables.max_attention_rows * pieces,
         "kv_flag": 8 * tables.max_kv_rows,
-        "return_flag": 8 * exchange.max_return_rows * outputs,
+        "return_lse": 8 * exchange.max_return_rows * heads,
         "query_rows": tables.max_attention_rows * numbers[6],
         "kv_rows": tables.max_kv_rows * numbers[8],
-        "return_slots": exchange.max_return_rows * outputs * layout["output_piece_stride"],
+        "return_slots": exchange.max_return_rows * output_bytes,
     }
     end = 0
     for name, size in needs.items():
@@ -107,6 +109,7 @@ def test_table_sections_do_not_overlap(library, tables: TableShape, exchange: Ex
         (1, 1025, "max_home_rows is 1025"),
         (6, 24, "query_row_bytes"),
         (7, 8200, "v_head_bytes"),
+        (4, 1 << 20, "vectors of all partial results.* is 8589934592"),
         (8, 8, "kv_row"),
     ],
 )

@@ -15,7 +15,7 @@ def run(outputs: torch.Tensor, lses: torch.Tensor) -> None:
     merged = torch.full(outputs.shape[1:], float("nan"), dtype=torch.bfloat16, device="cuda:0")
     merged_lse = torch.full(lses.shape[1:], float("nan"), device="cuda:0")
     merge_stacked(outputs, lses, merged, merged_lse)
-    expected = merge_partial_states(outputs.float(), lses)
+    expected = merge_partial_states(outputs.float(), lses.masked_fill(lses == float("inf"), float("-inf")))
     assert not merged.isnan().any()
     torch.testing.assert_close(merged.float(), expected.output, atol=1e-2, rtol=8e-3)
     assert torch.equal(merged_lse == float("-inf"), expected.lse == float("-inf"))
@@ -37,6 +37,7 @@ def test_merge_equals_the_oracle(library, rows: int, partials: int, heads: int, 
     neutral = torch.rand(partials, rows, heads, device="cuda:0") < 0.5
     run(outputs.masked_fill(neutral.unsqueeze(-1), float("nan")), lses.masked_fill(neutral, float("-inf")))
     run(torch.full_like(outputs, float("nan")), torch.full_like(lses, float("-inf")))
+    run(outputs.masked_fill(neutral.unsqueeze(-1), float("nan")), lses.masked_fill(neutral, float("inf")))
     run(outputs, torch.full_like(lses, -3e4))
 
 

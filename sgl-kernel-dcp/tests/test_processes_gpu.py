@@ -1,4 +1,4 @@
-"""N processes on one GPU, connected by CUDA IPC. They are time-sliced, so this proves correctness only."""
+"""N processes connected by CUDA IPC: on one GPU, where they are time-sliced, so this proves correctness only, and on a GPU each."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 pytestmark = pytest.mark.gpu
-NUM_INSTANCES = 3
 NUM_ROUNDS = 12
 
 
-def member(rank: int, pipe: Any) -> None:
+def member(rank: int, num_instances: int, num_gpus: int, pipe: Any) -> None:
     """One instance: hands out its IPC handle, gets everybody's, runs the rounds, sends its worst violation counts back."""
     root = Path(__file__).resolve().parents[2]
     sys.path[:0] = [str(root / "python"), str(root / "sgl-kernel-dcp" / "python"), str(Path(__file__).parent)]
@@ -26,21 +25,23 @@ def member(rank: int, pipe: Any) -> None:
     from sglang_dcp.dataflow.merge import merge_partial_states
     from sglang_dcp.dataflow.reference import route_tables
 
-    table_shape, shape = TableShape(NUM_INSTANCES, 6, 14, 6, 256, 16, 16), ExchangeShape(32, 128, 128, 512, 18)
-    tables = StepTables(table_shape, rank, 32, "cuda:0", 18)
-    exchange = PeerExchange(rank, shape, tables, num_sharing=NUM_INSTANCES)
+    device = f"cuda:{rank % num_gpus}"
+    torch.cuda.set_device(device)
+    table_shape, shape = TableShape(num_instances, 6, 14, 6, 256, 16, 16), ExchangeShape(32, 128, 128, 512, 18)
+    tables = StepTables(table_shape, rank, 32, device, 18)
+    exchange = PeerExchange(rank, shape, tables, num_sharing=num_instances // num_gpus)
     pipe.send(exchange.ipc_handle())
     exchange.connect_processes(pipe.recv())
     worst = 0.0
     for seed in range(NUM_ROUNDS):
         message = random_messages(random.Random(seed), table_shape, 32, 32, PATTERNS[seed % len(PATTERNS)])[rank]
         torch.manual_seed(seed)  # every process draws the same numbers
-        query = torch.randn(NUM_INSTANCES, 6, 32, 128).to(torch.bfloat16).cuda()
-        kv = torch.randn(NUM_INSTANCES, 6, 1, 512).to(torch.bfloat16).cuda()
-        lse = torch.randn(NUM_INSTANCES, 14, 32).cuda()
-        shift = torch.randn(NUM_INSTANCES).tolist()
-        pool = torch.full((32, 512), -7.0, dtype=torch.bfloat16, device="cuda:0")
-        merged = torch.full((6, 32, 128), float("nan"), dtype=torch.bfloat16, device="cuda:0")
+        query = torch.randn(num_instances, 6, 32, 128).to(torch.bfloat16).cuda()
+        kv = torch.randn(num_instances, 6, 1, 512).to(torch.bfloat16).cuda()
+        lse = torch.randn(num_instances, 14, 32).cuda()
+        shift = torch.randn(num_instances).tolist()
+        pool = torch.full((32, 512), -7.0, dtype=torch.bfloat16, device=device)
+        merged = torch.full((6, 32, 128), float("nan"), dtype=torch.bfloat16, device=device)
         tables.upload(message)
         tables.build()
         rows = exchange.dispatch(query[rank], key=kv[rank], key_pool=pool)
@@ -64,12 +65,15 @@ def member(rank: int, pipe: Any) -> None:
     exchange.close()
 
 
-def test_processes_over_cuda_ipc(library) -> None:
+@pytest.mark.parametrize(("num_instances", "num_gpus"), [(3, 1), (2, 2)])
+def test_processes_over_cuda_ipc(library, num_instances: int, num_gpus: int) -> None:
+    if torch.cuda.device_count() < num_gpus:
+        pytest.skip(f"needs {num_gpus} GPUs")
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
-    for rank in range(NUM_INSTANCES):
+    for rank in range(num_instances):
         ours, theirs = context.Pipe()
-        process = context.Process(target=member, args=(rank, theirs))
+        process = context.Process(target=member, args=(rank, num_instances, num_gpus, theirs))
         process.start()
         pipes.append(ours)
         processes.append(process)
@@ -84,4 +88,4 @@ def test_processes_over_cuda_ipc(library) -> None:
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    assert results == [(0.0, {})] * NUM_INSTANCES
+    assert results == [(0.0, {})] * num_instances

@@ -13,12 +13,12 @@ for part in "${@:-tests rounds processes attention measure}"; do for step in $pa
     tests) check tests 300 python3 -m pytest -q -p no:cacheprovider --durations=5 $tests -k "not ten_thousand and not processes" ;;
     rounds) check rounds 200 python3 -m pytest -q -p no:cacheprovider $tests/test_exchange_gpu.py -k ten_thousand ;;
     processes) check processes 300 python3 -m pytest -q -p no:cacheprovider $tests/test_processes_gpu.py ;;
-    attention) check attention 200 env PYTHONPATH="${PYTHONPATH:-}:python" python3 -m pytest -q -p no:cacheprovider test/gpu/test_kernels_attention.py ;;
+    attention) check attention 200 env PYTHONPATH="${PYTHONPATH:-}:python:sgl-kernel-dcp/python" python3 -m pytest -q -p no:cacheprovider test/gpu/test_kernels_attention.py ;;
     sanitize)
       small="$tests/test_exchange_gpu.py $tests/test_merge_gpu.py $tests/test_tables_gpu.py"
       for tool in memcheck racecheck; do
         TAIL=6 check "sanitize_$tool" 240 compute-sanitizer --tool $tool --error-exitcode 9 python3 -m pytest -q -x -p no:cacheprovider $small \
-          -k "short_pieces or one_head or apart or (merge_equals and 5-3-40-128) or nothing_to_merge or (tables_equal and shape1 and mixed)"
+          -k "apart or look_like or (share_a_launch and (short_pieces or alone)) or (merge_equals and 5-3-40-128) or nothing_to_merge or (tables_equal and shape1 and mixed)"
       done ;;
     measure) TAIL=60 check measure 280 python3 benchmark/kernels/run.py --output "$out/kernels.json" ${MEASURE_FLAGS:-} ;;
   esac

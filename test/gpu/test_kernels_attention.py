@@ -98,17 +98,20 @@ def test_gqa_prefill(causal: bool) -> None:
     check(state, expected)
 
 
-@pytest.mark.parametrize("library", ["flashinfer", "flash_mla"])
+@pytest.mark.parametrize("library", ["flashinfer", "flash_mla", "flash_mla in 8 parts"])
 @pytest.mark.parametrize("heads", [64, 128])
 def test_mla_decode(library: str, heads: int) -> None:
     from sglang_dcp.dataflow.partial_attention_flashinfer import FlashInferMLA, FlashMLADecode
 
-    pytest.importorskip(library)
+    pytest.importorskip(library.split()[0])
+    if library.endswith("parts"):
+        pytest.importorskip("sgl_kernel_dcp")
     torch.manual_seed(2)
     indptr, indices, lengths_buffer = static(torch.zeros(9), 9), static(torch.zeros(1), 4096), static(torch.zeros(8), 8)
     block_table = torch.zeros(8, 64, dtype=torch.int32, device="cuda")
     flashinfer = FlashInferMLA(heads, 64, 0.07, indptr, indices, lengths_buffer) if library == "flashinfer" else None
-    flash_mla = FlashMLADecode(heads, 0.07, block_table, lengths_buffer) if library == "flash_mla" else None
+    num_parts = 8 if library.endswith("parts") else 1
+    flash_mla = FlashMLADecode(heads, 0.07, block_table, lengths_buffer, num_parts=num_parts) if library != "flashinfer" else None
     cache = torch.randn(300, 64, 576, device="cuda").to(torch.bfloat16)
     for lengths in LENGTHS:
         host_indptr, host_indices, _, host_table = page_lists(lengths, 64)

@@ -1,5 +1,6 @@
 // Dispatch: query rows, and K/V rows whose tail is elsewhere, go straight into the peers' buffers; the receiving half waits for
 // its rows and puts arriving K/V into the local pool, so that attention may start when the kernel ends.
+// Warps work alone: each moves a piece of a row and raises the piece's flag at every shard of the row.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +9,9 @@
 
 namespace dcp {
 
-constexpr int kWarps = kThreads / 32;
-constexpr int kUnroll = 3;  // pieces that a section of a block keeps in flight
-
+constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kMaxGrouped = 8;  // instances in one launch
+constexpr int kDispatchRegisters = 64;  // kBlocksPerMultiprocessor blocks fit
 
 enum ExchangePhase : int { kSend = 1, kReceive = 2 };
 
@@ -45,6 +45,10 @@ struct DispatchParams {
   int32_t phases;
 };
 
+__device__ __forceinline__ int32_t table_header(const int32_t* tables, const TableLayout& table, HeaderField field) {
+  return load_table(tables + table.header + field);
+}
+
 __device__ __forceinline__ const uint8_t* vector_address(const RowSource& source, int row, int index) {
   const int per_head = source.num_vectors[0] + source.num_vectors[1];
   const int head = index / per_head, within = index - head * per_head;
@@ -53,184 +57,191 @@ __device__ __forceinline__ const uint8_t* vector_address(const RowSource& source
   return source.base[part] + row * source.row_stride[part] + head * source.head_stride[part] + offset * kVectorBytes;
 }
 
-// Peers that this exchange writes to. A peer's buffer is free once it has acknowledged the exchange before this one.
-__device__ __forceinline__ uint32_t writable_peers(const DispatchParams& params, uint64_t epoch, uint32_t send_peers) {
-  __shared__ uint32_t writable;
-  if (threadIdx.x < 32) {
-    const int peer = threadIdx.x;
-    bool free = peer == params.rank;
-    if (peer < params.shape.num_instances && (send_peers >> peer & 1u) && !(load_silent_mask(params.state) >> peer & 1u)) {
-      const auto* acknowledgement = reinterpret_cast<const uint64_t*>(params.peers.base[params.rank] + params.exchange.acknowledgement);
-      free = wait_for_flag(acknowledgement + peer, epoch - 1, peer, params.state, params.wait_limit_ns);
-    }
-    const uint32_t mask = __ballot_sync(0xffffffffu, free);
-    if (peer == 0) writable = mask;
-  }
-  __syncthreads();
-  return writable;
-}
-
-__device__ __forceinline__ void send_key_values(const DispatchParams& params, uint64_t epoch, int num_rows, uint32_t writable) {
-  const int lane = threadIdx.x & 31, warp = blockIdx.x * kWarps + (threadIdx.x >> 5);
-  const int num_vectors = params.shape.kv_row_bytes / kVectorBytes;
-  for (int row = warp; row < num_rows; row += gridDim.x * kWarps) {
-    const int32_t target = params.tables[params.table.kv_target + row];
-    if (target < 0 || !(writable >> target_instance(target) & 1u)) continue;
-    uint8_t* peer = params.peers.base[target_instance(target)];
-    uint8_t* slot = peer + params.exchange.kv_rows + int64_t{target_slot(target)} * params.shape.kv_row_bytes;
-    for (int index = lane; index < num_vectors; index += 32) {
-      store_vector(slot + index * kVectorBytes, load_vector(vector_address(params.key_value, row, index)));
-    }
-    __syncwarp();
-    if (lane == 0) store_release_system(reinterpret_cast<uint64_t*>(peer + params.exchange.kv_flag) + target_slot(target), epoch);
-  }
-}
-
 template <bool kTwoParts>
-__device__ __forceinline__ uint4 load_query(const DispatchParams& params, int row, int index) {
-  if constexpr (kTwoParts) return load_vector(vector_address(params.query, row, index));
-  return load_vector(params.query.base[0] + row * params.query.row_stride[0] + int64_t{index} * kVectorBytes);
+__device__ __forceinline__ const uint8_t* query_address(const DispatchParams& params, int row, int index) {
+  if constexpr (kTwoParts) return vector_address(params.query, row, index);
+  return params.query.base[0] + row * params.query.row_stride[0] + int64_t{index} * kVectorBytes;
 }
 
-// Pieces that one section of the block has read and not yet stored: unit first + u * stride each.
-struct QueryBatch {
-  uint4 values[kUnroll];
-  int count[kUnroll];     // targets of the row
-  int4 targets[kUnroll];  // the first four, requested together with the data
+// A piece of a query row as one lane sees it.
+struct QueryPiece {
+  int member;
+  int piece;
+  int count;                           // shards of the row
+  int32_t target;                      // of the row's shard number `lane`
+  const uint8_t* source[kQueryVectors];  // null beyond the row
 };
 
-template <bool kTwoParts>
-__device__ __forceinline__ void load_queries(const DispatchParams& params, QueryBatch& batch, int first, int num_units) {
-  const int pieces = params.exchange.num_query_pieces, stride = gridDim.x * kSections;
-  const int num_vectors = params.shape.query_row_bytes / kVectorBytes;
+template <bool kTwoParts, int kMaxMembers>
+__device__ __forceinline__ QueryPiece find_piece(const Group<DispatchParams, kMaxMembers>& group, const WorkList<kMaxMembers>& pieces,
+                                                 int item, int lane) {
+  QueryPiece result{};
+  if (item >= pieces.size()) return result;
+  result.member = pieces.member_of(item);
+  const DispatchParams& params = group.members[result.member];
+  const int row = item / params.exchange.num_query_pieces, num_vectors = params.shape.query_row_bytes / kVectorBytes;
+  result.piece = item - row * params.exchange.num_query_pieces;
+  result.count = load_table(params.tables + params.table.target_count + row);
+  if (lane < kMaxPartials) result.target = load_table(params.tables + params.table.send_target + row * kMaxPartials + lane);
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const int unit = first + u * stride, row = unit / pieces, index = (unit - row * pieces) * kPieceThreads + threadIdx.x % kPieceThreads;
-    batch.count[u] = 0;
-    if (unit >= num_units || index >= num_vectors) continue;
-    batch.values[u] = load_query<kTwoParts>(params, row, index);
-    batch.count[u] = params.tables[params.table.target_count + row];
-    batch.targets[u] = *reinterpret_cast<const int4*>(params.tables + params.table.send_target + row * kMaxPartials);
+  for (int v = 0; v < kQueryVectors; ++v) {
+    const int index = result.piece * kQueryPieceVectors + v * 32 + lane;
+    result.source[v] = index < num_vectors ? query_address<kTwoParts>(params, row, index) : nullptr;
+    compute_now(result.source[v]);
   }
+  return result;
 }
 
-__device__ __forceinline__ void store_queries(const DispatchParams& params, const QueryBatch& batch, int first, uint32_t writable) {
-  const int pieces = params.exchange.num_query_pieces, stride = gridDim.x * kSections;
+// Whether this instance may write to `instance` in exchange `epoch`: a peer's buffer is free once it has acknowledged the exchange
+// before. Nothing is read behind an acknowledgement, so the first look needs no acquire.
+__device__ __forceinline__ bool is_writable(const DispatchParams& params, int instance, uint64_t epoch) {
+  const auto* flag = reinterpret_cast<const uint64_t*>(params.peers.base[params.rank] + params.exchange.acknowledgement) + instance;
+  const uint64_t acknowledged = load_relaxed_system(flag);
+  const uint32_t silent = load_silent_mask(params.state);
+  if (instance == params.rank) return true;
+  if (silent >> instance & 1u) return false;
+  return acknowledged >= epoch - 1 || wait_for_flag(flag, epoch - 1, instance, params.state, params.wait_limit_ns);
+}
+
+__device__ __forceinline__ void send_piece(const DispatchParams& params, const QueryPiece& piece, int lane) {
+  const bool has_target = lane < piece.count;
+  const int instance = has_target ? target_instance(piece.target) : params.rank;
+  // All of these travel together.
+  uint4 values[kQueryVectors];
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const int unit = first + u * stride, row = unit / pieces, index = (unit - row * pieces) * kPieceThreads + threadIdx.x % kPieceThreads;
-    for (int j = 0; j < batch.count[u]; ++j) {
-      const int32_t target = j == 0   ? batch.targets[u].x
-                             : j == 1 ? batch.targets[u].y
-                             : j == 2 ? batch.targets[u].z
-                             : j == 3 ? batch.targets[u].w
-                                      : params.tables[params.table.send_target + row * kMaxPartials + j];
-      if (!(writable >> target_instance(target) & 1u)) continue;
-      uint8_t* rows = params.peers.base[target_instance(target)] + params.exchange.query_rows;
-      store_vector(rows + int64_t{target_slot(target)} * params.shape.query_row_bytes + int64_t{index} * kVectorBytes, batch.values[u]);
+  for (int v = 0; v < kQueryVectors; ++v) {
+    if (piece.source[v] != nullptr) values[v] = load_vector(piece.source[v]);
+  }
+  const uint64_t epoch = load_epoch(&params.state->dispatch_epoch);
+  const bool writable = has_target && is_writable(params, instance, epoch);
+  const int32_t usable_target = writable ? piece.target : -1;
+  const int64_t offset = params.exchange.query_rows + (int64_t{piece.piece} * kQueryPieceVectors + lane) * kVectorBytes;
+  for (int j = 0; j < piece.count; ++j) {
+    const int32_t target = __shfl_sync(kAllLanes, usable_target, j);
+    if (target < 0) continue;
+    uint8_t* place = params.peers.base[target_instance(target)] + int64_t{target_slot(target)} * params.shape.query_row_bytes + offset;
+#pragma unroll
+    for (int v = 0; v < kQueryVectors; ++v) {
+      if (piece.source[v] != nullptr) store_vector(place + v * 32 * kVectorBytes, values[v]);
     }
   }
-}
-
-// Flag of one (unit of this block, target of its row); item counts both. Negative: nothing to flag.
-__device__ __forceinline__ int32_t flag_target(const DispatchParams& params, int item, int num_units) {
-  const int unit = blockIdx.x + item / kMaxPartials * gridDim.x, row = unit / params.exchange.num_query_pieces, j = item % kMaxPartials;
-  if (unit >= num_units) return -1;
-  const int32_t target = params.tables[params.table.send_target + row * kMaxPartials + j];
-  return j < params.tables[params.table.target_count + row] && target_instance(target) != params.rank ? target : -1;
-}
-
-// `first_target` is the flag of item threadIdx.x, loaded ahead.
-__device__ __forceinline__ void flag_queries(const DispatchParams& params, uint64_t epoch, int num_units, uint32_t writable,
-                                             int32_t first_target) {
-  const int pieces = params.exchange.num_query_pieces;
-  int32_t target = first_target;
-  for (int item = threadIdx.x; blockIdx.x + item / kMaxPartials * gridDim.x < num_units; item += kThreads) {
-    if (item != threadIdx.x) target = flag_target(params, item, num_units);
-    if (target < 0 || !(writable >> target_instance(target) & 1u)) continue;
-    auto* flags = reinterpret_cast<uint64_t*>(params.peers.base[target_instance(target)] + params.exchange.query_flag);
-    const int piece = (blockIdx.x + item / kMaxPartials * gridDim.x) % pieces;
-    store_release_system(flags + int64_t{target_slot(target)} * pieces + piece, epoch);
+  __syncwarp();  // the warp's stores come before each lane's flag
+  if (writable && instance != params.rank) {
+    auto* flags = reinterpret_cast<uint64_t*>(params.peers.base[instance] + params.exchange.query_flag);
+    store_release_system(flags + int64_t{target_slot(piece.target)} * params.exchange.num_query_pieces + piece.piece, epoch);
   }
 }
 
-template <bool kTwoParts>
-__device__ __forceinline__ void send_rows(const DispatchParams& params, uint64_t epoch) {
-  const int num_rows = params.tables[params.table.header + kNumHomeRows];
-  const uint32_t send_peers = static_cast<uint32_t>(params.tables[params.table.header + kSendPeers]);
-  const int num_units = num_rows * params.exchange.num_query_pieces;
-  int first = blockIdx.x + threadIdx.x / kPieceThreads * gridDim.x;
-  QueryBatch batch;
-  load_queries<kTwoParts>(params, batch, first, num_units);  // needs no credit, so it runs ahead of the wait
-  const int32_t first_target = flag_target(params, threadIdx.x, num_units);
-  const uint32_t writable = writable_peers(params, epoch, send_peers);
-  if (params.key_value.base[0] != nullptr) send_key_values(params, epoch, num_rows, writable);
-  while (first < num_units) {
-    store_queries(params, batch, first, writable);
-    first += gridDim.x * kSections * kUnroll;
-    load_queries<kTwoParts>(params, batch, first, num_units);
+__device__ __forceinline__ void send_key_value(const DispatchParams& params, int row, int lane) {
+  const int32_t target = load_table(params.tables + params.table.kv_target + row);
+  if (target < 0) return;
+  const int num_vectors = params.shape.kv_row_bytes / kVectorBytes, instance = target_instance(target);
+  const uint64_t epoch = load_epoch(&params.state->dispatch_epoch);
+  if (!__all_sync(kAllLanes, is_writable(params, instance, epoch))) return;
+  uint8_t* peer = params.peers.base[instance];
+  uint8_t* slot = peer + params.exchange.kv_rows + int64_t{target_slot(target)} * params.shape.kv_row_bytes;
+  for (int index = lane; index < num_vectors; index += 32) {
+    store_vector(slot + index * kVectorBytes, load_vector(vector_address(params.key_value, row, index)));
   }
-  __syncthreads();  // the block's stores come before every flag
-  flag_queries(params, epoch, num_units, writable, first_target);
+  __syncwarp();
+  if (lane == 0) store_release_system(reinterpret_cast<uint64_t*>(peer + params.exchange.kv_flag) + target_slot(target), epoch);
 }
 
-__device__ __forceinline__ void receive_key_values(const DispatchParams& params, uint64_t epoch) {
-  const int lane = threadIdx.x & 31, warp = blockIdx.x * kWarps + (threadIdx.x >> 5);
-  const int num_rows = params.tables[params.table.header + kNumKvRows];
-  const int num_vectors = params.shape.kv_row_bytes / kVectorBytes, first_part = params.key_value.num_vectors[0];
+__device__ __forceinline__ void receive_key_value(const DispatchParams& params, int row, int lane) {
   const uint8_t* own = params.peers.base[params.rank];
-  for (int row = warp; row < num_rows; row += gridDim.x * kWarps) {
-    const auto* flag = reinterpret_cast<const uint64_t*>(own + params.exchange.kv_flag) + row;
-    bool arrived = false;
-    if (lane == 0) arrived = wait_for_flag(flag, epoch, params.tables[params.table.kv_source + row], params.state, params.wait_limit_ns);
-    if (!__shfl_sync(0xffffffffu, arrived, 0)) continue;
-    __syncwarp();
-    const int64_t slot = params.tables[params.table.kv_slot + row];
-    const uint8_t* source = own + params.exchange.kv_rows + int64_t{row} * params.shape.kv_row_bytes;
-    for (int index = lane; index < num_vectors; index += 32) {
-      const int part = index < first_part ? 0 : 1, within = part == 0 ? index : index - first_part;
-      store_vector(params.pool.base[part] + slot * params.pool.stride[part] + within * kVectorBytes,
-                   load_vector(source + index * kVectorBytes));
-    }
+  const int num_vectors = params.shape.kv_row_bytes / kVectorBytes, first_part = params.key_value.num_vectors[0];
+  const auto* flag = reinterpret_cast<const uint64_t*>(own + params.exchange.kv_flag) + row;
+  const int source_instance = load_table(params.tables + params.table.kv_source + row);
+  const int64_t slot = load_table(params.tables + params.table.kv_slot + row);
+  const uint64_t epoch = load_epoch(&params.state->dispatch_epoch);
+  bool arrived = false;
+  if (lane == 0) arrived = wait_for_flag(flag, epoch, source_instance, params.state, params.wait_limit_ns);
+  if (!__shfl_sync(kAllLanes, arrived, 0)) return;
+  __syncwarp();
+  const uint8_t* source = own + params.exchange.kv_rows + int64_t{row} * params.shape.kv_row_bytes;
+  for (int index = lane; index < num_vectors; index += 32) {
+    const int part = index < first_part ? 0 : 1, within = part == 0 ? index : index - first_part;
+    store_vector(params.pool.base[part] + slot * params.pool.stride[part] + within * kVectorBytes,
+                 load_vector(source + index * kVectorBytes));
   }
 }
 
-__device__ __forceinline__ void receive_queries(const DispatchParams& params, uint64_t epoch) {
-  const int pieces = params.exchange.num_query_pieces;
-  const int num_flags = params.tables[params.table.header + kNumAttentionRows] * pieces;
+// One lane's flag among those that this instance waits for, and who raises it (-1: an own row, or no row).
+struct QueryFlag {
+  int member;
+  int index;
+  int32_t source;
+};
+
+template <int kMaxMembers>
+__device__ __forceinline__ QueryFlag find_flag(const Group<DispatchParams, kMaxMembers>& group, const WorkList<kMaxMembers>& flags,
+                                               int item, int lane) {
+  QueryFlag result{0, 0, -1};
+  if (item >= flags.size()) return result;
+  result.member = flags.member_of(item);
+  const DispatchParams& params = group.members[result.member];
+  result.index = item * 32 + lane;
+  const int row = result.index / params.exchange.num_query_pieces;
+  if (row < params.shape.max_attention_rows) result.source = load_table(params.tables + params.table.return_target + row);
+  return result;
+}
+
+__device__ __forceinline__ void receive_query(const DispatchParams& params, const QueryFlag& flag) {
+  if (flag.source < 0) return;
   const auto* flags = reinterpret_cast<const uint64_t*>(params.peers.base[params.rank] + params.exchange.query_flag);
-  for (int index = blockIdx.x * kThreads + threadIdx.x; index < num_flags; index += gridDim.x * kThreads) {
-    const int32_t target = params.tables[params.table.return_target + index / pieces];
-    if (target < 0) continue;  // an own row: this kernel wrote it
-    wait_for_flag(flags + index, epoch, target_instance(target), params.state, params.wait_limit_ns);
-  }
+  const uint64_t epoch = load_epoch(&params.state->dispatch_epoch);
+  wait_for_flag(flags + flag.index, epoch, target_instance(flag.source), params.state, params.wait_limit_ns);
 }
 
-template <bool kTwoParts>
-__device__ __forceinline__ void dispatch_rows(const DispatchParams& params) {
+template <bool kTwoParts, int kMaxMembers>
+__device__ __forceinline__ void dispatch_rows(const Group<DispatchParams, kMaxMembers>& group) {
+  const int lane = threadIdx.x & 31, num_warps = gridDim.x * (blockDim.x >> 5);
+  const int warp = (threadIdx.x >> 5) * gridDim.x + blockIdx.x, from_end = num_warps - 1 - warp;  // spread over blocks first
+  // Work is dealt from the tables alone, ahead of the predecessor's end: pieces from the first warp on, the rest from the last.
+  int num_pieces = 0, num_flags = 0, num_kv_sends = 0, num_kv_receives = 0;
+  if (lane < (kMaxMembers == 1 ? 1 : group.size)) {
+    const DispatchParams& params = group.members[kMaxMembers == 1 ? 0 : lane];
+    const int home_rows = table_header(params.tables, params.table, kNumHomeRows);
+    const int attention_rows = table_header(params.tables, params.table, kNumAttentionRows);
+    const int kv_rows = table_header(params.tables, params.table, kNumKvRows);
+    const bool sends = params.phases & kSend, receives = params.phases & kReceive, moves_kv = params.key_value.base[0] != nullptr;
+    num_pieces = sends ? home_rows * params.exchange.num_query_pieces : 0;
+    num_kv_sends = sends && moves_kv ? home_rows : 0;
+    num_flags = receives ? divide_up(attention_rows * params.exchange.num_query_pieces, 32) : 0;
+    num_kv_receives = receives && moves_kv ? kv_rows : 0;
+  }
+  const WorkList<kMaxMembers> pieces(num_pieces), flags(num_flags), kv_sends(num_kv_sends), kv_receives(num_kv_receives);
+  QueryPiece piece = find_piece<kTwoParts>(group, pieces, warp, lane);
+  QueryFlag flag = find_flag(group, flags, from_end, lane);
   wait_for_predecessor();
   let_successor_start();  // takes effect once every block runs, so a successor never takes the place of a block that is waited for
-  const uint64_t epoch = params.state->dispatch_epoch;
-  if (params.phases & kSend) send_rows<kTwoParts>(params, epoch);
-  if (params.phases & kReceive) {
-    if (params.key_value.base[0] != nullptr) receive_key_values(params, epoch);
-    receive_queries(params, epoch);
-    if (blockIdx.x == 0 && threadIdx.x == 0) params.state->return_epoch = epoch;
+  for (int item = from_end; item < kv_sends.size(); item += num_warps) {
+    int row = item;
+    const int member = kv_sends.member_of(row);
+    send_key_value(group.members[member], row, lane);
+  }
+  for (int item = warp; item < pieces.size(); item += num_warps) {
+    send_piece(group.members[piece.member], piece, lane);
+    piece = find_piece<kTwoParts>(group, pieces, item + num_warps, lane);
+  }
+  for (int item = from_end; item < kv_receives.size(); item += num_warps) {
+    int row = item;
+    const int member = kv_receives.member_of(row);
+    receive_key_value(group.members[member], row, lane);
+  }
+  for (int item = from_end; item < flags.size(); item += num_warps) {
+    receive_query(group.members[flag.member], flag);
+    flag = find_flag(group, flags, item + num_warps, lane);
+  }
+  if (blockIdx.x == 0 && threadIdx.x < (kMaxMembers == 1 ? 1 : group.size)) {
+    const DispatchParams& params = group.members[kMaxMembers == 1 ? 0 : threadIdx.x];
+    if (params.phases & kReceive) params.state->return_epoch = load_epoch(&params.state->dispatch_epoch);
   }
 }
 
-// Instances of one process on one GPU may share a launch: blockIdx.y is the instance.
-struct DispatchGroup {
-  DispatchParams members[kMaxGrouped];
-};
-
-template <bool kTwoParts>
-__global__ void __launch_bounds__(kThreads, 1) dispatch_kernel(const __grid_constant__ DispatchParams params) {
-  dispatch_rows<kTwoParts>(params);
-}
-
-__global__ void __launch_bounds__(kThreads, 1) grouped_dispatch_kernel(const __grid_constant__ DispatchGroup group) {
-  dispatch_rows<true>(group.members[blockIdx.y]);
+template <bool kTwoParts, int kMaxMembers>
+__global__ void __maxnreg__(kDispatchRegisters) dispatch_kernel(const __grid_constant__ Group<DispatchParams, kMaxMembers> group) {
+  dispatch_rows<kTwoParts>(group);
 }
 
 }  // namespace dcp

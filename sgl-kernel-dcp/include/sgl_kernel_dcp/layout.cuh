@@ -16,11 +16,16 @@ constexpr int kMaxInstances = 16;      // one route word holds a bit per instanc
 constexpr int kMaxPartials = 16;       // partial results merged into one home row
 constexpr int kMaxHomeRows = 1024;     // one warp of the table kernel per 32 rows
 constexpr int kVectorBytes = 16;
-constexpr int kThreads = 1024;         // block size of the exchange kernels
-constexpr int kPieceThreads = 512;     // threads that move one piece, one vector each
-constexpr int kSections = kThreads / kPieceThreads;
-constexpr int kPieceBytes = kPieceThreads * kVectorBytes;
-constexpr int kMaxHeadsPerPiece = 64;
+constexpr uint32_t kNothing = 0xffffffffu;  // a word of a return slot to which nothing has come
+constexpr int kThreads = 128;         // block size of the exchange kernels on a GPU of one's own, or with all its instances in one launch
+constexpr int kBlocksPerMultiprocessor = 6;  // of that size; all of a grid run at once, for they wait for each other
+constexpr int kSharedThreads = 512;   // block size where instances launch by themselves on one GPU, each on few multiprocessors
+constexpr int kQueryVectors = 2;      // vectors of one lane in a piece of a query row; a warp moves a piece
+constexpr int kReturnVectors = 4;     // the same for a partial result on its way home
+constexpr int kQueryPieceVectors = 32 * kQueryVectors;
+constexpr int kReturnPieceVectors = 32 * kReturnVectors;
+constexpr int kMergePieceVectors = 32;  // a lane merges one vector at a time
+constexpr int kMaxHeadBytes = 8192;
 constexpr int kTargetSlotBits = 24;    // target = instance << 24 | slot
 constexpr int kTargetSlotMask = (1 << kTargetSlotBits) - 1;
 constexpr int kRouteTailShift = 16;    // route word: bits 0-15 shards, bits 16-20 tail instance + 1 when K/V must travel
@@ -28,6 +33,7 @@ constexpr int kRouteTailMask = 31;
 
 DCP_HOST_DEVICE constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 DCP_HOST_DEVICE constexpr int64_t divide_up(int64_t value, int64_t step) { return (value + step - 1) / step; }
+DCP_HOST_DEVICE constexpr int divide_up(int value, int step) { return (value + step - 1) / step; }
 
 struct ExchangeShape {
   int32_t num_instances;
@@ -41,41 +47,39 @@ struct ExchangeShape {
   int32_t kv_row_bytes;        // new K and V of one token
 };
 
-// The buffer of one instance. Peers store rows and flags into it; the owner reads. A flag holds the number of the exchange whose
-// data it announces, so it is never cleared. One copy of each slot suffices: a sender waits for the acknowledgement of exchange
-// e - 1 before it writes exchange e, and in a steady step it has already seen that return.
+// The buffer of one instance. Peers store into it; the owner reads. Nothing is counted and no header travels:
+// - a flag holds the number of the exchange whose query piece or K/V row it announces, so it is never cleared;
+// - an LSE word holds the LSE and the number of its exchange;
+// - a return slot holds kNothing where nothing has arrived, and its reader puts kNothing back.
+// One copy of each slot suffices: a sender waits for the acknowledgement of exchange e - 1 before it writes exchange e, and in a
+// steady step it has already seen that return.
 struct ExchangeLayout {
-  int32_t num_query_pieces;      // [query row] is cut into pieces of kPieceBytes, the last may be short
-  int32_t heads_per_piece;       // [partial result] is cut by heads
-  int32_t num_output_pieces;
-  int32_t output_piece_stride;   // bytes: heads_per_piece outputs, then as many fp32 LSE
-  int64_t acknowledgement;       // uint64 [num_instances]
-  int64_t query_flag;            // uint64 [max_attention_rows, num_query_pieces]
-  int64_t kv_flag;               // uint64 [max_kv_rows]
-  int64_t return_flag;           // uint64 [max_return_rows, num_output_pieces]
-  int64_t query_rows;            // [max_attention_rows, query_row_bytes]
-  int64_t kv_rows;               // [max_kv_rows, kv_row_bytes]
-  int64_t return_slots;          // [max_return_rows, num_output_pieces, output_piece_stride]
+  int32_t num_query_pieces;   // [query row] in pieces of kQueryPieceVectors, the last may be short
+  int32_t num_return_pieces;  // [partial result] in pieces of kReturnPieceVectors
+  int32_t num_merge_pieces;   // [partial result] in pieces of kMergePieceVectors
+  int64_t acknowledgement;    // uint64 [num_instances]
+  int64_t query_flag;         // uint64 [max_attention_rows, num_query_pieces]
+  int64_t kv_flag;            // uint64 [max_kv_rows]
+  int64_t return_lse;         // uint64 [max_return_rows, num_heads]: exchange number << 32 | fp32 LSE
+  int64_t query_rows;         // [max_attention_rows, query_row_bytes]
+  int64_t kv_rows;            // [max_kv_rows, kv_row_bytes]
+  int64_t return_slots;       // [max_return_rows, num_heads, v_head_bytes]
   int64_t total_bytes;
 
   DCP_HOST_DEVICE static ExchangeLayout make(const ExchangeShape& shape) {
     ExchangeLayout layout{};
-    layout.num_query_pieces = static_cast<int32_t>(divide_up(shape.query_row_bytes, kPieceBytes));
-    int32_t heads = kPieceBytes / shape.v_head_bytes;
-    heads = heads < 1 ? 1 : heads;
-    heads = heads > kMaxHeadsPerPiece ? kMaxHeadsPerPiece : heads;
-    layout.heads_per_piece = heads > shape.num_heads ? shape.num_heads : heads;
-    layout.num_output_pieces = static_cast<int32_t>(divide_up(shape.num_heads, layout.heads_per_piece));
-    layout.output_piece_stride =
-        static_cast<int32_t>(round_up(int64_t{layout.heads_per_piece} * (shape.v_head_bytes + sizeof(float)), kVectorBytes));
+    const int64_t return_bytes = int64_t{shape.num_heads} * shape.v_head_bytes, return_vectors = return_bytes / kVectorBytes;
+    layout.num_query_pieces = static_cast<int32_t>(divide_up(shape.query_row_bytes / kVectorBytes, kQueryPieceVectors));
+    layout.num_return_pieces = static_cast<int32_t>(divide_up(return_vectors, int64_t{kReturnPieceVectors}));
+    layout.num_merge_pieces = static_cast<int32_t>(divide_up(return_vectors, int64_t{kMergePieceVectors}));
     int64_t end = 0;
     layout.acknowledgement = place(end, int64_t{8} * shape.num_instances);
     layout.query_flag = place(end, int64_t{8} * shape.max_attention_rows * layout.num_query_pieces);
     layout.kv_flag = place(end, int64_t{8} * shape.max_kv_rows);
-    layout.return_flag = place(end, int64_t{8} * shape.max_return_rows * layout.num_output_pieces);
+    layout.return_lse = place(end, int64_t{8} * shape.max_return_rows * shape.num_heads);
     layout.query_rows = place(end, int64_t{shape.max_attention_rows} * shape.query_row_bytes);
     layout.kv_rows = place(end, int64_t{shape.max_kv_rows} * shape.kv_row_bytes);
-    layout.return_slots = place(end, int64_t{shape.max_return_rows} * layout.num_output_pieces * layout.output_piece_stride);
+    layout.return_slots = place(end, int64_t{shape.max_return_rows} * return_bytes);
     layout.total_bytes = end;
     return layout;
   }
@@ -106,7 +110,8 @@ struct TableShape {
   int32_t page_size;
 };
 
-// Offsets, in int32 words, into one static buffer of less than 2^31 words. The first `input_size` words are the step's message from the host (one copy).
+// Offsets, in int32 words, into one static buffer of less than 2^31 words. The first `input_size` words are the step's message from
+// the host (one copy).
 struct TableLayout {
   int32_t input_counts;      // [32]: home rows of each instance, then at 16 this instance's attention rows
   int32_t input_routes;      // [num_instances, max_home_rows] route words

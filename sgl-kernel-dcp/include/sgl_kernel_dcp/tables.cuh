@@ -252,6 +252,7 @@ __global__ void __launch_bounds__(kTableThreads, 1) step_tables_kernel(const __g
   } else {
     build_pages(params);
   }
+  __threadfence();  // dispatch and return read the tables ahead of their own wait for predecessors, see memory.cuh
 }
 
 }  // namespace dcp

@@ -77,6 +77,7 @@ class PeerExchange:
         self._bytes = torch.from_dlpack(self._allocation)
         self.state = torch.zeros(self.layout["state_bytes"], dtype=torch.uint8, device=self.device)
         self.state[:16].view(torch.int64).fill_(1)
+        self._clear_return_slots()
         self._opened: list[int] = []
         self._handle: int | None = None
         rows, heads = tables.shape.max_attention_rows, shape.num_heads
@@ -166,9 +167,16 @@ class PeerExchange:
         return {peer: int(epochs[peer]) for peer in range(self.tables.shape.num_instances) if mask >> peer & 1}
 
     def forgive(self) -> None:
-        """Clears the mask of silent peers, when the group has agreed that they are back at the same exchange."""
+        """Clears the mask of silent peers, and what they may have left, when the group has agreed that all are at the same exchange."""
         offset = self.layout["silent_mask"]
         self.state[offset : offset + 4].zero_()
+        self._clear_return_slots()
+
+    def _clear_return_slots(self) -> None:
+        """A slot of ones holds nothing: see ExchangeLayout in layout.cuh."""
+        size = self.shape.max_return_rows * self.shape.num_heads * self.shape.v_head_dim * 2
+        begin = self.layout["return_slots"]
+        self._bytes[begin : begin + size].fill_(0xFF)
 
     def close(self) -> None:
         """Closes what was opened. The buffer goes with the last reference to it."""
