@@ -177,7 +177,8 @@ def search_case(
     `near` are the rates of a like case, by limit, to look at first."""
 
     def evaluate(rate: float) -> SimulationResult:
-        requests = workload.requests(rate, seconds or run_seconds(rate, workload.name), seed)
+        span = run_seconds(rate, workload.name) if seconds is None else max(seconds, min(MAX_SECONDS, MIN_REQUESTS / rate))
+        requests = workload.requests(rate, span, seed)
         return simulate(policy, deployment, workload, requests, **(overrides or {}))
 
     search = RateSearch(evaluate, guess)

@@ -64,7 +64,7 @@ def value_at(case: dict[str, Any], rate: float, key: str) -> float:
 def compare(cases: Cases, deployment: str, workload: str) -> dict[str, Any]:
     """Rates per policy and limit, and the ratios that the bars are about, each over the seeds that have what it needs.
 
-    `data_parallel` names the baselines of that kind that were simulated: "best" means the best of these.
+    `data_parallel` names the baselines of that kind that were simulated: "best" means the best of those that have the limit.
     """
     by_policy: dict[str, dict[int, dict[str, Any]]] = {}
     for (held, name, policy, seed), case in sorted(cases.items()):
@@ -97,7 +97,8 @@ def _ratios(by_policy: dict[str, dict[int, dict[str, Any]]], baselines: Sequence
         return interval(pairs)
 
     ours, buckets, oracle = ([rate(policy, seed) for seed in seeds] for policy in (OURS, BUCKETS, ORACLE))
-    best = [max(rate(policy, seed) for policy in baselines) for seed in seeds]
+    of_seed = [[value for value in (rate(policy, seed) for policy in baselines) if not math.isnan(value)] for seed in seeds]
+    best = [max(values, default=math.nan) for values in of_seed]
     result = {
         "over_best_dp": ratio(ours, best),
         "over_best_baseline": ratio(ours, [max(a, b) if not math.isnan(b) else a for a, b in zip(best, buckets, strict=True)]),

@@ -16,6 +16,8 @@ from sglang_dcp.policy.types import InstanceLoad
 
 # Weight of an instance's own levels beside what the candidate adds to the maxima (docs/simulation_log.md, entry 2).
 OWN_WEIGHT = 0.1
+# Keeps the smooth maximum finite for cost models whose combine costs nothing.
+LARGEST_EXPONENT = 32.0
 
 
 @dataclass(slots=True)
@@ -68,10 +70,11 @@ class Levels:
         """Position that a small request raises least under a smooth maximum over both axes.
 
         Many small requests shape the levels for the rare long ones, so they look at the whole slope below the maximum; the
-        smoothing width is what one request adds to the combine.
+        smoothing width is what one request adds to the combine, or where that is next to nothing, a part of what it adds to attention.
         """
         combine_us = self.cost.combine_us_per_request
-        sharpness = 1.0 / max(combine_us, 1e-3)
+        # No level is above the highest, so no exponent is above LARGEST_EXPONENT.
+        sharpness = 1.0 / max(combine_us, added_us / LARGEST_EXPONENT, 1e-9)
         a, b = self.attention, self.batches
         a_shift = (added_us - self.highest_attention) * sharpness
         b_scale = combine_us * sharpness

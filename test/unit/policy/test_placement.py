@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_dcp.policy.cost_model import load_cost_model
+from sglang_dcp.policy.cost_model import CostModel, load_cost_model
 from sglang_dcp.policy.placement import POLICY_NAMES, make_policy
 from sglang_dcp.policy.types import CapacityError, InstanceLoad, Placement, PlacementPolicy, PlacementRequest
 
@@ -194,3 +194,22 @@ def _apply(loads: list[InstanceLoad], placement: Placement, sign: int) -> None:
         if rank != placement.home:
             loads[rank].guest_tokens += sign * -(-tokens // PAGE) * PAGE
     loads[placement.home].home_requests += sign
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    constant=st.sampled_from([name for name in CostModel.__dataclass_fields__ if "_us" in name]),
+    factor=st.sampled_from([0.0, 1e-6, 1e6]),
+    kv=st.lists(st.integers(0, 1024), min_size=4, max_size=4),
+    batches=st.lists(st.integers(0, 500), min_size=4, max_size=4),
+    prompt=st.integers(1, 3000),
+)
+def test_no_constant_makes_placement_fail(constant, factor, kv, batches, prompt):
+    """A calibrated file may hold a constant of zero or an absurd one; the router must not fall over it."""
+    for model in ("cpu", "deepseek-v3.h200"):
+        cost = load_cost_model(model, 4).scaled(constant, factor)
+        policy = make_policy(
+            "dual-balance", num_instances=4, page_size=PAGE, cost_model=cost, degree=None, max_degree=4, max_guest_fraction=1.0
+        )
+        request = request_of(prompt)
+        check(policy.place(request, loads_of(kv, batches), PAGE), request, 4)
