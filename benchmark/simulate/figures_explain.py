@@ -111,7 +111,7 @@ def plot_variants(rows: dict[str, Any], path: Path) -> None:
     axis.axvline(1.0, color="black", linewidth=0.8)
     axis.set_xlim(0, 1.15)
     axis.set_xlabel("highest rate over that of dual-balance (s.: seeds)")
-    axis.legend(fontsize=8, loc="lower left")
+    axis.legend(fontsize=8, loc="lower right")
     save(figure, path)
 
 
@@ -134,5 +134,10 @@ def plot_sensitivity(rows: dict[str, Any], path: Path) -> None:
         axis.set_xlabel(title + " (chat-1pct, seed 1)")
     axes[0].set_yticks(range(len(rows)), [name.replace("x0.7", "  -30 %").replace("x1.3", "  +30 %") for name in rows], fontsize=8)
     axes[0].invert_yaxis()
-    axes[1].legend(fontsize=8, title="limit", title_fontsize=8)
+    axes[0].set_xscale("log")
+    axes[0].set_xlim(0.9, 20)
+    axes[0].set_xticks([1, 2, 3, 5, 10, 20], ["1", "2", "3", "5", "10", "20"])
+    axes[0].minorticks_off()
+    axes[1].set_xlim(0.9, 1.3)
+    axes[0].legend(fontsize=8, title="limit (no bar: not simulated)", title_fontsize=8, loc="lower right")
     save(figure, path)

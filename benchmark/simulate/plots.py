@@ -63,7 +63,7 @@ def plot_balance(results: dict[str, SimulationResult], path: Path, span: tuple[f
             axis.plot([row[0] for row in rows], [row[top] / row[top + 1] for row in rows], label=name, color=colour(name), linewidth=0.9)
     axes[0].set(ylabel="KV tokens, max / mean", ylim=(1, None))
     axes[1].set(ylabel="batch, max / mean", xlabel="seconds", ylim=(1, None))
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="upper right")
     save(figure, path)
 
 
