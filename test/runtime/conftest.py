@@ -18,18 +18,24 @@ def stock_answers(serve: Callable[[ServerConfig], Server]) -> StockAnswers:
     return StockAnswers(serve)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test in this folder needs a server. Those that name theirs (`on_server`) follow each other by server, stock before ours:
-    starting one takes a minute, and stock's answers are asked for while a stock server is up."""
-    here = Path(__file__).parent
-    ours = [item for item in items if here in item.path.parents]
-    for item in ours:
+HERE = Path(__file__).parent
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Every test in this folder needs a server. Marked before `-m` selects."""
+    if HERE in item.path.parents:
         item.add_marker(pytest.mark.server)
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(900))
-    places = [index for index, item in enumerate(items) if here in item.path.parents]
-    for index, item in zip(places, sorted(ours, key=server_order), strict=True):
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that name their server (`on_server`) follow each other by server, stock before ours: starting one takes a minute, and
+    stock's answers are asked for while a stock server is up."""
+    places = [index for index, item in enumerate(items) if HERE in item.path.parents]
+    ours = sorted((items[index] for index in places), key=server_order)
+    for index, item in zip(places, ours, strict=True):
         items[index] = item
 
 

@@ -34,13 +34,21 @@ def local_columns(result: torch.Tensor, info: Any, device: Any, dtype: torch.dty
     binding = current()
     if binding is None:
         return result
-    instance, scheduler = binding.instance, binding.scheduler
+    instance = binding.instance
     sweep_waiting(binding)
-    num_requests = len(scheduler.running_batch.reqs) + len(scheduler.waiting_queue) + len(binding.parked)
+    num_requests = count_home_requests(binding)
     own = instance.build_columns(
         sharded_rows(binding), free_pages(binding), instance.num_pages * instance.page_size - free_tokens(binding), num_requests
     )
     return torch.cat([result, torch.tensor(own, dtype=result.dtype, device=result.device)])
+
+
+def count_home_requests(binding: Binding) -> int:
+    """Running, waiting, sitting out, and those of the prefill that is about to run, which SGLang counts as none of these."""
+    scheduler, batch = binding.scheduler, binding.local_batch
+    is_prefill = batch is not None and batch is not scheduler.running_batch and batch.forward_mode.is_extend()
+    prefilling = len(batch.reqs) if is_prefill else 0
+    return len(scheduler.running_batch.reqs) + len(scheduler.waiting_queue) + len(binding.parked) + prefilling
 
 
 def fallback_columns(result: torch.Tensor, info: Any, device: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
