@@ -1,6 +1,6 @@
 """Compares a served run with the policy on its own: same arrivals, same placements?
 
-    python -m benchmark.serving.soak --record FILE        (or SGLANG_DYNCP_PLACEMENT_LOG=FILE sglang-dcp serve ...)
+    python -m benchmark.serving.soak --part short --record FILE        (or SGLANG_DYNCP_PLACEMENT_LOG=FILE sglang-dcp serve ...)
     python -m benchmark.simulate.replay FILE
 
 First on the loads that the router saw and wrote down: there the same policy code must choose the same placement for every request, else
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmark.serving.provenance import provenance
 from benchmark.simulate.cluster import Cluster, SimulatedRequest
 from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.placement import make_policy
@@ -174,7 +175,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"benchmark.simulate.replay: {error}", file=sys.stderr)
         return 2
     exact, simulated = replay_on_recorded_loads(run), replay_on_simulated_loads(run)
-    report = {
+    command = f"python -m benchmark.simulate.replay {args.record.name}"
+    report = provenance(command) | {
         "requests": exact.num_requests,
         "split": sum(item.placement.degree > 1 for item in run.requests),
         "equal_on_recorded_loads": exact.share_equal,

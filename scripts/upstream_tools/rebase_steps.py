@@ -73,9 +73,10 @@ def add_worktree(repository: Path, branch: str, folder: Path) -> None:
 
 
 def commit(repository: Path, paths: Sequence[str], message: str) -> str:
-    """Commits `paths` and returns the short hash."""
+    """Commits `paths` and returns the short hash; that of HEAD where nothing changed (a rebase onto the pin itself)."""
     run(["git", "add", "--", *paths], repository)
-    run(["git", "commit", "--quiet", "-m", message, "--", *paths], repository)
+    if run(["git", "diff", "--cached", "--name-only", "--", *paths], repository):
+        run(["git", "commit", "--quiet", "-m", message, "--", *paths], repository)
     return run(["git", "rev-parse", "--short", "HEAD"], repository).strip()
 
 

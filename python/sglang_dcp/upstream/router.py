@@ -42,10 +42,10 @@ def dispatch(controller: Any, req: Any) -> None:
         return
     try:
         placement, flexible = placer.place(req)
-    except ValueError as error:
-        # The main process refuses what cannot be placed (request_limits.py); one that slips through must not take the router down.
+    except Exception:  # noqa: BLE001 - every instance's requests pass here: no single one may take the router down
+        # The main process refuses what cannot be placed (request_limits.py); this is one that slipped through, or a fault of the policy.
         # Without a placement its home serves it locally, or refuses it by length.
-        logger.error("dyncp: request %s has no placement: %s", req.rid, error)
+        logger.exception("dyncp: request %s has no placement", req.rid)
         req.kv_hints = hints
         controller.total_tokens_scheduler(req)
         return

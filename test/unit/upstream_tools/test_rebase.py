@@ -125,7 +125,8 @@ def test_the_pin_moves_on_a_branch_of_its_own(repository: Path, tmp_path: Path) 
     folder = tmp_path / "work_tree"
     add_worktree(repository, "rebase-0.5.24", folder)
     write_edits(folder, pin_edits(folder, "0.5.24"))
-    commit(folder, [PIN_FILE, PROJECT_FILE], "Pin SGLang 0.5.24")
+    first = commit(folder, [PIN_FILE, PROJECT_FILE], "Pin SGLang 0.5.24")
+    assert commit(folder, [PIN_FILE, PROJECT_FILE], "Pin SGLang 0.5.24") == first, "nothing changed the second time"
     assert run(["git", "show", "rebase-0.5.24:UPSTREAM_VERSION"], repository) == "0.5.24\n"
     assert "sglang==0.5.24" in run(["git", "show", "rebase-0.5.24:pyproject.toml"], repository)
     assert (repository / PIN_FILE).read_text() == "0.5.23\n"
