@@ -1,0 +1,98 @@
+"""Part (e2): the highest request rate that a server holds under a limit of TPOT, with SGLang's own bench_serving as client."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmark.multi_gpu.servers import GpuServer
+from benchmark.multi_gpu.settings import PartFailed, Settings
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz \n"
+SECONDS_PER_RATE = 20.0
+BISECTIONS = 2
+TRACE_LONGEST = 131_072
+
+
+def write_dataset(path: Path, count: int, longest: int) -> float:
+    """bench_serving's custom dataset from the trace's lengths, one character per token. Returns the mean tokens that a request holds."""
+    from benchmark.multi_gpu.part_serving import trace_lengths
+
+    rng, total = random.Random(3), 0.0
+    with path.open("w") as lines:
+        for prompt, output in trace_lengths(count, longest):
+            texts = ["".join(rng.choices(ALPHABET, k=length)) for length in (prompt, output)]
+            lines.write(json.dumps({"conversations": [{"content": text} for text in texts]}) + "\n")
+            total += prompt + output / 2
+    return total / count
+
+
+def bench_command(port: int, model: Path, dataset: Path, rate: float, count: int, out: Path) -> list[str]:
+    """Sampled, not greedy: random weights repeat one token when asked for the best, which may have no text."""
+    command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--model", str(model), "--dataset-name", "custom", "--dataset-path", str(dataset), "--num-prompts", str(count)]
+    command += ["--request-rate", f"{rate:g}", "--seed", "1", "--temperature", "1.0", "--disable-tqdm", "--output-file", str(out)]
+    return command
+
+
+def judge(result: Mapping[str, Any], rate: float, count: int, tpot_ms: float) -> str | None:
+    """Why this rate is not held, or None. A queue that grows shows in the time to drain, not in TPOT."""
+    if result["completed"] < count:
+        return f"{result['completed']} of {count} requests completed"
+    if result["p99_tpot_ms"] > tpot_ms:
+        return f"P99 TPOT {result['p99_tpot_ms']:.1f} ms"
+    if result["duration"] > 1.5 * count / rate + 10:
+        return f"{result['duration']:.0f} s for arrivals of {count / rate:.0f} s"
+    return None
+
+
+def search_rate(
+    server: GpuServer, name: str, settings: Settings, figures: dict[str, Any], save: Callable[[], None], *, seconds: float
+) -> None:
+    """Doubles the rate until it is not held, then halves the interval twice. Equal arrivals and lengths for every server."""
+    deadline = time.monotonic() + seconds
+    held, broken, rate = 0.0, None, (0.5 if settings.dry else 1.0) * settings.num_gpus
+    bisections = 0
+    while broken is None or bisections < BISECTIONS:
+        if time.monotonic() > deadline:
+            figures["notes"][f"{name}, open"] = f"search stopped after {seconds:.0f} s"
+            break
+        why = try_rate(server, name, rate, settings, figures, seconds=max(60.0, deadline - time.monotonic()))
+        save()
+        held, broken = (rate, broken) if why is None else (held, rate)
+        bisections += broken is not None and held > 0
+        if broken is not None and held == 0:
+            rate /= 2
+            bisections += 1
+        else:
+            rate = 2 * rate if broken is None else (held + broken) / 2
+    figures["rows"].append({"what": "e2 highest rate", "server": name, "tpot_limit_ms": settings.tpot_ms, "requests_per_s": held})
+
+
+def try_rate(server: GpuServer, name: str, rate: float, settings: Settings, figures: dict[str, Any], *, seconds: float) -> str | None:
+    count = round(min(600, max(8 if settings.dry else 32, rate * SECONDS_PER_RATE)))
+    out, dataset = settings.work / f"bench_{name}_{rate:g}.jsonl", settings.work / f"arrivals_{count}.jsonl"
+    mean_tokens = write_dataset(dataset, count, 400 if settings.dry else TRACE_LONGEST)
+    out.unlink(missing_ok=True)
+    server.client.flush_cache()
+    command = bench_command(server.port, server.model_path, dataset, rate, count, out)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return f"not done after {seconds:.0f} s"
+    if done.returncode != 0 or not out.is_file():
+        raise PartFailed(f"bench_serving ended with {done.returncode}: {done.stderr[-600:]}")
+    result = json.loads(out.read_text().splitlines()[-1])
+    keys = ("completed", "duration", "concurrency", "mean_tpot_ms", "p99_tpot_ms", "mean_ttft_ms", "p99_ttft_ms", "output_throughput")
+    entry = {"server": name, "rate": rate, "requests": count, "mean_tokens": mean_tokens} | {key: result[key] for key in keys}
+    entry["not_held"] = judge(result, rate, count, settings.tpot_ms)
+    figures["open"].append(entry)
+    shown = {key: round(result[key], 2) for key in ("mean_tpot_ms", "p99_tpot_ms", "p99_ttft_ms", "output_throughput")}
+    figures["rows"].append({"what": "e2 open", "server": name, "requests_per_s": rate} | shown | {"not_held": entry["not_held"]})
+    return entry["not_held"]

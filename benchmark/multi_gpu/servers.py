@@ -1,0 +1,77 @@
+"""Servers of the report: one at a time (they share the GPUs), always stopped, with a log of their own."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from benchmark.multi_gpu.model_shapes import LONGEST_CONTEXT, model_flags, write_shape
+from benchmark.multi_gpu.settings import ROOT, PartFailed, Settings, Skipped
+
+sys.path[:0] = [path for path in (str(ROOT / "test"), str(ROOT / "test" / "gpu")) if path not in sys.path]
+
+from gpu_servers import GpuServer, start_all, stop_all, wait_ready  # noqa: E402
+
+from support.server import machine_lock  # noqa: E402
+
+START_LIMIT_S = 400.0
+SYNTHETIC_VARIABLE = "SGLANG_DYNCP_BENCHMARK"
+LINE_LIMIT = 300
+
+
+class ServerRefused(RuntimeError):
+    """The server ended at start; `refusal` is our own message when that is why, else ""."""
+
+    def __init__(self, server: GpuServer) -> None:
+        lines = [line[:LINE_LIMIT] for line in server.log().splitlines() if "server_args=" not in line]
+        self.refusal = next((line.strip() for line in reversed(lines) if line.startswith("sglang_dcp: ")), "")
+        super().__init__(self.refusal or f"server {server.name} is not ready; its log ends with: " + " | ".join(lines[-12:]))
+
+
+@contextmanager
+def serving(settings: Settings, *servers: GpuServer) -> Iterator[tuple[GpuServer, ...]]:
+    """Starts the servers and waits until all are ready; ServerRefused if one is not. Stops them in the end, whatever happens."""
+    settings.work.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if settings.dry:
+            stack.enter_context(machine_lock())
+        stack.callback(stop_all, list(servers))
+        start_all(list(servers), settings.work)
+        wait_ready(list(servers), time.monotonic() + START_LIMIT_S)
+        for server in servers:
+            if server.ready_s is None:
+                raise ServerRefused(server)
+        yield servers
+
+
+def layered_server(
+    settings: Settings, name: str, *, dyncp: bool, pool: int, flags: tuple[str, ...] = (), num_layers: int | None = None
+) -> GpuServer:
+    """A server with real layer shapes on all GPUs: ours, or stock data parallelism with SGLang's balancing by tokens.
+
+    In the dry form: the tiny test model. Flags given later win over the class's own.
+    """
+    n = settings.num_gpus
+    stock = ("--attn-dp-size", str(n), "--ep-size", str(n), "--load-balance-method", "total_tokens")
+    common = () if dyncp else stock
+    if settings.dry:
+        path = ROOT / "test" / "models" / "qwen3moe"
+        return GpuServer(name, path, n, pool, dyncp, (*common, *flags), device="cpu")
+    path = write_shape(settings.model, num_layers or settings.num_layers, settings.work / "models")
+    sizes = ("--context-length", str(LONGEST_CONTEXT), "--page-size", "64", "--chunked-prefill-size", str(8192 * n))
+    sizes += ("--load-format", "dummy", "--mem-fraction-static", "0.8", "--cuda-graph-max-bs-decode", "128")
+    sizes += ("--max-running-requests", str(128 * n))
+    return GpuServer(name, path, n, pool, dyncp, (*sizes, *model_flags(settings.model), *common, *flags))
+
+
+def has_synthetic_prefill() -> bool:
+    """Whether the runtime here can fill KV with noise for benchmarks."""
+    package = ROOT / "python" / "sglang_dcp"
+    return any(SYNTHETIC_VARIABLE in path.read_text() for path in package.rglob("*.py"))
+
+
+def skip_or_fail(error: ServerRefused) -> Exception:
+    """A setting that we refuse by name is a reason to skip; anything else is a failure."""
+    return Skipped(error.refusal) if error.refusal else PartFailed(str(error))

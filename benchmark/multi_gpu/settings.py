@@ -1,0 +1,94 @@
+"""What one run of the report is asked to do, and what machine it runs on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = {
+    "a": ("transport", 300.0),
+    "b": ("served tokens", 420.0),
+    "c": ("DeepEP and dyncp", 420.0),
+    "d": ("step time by degree", 900.0),
+    "e": ("stock DP against dyncp", 1500.0),
+    "f": ("cost model", 30.0),
+}
+"""Letter -> (title, seconds that it may take)."""
+
+DRY_RANKS = 4
+MULTICAST_OFF = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+"""NVLink multicast stays off: a program that fails while it uses it can take the GPUs out of service for others."""
+
+FACTS = """
+import json, torch
+n = torch.cuda.device_count()
+peers = [[a == b or torch.cuda.can_device_access_peer(a, b) for b in range(n)] for a in range(n)]
+names = [torch.cuda.get_device_name(i) for i in range(n)]
+print(json.dumps({"names": names, "capabilities": [list(torch.cuda.get_device_capability(i)) for i in range(n)], "peers": peers}))
+"""
+
+
+class Skipped(Exception):
+    """A part (or a step of one) that cannot run here; the message is the reason."""
+
+
+class PartFailed(RuntimeError):
+    """A part that ran and found something wrong; the message says what."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """num_gpus: instances, one GPU each (processes in the dry form). model: a name of model_shapes.SHAPES, for the parts with real layer
+    shapes. kill_rank: this rank of part (a) ends itself, for the test of this report. seconds: limits that replace those of PARTS.
+    """
+
+    num_gpus: int
+    out: Path
+    work: Path
+    dry: bool = False
+    servers: bool = True
+    model: str = "qwen3-235b-a22b"
+    num_layers: int = 4
+    tpot_ms: float = 50.0
+    kill_rank: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+    @property
+    def gpu(self) -> str:
+        """The card as the cost models name it; "cpu" in the dry form."""
+        if self.dry:
+            return "cpu"
+        name = self.facts["names"][0].lower()
+        return next((card for card in ("h200", "h100") if card in name), name.replace(" ", "-"))
+
+    def limit_s(self, part: str) -> float:
+        return self.seconds.get(part, PARTS[part][1])
+
+    def require_servers(self) -> None:
+        if not self.servers:
+            raise Skipped("the dry form starts servers with --servers only")
+
+
+def read_device_facts() -> dict[str, Any]:
+    """Names, compute capabilities and peer access of all GPUs. In a process of its own: this one never opens a GPU."""
+    done = subprocess.run([sys.executable, "-c", FACTS], capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode != 0:
+        raise PartFailed(f"the GPUs could not be read: {done.stderr.strip().splitlines()[-1:]}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def set_environment() -> None:
+    """For every process that follows: no multicast, and enough hardware queues."""
+    os.environ |= MULTICAST_OFF
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
