@@ -62,7 +62,8 @@ def layered_server(
     path = write_shape(settings.model, num_layers or settings.num_layers, settings.work / "models")
     sizes = ("--context-length", str(LONGEST_CONTEXT), "--page-size", "64", "--chunked-prefill-size", str(8192 * n))
     sizes += ("--load-format", "dummy", "--mem-fraction-static", "0.8", "--cuda-graph-max-bs-decode", "128")
-    sizes += ("--max-running-requests", str(128 * n))
+    # The fused all-reduce may choose NVLink multicast by itself.
+    sizes += ("--max-running-requests", str(128 * n), "--enforce-disable-flashinfer-allreduce-fusion")
     return GpuServer(name, path, n, pool, dyncp, (*sizes, *model_flags(settings.model), *common, *flags))
 
 
