@@ -31,7 +31,7 @@ def is_managed(req: Any) -> bool:
     return getattr(req, "dyncp", None) is not None
 
 
-def add_one_req(original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+def add_one_req(original: Callable[..., Any], adder: Any, req: Any, has_chunked_req: bool, truncation_align_size: int | None) -> Any:
     """AROUND PrefillAdder.add_one_req.
 
     A request with a remote shard is passed over (the queue behind it goes on) until its pages are there; then it is charged nothing,
@@ -39,16 +39,18 @@ def add_one_req(original: Callable[..., Any], adder: Any, req: Any, *args: Any, 
     """
     binding = current()
     if binding is None:
-        return original(adder, req, *args, **kwargs)
+        return original(adder, req, has_chunked_req, truncation_align_size)
     placement = getattr(req, "dyncp_placement", None)
     if placement is None or placement.is_local:
-        return _add_local(original, adder, binding, req, *args, **kwargs)
+        return _add_local(original, adder, binding, req, has_chunked_req, truncation_align_size)
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    if not _reserved(binding, req):
+    # SGLang keeps one unfinished prefill at a time, and relies on its token budget to stop at that; ours is unbounded.
+    is_ready = _reserved(binding, req)
+    if not is_ready or has_chunked_req or adder.new_chunked_req is not None:
         return AddReqResult.CONTINUE
     with _charge_nothing(adder):
-        return original(adder, req, *args, **kwargs)
+        return original(adder, req, has_chunked_req, truncation_align_size)
 
 
 def _add_local(original: Callable[..., Any], adder: Any, binding: Binding, req: Any, *args: Any, **kwargs: Any) -> Any:
@@ -67,10 +69,16 @@ def _add_local(original: Callable[..., Any], adder: Any, binding: Binding, req: 
 
 
 def add_chunked_req(original: Callable[..., Any], adder: Any, req: Any) -> Any:
-    """AROUND PrefillAdder.add_chunked_req: further chunks of a reserved request cost nothing either."""
-    if current() is None or not is_managed(req):
+    """AROUND PrefillAdder.add_chunked_req: further chunks of a reserved request cost nothing either. A local one that has begun comes
+    before what was promised since (`free_pages` in step_sync.py keeps its pages), so promises do not shorten its chunks."""
+    binding = current()
+    if binding is None:
         return original(adder, req)
-    with _charge_nothing(adder):
+    if is_managed(req):
+        with _charge_nothing(adder):
+            return original(adder, req)
+    promised = binding.instance.promised[binding.instance.rank] * binding.instance.page_size
+    with _charge_less(adder, promised):
         return original(adder, req)
 
 
@@ -162,6 +170,18 @@ def _charge_nothing(adder: Any) -> Iterator[None]:
         yield
     finally:
         adder.memory_budget = budget
+
+
+@contextlib.contextmanager
+def _charge_less(adder: Any, tokens: int) -> Iterator[None]:
+    budget = adder.memory_budget
+    budget.total_offset -= tokens
+    budget.current_offset -= tokens
+    try:
+        yield
+    finally:
+        budget.total_offset += tokens
+        budget.current_offset += tokens
 
 
 @contextlib.contextmanager
