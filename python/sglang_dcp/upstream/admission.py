@@ -45,10 +45,12 @@ def add_one_req(original: Callable[..., Any], adder: Any, req: Any, has_chunked_
         return _add_local(original, adder, binding, req, has_chunked_req, truncation_align_size)
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    # SGLang keeps one unfinished prefill at a time, and relies on its token budget to stop at that; ours is unbounded.
-    is_ready = _reserved(binding, req)
-    if not is_ready or has_chunked_req or adder.new_chunked_req is not None:
+    if not _reserved(binding, req):
         return AddReqResult.CONTINUE
+    # SGLang keeps one unfinished prefill at a time, and relies on its token budget to stop at that; ours is unbounded. The round ends:
+    # those behind would only ask early, and hold pages that they cannot use yet.
+    if has_chunked_req or adder.new_chunked_req is not None:
+        return AddReqResult.OTHER
     with _charge_nothing(adder):
         return original(adder, req, has_chunked_req, truncation_align_size)
 

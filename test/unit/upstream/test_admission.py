@@ -38,7 +38,8 @@ def added(adder: Any, req: Any, has_chunked_req: bool) -> bool:
         calls.append(arguments)
         return AddReqResult.CONTINUE
 
-    assert admission.add_one_req(original, adder, req, has_chunked_req=has_chunked_req, truncation_align_size=None) is AddReqResult.CONTINUE
+    result = admission.add_one_req(original, adder, req, has_chunked_req=has_chunked_req, truncation_align_size=None)
+    assert result is (AddReqResult.OTHER if req.dyncp.ready and not calls else AddReqResult.CONTINUE)
     return bool(calls)
 
 
