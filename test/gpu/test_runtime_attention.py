@@ -46,13 +46,7 @@ def test_random_steps(num_instances: int, page_size: int, latent: bool) -> None:
     attend = [PagedPartialAttention(page_size, flashinfer_kernel) for _ in range(num_instances)]
     for seed in range(5):
         cluster = GpuCluster(seed, num_instances, page_size, latent)
-        rng = cluster.rng
-        for _ in range(int(rng.integers(1, 6))):
-            prefix_len = int(rng.integers(0, 6 * page_size))
-            num_new = 1 if rng.random() < 0.5 else int(rng.integers(1, 3 * page_size))
-            num_pages = -(-(prefix_len + num_new) // page_size) + int(rng.integers(0, 2))
-            owners = [int(o) for o in rng.integers(0, num_instances, num_pages)]
-            cluster.add(int(rng.integers(0, num_instances)), prefix_len, num_new, owners)
+        cluster.add_random_rows(int(cluster.rng.integers(1, 6)))
         ranks = {pool.keys.data_ptr(): rank for rank, pool in enumerate(cluster.pools)}
 
         def attention(queries, keys, values, rows, scale, ranks=ranks):

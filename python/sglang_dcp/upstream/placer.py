@@ -49,11 +49,11 @@ class Placer:
         self._page_size = 0
         self._log = PlacementLog.from_environment()
 
-    def configure(self, page_size: int, default_cost_model: str = DEFAULT_COST_MODEL) -> None:
+    def configure(self, page_size: int) -> None:
         """Builds the policy; called once the page size is known."""
         num_instances = len(self._homes)
         self._page_size = page_size
-        cost_model = self._config.cost_model or default_cost_model
+        cost_model = self._config.cost_model or DEFAULT_COST_MODEL
         settings: dict[str, Any] = {
             "num_instances": num_instances,
             "page_size": page_size,

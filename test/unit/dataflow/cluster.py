@@ -105,6 +105,15 @@ class Cluster:
         self.requests.append(request)
         return request
 
+    def add_random_rows(self, count: int) -> None:
+        """Random homes, lengths and page owners (any order, home or not), chunks and decodes, pages ahead of the sequence."""
+        for _ in range(count):
+            prefix_len = int(self.rng.integers(0, 6 * self.page_size))
+            num_new = 1 if self.rng.random() < 0.5 else int(self.rng.integers(1, 3 * self.page_size))
+            num_pages = -(-(prefix_len + num_new) // self.page_size) + int(self.rng.integers(0, 2))
+            owners = [int(o) for o in self.rng.integers(0, self.num_instances, num_pages)]
+            self.add(int(self.rng.integers(0, self.num_instances)), prefix_len, num_new, owners)
+
     def kv_rows(self, request: Request) -> torch.Tensor:
         keys = request.keys.flatten(1)
         return keys if self.latent else torch.cat([keys, request.values.flatten(1)], dim=1)

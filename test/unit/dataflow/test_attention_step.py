@@ -21,13 +21,7 @@ def test_random_steps(num_instances, page_size, latent):
     """Random homes, lengths, page owners (any order, home or not), chunks beside decodes, pages ahead of the sequence."""
     for seed in range(15):
         cluster = Cluster(seed, num_instances, page_size, latent)
-        rng = cluster.rng
-        for _ in range(int(rng.integers(1, 6))):
-            prefix_len = int(rng.integers(0, 6 * page_size))
-            num_new = 1 if rng.random() < 0.5 else int(rng.integers(1, 3 * page_size))
-            num_pages = -(-(prefix_len + num_new) // page_size) + int(rng.integers(0, 2))
-            owners = [int(o) for o in rng.integers(0, num_instances, num_pages)]
-            cluster.add(int(rng.integers(0, num_instances)), prefix_len, num_new, owners)
+        cluster.add_random_rows(int(cluster.rng.integers(1, 6)))
         check(cluster)
 
 

@@ -42,16 +42,6 @@ class HalfCluster(Cluster):
         return super().randn(*shape).bfloat16()
 
 
-def fill_at_random(cluster: Cluster, count: int) -> None:
-    rng, page_size = cluster.rng, cluster.page_size
-    for _ in range(count):
-        prefix_len = int(rng.integers(0, 6 * page_size))
-        num_new = 1 if rng.random() < 0.5 else int(rng.integers(1, 3 * page_size))
-        num_pages = -(-(prefix_len + num_new) // page_size) + int(rng.integers(0, 2))
-        owners = [int(o) for o in rng.integers(0, cluster.num_instances, num_pages)]
-        cluster.add(int(rng.integers(0, cluster.num_instances)), prefix_len, num_new, owners)
-
-
 @pytest.mark.parametrize("latent", [False, True])
 @pytest.mark.parametrize(("num_instances", "page_size"), [(2, 4), (4, 16)])
 def test_random_steps(kernels, num_instances, page_size, latent):
@@ -59,7 +49,7 @@ def test_random_steps(kernels, num_instances, page_size, latent):
     attend = [PagedPartialAttention(page_size, adapters.flashinfer_kernel) for _ in range(num_instances)]
     for seed in range(6):
         cluster = HalfCluster(seed, num_instances, page_size, latent)
-        fill_at_random(cluster, int(cluster.rng.integers(1, 6)))
+        cluster.add_random_rows(int(cluster.rng.integers(1, 6)))
         plans = {id(pool): rank for rank, pool in enumerate(cluster.pools)}
 
         def attention(queries, keys, values, rows, scale, plans=plans, cluster=cluster):
@@ -140,7 +130,7 @@ def test_other_layers_and_types_are_refused(kernels):
 
 def test_plan_on_device_moves_every_index_list():
     cluster = Cluster(5, 2, 4, False)
-    fill_at_random(cluster, 4)
+    cluster.add_random_rows(4)
     plan = cluster.plan(0)[0]
     assert plan_on_device(plan, torch.device("cpu")) is plan
     lists = {f.name for f in dataclasses.fields(plan) if isinstance(getattr(plan, f.name), torch.Tensor)}
