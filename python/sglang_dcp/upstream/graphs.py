@@ -141,7 +141,9 @@ class GraphStep:
 
 def collect_step(binding: Binding, spans: Sequence[tuple[Any, int, int]], batch_sizes: Sequence[int]) -> GraphStep:
     """The step that all instances agreed on. spans: (request, prefix_len, 1) of the own batch; batch_sizes of all instances."""
-    instance, words, rows = binding.instance, [], []
+    instance = binding.instance
+    words: list[np.ndarray] = []
+    rows: list[ListedRow | PooledRow] = []
     for home, told in enumerate(instance.rows_of):
         if home == instance.rank:
             own_words = []
@@ -152,10 +154,10 @@ def collect_step(binding: Binding, spans: Sequence[tuple[Any, int, int]], batch_
             words.append(np.array(own_words, dtype=np.int32))
             continue
         words.append(route_words((row.route for row in told), batch_sizes[home] - len(told), home))
-        for row in told:
-            if shard_mask(row.route) >> instance.rank & 1:
-                held = instance.guests.pages_of(home, row.handle)
-                rows.append(ListedRow((home, row.handle), row.route, row.prefix_len + 1, held))
+        for guest in told:
+            if shard_mask(guest.route) >> instance.rank & 1:
+                held = instance.guests.pages_of(home, guest.handle)
+                rows.append(ListedRow((home, guest.handle), guest.route, guest.prefix_len + 1, held))
     return GraphStep(words, rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,18 +16,22 @@ MOST_PEERS = 16  # sgl_kernel_dcp.shapes.MAX_INSTANCES, readable without the ker
 
 @dataclass(frozen=True)
 class Place:
-    """Where an instance runs: its host, its GPU, and the GPUs of the host whose memory it can map (its own included)."""
+    """Where an instance runs: its host, its GPU, and the GPUs of the host whose memory it can map (its own included).
+
+    has_kernels: sgl-kernel-dcp can be imported there.
+    """
 
     host: str
     gpu: str
     reachable: tuple[str, ...]
+    has_kernels: bool = True
 
 
 def own_place() -> Place:
     own = torch.cuda.current_device()
     names = [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
     reachable = [name for index, name in enumerate(names) if index == own or torch.cuda.can_device_access_peer(own, index)]
-    return Place(socket.gethostname(), names[own], tuple(reachable))
+    return Place(socket.gethostname(), names[own], tuple(reachable), importlib.util.find_spec("sgl_kernel_dcp") is not None)
 
 
 def find_obstacle(places: Sequence[Place]) -> str | None:
@@ -34,6 +39,8 @@ def find_obstacle(places: Sequence[Place]) -> str | None:
     if len(places) > MOST_PEERS:
         return f"{len(places)} instances, the kernels serve {MOST_PEERS}"
     for rank, place in enumerate(places):
+        if not place.has_kernels:
+            return f"sgl-kernel-dcp is not installed where instance {rank} runs"
         for peer, other in enumerate(places):
             if place.host != other.host:
                 return f"instances {rank} and {peer} run on different hosts"

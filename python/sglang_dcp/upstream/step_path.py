@@ -58,6 +58,7 @@ def count_forward(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
         binding.graph_steps += 1
         graphs = engine()
         if binding.graph_guest_rows and graphs is not None:
+            binding.sharded_graph_steps += 1
             graphs.attention.after_step()
     else:
         binding.eager_steps += 1
