@@ -31,7 +31,7 @@ class DynCpConfig:
     max_guest_fraction: float = 1.0
     cost_model: str | None = None
     transport: str = "auto"
-    max_rows: int = 256
+    max_rows: int = 64
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -100,4 +100,4 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dyncp-cost-model", metavar="FILE", help="Step-time constants (JSON, see `sglang-dcp calibrate`).")
     group.add_argument("--dyncp-transport", choices=TRANSPORTS, help="How rows travel between instances. Default: auto.")
-    group.add_argument("--dyncp-max-rows", type=int, metavar="S", help="Most attention rows per instance of a graph. Default: 256.")
+    group.add_argument("--dyncp-max-rows", type=int, metavar="S", help="Most guest rows per instance of a decode graph. Default: 64.")

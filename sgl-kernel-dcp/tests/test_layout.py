@@ -142,7 +142,7 @@ BASE = StepMessage([[[0, 1]], [[1]]], [[1], [-1]], [RowLine(0, 5, -1, 3), RowLin
         (StepMessage([[[0, 1]]], [[1]], []), "1 homes, the group has 2"),
         (StepMessage([[[0, 1]] * 5, []], [[-1] * 5, []], [RowLine(0, 1)] * 5), "max_home_rows.* is 5, the limit of these buffers is 4"),
         (StepMessage([[[0, 2]], []], [[-1], []], []), "beyond 1"),
-        (StepMessage([[[0, 1]], []], [[0], []], [RowLine(0, 1)]), "must be one of its remote shards"),
+        (StepMessage([[[0, 1]], []], [[0], []], [RowLine(0, 1)]), "must be a remote shard"),
         (StepMessage([[[0, 1]], []], [[-1], []], []), "1 attention rows, the message lists 0"),
         (StepMessage([[[1]] * 4, [[1]] * 3], [[-1] * 4, [-1] * 3], [RowLine(0, 1)] * 7), "max_attention_rows.* is 7"),
         (StepMessage(BASE.routes, BASE.tails, [RowLine(0, 5), RowLine(1, 9)]), "kv_slot -1, but K/V arrives"),

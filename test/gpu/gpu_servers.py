@@ -79,6 +79,10 @@ class GpuServer:
             )
 
     @property
+    def uses_peer_memory(self) -> bool:
+        return self.device == "cuda" and self.dyncp and "--dyncp-transport" not in self.flags
+
+    @property
     def client(self) -> Client:
         return Client(self.port, timeout_s=120.0)
 

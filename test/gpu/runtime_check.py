@@ -55,6 +55,8 @@ SIZES = {
     "cpu": Sizes(1024, (40, 150, 333, 800), 1500, 1000, 40, 10),
 }
 STAGES = ("unsharded", "sharded", "sharded_again", "growth", "longer_than_a_pool", "soak", "graphs_after")
+GRAPH_STAGES = ("sharded", "sharded_again", "growth", "soak")
+"""Stages whose sharded decode steps must run as graphs under the peer transport."""
 NEW_TOKENS = 24
 TIE_GAP = 0.25
 """Where stock's best two tokens are closer than this, bfloat16 may choose either."""
@@ -125,7 +127,7 @@ def step_counts(server: GpuServer) -> dict[str, float]:
     """Forward passes of all instances, as graphs and without."""
     text = server.client.metrics()
     counts = {}
-    for kind in ("graph", "eager"):
+    for kind in ("graph", "eager", "sharded_graph"):
         lines = re.findall(rf"^sglang:dyncp_{kind}_steps_total\{{.*?\}} (\S+)$", text, re.MULTILINE)
         counts[kind] = sum(float(value) for value in lines)
     return counts
@@ -161,6 +163,8 @@ class Check:
                 "seconds": round(time.monotonic() - began, 2),
                 "steps": {kind: after[kind] - before[kind] for kind in after if before},
             }
+            if name in GRAPH_STAGES and self.ours.uses_peer_memory and not entry["steps"].get("sharded_graph"):
+                entry |= {"ok": False, "error": "no step with sharded rows ran as a graph"}
             self.result["stages"][name] = entry
             print(self.ours.name, name, json.dumps(entry)[:900], flush=True)
             self.save()
@@ -235,7 +239,9 @@ def build_servers(args: argparse.Namespace, models: dict[str, Path]) -> dict[str
     for name in args.only.split(","):
         model = name.partition("_")[0]
         mla = ("--flashinfer-mla-disable-ragged",) if model == "mla" and args.device == "cuda" else ()
-        transport = ("--dyncp-transport", "gloo", "--disable-overlap-schedule") if name.endswith("_gloo") else ()
+        kind = name.partition("_")[2]
+        transport = ("--dyncp-transport", kind) if kind else ()
+        transport += ("--disable-overlap-schedule",) if kind == "gloo" else ()
         ours = GpuServer(name, models[model], 2, SIZES[args.device].pool, True, mla + transport, one_gpu=args.one_gpu, device=args.device)
         if model not in stock and not args.without_stock:
             stock[model] = GpuServer(
@@ -249,7 +255,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for everything")
-    parser.add_argument("--only", default="gqa,mla,gqa_gloo", help="checks, of gqa, mla, gqa_gloo, mla_gloo")
+    parser.add_argument("--only", default="gqa,mla,gqa_gloo", help="checks: gqa or mla (peer memory), with _nccl or _gloo (that transport)")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--without-stock", action="store_true", help="compare with the same server unsharded")
     parser.add_argument("--two-gpus", dest="one_gpu", action="store_false", help="one GPU per instance instead of one for all")

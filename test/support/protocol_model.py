@@ -142,7 +142,7 @@ class ModelScheduler:
 
     def columns(self) -> list[int]:
         rows = [
-            Row(req.dyncp.handle, prefix_len, num_new)
+            Row(req.dyncp.handle, prefix_len, num_new, self.instance.route_of(req.dyncp, prefix_len + num_new))
             for req, prefix_len, num_new in self.batch
             if req.dyncp is not None and self.instance.is_sharded(req.dyncp, prefix_len + num_new)
         ]

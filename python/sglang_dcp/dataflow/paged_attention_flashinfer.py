@@ -16,7 +16,7 @@ from sglang_dcp.dataflow.paged_attention import AttentionShape, PagedKernel
 from sglang_dcp.dataflow.partial_attention_flashinfer import MLA_LATENT_DIM, MLA_ROPE_DIM, WORKSPACE_BYTES, FlashInferPrefill
 
 
-class _CopyGuard:
+class CopyGuard:
     """Orders host writes of a plan behind the copies of the plan before. Nothing to do without a GPU."""
 
     def __init__(self, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class FlashInferGqaSpans:
 
     def __init__(self, shape: AttentionShape, page_size: int, device: torch.device) -> None:
         self._kernel = FlashInferPrefill(shape.num_heads, shape.num_kv_heads, shape.qk_head_dim, page_size, shape.scale, device)
-        self._guard = _CopyGuard(device)
+        self._guard = CopyGuard(device)
 
     def plan(self, table: SpanTable, page_indices: torch.Tensor, *, causal: bool) -> None:
         self._guard.wait()
@@ -61,7 +61,7 @@ class FlashInferMlaSpans:
 
         self._shape, self._page_size = shape, page_size
         self._wrapper: Any = BatchMLAPagedAttentionWrapper(torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device), backend="fa3")
-        self._guard = _CopyGuard(device)
+        self._guard = CopyGuard(device)
 
     def plan(self, table: SpanTable, page_indices: torch.Tensor, *, causal: bool) -> None:
         from flashinfer.mla import MLAPlanMetadata

@@ -8,6 +8,7 @@ Libraries are imported when an adapter is built.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,29 @@ WORKSPACE_BYTES = 256 << 20
 FLASH_MLA_PAGE_SIZE = 64
 MLA_LATENT_DIM = 512
 MLA_ROPE_DIM = 64
+
+
+@dataclass(frozen=True)
+class KernelBuffers:
+    """What kernels that never run at the same time share: FlashInfer's workspace, and the result of up to `rows` rows."""
+
+    workspace: torch.Tensor
+    output: torch.Tensor
+    lse: torch.Tensor
+    natural_lse: torch.Tensor
+
+    @staticmethod
+    def allocate(rows: int, num_heads: int, v_head_dim: int, device: torch.device | str) -> KernelBuffers:
+        lse = torch.zeros(rows, num_heads, dtype=torch.float32, device=device)
+        return KernelBuffers(
+            torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device),
+            torch.zeros(rows, num_heads, v_head_dim, dtype=torch.bfloat16, device=device),
+            lse,
+            torch.zeros_like(lse),
+        )
+
+    def first(self, rows: int) -> KernelBuffers:
+        return KernelBuffers(self.workspace, self.output[:rows], self.lse[:rows], self.natural_lse[:rows])
 
 
 def _row_bias(lengths: torch.Tensor, bias: torch.Tensor) -> None:
@@ -43,14 +67,16 @@ class FlashInferDecode:
         page_indptr: torch.Tensor,
         page_indices: torch.Tensor,
         last_page_length: torch.Tensor,
+        buffers: KernelBuffers | None = None,
     ) -> None:
         import flashinfer
 
         device, rows = page_indptr.device, len(last_page_length)
+        buffers = buffers or KernelBuffers.allocate(rows, num_heads, head_dim, device)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.page_size, self.scale, self._page_indices = page_size, scale, page_indices
         self._wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device),
+            buffers.workspace,
             "NHD",
             use_cuda_graph=True,
             use_tensor_cores=True,
@@ -58,9 +84,7 @@ class FlashInferDecode:
             paged_kv_indices_buffer=page_indices,
             paged_kv_last_page_len_buffer=last_page_length,
         )
-        self._output = torch.zeros(rows, num_heads, head_dim, dtype=torch.bfloat16, device=device)
-        self._lse = torch.zeros(rows, num_heads, dtype=torch.float32, device=device)
-        self._natural_lse = torch.zeros_like(self._lse)
+        self._output, self._lse, self._natural_lse = buffers.output, buffers.lse, buffers.natural_lse
         self._bias = torch.zeros(rows, 1, dtype=torch.float32, device=device)
 
     def plan(self, page_indptr: torch.Tensor, last_page_length: torch.Tensor) -> None:
@@ -138,15 +162,23 @@ class FlashInferMLA:
     """MLA decode in absorbed form: queries [S, heads, 512 + 64] over the latent cache [pages, page_size, 512 + 64]."""
 
     def __init__(
-        self, num_heads: int, page_size: int, scale: float, page_indptr: torch.Tensor, page_indices: torch.Tensor, kv_length: torch.Tensor
+        self,
+        num_heads: int,
+        page_size: int,
+        scale: float,
+        page_indptr: torch.Tensor,
+        page_indices: torch.Tensor,
+        kv_length: torch.Tensor,
+        buffers: KernelBuffers | None = None,
     ) -> None:
         from flashinfer.mla import BatchMLAPagedAttentionWrapper
 
         device, rows = page_indptr.device, len(kv_length)
+        buffers = buffers or KernelBuffers.allocate(rows, num_heads, MLA_LATENT_DIM, device)
         self.num_heads, self.page_size, self.scale, self._page_indices = num_heads, page_size, scale, page_indices
         self._query_indptr = torch.arange(rows + 1, dtype=torch.int32)
         self._wrapper = BatchMLAPagedAttentionWrapper(
-            torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device),
+            buffers.workspace,
             use_cuda_graph=True,
             qo_indptr=self._query_indptr.to(device),
             kv_indptr=page_indptr,
@@ -154,9 +186,7 @@ class FlashInferMLA:
             kv_len_arr=kv_length,
             backend="fa3",
         )
-        self._output = torch.zeros(rows, num_heads, MLA_LATENT_DIM, dtype=torch.bfloat16, device=device)
-        self._lse = torch.zeros(rows, num_heads, dtype=torch.float32, device=device)
-        self._natural_lse = torch.zeros_like(self._lse)
+        self._output, self._lse, self._natural_lse = buffers.output, buffers.lse, buffers.natural_lse
         self._bias = torch.zeros(rows, 1, dtype=torch.float32, device=device)
 
     def plan(self, page_indptr: torch.Tensor, kv_length: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ class HomeRequest:
 
     pages: one entry per page of the sequence, in order; None where the grant is known and the page number has not arrived yet.
     num_tree_pages: leading pages that the prefix cache owns (never freed by us).
+    starts: of every owner, the sequence index of its first page. own_pages: (index, number) of the pages at home, ascending.
+    num_missing: the Nones in pages. The three follow from `pages`; a step must not walk a long request's pages.
     """
 
     handle: int
@@ -28,16 +31,23 @@ class HomeRequest:
     asked_stuck: bool = False
     start_degree: int = 0
     num_growths: int = 0
+    starts: dict[int, int] = field(default_factory=dict)
+    own_pages: list[tuple[int, int]] = field(default_factory=list)
+    num_missing: int = 0
 
     @property
     def ready(self) -> bool:
         """All pages that were granted have arrived."""
-        return self.admitted and None not in self.pages
+        return self.admitted and not self.num_missing
 
     @property
     def shards(self) -> tuple[int, ...]:
         """Distinct owners in sequence order of their first page."""
-        return tuple(dict.fromkeys(page.owner for page in self.pages if page is not None))
+        return tuple(sorted(self.starts, key=self.starts.__getitem__))
+
+    def active_shards(self, num_tokens: int, page_size: int) -> Iterator[int]:
+        """Owners of the first num_tokens tokens, in any order."""
+        return (owner for owner, start in self.starts.items() if start * page_size < num_tokens)
 
     def pages_per_shard(self) -> dict[int, int]:
         counts: dict[int, int] = {}
@@ -69,12 +79,16 @@ class HomeBook:
     def append(self, request: HomeRequest, page: Page) -> None:
         self._note(request, page)
         request.pages.append(page)
+        self._index(request, len(request.pages) - 1, page)
 
     def adopt(self, request: HomeRequest, pages: Iterable[Page], num_tree_pages: int) -> None:
         """Takes over the pages of a request that was served locally so far."""
         request.pages = list(pages)
         request.num_tree_pages = num_tree_pages
         request.admitted = True
+        for page_index, page in enumerate(request.pages):
+            assert page is not None
+            self._index(request, page_index, page)
         request.start_degree = len(request.shards)
         for page in request.pages[num_tree_pages:]:
             assert page is not None
@@ -86,6 +100,7 @@ class HomeBook:
             end = segment.first_index + segment.num_pages
             if segment.first_index != len(request.pages):
                 raise ValueError(f"handle {request.handle}: grant starts at page {segment.first_index}, {len(request.pages)} are there")
+            request.num_missing += end - len(request.pages)
             request.pages += [None] * (end - len(request.pages))
         if not request.admitted:
             request.start_degree = len(grant.segments)
@@ -105,6 +120,8 @@ class HomeBook:
             page = Page(owner, number)
             self._note(request, page)
             request.pages[page_index] = page
+            request.num_missing -= 1
+            self._index(request, page_index, page)
 
     def close(self, handle: int) -> list[int]:
         """Forgets the request. Returns the numbers of its local pages that are ours to free."""
@@ -136,6 +153,11 @@ class HomeBook:
             for page in request.pages[request.num_tree_pages :]:
                 if page is not None and page.owner == self.ids.home:
                     yield page.number
+
+    def _index(self, request: HomeRequest, page_index: int, page: Page) -> None:
+        request.starts[page.owner] = min(page_index, request.starts.get(page.owner, page_index))
+        if page.owner == self.ids.home:
+            bisect.insort(request.own_pages, (page_index, page.number))
 
     def _note(self, request: HomeRequest, page: Page) -> None:
         page_id = self.ids.encode(page)

@@ -99,11 +99,15 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sharded request of a step: queries at positions prefix_len .. prefix_len + num_new - 1."""
+    """One sharded request of a step: queries at positions prefix_len .. prefix_len + num_new - 1.
+
+    route: the shards that take part and the one that takes the last token's K/V (routes.py). A steady row keeps it until its tail moves.
+    """
 
     handle: int
     prefix_len: int
     num_new: int
+    route: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +118,13 @@ class Rows:
     rows: tuple[Row, ...]
 
     def words(self) -> list[int]:
-        return [word for row in self.rows for word in (row.handle, row.prefix_len, row.num_new)]
+        return [word for row in self.rows for word in (row.handle, row.prefix_len, row.num_new, row.route)]
 
     @classmethod
     def parse(cls, words: Sequence[int]) -> Rows:
-        if len(words) % 3:
-            raise MessageError(f"a Rows message has {len(words)} words, not a multiple of 3")
-        return cls(tuple(Row(*words[i : i + 3]) for i in range(0, len(words), 3)))
+        if len(words) % 4:
+            raise MessageError(f"a Rows message has {len(words)} words, not a multiple of 4")
+        return cls(tuple(Row(*words[i : i + 4]) for i in range(0, len(words), 4)))
 
 
 Message = AskAdmission | AskGrowth | Granted | Release | Rows
@@ -156,12 +160,12 @@ def decode(words: Sequence[int]) -> Iterator[Message]:
 
 def advance(rows: Iterable[Row]) -> tuple[Row, ...]:
     """The rows of the next step when nothing joined or left: every request decodes one token."""
-    return tuple(Row(row.handle, row.prefix_len + row.num_new, 1) for row in rows)
+    return tuple(Row(row.handle, row.prefix_len + row.num_new, 1, row.route) for row in rows)
 
 
 def checksum(rows: Iterable[Row]) -> int:
     """Detects a row table that went apart between instances; fits one control column."""
     value = 0
     for row in rows:
-        value = (value * 1_000_003 + row.handle * 8191 + row.prefix_len * 31 + row.num_new) % 2_147_483_647
+        value = (value * 1_000_003 + row.handle * 8191 + row.prefix_len * 31 + row.num_new + row.route * 127) % 2_147_483_647
     return value

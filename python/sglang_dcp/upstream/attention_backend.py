@@ -11,27 +11,33 @@ from sglang_dcp.dataflow.attention_step import attention_step
 from sglang_dcp.dataflow.contracts import StepPlan
 from sglang_dcp.dataflow.device_plan import plan_on_device
 from sglang_dcp.upstream.binding import Binding, current
+from sglang_dcp.upstream.graphs import GraphError, captured_guest_rows, engine
 
 
 class PoolLayer:
     """One layer of SGLang's KV pool. GQA rows are K then V; MLA rows are the latent and the rotary part, of which V is a view."""
 
     def __init__(self, pool: Any, layer: Any, latent: bool) -> None:
-        self._pool, self._layer, self._latent = pool, layer, latent
+        self._pool, self._layer, self.latent = pool, layer, latent
         self._kv_heads, self._key_dim, self._value_dim = layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """K/V rows [T, kv_width] of what the model hands to attention."""
         keys = keys.reshape(keys.shape[0], -1)
-        return keys if self._latent else torch.cat([keys, values.reshape(values.shape[0], -1)], dim=1)
+        return keys if self.latent else torch.cat([keys, values.reshape(values.shape[0], -1)], dim=1)
 
     def write(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
         if not slots.numel():
             return
         key_width = self._kv_heads * self._key_dim
         keys = rows[:, :key_width].view(-1, self._kv_heads, self._key_dim)
-        values = keys[..., : self._value_dim] if self._latent else rows[:, key_width:].view(-1, self._kv_heads, self._value_dim)
+        values = keys[..., : self._value_dim] if self.latent else rows[:, key_width:].view(-1, self._kv_heads, self._value_dim)
         self._pool.set_kv_buffer(self._layer, self._write_location(slots), keys, values)
+
+    def write_tokens(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """K/V [T, kv_heads, dim] or flat, as the model hands them over."""
+        keys = keys.view(-1, self._kv_heads, self._key_dim)
+        self._pool.set_kv_buffer(self._layer, self._write_location(slots), keys, values.view(-1, self._kv_heads, self._value_dim))
 
     def keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._pool.get_key_buffer(self._layer.layer_id), self._pool.get_value_buffer(self._layer.layer_id)
@@ -44,10 +50,43 @@ class PoolLayer:
 
 
 def make_backend_class(stock: type) -> type:
-    """The stock backend with two methods of ours: `forward`, entered once per layer, and the eager preparation of a step."""
+    """The stock backend, whose `forward` is entered once per layer, with ours for steps with sharded rows, eager or captured."""
 
     class DynCpBackend(stock):
+        dyncp_runner: Any = None
+
+        def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any, **kwargs: Any) -> None:
+            super().init_cuda_graph_state(max_bs, max_num_tokens, *args, **kwargs)
+            graphs = engine()
+            if graphs is not None:
+                graphs.build(self.dyncp_runner, max_bs)
+
+        def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+            graphs, binding = engine(), current()
+            if in_capture and captured_guest_rows():
+                assert graphs is not None
+                graphs.attention.prepare(forward_batch.batch_size, captured_guest_rows())
+                return
+            if not in_capture and binding is not None and binding.graph_guest_rows:
+                assert graphs is not None
+                graphs.load(binding, forward_batch.batch_size)
+                return
+            super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+
+        def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+            graphs = engine()
+            if graphs is not None and captured_guest_rows():
+                graphs.keep_own_slots(forward_batch, self.token_to_kv_pool.size + self.token_to_kv_pool.page_size)
+                return
+            super().init_forward_metadata_in_graph(forward_batch)
+
         def init_forward_metadata(self, forward_batch: Any) -> None:
+            binding = current()
+            if binding is not None and binding.graph_guest_rows:
+                raise GraphError(
+                    f"rank {binding.instance.rank}, step {binding.instance.step}: all instances agreed on a graph with "
+                    f"{binding.graph_guest_rows} guest rows, SGLang runs this batch without one"
+                )
             if step_is_sharded():
                 # Stock's metadata would list remote token ids; nobody reads it in such a step.
                 self.forward_metadata = None
@@ -55,7 +94,9 @@ def make_backend_class(stock: type) -> type:
             super().init_forward_metadata(forward_batch)
 
         def forward(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any) -> Any:
-            binding = current()
+            binding, guest_rows = current(), captured_guest_rows()
+            if guest_rows:
+                return forward_captured(guest_rows, self.token_to_kv_pool, q, k, v, layer, **kwargs)
             if binding is None or binding.pending_rows is None:
                 return super().forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
             return forward_sharded(binding, self.token_to_kv_pool, *with_rotary_part(q, k, v, **kwargs), layer)
@@ -99,6 +140,33 @@ def forward_sharded(binding: Binding, pool: Any, q: torch.Tensor, k: torch.Tenso
     return output.reshape(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
 
 
+def forward_captured(
+    guest_rows: int, pool: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, **kwargs: Any
+) -> torch.Tensor:
+    """A layer of a decode graph with sharded rows, while it is captured. Returns [T, heads * v_head_dim]."""
+    graphs = engine()
+    assert graphs is not None
+    num_tokens, heads = q.shape[0], layer.tp_q_head_num
+    cache = PoolLayer(pool, layer, latent=graphs.attention.shape.latent)
+    slots = graphs.own_slots(num_tokens)
+    q_rope, k_rope = kwargs.get("q_rope"), kwargs.get("k_rope")
+    if not cache.latent:
+        cache.write_tokens(slots, k, v)
+        queries = q.reshape(num_tokens, heads, layer.qk_head_dim), None
+        new_kv = k.reshape(num_tokens, 1, -1), v.reshape(num_tokens, 1, -1)
+    else:
+        joined_q, joined_k, values = with_rotary_part(q, k, v, q_rope, k_rope)
+        joined_k = joined_k.reshape(num_tokens, 1, layer.qk_head_dim)
+        cache.write_tokens(slots, joined_k, joined_k[..., : layer.v_head_dim])
+        if q_rope is None:
+            queries = joined_q.reshape(num_tokens, heads, layer.qk_head_dim), None
+        else:
+            queries = q.reshape(num_tokens, heads, layer.v_head_dim), q_rope.reshape(num_tokens, heads, -1)
+        new_kv = joined_k[..., : layer.v_head_dim], joined_k[..., layer.v_head_dim :]
+    merged = graphs.attention.run(num_tokens, guest_rows, queries, *new_kv, cache.keys_and_values())
+    return merged.reshape(num_tokens, heads * layer.v_head_dim)
+
+
 def plan_of_step(binding: Binding, num_tokens: int) -> StepPlan:
     """The step's plan, built by its first layer (the padded token count is known there)."""
     instance = binding.instance
@@ -112,7 +180,7 @@ def plan_of_step(binding: Binding, num_tokens: int) -> StepPlan:
 
 def fused_kv_write(original: Callable[..., bool], forward_batch: Any) -> bool:
     """AROUND models.utils.enable_fused_set_kv_buffer: the rope kernel would write K/V at remote token ids, outside this pool."""
-    return not step_is_sharded() and original(forward_batch)
+    return not step_is_sharded() and not captured_guest_rows() and original(forward_batch)
 
 
 def register_backends() -> None:
@@ -134,10 +202,15 @@ def create_flashinfer(runner: Any) -> Any:
     if runner.use_mla_backend:
         from sglang.srt.layers.attention.flashinfer_mla_backend import FlashInferMLAAttnBackend
 
-        return make_backend_class(FlashInferMLAAttnBackend)(runner)
+        return _for_runner(make_backend_class(FlashInferMLAAttnBackend)(runner), runner)
     from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 
-    return make_backend_class(FlashInferAttnBackend)(runner, init_new_workspace=runner.init_new_workspace)
+    return _for_runner(make_backend_class(FlashInferAttnBackend)(runner, init_new_workspace=runner.init_new_workspace), runner)
+
+
+def _for_runner(backend: Any, runner: Any) -> Any:
+    backend.dyncp_runner = runner
+    return backend
 
 
 def register_mla_form() -> None:

@@ -17,8 +17,9 @@ from sglang_dcp.upstream.metrics import StepMetrics
 @dataclass
 class Binding:
     """parked: requests that sit out decode steps for want of a tail page. waiting: those with an open reservation, by handle.
-    local_batch: the batch of the step being synchronised. metrics: None without --enable-metrics. graph_steps, eager_steps: forward
-    passes that this instance ran as a CUDA graph, and otherwise.
+    local_batch: the batch of the step being synchronised. metrics: None without --enable-metrics. graph_guest_rows: guest rows of the
+    graph that the step runs as, 0 for none or SGLang's own; graph_step: its rows. graph_steps, eager_steps: forward passes that this
+    instance ran as a CUDA graph (sharded_graph_steps: those of them with sharded rows), and otherwise.
     """
 
     scheduler: Any
@@ -33,7 +34,10 @@ class Binding:
     ran_since_check: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     partial_attention: PartialAttention = torch_partial_attention
+    graph_guest_rows: int = 0
+    graph_step: Any = None
     graph_steps: int = 0
+    sharded_graph_steps: int = 0
     eager_steps: int = 0
     request_log: RequestLog = field(default_factory=RequestLog)
     metrics: StepMetrics | None = None

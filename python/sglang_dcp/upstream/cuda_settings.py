@@ -13,7 +13,7 @@ UNVERIFIED_VARIABLE = "SGLANG_DYNCP_UNVERIFIED_GPU"
 """Set to 1 by test/gpu/runtime_check.py, which is to show that the path serves. Not for users: it was never seen serving."""
 BACKEND = "flashinfer"
 BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
-CUDA_TRANSPORTS = ("auto", "nccl", "gloo")
+CUDA_TRANSPORTS = ("auto", "peer", "nccl", "gloo")
 CPU_TRANSPORTS = ("auto", "gloo")
 
 

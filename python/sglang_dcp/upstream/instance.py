@@ -22,6 +22,7 @@ from sglang_dcp.ledger.homes import HomeBook, HomeRequest
 from sglang_dcp.ledger.messages import AskAdmission, AskGrowth, Granted, Message, Release, Row, Rows
 from sglang_dcp.ledger.page_ids import Page, PageIds
 from sglang_dcp.ledger.reservations import Decision, Grant, Key, ReservationTable
+from sglang_dcp.ledger.routes import route_word
 from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.growth import predicted_level
 from sglang_dcp.upstream import columns as col
@@ -252,8 +253,14 @@ class Instance:
 
     def is_sharded(self, request: HomeRequest, sequence_len: int) -> bool:
         """Whether a remote instance takes part in the row."""
-        num_pages = -(-sequence_len // self.page_size)
-        return any(page is not None and page.owner != self.rank for page in request.pages[:num_pages])
+        return any(owner != self.rank for owner in request.active_shards(sequence_len, self.page_size))
+
+    def route_of(self, request: HomeRequest, sequence_len: int) -> int:
+        """The route of a row that ends at sequence_len."""
+        tail = request.pages[(sequence_len - 1) // self.page_size]
+        if tail is None:
+            raise ProtocolError(f"handle {request.handle}: a row of {sequence_len} tokens runs before the page of its last one is known")
+        return route_word(request.active_shards(sequence_len, self.page_size), tail.owner, self.rank, self.num_instances)
 
     def busy(self) -> bool:
         """Guests or managed requests are here: the pool must not be flushed."""

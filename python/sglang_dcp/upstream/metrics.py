@@ -54,7 +54,7 @@ class StepMetrics:
         self._clock = clock
         self._due = 0.0
         self._growths = self._retractions = 0
-        self._graph_steps = self._eager_steps = 0
+        self._graph_steps = self._eager_steps = self._sharded_graph_steps = 0
 
         def gauge(name: str, text: str) -> Any:
             return Gauge(PREFIX + name, text, labelnames=list(labels), multiprocess_mode="mostrecent").labels(**labels)
@@ -74,6 +74,7 @@ class StepMetrics:
         self.reservation_wait = histogram("reservation_wait_seconds", "Wait of requests of this home for their pages.", WAIT_BUCKETS)
         self.retractions = counter("retractions_total", "Requests of this home that gave their pages back to make room.")
         self.graph_steps = counter("graph_steps_total", "Forward passes of this instance that ran as a CUDA graph.")
+        self.sharded_graph_steps = counter("sharded_graph_steps_total", "Forward passes that ran as a CUDA graph with sharded rows.")
         self.eager_steps = counter("eager_steps_total", "Forward passes of this instance that ran without a graph.")
         self.exchange = histogram("exchange_seconds", "Time in the exchange of one step, waiting for peers included.", EXCHANGE_BUCKETS)
 
@@ -102,6 +103,8 @@ class StepMetrics:
         self._growths, self._retractions = instance.num_degree_growths, instance.num_retractions
         self.graph_steps.inc(binding.graph_steps - self._graph_steps)
         self.eager_steps.inc(binding.eager_steps - self._eager_steps)
+        self.sharded_graph_steps.inc(binding.sharded_graph_steps - self._sharded_graph_steps)
+        self._sharded_graph_steps = binding.sharded_graph_steps
         self._graph_steps, self._eager_steps = binding.graph_steps, binding.eager_steps
 
 

@@ -12,19 +12,22 @@ from sglang_dcp.dataflow.partial_attention import PartialAttention, torch_partia
 from sglang_dcp.dataflow.transport.base import Transport
 from sglang_dcp.dataflow.transport.gloo import GlooTransport
 from sglang_dcp.upstream.binding import current
+from sglang_dcp.upstream.graphs import GraphError, engine
 
 logger = logging.getLogger(__name__)
 
 
 def choose_transport(name: str, device: torch.device, gloo_group: dist.ProcessGroup, timeout_seconds: float) -> Transport:
-    """The transport of --dyncp-transport `name`, which the settings have checked against the device. Logs what `auto` means.
+    """What carries a sharded step that runs without a graph, under --dyncp-transport `name` (checked by the settings). graphs.py: the rest.
 
     Every rank calls it, in the same place: a NCCL group is made by all of them.
     """
-    if name == "auto":
-        name, reason = ("gloo", "the device is a CPU") if device.type == "cpu" else ("nccl", "peer memory is not joined yet")
-        logger.info("dyncp: --dyncp-transport auto is %s: %s", name, reason)
-    if name == "nccl":
+    if name == "auto" and device.type == "cpu":
+        name = "gloo"
+        logger.info("dyncp: --dyncp-transport auto is gloo: the device is a CPU")
+    if name == "peer" and engine() is None:
+        raise GraphError("--dyncp-transport peer carries decode graphs, and this server captures none (--disable-cuda-graph)")
+    if name != "gloo":
         from sglang_dcp.dataflow.transport.nccl import NcclTransport, create_nccl_group
 
         return NcclTransport(create_nccl_group(timeout_seconds))
@@ -47,11 +50,15 @@ def choose_partial_attention(device: torch.device, page_size: int) -> PartialAtt
 
 
 def count_forward(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER TpModelWorker.forward_batch_generation: which share of the steps runs as a graph."""
+    """AFTER TpModelWorker.forward_batch_generation: which share of the steps runs as a graph, and whether a peer was silent in one."""
     binding = current()
     if binding is None:
         return
     if result.can_run_cuda_graph:
         binding.graph_steps += 1
+        graphs = engine()
+        if binding.graph_guest_rows and graphs is not None:
+            binding.sharded_graph_steps += 1
+            graphs.attention.after_step()
     else:
         binding.eager_steps += 1

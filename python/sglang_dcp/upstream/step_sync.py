@@ -15,6 +15,7 @@ from sglang_dcp.ledger.messages import Row
 from sglang_dcp.upstream import columns as col
 from sglang_dcp.upstream.admission import is_managed
 from sglang_dcp.upstream.binding import Binding, current
+from sglang_dcp.upstream.graphs import collect_step, engine
 
 
 def remember_batch(original: Callable[..., Any], adapter: Any, local_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -72,14 +73,25 @@ def after_gather(result: Any, info: Any, *args: Any, **kwargs: Any) -> None:
         binding.metrics.after_step(binding)
     binding.ran_since_check = binding.ran_since_check or max(info.global_num_tokens) > 0
     instance.plan = None
-    binding.pending_rows = None
-    if instance.num_sharded_rows:
+    binding.pending_rows = binding.graph_step = None
+    binding.graph_guest_rows = choose_graph(binding, info)
+    if binding.graph_guest_rows:
+        binding.graph_step = collect_step(binding, batch_spans(binding.local_batch), info.global_num_tokens)
+    elif instance.num_sharded_rows:
         # An instance without tokens skips attention altogether; one dummy token makes it take part in the exchange.
         info.global_num_tokens = [max(1, count) for count in info.global_num_tokens]
         info.num_tokens = max(1, info.num_tokens)
-        # Every instance knows every row, so all of them run this step without a graph.
+        # All instances come to this alike, so all of them run the step without a graph.
         info.can_run_decode_cuda_graph = info.can_run_prefill_cuda_graph = False
         binding.pending_rows = home_rows(binding)
+
+
+def choose_graph(binding: Binding, info: Any) -> int:
+    """Guest rows of the graph that this step runs as. 0: it is not sharded, extends somewhere, or fits no graph."""
+    graphs = engine()
+    if graphs is None or not binding.instance.num_sharded_rows or not info.can_run_decode_cuda_graph:
+        return 0
+    return graphs.choose([[row.route for row in rows] for rows in binding.instance.rows_of], info.global_num_tokens)
 
 
 def exchange_words(binding: Binding, counts: np.ndarray, most: int) -> list[list[int]]:
@@ -107,7 +119,7 @@ def batch_spans(batch: Any) -> list[tuple[Any, int, int]]:
 def sharded_rows(binding: Binding) -> list[Row]:
     instance = binding.instance
     return [
-        Row(req.dyncp.handle, prefix_len, num_new)
+        Row(req.dyncp.handle, prefix_len, num_new, instance.route_of(req.dyncp, prefix_len + num_new))
         for req, prefix_len, num_new in batch_spans(binding.local_batch)
         if is_managed(req) and instance.is_sharded(req.dyncp, prefix_len + num_new)
     ]

@@ -3,7 +3,7 @@
 from sgl_kernel_dcp.exchange import PHASE_RECEIVE, PHASE_SEND, PeerExchange, launch_together
 from sgl_kernel_dcp.merge import merge_stacked
 from sgl_kernel_dcp.shapes import ExchangeShape, TableShape
-from sgl_kernel_dcp.tables import RowLine, StepMessage, StepTables
+from sgl_kernel_dcp.tables import RowLine, StepArrays, StepMessage, StepTables
 
 __all__ = [
     "PHASE_RECEIVE",
@@ -11,6 +11,7 @@ __all__ = [
     "ExchangeShape",
     "PeerExchange",
     "RowLine",
+    "StepArrays",
     "StepMessage",
     "StepTables",
     "TableShape",

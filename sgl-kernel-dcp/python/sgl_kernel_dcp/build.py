@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -57,17 +58,21 @@ def build_library() -> Path:
     library = target / "sgl_kernel_dcp.so"
     if library.is_file() and (target / "complete").is_file():
         return library
-    built = tvm_ffi.cpp.build(
-        "sgl_kernel_dcp",
-        sources=[str(path) for path in source_files() if path.suffix == ".cu"],
-        extra_cuda_cflags=CUDA_FLAGS,
-        extra_ldflags=[f"-L{path}" for path in cuda_library_directories()],
-        extra_include_paths=[str(source_root() / "include")],
-        build_directory=str(target),
-        backend="cuda",
-    )
-    (target / "complete").touch()
-    return Path(built)
+    target.mkdir(parents=True, exist_ok=True)
+    with (target / "lock").open("w") as lock:  # ranks of a server come here together; one compiles
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (target / "complete").is_file():
+            tvm_ffi.cpp.build(
+                "sgl_kernel_dcp",
+                sources=[str(path) for path in source_files() if path.suffix == ".cu"],
+                extra_cuda_cflags=CUDA_FLAGS,
+                extra_ldflags=[f"-L{path}" for path in cuda_library_directories()],
+                extra_include_paths=[str(source_root() / "include")],
+                build_directory=str(target),
+                backend="cuda",
+            )
+            (target / "complete").touch()
+    return library
 
 
 @functools.cache

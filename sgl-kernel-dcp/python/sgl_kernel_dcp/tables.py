@@ -54,19 +54,24 @@ class StepMessage:
     tails: list[list[int]]
     rows: list[RowLine]
 
-    def route_words(self) -> list[np.ndarray]:
-        """int32 words per home: a bit per shard, the travelling tail + 1 above."""
+    def arrays(self) -> StepArrays:
         words = []
         for shards_of_rows, tails in zip(self.routes, self.tails, strict=True):
             masks = [sum(1 << shard for shard in shards) for shards in shards_of_rows]
             words.append(np.array([m | (t + 1) << ROUTE_TAIL_SHIFT for m, t in zip(masks, tails, strict=True)], dtype=np.int32))
-        return words
+        return StepArrays(words, np.array(self.rows, dtype=np.int32).reshape(-1, 4))
 
 
-def count_routes(words: list[np.ndarray], num_instances: int) -> np.ndarray:
-    """counts[h, s]: rows of home h that have a shard on s."""
-    bits = np.arange(num_instances)
-    return np.stack([(word[:, None] >> bits & 1).sum(axis=0) if len(word) else np.zeros(num_instances, dtype=np.int64) for word in words])
+@dataclass(frozen=True)
+class StepArrays:
+    """A `StepMessage` as the host packs it, for callers that build arrays anyway.
+
+    words[h]: int32, one per row of home h: a bit per shard, the instance its new K/V travels to + 1 from bit ROUTE_TAIL_SHIFT on (0: none).
+    rows:     int32 [attention rows, 4], the fields of `RowLine`.
+    """
+
+    words: list[np.ndarray]
+    rows: np.ndarray
 
 
 class StepTables:
@@ -88,7 +93,7 @@ class StepTables:
         self._host = torch.zeros(self.layout["input_size"], dtype=torch.int32, pin_memory=True)
         self._copied = torch.cuda.Event()
 
-    def upload(self, message: StepMessage) -> None:
+    def upload(self, message: StepMessage | StepArrays) -> None:
         """Checks the message against the capacities and starts its copy on the current stream."""
         host = self._host.numpy()
         packed = self.pack(message)
@@ -97,7 +102,7 @@ class StepTables:
         self.buffer[: len(packed)].copy_(self._host[: len(packed)], non_blocking=True)
         self._copied.record()
 
-    def pack(self, message: StepMessage) -> np.ndarray:
+    def pack(self, message: StepMessage | StepArrays) -> np.ndarray:
         """The message as int32 words; raises ValueError naming the value and its limit."""
         return pack_message(message, self.shape, self.rank, self.num_entries, self.max_return_rows, self.layout)
 
@@ -129,50 +134,64 @@ def _check(name: str, value: int, limit: int) -> None:
 
 
 def pack_message(
-    message: StepMessage, shape: TableShape, rank: int, num_entries: int, max_return_rows: int, layout: dict[str, int]
+    message: StepMessage | StepArrays, shape: TableShape, rank: int, num_entries: int, max_return_rows: int, layout: dict[str, int]
 ) -> np.ndarray:
     """Pure part of `StepTables.pack`: checks everything that the kernels rely on, then lays the words out."""
-    if len(message.routes) != shape.num_instances:
-        raise ValueError(f"routes name {len(message.routes)} homes, the group has {shape.num_instances}")
-    words = message.route_words()
-    for home, word in enumerate(words):
-        _check(f"home rows of instance {home} (max_home_rows)", len(word), shape.max_home_rows)
-        if len(word) and int((word & 0xFFFF).max()) >> shape.num_instances:
-            raise ValueError(f"home {home} routes to an instance beyond {shape.num_instances - 1}")
-        for row, (shards, tail) in enumerate(zip(message.routes[home], message.tails[home], strict=True)):
-            if tail >= 0 and (tail not in shards or tail == home):
-                raise ValueError(f"home {home} row {row}: K/V travels to {tail}, which must be one of its remote shards {shards}")
-    counts = count_routes(words, shape.num_instances)
-    num_rows = int(counts[:, rank].sum())
-    if num_rows != len(message.rows):
-        raise ValueError(f"routes give instance {rank} {num_rows} attention rows, the message lists {len(message.rows)}")
+    arrays = message.arrays() if isinstance(message, StepMessage) else message
+    words, rows = arrays.words, arrays.rows
+    if len(words) != shape.num_instances:
+        raise ValueError(f"routes name {len(words)} homes, the group has {shape.num_instances}")
+    lengths = [len(word) for word in words]
+    for home, length in enumerate(lengths):
+        _check(f"home rows of instance {home} (max_home_rows)", length, shape.max_home_rows)
+    homes, all_words = np.repeat(np.arange(shape.num_instances), lengths), np.concatenate(words)
+    _check_words(homes, all_words, shape.num_instances)
+    here = all_words >> rank & 1 == 1
+    num_rows = int(here.sum())
+    if num_rows != len(rows):
+        raise ValueError(f"routes give instance {rank} {num_rows} attention rows, the message lists {len(rows)}")
     _check("attention rows (max_attention_rows)", num_rows, shape.max_attention_rows)
-    _check("partials that return (max_return_rows)", int(counts[rank].sum() - counts[rank, rank]), max_return_rows)
-    _check_rows(message, shape, rank, num_entries, counts)
+    remote = words[rank] & (1 << ROUTE_TAIL_SHIFT) - 1 & ~(1 << rank)
+    _check("partials that return (max_return_rows)", sum(int((remote >> s & 1).sum()) for s in range(shape.num_instances)), max_return_rows)
+    _check_rows(rows, shape, num_entries, all_words[here] >> ROUTE_TAIL_SHIFT == rank + 1)
     packed = np.zeros(layout["input_rows"] + 4 * num_rows, dtype=np.int32)
-    packed[: shape.num_instances] = [len(word) for word in words]
+    packed[: shape.num_instances] = lengths
     packed[16] = num_rows
     routes = packed[layout["input_routes"] : layout["input_rows"]][: shape.num_instances * shape.max_home_rows]
     routes = routes.reshape(shape.num_instances, shape.max_home_rows)
     for home, word in enumerate(words):
         routes[home, : len(word)] = word
-    packed[layout["input_rows"] :] = np.array(message.rows, dtype=np.int32).reshape(-1)
+    packed[layout["input_rows"] :] = rows.reshape(-1)
     return packed
 
 
-def _check_rows(message: StepMessage, shape: TableShape, rank: int, num_entries: int, counts: np.ndarray) -> None:
-    pages = [-(-line.tokens // shape.page_size) for line in message.rows]
-    _check("pages of all rows (max_pages)", sum(pages), shape.max_pages)
-    _check("pages of one row (max_pages_per_row)", max(pages, default=0), shape.max_pages_per_row)
-    expects = [
-        tail == rank
-        for home, (routes, tails) in enumerate(zip(message.routes, message.tails, strict=True))
-        for shards, tail in zip(routes, tails, strict=True)
-        if rank in shards
-    ]
-    _check("arriving K/V rows (max_kv_rows)", sum(expects), shape.max_kv_rows)
-    for index, (line, expected) in enumerate(zip(message.rows, expects, strict=True)):
-        if (line.kv_slot >= 0) != expected:
-            raise ValueError(f"attention row {index}: kv_slot {line.kv_slot}, but K/V {'arrives' if expected else 'does not arrive'}")
-        if line.tokens < 0 or (line.tokens > 0 and not 0 <= line.entry < num_entries):
-            raise ValueError(f"attention row {index}: entry {line.entry} with {line.tokens} tokens, entries are 0 to {num_entries - 1}")
+def _check_words(homes: np.ndarray, words: np.ndarray, num_instances: int) -> None:
+    masks, tails = words & (1 << ROUTE_TAIL_SHIFT) - 1, (words >> ROUTE_TAIL_SHIFT) - 1
+    beyond = masks >> num_instances != 0
+    if beyond.any():
+        raise ValueError(f"home {int(homes[beyond.argmax()])} routes to an instance beyond {num_instances - 1}")
+    travels = tails >= 0
+    lost = travels & ((masks >> np.maximum(tails, 0) & 1 == 0) | (tails == homes))
+    if lost.any():
+        row = int(lost.argmax())
+        raise ValueError(f"home {int(homes[row])}: K/V travels to {int(tails[row])}, which must be a remote shard of its row")
+
+
+def _check_rows(rows: np.ndarray, shape: TableShape, num_entries: int, expects: np.ndarray) -> None:
+    entries, tokens, kv_slots = rows[:, 0], rows[:, 1], rows[:, 3]
+    pages = -(-tokens // shape.page_size)
+    _check("pages of all rows (max_pages)", int(pages.sum()), shape.max_pages)
+    _check("pages of one row (max_pages_per_row)", int(pages.max(initial=0)), shape.max_pages_per_row)
+    _check("arriving K/V rows (max_kv_rows)", int(expects.sum()), shape.max_kv_rows)
+    wrong = (kv_slots >= 0) != expects
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"attention row {row}: kv_slot {int(kv_slots[row])}, but K/V {'arrives' if expects[row] else 'does not arrive'}"
+        )
+    wrong = (tokens < 0) | ((tokens > 0) & ((entries < 0) | (entries >= num_entries)))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"attention row {row}: entry {int(entries[row])} with {int(tokens[row])} tokens, entries are 0 to {num_entries - 1}"
+        )

@@ -69,7 +69,7 @@ def test_any_words_are_messages_or_refused(words):
         ([1, 4, 7, 7, 0, 3], "kind 1 at word 0"),
         ([2, 4, 1, 1, 0, 3], "kind 2 at word 0"),
         ([3, 2, 1, 1], "kind 3 at word 0"),
-        ([5, 2, 1, 1], "not a multiple of 3"),
+        ([5, 2, 1, 1], "not a multiple of 4"),
         ([4, 1, 7, 8, 8], "unknown message kind 8 at word 3"),
     ],
 )

@@ -1,0 +1,218 @@
+"""Decode graphs of steps with sharded rows: SGLang captures one per batch size and number of guest rows, we fill their tables.
+
+SGLang's own graph is the variant without guest rows ("g0"). All instances choose the same variant, from facts that all of them know
+after a step's all-gather; a step that fits none, or extends anywhere, runs eagerly everywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sglang_dcp.config import DynCpConfig
+from sglang_dcp.dataflow.paged_attention import AttentionShape
+from sglang_dcp.dataflow.static_tables import TAIL_SHIFT, ListedRow, PooledRow, guests_per_instance, route_words
+from sglang_dcp.ledger.routes import shard_mask, travelling_tail
+from sglang_dcp.upstream.admission import is_managed
+from sglang_dcp.upstream.binding import Binding, current
+from sglang_dcp.upstream.peers import Place, find_obstacle, num_sharing, own_place, tell_everybody
+
+logger = logging.getLogger(__name__)
+
+WAIT_SECONDS = 10.0
+WAIT_SECONDS_SHARED = 60.0
+"""Longest wait for a peer inside a layer; longer where instances share a GPU, which runs their processes in turns."""
+STOCK_LABEL = "g0"
+
+
+class GraphError(RuntimeError):
+    """Decode graphs of sharded steps cannot be had as asked, or a step did not run as all instances had agreed."""
+
+
+def guest_row_grid(max_rows: int) -> tuple[int, ...]:
+    """Captured numbers of guest rows for --dyncp-max-rows: a quarter of it, and all of it."""
+    return tuple(sorted({max(1, max_rows // 4), max_rows}))
+
+
+@dataclass(frozen=True)
+class SizeVariants:
+    """What SGLang's graph runner asks (layers/attention/graph_variants.AttentionGraphVariants)."""
+
+    capture_labels: tuple[str, ...]
+
+    def select(self, forward_batch: Any) -> str:
+        binding = current()
+        return STOCK_LABEL if binding is None else label_of(binding.graph_guest_rows)
+
+
+def label_of(guest_rows: int) -> str:
+    return f"g{guest_rows}"
+
+
+def captured_guest_rows() -> int:
+    """Guest rows of the graph that is being captured; 0 outside a capture and for SGLang's own."""
+    from sglang.srt.model_executor.runner_utils.capture_mode import get_capture_attention_variant
+
+    label = get_capture_attention_variant()
+    return int(label[1:]) if label else 0
+
+
+class GraphEngine:
+    """This instance's graphs with sharded rows. Built in two goes, as SGLang's runner comes to it: the grid, then the buffers."""
+
+    def __init__(self, guest_rows: tuple[int, ...], places: Sequence[Place], rank: int, group: Any) -> None:
+        self.guest_rows, self.places, self.rank, self._group = guest_rows, places, rank, group
+        self.attention: Any = None
+        self.max_home_rows = 0
+        self._own_slots = torch.zeros(0)
+
+    @property
+    def variants(self) -> SizeVariants:
+        return SizeVariants((STOCK_LABEL, *(label_of(rows) for rows in self.guest_rows)))
+
+    def build(self, runner: Any, max_batch: int) -> None:
+        """Buffers for batches of up to max_batch, connected to all peers. Every instance calls it."""
+        from sglang_dcp.dataflow.graph_attention import GraphAttention, GraphSizes
+
+        free_before = torch.cuda.mem_get_info()[0]
+        page_size = runner.page_size
+        sharing = num_sharing(self.places, self.rank)
+        device = torch.device("cuda", torch.cuda.current_device())
+        sizes = GraphSizes(
+            num_instances=len(self.places),
+            max_home_rows=max_batch,
+            guest_rows=self.guest_rows,
+            page_size=page_size,
+            context_pages=-(-runner.model_config.context_len // page_size),
+        )
+        wait = WAIT_SECONDS if sharing == 1 else WAIT_SECONDS_SHARED
+        self.attention = GraphAttention(self.rank, sizes, attention_shape(runner), device, num_sharing=sharing, wait_seconds=wait)
+        self.attention.exchange.connect_processes(tell_everybody(self.attention.exchange.ipc_handle(), self._group))
+        self.max_home_rows = max_batch
+        self._own_slots = torch.zeros(max_batch, dtype=torch.int64, device=device)
+        logger.info(
+            "dyncp: decode graphs for up to %d home rows with 0, %s guest rows; buffers of %.2f GiB, peer memory, %d instances on this GPU",
+            max_batch,
+            ", ".join(map(str, self.guest_rows)),
+            (free_before - torch.cuda.mem_get_info()[0]) / 2**30,
+            sharing,
+        )
+
+    # ---- a step
+
+    def choose(self, row_routes: Sequence[Sequence[int]], batch_sizes: Sequence[int]) -> int:
+        """Guest rows of the graph for a decode step, or 0 when it fits none. Every instance gives the same answer."""
+        if max(batch_sizes) > self.max_home_rows:
+            return 0
+        needed = max(guests_per_instance(row_routes, len(self.places)))
+        return next((rows for rows in self.guest_rows if rows >= needed), 0)
+
+    def load(self, binding: Binding, home_rows: int) -> None:
+        """Fills the step's tables and plans its kernel, for the graph of `home_rows`. On the stream of the replay."""
+        step = binding.graph_step
+        assert step is not None
+        self.attention.fill(binding.instance.step, step.words, step.rows, binding.scheduler.req_to_token_pool.req_to_token)
+        self.attention.plan(home_rows, binding.graph_guest_rows)
+
+    # ---- while capturing
+
+    def keep_own_slots(self, forward_batch: Any, pool_slots: int) -> None:
+        """Recorded once per graph: where each new token's K/V goes here; slot 0 (padding) for those that travel."""
+        slots = forward_batch.out_cache_loc
+        here = torch.where(slots < pool_slots, slots, torch.zeros_like(slots))
+        self._own_slots[: len(slots)].copy_(here)
+
+    def own_slots(self, num_tokens: int) -> torch.Tensor:
+        return self._own_slots[:num_tokens]
+
+
+@dataclass(frozen=True)
+class GraphStep:
+    """A decode step as the tables want it: route words of every home, and this instance's attention rows."""
+
+    words: list[np.ndarray]
+    rows: list[ListedRow | PooledRow]
+
+
+def collect_step(binding: Binding, spans: Sequence[tuple[Any, int, int]], batch_sizes: Sequence[int]) -> GraphStep:
+    """The step that all instances agreed on. spans: (request, prefix_len, 1) of the own batch; batch_sizes of all instances."""
+    instance = binding.instance
+    words: list[np.ndarray] = []
+    rows: list[ListedRow | PooledRow] = []
+    for home, told in enumerate(instance.rows_of):
+        if home == instance.rank:
+            own_words = []
+            for req, prefix_len, _ in spans:
+                word, row = _own_row(binding, req, prefix_len + 1)
+                own_words.append(word)
+                rows += [row] if row is not None else []
+            words.append(np.array(own_words, dtype=np.int32))
+            continue
+        words.append(route_words((row.route for row in told), batch_sizes[home] - len(told), home))
+        for guest in told:
+            if shard_mask(guest.route) >> instance.rank & 1:
+                held = instance.guests.pages_of(home, guest.handle)
+                rows.append(ListedRow((home, guest.handle), guest.route, guest.prefix_len + 1, held))
+    return GraphStep(words, rows)
+
+
+def _own_row(binding: Binding, req: Any, length: int) -> tuple[int, ListedRow | PooledRow | None]:
+    """Route word of an own row, and the row as this instance attends it (None when no page of it lies here)."""
+    instance = binding.instance
+    if not is_managed(req):
+        return 1 << instance.rank, PooledRow(req.rid, req.kv.req_pool_idx, length)
+    request = req.dyncp
+    route = instance.route_of(request, length)
+    mask = shard_mask(route)
+    word = mask | travelling_tail(route) + 1 << TAIL_SHIFT
+    here = mask >> instance.rank & 1
+    return word, ListedRow((instance.rank, request.handle), route, length, request.own_pages) if here else None
+
+
+def attention_shape(runner: Any) -> AttentionShape:
+    """What the attention layers of a decode step compute. GraphError when they differ: a step's kernel is planned once for all."""
+    shapes = set()
+    for module in runner.model.modules():
+        if type(module).__name__ != "RadixAttention":
+            continue
+        latent = module.tp_k_head_num == 1 and module.qk_head_dim != module.v_head_dim
+        if latent or not runner.use_mla_backend:
+            heads = module.tp_q_head_num, module.tp_k_head_num, module.qk_head_dim, module.v_head_dim
+            shapes.add(AttentionShape(*heads, dtype=torch.bfloat16, scale=module.scaling, latent=latent))
+    if len(shapes) != 1:
+        raise GraphError(f"--dyncp-transport peer: attention layers of {len(shapes)} shapes, decode graphs need one (use nccl): {shapes}")
+    return shapes.pop()
+
+
+_engine: GraphEngine | None = None
+
+
+def engine() -> GraphEngine | None:
+    """None where sharded steps run eagerly."""
+    return _engine
+
+
+def add_graph_variants(result: Any, hf_config: Any) -> Any:
+    """AFTER graph_variants.create_attention_graph_variants: SGLang's runner captures our variants beside its own."""
+    global _engine
+    config = DynCpConfig.from_environment()
+    if config is None or config.transport not in ("auto", "peer") or not torch.cuda.is_available():
+        return result
+    from sglang.srt.runtime_context import get_parallel
+
+    group = get_parallel().tp_group.cpu_group
+    places = tell_everybody(own_place(), group)
+    obstacle = find_obstacle(places)
+    if obstacle is not None:
+        if config.transport == "peer":
+            raise GraphError(f"--dyncp-transport peer: {obstacle}")
+        logger.info("dyncp: --dyncp-transport auto is nccl, steps with sharded rows run without graphs: %s", obstacle)
+        return result
+    _engine = GraphEngine(guest_row_grid(config.max_rows), places, get_parallel().tp_rank, group)
+    logger.info("dyncp: --dyncp-transport %s: decode graphs over peer memory, other sharded steps over nccl", config.transport)
+    return _engine.variants

@@ -1,0 +1,174 @@
+"""Captured decode steps of several instances on one GPU: random joins, leaves and growth against attention over the whole sequence.
+
+The protocol model moves requests and pages as in a server; every decode step with sharded rows is replayed from graphs captured ahead of
+time, one per instance, as streams of this process, and run once more without a graph: both must give the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # a hardware queue per stream, or one instance waits behind another
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_dcp.dataflow.paged_attention import AttentionShape
+from sglang_dcp.dataflow.reference import partial_attention
+from sglang_dcp.dataflow.static_tables import guests_per_instance
+from sglang_dcp.upstream.graphs import collect_step
+from test.unit.dataflow.cluster import PoolCache
+from test.unit.test_decode_session import Session
+
+pytestmark = pytest.mark.gpu
+pytest.importorskip("flashinfer")
+pytest.importorskip("sgl_kernel_dcp")
+if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+    pytest.skip("no Hopper GPU on this machine", allow_module_level=True)
+
+HOME_ROWS, GUEST_ROWS, CONTEXT_PAGES = 8, (4, 16), 64
+
+
+class Instance:
+    """One instance's graphs and static inputs."""
+
+    def __init__(self, session: GpuSession, rank: int) -> None:
+        from sglang_dcp.dataflow.graph_attention import GraphAttention, GraphSizes
+
+        latent, page_size = session.latent, session.page_size
+        sizes = GraphSizes(session.num_instances, HOME_ROWS, GUEST_ROWS, page_size, CONTEXT_PAGES)
+        shape = AttentionShape(
+            session.heads, session.kv_heads, session.qk_dim, session.v_dim, torch.bfloat16, session.qk_dim**-0.5, latent
+        )
+        self.attention = GraphAttention(rank, sizes, shape, torch.device("cuda:0"), num_sharing=session.num_instances, wait_seconds=20.0)
+        like = {"dtype": torch.bfloat16, "device": "cuda"}
+        self.queries = torch.zeros(HOME_ROWS, session.heads, session.qk_dim, **like)
+        width = session.kv_heads * session.qk_dim
+        self.kv = torch.zeros(HOME_ROWS, 1, width + (0 if latent else session.kv_heads * session.v_dim), **like)
+        self.split = session.v_dim if latent else width
+        self.cache = session.caches[rank]
+        self.stream = torch.cuda.Stream()
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def run(self, guest_rows: int) -> torch.Tensor:
+        keys, values = self.kv[..., : self.split], self.kv[..., self.split :]
+        pools = self.cache.keys, self.cache.keys if self.cache.latent else self.cache.values
+        return self.attention.run(HOME_ROWS, guest_rows, (self.queries, None), keys, values, pools)
+
+    def capture(self, guest_rows: int) -> None:
+        self.attention.prepare(HOME_ROWS, guest_rows)
+        self.run(guest_rows)
+        torch.cuda.synchronize()
+        self.graphs[guest_rows] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graphs[guest_rows], stream=self.stream):
+            self.run(guest_rows)
+
+
+class GpuSession(Session):
+    """A session in the kernels' sizes, bfloat16 on the GPU."""
+
+    def __init__(self, seed: int, num_instances: int, num_pages: int, page_size: int, *, latent: bool) -> None:
+        super().__init__(seed, num_instances, num_pages, page_size, latent=latent)
+        self.heads, self.kv_heads, self.qk_dim, self.v_dim = (16, 1, 576, 512) if latent else (8, 2, 128, 128)
+        slots = (num_pages + 1) * page_size
+        self.caches = []
+        for _ in range(num_instances):
+            cache = PoolCache(1, self.kv_heads, self.qk_dim, self.v_dim, latent)
+            cache.keys = torch.full((slots, self.kv_heads, self.qk_dim), 7.0, dtype=torch.bfloat16, device="cuda")
+            cache.values = torch.full((slots, self.kv_heads, self.v_dim), 7.0, dtype=torch.bfloat16, device="cuda")
+            self.caches.append(cache)
+        self.instances = [Instance(self, rank) for rank in range(num_instances)]
+        addresses = [instance.attention.exchange.address for instance in self.instances]
+        for instance in self.instances:
+            instance.attention.exchange.connect(addresses)
+        for guest_rows in GUEST_ROWS:
+            for instance in self.instances:
+                instance.capture(guest_rows)
+        self.num_graph_steps = 0
+        self.worst = 0.0
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return super().randn(*shape).bfloat16().cuda()
+
+    def run_batches(self) -> None:
+        self.write_kv()
+        extends = any(num_new > 1 for home in self.homes for _, _, num_new in home.batch)
+        told = self.homes[0].instance.rows_of
+        needed = max(guests_per_instance([[row.route for row in rows] for rows in told], self.num_instances))
+        fits = needed <= GUEST_ROWS[-1] and all(len(home.batch) <= HOME_ROWS for home in self.homes)
+        if extends or not self.homes[0].instance.num_sharded_rows or not fits:
+            return
+        self.num_graph_steps += 1
+        guest_rows = next(rows for rows in GUEST_ROWS if rows >= needed)
+        for rank in range(self.num_instances):
+            self.load(rank, guest_rows)
+        replayed = self.exchange(lambda instance: instance.graphs[guest_rows].replay())
+        again = self.exchange(lambda instance: instance.run(guest_rows))
+        for rank, home in enumerate(self.homes):
+            rows = len(home.batch)
+            assert torch.equal(replayed[rank][:rows], again[rank][:rows]), "a replay differs from the same step without a graph"
+            self.compare_rows(home, self.instances[rank].queries, replayed[rank])
+            assert not self.instances[rank].attention.exchange.silent_peers()
+
+    def exchange(self, run) -> list[torch.Tensor]:
+        torch.cuda.synchronize()
+        for instance in self.instances:
+            with torch.cuda.stream(instance.stream):
+                run(instance)
+        torch.cuda.synchronize()
+        return [instance.attention.merged.clone() for instance in self.instances]
+
+    def load(self, rank: int, guest_rows: int) -> None:
+        home, instance = self.homes[rank], self.instances[rank]
+        step = collect_step(home.binding, home.batch, [len(other.batch) for other in self.homes])
+        table = np.zeros((1 + max(home.rows_by_slot, default=0), CONTEXT_PAGES * self.page_size), dtype=np.int32)
+        for line, req in home.rows_by_slot.items():
+            table[line, : len(req.pages) * self.page_size : self.page_size] = np.array(req.pages, dtype=np.int32) * self.page_size
+        instance.attention.fill(home.instance.step, step.words, step.rows, torch.from_numpy(table).cuda())
+        instance.attention.plan(HOME_ROWS, guest_rows)
+        instance.queries.normal_()
+        for row, (req, prefix_len, _) in enumerate(home.batch):
+            instance.kv[row, 0] = self.kv_rows(req)[prefix_len]
+
+    def write_kv(self) -> None:
+        """New tokens' K/V where their pages lie, but for a decode's that travels: the exchange writes that."""
+        for rank, home in enumerate(self.homes):
+            for req, prefix_len, num_new in home.batch:
+                for position in range(prefix_len, prefix_len + num_new):
+                    index, offset = divmod(position, self.page_size)
+                    owner, number = (rank, req.pages[index]) if req.dyncp is None else self.page_of(req, index)
+                    travels = num_new == 1 and owner != rank
+                    row = self.kv_rows(req)[position : position + 1]
+                    slot = torch.tensor([number * self.page_size + offset], device="cuda")
+                    self.caches[owner].write(slot, torch.full_like(row, 7.0) if travels else row)
+
+    @staticmethod
+    def page_of(req, index: int) -> tuple[int, int]:
+        page = req.dyncp.pages[index]
+        return page.owner, page.number
+
+    def compare_rows(self, home, queries: torch.Tensor, output: torch.Tensor) -> None:
+        for row, (req, prefix_len, _) in enumerate(home.batch):
+            keys, values = self.keys[req.rid][: prefix_len + 1], self.values[req.rid][: prefix_len + 1]
+            expected = partial_attention(queries[row : row + 1], keys, values, scale=self.qk_dim**-0.5).output
+            self.worst = max(self.worst, float((output[row : row + 1].float() - expected.float()).abs().max()))
+            torch.testing.assert_close(output[row : row + 1].float(), expected.float(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("num_instances", "page_size", "latent"), [(2, 16, False), (4, 16, False), (2, 64, True)])
+def test_a_thousand_steps_of_joins_leaves_and_growth(num_instances: int, page_size: int, latent: bool) -> None:
+    session = GpuSession(7, num_instances, 10, page_size, latent=latent)
+    target = 1000 if num_instances == 2 else 250
+    while session.num_graph_steps < target and session.num_steps < 6000:
+        if session.random.random() < 0.2 and sum(len(home.waiting_queue) for home in session.homes) < 5:
+            session.arrive_at_random()
+        if session.random.random() < 0.01:
+            session.abort_at_random()
+        session.step()
+    session.close()
+    print(f"{session.num_graph_steps} of {session.num_steps} steps as graphs, worst difference {session.worst:.4f}")
+    assert session.num_graph_steps >= target
+    for instance in session.instances:
+        instance.attention.exchange.close()

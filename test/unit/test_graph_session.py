@@ -1,0 +1,171 @@
+"""Whole sessions whose decode steps run as graphs do: from the tables' input alone (routes, page lines, K/V slots), played in plain torch.
+
+What the kernels of sgl-kernel-dcp do with that input is `reference.route_tables`; test/gpu and sgl-kernel-dcp/tests hold them to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_dcp.dataflow.contracts import PartialState
+from sglang_dcp.dataflow.merge import merge_partial_states
+from sglang_dcp.dataflow.reference import RouteTables, partial_attention, route_tables
+from sglang_dcp.dataflow.static_tables import TAIL_SHIFT, PageLines, StepTablesInput, guests_per_instance
+from sglang_dcp.upstream.graphs import collect_step
+from test.unit.test_decode_session import HEADS, Session
+
+NUM_ENTRIES, WIDTH = 24, 40
+
+
+@dataclass
+class Side:
+    """One instance's part of a step: its input, and what its own words say about every home."""
+
+    given: StepTablesInput
+    tables: RouteTables
+    queries: torch.Tensor
+    kv: torch.Tensor
+
+
+class GraphSession(Session):
+    """A `Session` whose steps without a prefill take the graphs' path."""
+
+    def __init__(self, *args: int, latent: bool) -> None:
+        super().__init__(*args, latent=latent)
+        self.lines = [PageLines(NUM_ENTRIES, WIDTH, self.page_size) for _ in range(self.num_instances)]
+        self.page_table = [np.full((NUM_ENTRIES, WIDTH), -1) for _ in range(self.num_instances)]
+        self.num_graph_steps = self.num_travelling = self.num_written = 0
+
+    def run_batches(self) -> None:
+        instances = [home.instance for home in self.homes]
+        extends = any(num_new > 1 for home in self.homes for _, _, num_new in home.batch)
+        if extends or not instances[0].num_sharded_rows:
+            super().run_batches()
+            return
+        self.num_graph_steps += 1
+        sides = [self.prepare(rank) for rank in range(self.num_instances)]
+        self.check_guests(sides)
+        self.write_kv(sides)
+        returned = self.attend(sides)
+        for home, side, output in zip(self.homes, sides, self.merge(sides, returned), strict=True):
+            self.compare(home, side.queries, output)
+
+    def prepare(self, rank: int) -> Side:
+        home = self.homes[rank]
+        step = collect_step(home.binding, home.batch, [len(other.batch) for other in self.homes])
+        given = self.lines[rank].fill(home.instance.step, step.words, step.rows, rank)
+        table = self.page_table[rank]
+        places, pages = given.writes
+        table.reshape(-1)[places] = pages
+        self.num_written += len(places)
+        for entry, line in given.copies.T:
+            pages = home.rows_by_slot[line].pages[: given.copy_pages]
+            table[entry, : len(pages)] = pages
+        masks = [[[s for s in range(self.num_instances) if word >> s & 1] for word in words.tolist()] for words in given.words]
+        tails = [[(word >> TAIL_SHIFT) - 1 for word in words.tolist()] for words in given.words]
+        if home.batch:
+            queries, kv = self.tokens_of(home)
+        else:
+            queries, kv = self.randn(0, HEADS, self.qk_dim), self.randn(0, 1)
+        return Side(given, route_tables(masks, tails, rank), queries, kv)
+
+    def check_guests(self, sides: list[Side]) -> None:
+        routes = [[row.route for row in rows] for rows in self.homes[0].instance.rows_of]
+        found = [sum(home != rank for home, _ in side.tables.attention) for rank, side in enumerate(sides)]
+        assert guests_per_instance(routes, self.num_instances) == found
+
+    def write_kv(self, sides: list[Side]) -> None:
+        """New tokens' K/V: at home by the request's page, elsewhere where the tail's row says."""
+        for rank, (home, side) in enumerate(zip(self.homes, sides, strict=True)):
+            for row, (req, prefix_len, _) in enumerate(home.batch):
+                target = side.tables.kv_send[row]
+                if target is None:
+                    index, offset = divmod(prefix_len, self.page_size)
+                    page = req.pages[index] if req.dyncp is None else req.dyncp.pages[index].number
+                    owner, slot = rank, page * self.page_size + offset
+                else:
+                    owner, arrival = target
+                    arriving = [int(line[3]) for line in sides[owner].given.rows if line[3] >= 0]
+                    slot = arriving[arrival]
+                    self.num_travelling += 1
+                self.caches[owner].write(torch.tensor([slot]), side.kv[row : row + 1])
+        for side in sides:
+            assert len(side.tables.kv_receive) == sum(line[3] >= 0 for line in side.given.rows)
+
+    def attend(self, sides: list[Side]) -> list[list[PartialState]]:
+        """Partial state of every attention row of every instance."""
+        results = []
+        for rank, side in enumerate(sides):
+            keys, values = self.caches[rank].keys_and_values()
+            states = []
+            for (home, _), (entry, tokens, _, _) in zip(side.tables.attention, side.given.rows.tolist(), strict=True):
+                query = self.received(sides[home], rank, len(states))
+                pages = self.page_table[rank][entry, : -(-tokens // self.page_size)]
+                assert (pages > 0).all(), "a page that was never filled"
+                slots = torch.from_numpy((pages[:, None] * self.page_size + np.arange(self.page_size)).ravel()[:tokens])
+                states.append(partial_attention(query, keys[slots], values[slots], scale=self.qk_dim**-0.5))
+            results.append(states)
+        return results
+
+    @staticmethod
+    def received(home: Side, rank: int, slot: int) -> torch.Tensor:
+        """The query that the home sends to this slot of instance `rank`: one of its rows, as its own tables have it."""
+        (row,) = [row for row, targets in enumerate(home.tables.send) if (rank, slot) in targets]
+        return home.queries[row : row + 1]
+
+    def merge(self, sides: list[Side], states: list[list[PartialState]]) -> list[torch.Tensor]:
+        """Partial results travel to the return slots of their homes, where the merge lists find them."""
+        slots: list[dict[int, PartialState]] = [{} for _ in sides]
+        for rank, side in enumerate(sides):
+            for state, target in zip(states[rank], side.tables.give_back, strict=True):
+                if target is not None:
+                    assert target[1] not in slots[target[0]]
+                    slots[target[0]][target[1]] = state
+        outputs = []
+        for rank, side in enumerate(sides):
+            rows = []
+            for sources in side.tables.merge:
+                parts = [states[rank][slot] if shard == rank else slots[rank][slot] for shard, slot in sources]
+                merged = merge_partial_states(torch.stack([p.output for p in parts]), torch.stack([p.lse for p in parts]))
+                rows.append(merged.output)
+            outputs.append(torch.cat(rows) if rows else torch.zeros(0, HEADS, self.v_dim))
+        return outputs
+
+
+@pytest.mark.parametrize(("num_instances", "num_pages", "page_size", "latent"), [(2, 8, 4, False), (3, 10, 8, True), (4, 8, 16, False)])
+def test_session_of_random_requests(num_instances, num_pages, page_size, latent):
+    session = GraphSession(5, num_instances, num_pages, page_size, latent=latent)
+    for _ in range(250):
+        if session.random.random() < 0.25 and sum(len(home.waiting_queue) for home in session.homes) < 5:
+            session.arrive_at_random()
+        if session.random.random() < 0.02:
+            session.abort_at_random()
+        session.step()
+    session.drain(5_000)
+    session.close()
+    assert session.num_graph_steps > 60 and session.num_travelling > 10 and session.num_rows > 30
+
+
+def test_pages_are_reused_right_after_a_release():
+    """Long requests take turns on the same full pools: a line must not show the pages of the request before."""
+    session = GraphSession(4, 2, 6, 4, latent=False)
+    session.arrive(1, 6, 30)
+    for turn in range(6):
+        session.arrive(turn % 2, 24, 5, (1 - turn % 2, turn % 2))
+    session.drain(2_000)
+    session.close()
+    assert session.num_graph_steps > 10
+
+
+def test_a_steady_request_writes_its_pages_once():
+    """A step sends new pages only: over a session each page of a long request is written about once per shard."""
+    session = GraphSession(6, 2, 24, 4, latent=False)
+    session.arrive(0, 60, 30, (1, 0))
+    session.drain(2_000)
+    session.close()
+    assert session.num_graph_steps > 25
+    assert session.num_written <= 24
