@@ -110,7 +110,7 @@ class GpuServer:
 def start_all(servers: list[GpuServer], log_folder: Path) -> None:
     """Each gets a range of ports of its own: SGLang draws further ones from the 1,000 above a server's."""
     for index, server in enumerate(servers):
-        server.start(log_folder, find_free_port(15000 + 1200 * index, 15000 + 1200 * index + 300))
+        server.start(log_folder, find_free_port(15000 + 1200 * index, 16200 + 1200 * index))
 
 
 def stop_all(servers: list[GpuServer]) -> None:

@@ -92,12 +92,13 @@ class GpuSession(Session):
         return super().randn(*shape).bfloat16().cuda()
 
     def run_batches(self) -> None:
-        self.write_kv()
         extends = any(num_new > 1 for home in self.homes for _, _, num_new in home.batch)
         told = self.homes[0].instance.rows_of
         needed = max(guests_per_instance([[row.route for row in rows] for rows in told], self.num_instances))
         fits = needed <= GUEST_ROWS[-1] and all(len(home.batch) <= HOME_ROWS for home in self.homes)
-        if extends or not self.homes[0].instance.num_sharded_rows or not fits:
+        is_graph = not extends and self.homes[0].instance.num_sharded_rows > 0 and fits
+        self.write_kv(is_graph)
+        if not is_graph:
             return
         self.num_graph_steps += 1
         guest_rows = next(rows for rows in GUEST_ROWS if rows >= needed)
@@ -131,14 +132,14 @@ class GpuSession(Session):
         for row, (req, prefix_len, _) in enumerate(home.batch):
             instance.kv[row, 0] = self.kv_rows(req)[prefix_len]
 
-    def write_kv(self) -> None:
-        """New tokens' K/V where their pages lie, but for a decode's that travels: the exchange writes that."""
+    def write_kv(self, is_graph: bool) -> None:
+        """New tokens' K/V where their pages lie, but for those that travel in a graph step: the exchange writes them."""
         for rank, home in enumerate(self.homes):
             for req, prefix_len, num_new in home.batch:
                 for position in range(prefix_len, prefix_len + num_new):
                     index, offset = divmod(position, self.page_size)
                     owner, number = (rank, req.pages[index]) if req.dyncp is None else self.page_of(req, index)
-                    travels = num_new == 1 and owner != rank
+                    travels = is_graph and owner != rank
                     row = self.kv_rows(req)[position : position + 1]
                     slot = torch.tensor([number * self.page_size + offset], device="cuda")
                     self.caches[owner].write(slot, torch.full_like(row, 7.0) if travels else row)
