@@ -33,10 +33,10 @@ class Streamed:
         return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
 
 
-def stream(client: Client, ids: Sequence[int], new_tokens: int, sampling: dict[str, Any]) -> Streamed:
-    """Only the last chunk is parsed: reading must not be slower than a step."""
+def stream(client: Client, ids: Sequence[int], new_tokens: int, sampling: dict[str, Any], **fields: Any) -> Streamed:
+    """Only the last chunk is parsed: reading must not be slower than a step. fields: further fields of the request."""
     answer, last = Streamed(len(ids), time.monotonic()), b""
-    with client.stream(ids, max_new_tokens=new_tokens, sampling={"ignore_eos": True} | sampling) as opened:
+    with client.stream(ids, max_new_tokens=new_tokens, sampling={"ignore_eos": True} | sampling, **fields) as opened:
         for line in opened.response:
             if line.startswith(PREFIX):
                 answer.times.append(time.monotonic())

@@ -171,9 +171,10 @@ def plan_of_step(binding: Binding, num_tokens: int) -> StepPlan:
     """The step's plan, built by its first layer (the padded token count is known there)."""
     instance = binding.instance
     if instance.plan is None:
-        instance.build_plan(binding.pending_rows, num_tokens)
-        assert instance.plan is not None
-        instance.plan = plan_on_device(instance.plan, binding.device)
+        with binding.host_clock.measure():
+            instance.build_plan(binding.pending_rows, num_tokens)
+            assert instance.plan is not None
+            instance.plan = plan_on_device(instance.plan, binding.device)
     assert instance.plan is not None and instance.plan.num_tokens == num_tokens
     return instance.plan
 

@@ -10,6 +10,7 @@ import torch
 from sglang_dcp.dataflow.partial_attention import PartialAttention, torch_partial_attention
 from sglang_dcp.dataflow.transport.base import Transport
 from sglang_dcp.observe.request_log import RequestLog
+from sglang_dcp.upstream.host_clock import HostClock
 from sglang_dcp.upstream.instance import Instance
 from sglang_dcp.upstream.metrics import StepMetrics
 
@@ -19,7 +20,8 @@ class Binding:
     """parked: requests that sit out decode steps for want of a tail page. waiting: those with an open reservation, by handle.
     local_batch: the batch of the step being synchronised. metrics: None without --enable-metrics. graph_guest_rows: guest rows of the
     graph that the step runs as, 0 for none or SGLang's own; graph_step: its rows. graph_steps, eager_steps: forward passes that this
-    instance ran as a CUDA graph (sharded_graph_steps: those of them with sharded rows), and otherwise.
+    instance ran as a CUDA graph (sharded_graph_steps: those of them with sharded rows), and otherwise. step_ran: the last step had rows on
+    some instance.
     """
 
     scheduler: Any
@@ -41,6 +43,8 @@ class Binding:
     eager_steps: int = 0
     request_log: RequestLog = field(default_factory=RequestLog)
     metrics: StepMetrics | None = None
+    host_clock: HostClock = field(default_factory=HostClock)
+    step_ran: bool = False
 
 
 _binding: Binding | None = None

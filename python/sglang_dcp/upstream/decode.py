@@ -42,9 +42,10 @@ def update_running_batch(original: Callable[..., Any], scheduler: Any, batch: An
     binding = current()
     if binding is None or batch.is_empty():
         return original(scheduler, batch)
-    binding.instance.pool.settle_decode_claims()
-    finishing = set(scheduler._reqs_finishing_inflight(batch))
-    stay = [i for i, req in enumerate(batch.reqs) if req in finishing or secure_next_token(binding, req)]
+    with binding.host_clock.measure():
+        binding.instance.pool.settle_decode_claims()
+        finishing = set(scheduler._reqs_finishing_inflight(batch))
+        stay = [i for i, req in enumerate(batch.reqs) if req in finishing or secure_next_token(binding, req)]
     if len(stay) < len(batch.reqs):
         staying = set(stay)
         binding.parked += [req for i, req in enumerate(batch.reqs) if i not in staying]

@@ -116,8 +116,9 @@ class GraphEngine:
         """Fills the step's tables and plans its kernel, for the graph of `home_rows`. On the stream of the replay."""
         step = binding.graph_step
         assert step is not None
-        self.attention.fill(binding.instance.step, step.words, step.rows, binding.scheduler.req_to_token_pool.req_to_token)
-        self.attention.plan(home_rows, binding.graph_guest_rows)
+        with binding.host_clock.measure():
+            self.attention.fill(binding.instance.step, step.words, step.rows, binding.scheduler.req_to_token_pool.req_to_token)
+            self.attention.plan(home_rows, binding.graph_guest_rows)
 
     # ---- while capturing
 

@@ -322,6 +322,16 @@ DYNCP_HOOKS: tuple[Hook, ...] = (
         parameters=("forward_batch",),
     ),
     Hook(
+        target="sglang.srt.model_executor.model_runner.ModelRunner.forward",
+        kind="around",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.synthetic_prefill:skip_prefill",
+        why="benchmarks of long contexts do not wait for their prompts (SGLANG_DYNCP_BENCHMARK=1 only)",
+        upstream="a dummy prefill for benchmarks",
+        remove_when="SGLang can skip prefills",
+        parameters=("forward_batch",),
+    ),
+    Hook(
         target="sglang.srt.layers.attention.graph_variants.create_attention_graph_variants",
         kind="after",
         hook_set="dyncp",

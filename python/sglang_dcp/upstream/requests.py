@@ -14,6 +14,7 @@ from sglang_dcp.config import DynCpConfig
 from sglang_dcp.upstream.install import verify_installed
 from sglang_dcp.upstream.placement_hint import strip_hints
 from sglang_dcp.upstream.request_limits import RequestError, RequestLimits, check_options
+from sglang_dcp.upstream.synthetic_prefill import BENCHMARK_VARIABLE, is_enabled
 
 
 def learn_limits(result: tuple[Any, ...], engine: type, *args: Any, **kwargs: Any) -> None:
@@ -41,6 +42,8 @@ def check_request_options(manager: Any, obj: Any, request: Any = None) -> None:
     if isinstance(obj, EmbeddingReqInput):
         raise RequestError("embedding, classification and reranking requests do not work with --enable-dyncp: such models do not decode")
     check_options(obj)
+    if is_enabled() and obj.return_logprob:
+        raise RequestError(f"return_logprob does not work with {BENCHMARK_VARIABLE}=1: prompts are not computed")
 
 
 def validate_request(result: None, manager: Any, obj: Any, input_ids: list[int] | None) -> None:

@@ -96,6 +96,7 @@ def build_report(binding: Binding) -> dict[str, Any]:
         "guest_tokens": instance.guests.num_pages * page_size,
         "running": [_entry(req, describe(binding, req), state) for req, state in _live_requests(binding)],
         "queued": len(scheduler.waiting_queue),
+        "host_us": binding.host_clock.summary(),
         "finished": list(binding.request_log),
     }
 
@@ -148,6 +149,6 @@ async def _serve_report(rid: str | None = None) -> dict[str, Any]:
     manager.auto_create_handle_loop()
     answers = await manager.get_internal_state_communicator(GetInternalStateReq(rid=REPORT_RID))
     reports = sorted((answer.internal_state for answer in answers), key=lambda report: report["rank"])
-    keys = ("rank", "pool_tokens", "kv_tokens", "guest_tokens", "queued")
+    keys = ("rank", "pool_tokens", "kv_tokens", "guest_tokens", "queued", "host_us")
     instances = [{key: report[key] for key in keys} | {"home_requests": len(report["running"])} for report in reports]
     return {"instances": instances, "requests": merge_requests(reports, rid)}

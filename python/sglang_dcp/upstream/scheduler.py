@@ -12,6 +12,7 @@ from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.transport.gloo import create_gloo_group
 from sglang_dcp.mutants import install_mutant
 from sglang_dcp.upstream import binding as bindings
+from sglang_dcp.upstream import synthetic_prefill
 from sglang_dcp.upstream.admission import is_managed
 from sglang_dcp.upstream.install import verify_installed
 from sglang_dcp.upstream.instance import Instance
@@ -53,6 +54,8 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
     binding = bindings.Binding(
         scheduler, instance, transport, group, device=device, partial_attention=choose_partial_attention(device, pool.page_size)
     )
+    if synthetic_prefill.is_enabled():
+        synthetic_prefill.fill_pool(scheduler.tp_worker.model_runner.token_to_kv_pool, rank)
     attach_metrics(binding)
     bindings.bind(binding)
     logger.info(

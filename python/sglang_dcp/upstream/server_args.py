@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from sglang_dcp.config import CONFIG_VARIABLE, ConfigError, DynCpConfig, add_cli_arguments
+from sglang_dcp.upstream.synthetic_prefill import BenchmarkModeError, check_use
 
 
 def add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,8 @@ def read_flags(server_args: Any, cls: type, args: argparse.Namespace) -> Any:
     """AFTER ServerArgs.from_cli_args: keeps the configuration on the arguments and hands it to child processes."""
     try:
         config = DynCpConfig.from_namespace(args)
-    except ConfigError as error:
+        check_use(config is not None)
+    except (ConfigError, BenchmarkModeError) as error:
         raise SystemExit(f"sglang_dcp: {error}") from error
     os.environ.pop(CONFIG_VARIABLE, None)
     server_args._dyncp = config

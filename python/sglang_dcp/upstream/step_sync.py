@@ -35,13 +35,14 @@ def local_columns(result: torch.Tensor, info: Any, device: Any, dtype: torch.dty
     binding = current()
     if binding is None:
         return result
-    instance = binding.instance
-    sweep_waiting(binding)
-    num_requests = count_home_requests(binding)
-    own = instance.build_columns(
-        sharded_rows(binding), free_pages(binding), instance.num_pages * instance.page_size - free_tokens(binding), num_requests
-    )
-    return torch.cat([result, torch.tensor(own, dtype=result.dtype, device=result.device)])
+    with binding.host_clock.measure():
+        instance = binding.instance
+        sweep_waiting(binding)
+        num_requests = count_home_requests(binding)
+        own = instance.build_columns(
+            sharded_rows(binding), free_pages(binding), instance.num_pages * instance.page_size - free_tokens(binding), num_requests
+        )
+        return torch.cat([result, torch.tensor(own, dtype=result.dtype, device=result.device)])
 
 
 def count_home_requests(binding: Binding) -> int:
@@ -64,14 +65,22 @@ def after_gather(result: Any, info: Any, *args: Any, **kwargs: Any) -> None:
     binding = current()
     if binding is None:
         return
+    with binding.host_clock.measure():
+        settle_step(binding, info)
+
+
+def settle_step(binding: Binding, info: Any) -> None:
+    """What all instances do alike with the step's columns."""
     instance = binding.instance
     columns = info.tp0_info_cpu[:, -col.NUM_COLUMNS :].numpy()
     most_words = instance.read_columns(columns)
     words = exchange_words(binding, columns[:, col.WORDS], most_words) if most_words else [[]] * instance.num_instances
-    instance.finish_step(words, anybody_runs=max(info.global_num_tokens) > 0)
+    binding.host_clock.end_step(ran=binding.step_ran, sharded=instance.num_sharded_rows > 0)
+    binding.step_ran = max(info.global_num_tokens) > 0
+    instance.finish_step(words, anybody_runs=binding.step_ran)
     if binding.metrics is not None:
         binding.metrics.after_step(binding)
-    binding.ran_since_check = binding.ran_since_check or max(info.global_num_tokens) > 0
+    binding.ran_since_check = binding.ran_since_check or binding.step_ran
     instance.plan = None
     binding.pending_rows = binding.graph_step = None
     binding.graph_guest_rows = choose_graph(binding, info)

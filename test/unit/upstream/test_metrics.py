@@ -52,7 +52,7 @@ def make_binding(**changes: Any) -> Any:
         num_retractions=0,
     )
     batch = SimpleNamespace(forward_mode=SimpleNamespace(is_idle=lambda: False), reqs=[1, 2])
-    steps = {"graph_steps": 0, "eager_steps": 0}
+    steps = {"graph_steps": 0, "eager_steps": 0, "sharded_graph_steps": 0}
     return SimpleNamespace(instance=instance, local_batch=batch, transport=MeasuredTransport(Transport()), **steps | changes)
 
 
@@ -70,7 +70,7 @@ def test_a_step(metrics: StepMetrics) -> None:
     binding.transport.all_to_all(torch.zeros(1), [1], [1], step=0, layer=0, stage="dispatch")
     binding.instance.guests.num_pages = 5
     binding.instance.num_degree_growths = 2
-    binding.graph_steps, binding.eager_steps = 3, 1
+    binding.graph_steps, binding.eager_steps, binding.sharded_graph_steps = 3, 1, 2
     binding.instance.admission_waits = [0.5]
     metrics.after_step(binding)
     assert (read("guest_tokens"), read("degree_growths_total")) == (32, 0), "not due yet"
@@ -80,7 +80,7 @@ def test_a_step(metrics: StepMetrics) -> None:
         clock.now += GAUGE_INTERVAL_SECONDS
         metrics.after_step(binding)
     assert (read("guest_tokens"), read("degree_growths_total"), read("reservation_wait_seconds_count")) == (80, 2, 1)
-    assert (read("graph_steps_total"), read("eager_steps_total")) == (3, 1)
+    assert (read("graph_steps_total"), read("eager_steps_total"), read("sharded_graph_steps_total")) == (3, 1, 2)
     metrics.observe_end({"degree_end": 4})
     assert read("request_degree_sum") == 4
 
