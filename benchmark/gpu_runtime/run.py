@@ -9,6 +9,7 @@ measured in turns; an idle server launches nothing. Layers of a real model, few 
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import re
 import sys
@@ -33,6 +34,10 @@ LOADS = {"s0": Load(32, 0, 2048, 256), "s16": Load(32, 16, 2048, 256), "s32": Lo
 """By sharded rows of every instance: each of them is a guest row on the other one."""
 CAPTURE_END = re.compile(r"Capture target decode CUDA graph end\. bs=\[([\d, ]*)\], elapsed=([\d.]+) s, mem usage=([\d.]+) GB")
 BUFFERS = re.compile(r"buffers of ([\d.]+) GiB")
+
+
+FAILURES = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError, http.client.HTTPException)
+"""A part that fails leaves the others their turn."""
 
 
 class Bench:
@@ -62,7 +67,7 @@ class Bench:
             return
         try:
             self.found[name] = work()
-        except Exception:  # a part that fails leaves the others their turn
+        except FAILURES:
             self.found["errors"][name] = traceback.format_exc()[-1500:]
         told = json.dumps(self.found.get(name, self.found["errors"].get(name)))
         print(name, round(time.monotonic() - began, 1), "s", told[:1500], flush=True)
