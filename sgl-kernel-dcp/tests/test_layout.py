@@ -12,7 +12,8 @@ import pytest
 from random_steps import random_messages
 from sgl_kernel_dcp import ExchangeShape, RowLine, StepMessage, TableShape
 from sgl_kernel_dcp.build import build_library, source_files
-from sgl_kernel_dcp.tables import pack_message
+from sgl_kernel_dcp.shapes import MAX_INSTANCES
+from sgl_kernel_dcp.tables import ROUTE_TAIL_SHIFT, pack_message
 
 SHAPES = [
     (TableShape(2, 1, 1, 1, 1, 1, 1), ExchangeShape(1, 8, 8, 8, 1)),
@@ -28,6 +29,13 @@ def test_headers_are_framework_free() -> None:
         if path.suffix == ".cuh":
             text = path.read_text()
             assert "torch" not in text and "tvm" not in text, path
+
+
+def test_constants_that_the_runtime_repeats() -> None:
+    from sglang_dcp.dataflow.static_tables import TAIL_SHIFT
+    from sglang_dcp.upstream.peers import MOST_PEERS
+
+    assert (ROUTE_TAIL_SHIFT, MAX_INSTANCES) == (TAIL_SHIFT, MOST_PEERS)
 
 
 def find_cuobjdump() -> str | None:

@@ -21,7 +21,6 @@ ONE_GPU = {"SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS": "1", "NCCL_SOCKET_IFNAME": "
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONFAULTHANDLER": "1",
-    "SGLANG_DYNCP_UNVERIFIED_GPU": "1",
     # Several servers share the GPU, so the ranks see different amounts of free memory.
     "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
     # One prefill kernel for all: the ragged one of the stock path would be compiled for minutes.

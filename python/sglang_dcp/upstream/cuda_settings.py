@@ -1,16 +1,13 @@
-"""Settings of a GPU server: what is completed and what is refused. Today all of it is, unless a check of the path asks otherwise."""
+"""Settings of a GPU server: what is completed and what is refused."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
-UNVERIFIED_VARIABLE = "SGLANG_DYNCP_UNVERIFIED_GPU"
-"""Set to 1 by test/gpu/runtime_check.py, which is to show that the path serves. Not for users: it was never seen serving."""
 BACKEND = "flashinfer"
 BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 CUDA_TRANSPORTS = ("auto", "peer", "nccl", "gloo")
@@ -33,13 +30,8 @@ def complete_prefill_graph(values: Callable[[str], Any]) -> dict[str, bool]:
     return {"disable_prefill_cuda_graph": True}
 
 
-def find_cuda_refusal(values: Callable[[str], Any], environment: Mapping[str, str] = os.environ) -> str | None:
+def find_cuda_refusal(values: Callable[[str], Any]) -> str | None:
     """The message for the first thing of a GPU server that is not served, or None. `values(field)` reads a resolved setting."""
-    if environment.get(UNVERIFIED_VARIABLE) != "1":
-        return (
-            "--device cuda does not work with --enable-dyncp: sharded steps were never seen serving on a GPU, only their attention was "
-            "(docs/gpu.md)"
-        )
     for field in BACKEND_FIELDS:
         value = values(field)
         if value not in (None, BACKEND):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_dcp.upstream import attention_backend, binding, step_path, step_sync
+from sglang_dcp.upstream import attention_backend, binding, graphs, step_path, step_sync
+from sglang_dcp.upstream.host_clock import HostClock
 
 STOCK_OUTPUT = object()
 
@@ -31,7 +32,10 @@ class Stock:
 @pytest.fixture
 def bound() -> Iterator[Any]:
     """A binding of this process; `pending_rows` says whether the step is sharded."""
-    found: Any = SimpleNamespace(pending_rows=None, graph_steps=0, eager_steps=0)
+    found: Any = SimpleNamespace(
+        pending_rows=None, graph_guest_rows=0, graph_step=None, graph_steps=0, sharded_graph_steps=0, eager_steps=0, step_ran=False
+    )
+    found.host_clock = HostClock()
     binding.bind(found)
     yield found
     binding.bind(None)  # type: ignore[arg-type]
@@ -89,9 +93,16 @@ def test_auto_is_gloo_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     assert type(chosen).__name__ == "GlooTransport" and "auto is gloo: the device is a CPU" in caplog.text
     assert type(step_path.choose_transport("gloo", cuda, None, 1.0)).__name__ == "HostStagedTransport"  # type: ignore[arg-type]
     monkeypatch.setattr("sglang_dcp.dataflow.transport.nccl.create_nccl_group", lambda timeout: None)
-    with caplog.at_level("INFO"):
-        assert type(step_path.choose_transport("auto", cuda, None, 1.0)).__name__ == "NcclTransport"  # type: ignore[arg-type]
-    assert "auto is nccl" in caplog.text
+    assert type(step_path.choose_transport("auto", cuda, None, 1.0)).__name__ == "NcclTransport"  # type: ignore[arg-type]
+    with pytest.raises(graphs.GraphError, match="--dyncp-transport peer"):
+        step_path.choose_transport("peer", cuda, None, 1.0)  # type: ignore[arg-type]
+
+
+def test_a_graph_step_never_runs_eagerly(bound: Any) -> None:
+    """All instances replay it or none: falling back on one would leave the others waiting in the exchange."""
+    bound.graph_guest_rows, bound.instance = 16, SimpleNamespace(rank=1, step=7)
+    with pytest.raises(graphs.GraphError, match="rank 1, step 7: .* 16 guest rows"):
+        attention_backend.make_backend_class(Stock)().init_forward_metadata(None)
 
 
 def test_a_sharded_row_anywhere_makes_the_step_eager_everywhere(bound: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +111,7 @@ def test_a_sharded_row_anywhere_makes_the_step_eager_everywhere(bound: Any, monk
         bound.instance = SimpleNamespace(
             num_instances=2,
             num_sharded_rows=num_sharded,
+            rows_of=[(), ()],
             plan="old",
             read_columns=lambda columns: 0,
             finish_step=lambda words, anybody_runs: None,
