@@ -80,6 +80,9 @@ class GpuSession(Session):
         self.heads, self.kv_heads, self.qk_dim, self.v_dim = (16, 1, 576, 512) if latent else (8, 2, 128, 128)
         slots = (num_pages + 1) * page_size
         self.devices = [torch.device("cuda", rank if spread else 0) for rank in range(num_instances)]
+        for here in self.devices:
+            for there in self.devices:
+                torch.zeros(1, device=here).to(there)  # lets torch open the way between the two
         self.caches = []
         for device in self.devices:
             cache = PoolCache(1, self.kv_heads, self.qk_dim, self.v_dim, latent)
