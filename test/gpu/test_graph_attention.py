@@ -21,7 +21,8 @@ import torch
 from sglang_dcp.dataflow.paged_attention import AttentionShape
 from sglang_dcp.dataflow.reference import partial_attention
 from sglang_dcp.dataflow.static_tables import guests_per_instance
-from sglang_dcp.upstream.graphs import collect_step
+from sglang_dcp.upstream.graphs import GraphEngine
+from sglang_dcp.upstream.peers import Place
 from test.unit.dataflow.cluster import PoolCache
 from test.unit.test_decode_session import Session
 
@@ -96,7 +97,9 @@ class GpuSession(Session):
         for guest_rows in GUEST_ROWS:
             for instance in self.instances:
                 instance.capture(guest_rows)
-        self.num_graph_steps = 0
+        self.engine = GraphEngine(GUEST_ROWS, [Place("host", "gpu", ("gpu",))] * num_instances, 0, None)
+        self.engine.max_home_rows = HOME_ROWS
+        self.num_graph_steps = self.num_advances = 0
         self.worst = 0.0
 
     def randn(self, *shape: int) -> torch.Tensor:
@@ -110,11 +113,13 @@ class GpuSession(Session):
         is_graph = not extends and self.homes[0].instance.num_sharded_rows > 0 and fits
         self.write_kv(is_graph)
         if not is_graph:
+            for home in self.homes:
+                home.binding.graph_step = None
             return
         self.num_graph_steps += 1
-        guest_rows = next(rows for rows in GUEST_ROWS if rows >= needed)
         for rank in range(self.num_instances):
-            self.load(rank, guest_rows)
+            self.load(rank)
+        guest_rows = self.homes[0].binding.graph_guest_rows
         replayed = self.exchange(lambda instance: instance.graphs[guest_rows].replay())
         again = self.exchange(lambda instance: instance.run(guest_rows))
         for rank, home in enumerate(self.homes):
@@ -135,18 +140,23 @@ class GpuSession(Session):
         for device in set(self.devices):
             torch.cuda.synchronize(device)
 
-    def load(self, rank: int, guest_rows: int) -> None:
+    def load(self, rank: int) -> None:
         with torch.cuda.device(self.devices[rank]):
-            self.load_here(rank, guest_rows)
+            self.load_here(rank)
 
-    def load_here(self, rank: int, guest_rows: int) -> None:
+    def load_here(self, rank: int) -> None:
         home, instance = self.homes[rank], self.instances[rank]
-        step = collect_step(home.binding, home.batch, [len(other.batch) for other in self.homes])
+        self.engine.plan_step(home.binding, home.batch, [len(other.batch) for other in self.homes])
+        step = home.binding.graph_step
+        self.num_advances += step.is_advance
         table = np.zeros((1 + max(home.rows_by_slot, default=0), CONTEXT_PAGES * self.page_size), dtype=np.int32)
         for line, req in home.rows_by_slot.items():
             table[line, : len(req.pages) * self.page_size : self.page_size] = np.array(req.pages, dtype=np.int32) * self.page_size
-        instance.attention.fill(home.instance.step, step.words, step.rows, torch.from_numpy(table).cuda())
-        instance.attention.plan(HOME_ROWS, guest_rows)
+        if step.is_advance:
+            instance.attention.advance(step.step, torch.from_numpy(table).cuda())
+        else:
+            instance.attention.fill(step.step, step.words, step.rows, torch.from_numpy(table).cuda())
+        instance.attention.plan(HOME_ROWS, home.binding.graph_guest_rows)
         instance.queries.normal_()
         for row, (req, prefix_len, _) in enumerate(home.batch):
             instance.kv[row, 0] = self.kv_rows(req)[prefix_len]
@@ -190,6 +200,7 @@ def test_a_thousand_steps_of_joins_leaves_and_growth(num_instances: int, page_si
             session.abort_at_random()
         session.step()
     session.close()
+    assert session.num_advances > target
     print(f"{session.num_graph_steps} of {session.num_steps} steps as graphs, worst difference {session.worst:.4f}")
     assert session.num_graph_steps >= target
     for instance in session.instances:

@@ -14,8 +14,9 @@ import torch
 from sglang_dcp.dataflow.contracts import PartialState
 from sglang_dcp.dataflow.merge import merge_partial_states
 from sglang_dcp.dataflow.reference import RouteTables, partial_attention, route_tables
-from sglang_dcp.dataflow.static_tables import TAIL_SHIFT, PageLines, StepTablesInput, guests_per_instance
-from sglang_dcp.upstream.graphs import collect_step
+from sglang_dcp.dataflow.static_tables import TAIL_SHIFT, PageLines, RowsInput, guests_per_instance
+from sglang_dcp.upstream.graphs import GraphEngine
+from sglang_dcp.upstream.peers import Place
 from test.unit.test_decode_session import HEADS, Session
 
 NUM_ENTRIES, WIDTH = 24, 40
@@ -25,7 +26,7 @@ NUM_ENTRIES, WIDTH = 24, 40
 class Side:
     """One instance's part of a step: its input, and what its own words say about every home."""
 
-    given: StepTablesInput
+    given: RowsInput
     tables: RouteTables
     queries: torch.Tensor
     kv: torch.Tensor
@@ -38,12 +39,17 @@ class GraphSession(Session):
         super().__init__(*args, latent=latent)
         self.lines = [PageLines(NUM_ENTRIES, WIDTH, self.page_size) for _ in range(self.num_instances)]
         self.page_table = [np.full((NUM_ENTRIES, WIDTH), -1) for _ in range(self.num_instances)]
-        self.num_graph_steps = self.num_travelling = self.num_written = 0
+        place = Place("host", "gpu", ("gpu",))
+        self.engine = GraphEngine((1000,), [place] * self.num_instances, 0, None)
+        self.engine.max_home_rows = 1000
+        self.num_graph_steps = self.num_travelling = self.num_written = self.num_advances = 0
 
     def run_batches(self) -> None:
         instances = [home.instance for home in self.homes]
         extends = any(num_new > 1 for home in self.homes for _, _, num_new in home.batch)
         if extends or not instances[0].num_sharded_rows:
+            for home in self.homes:
+                home.binding.graph_step = None
             super().run_batches()
             return
         self.num_graph_steps += 1
@@ -56,17 +62,20 @@ class GraphSession(Session):
 
     def prepare(self, rank: int) -> Side:
         home = self.homes[rank]
-        step = collect_step(home.binding, home.batch, [len(other.batch) for other in self.homes])
-        given = self.lines[rank].fill(home.instance.step, step.words, step.rows, rank)
-        table = self.page_table[rank]
+        self.engine.plan_step(home.binding, home.batch, [len(other.batch) for other in self.homes])
+        step, lines, table = home.binding.graph_step, self.lines[rank], self.page_table[rank]
+        self.num_advances += step.is_advance
+        given = lines.advance(step.step) if step.is_advance else lines.fill(step.step, step.rows)
+        for place, line, position in given.singles.T:
+            table.reshape(-1)[place] = home.rows_by_slot[line].pages[position // self.page_size]
         places, pages = given.writes
         table.reshape(-1)[places] = pages
         self.num_written += len(places)
         for entry, line in given.copies.T:
             pages = home.rows_by_slot[line].pages[: given.copy_pages]
             table[entry, : len(pages)] = pages
-        masks = [[[s for s in range(self.num_instances) if word >> s & 1] for word in words.tolist()] for words in given.words]
-        tails = [[(word >> TAIL_SHIFT) - 1 for word in words.tolist()] for words in given.words]
+        masks = [[[s for s in range(self.num_instances) if word >> s & 1] for word in words.tolist()] for words in step.words]
+        tails = [[(word >> TAIL_SHIFT) - 1 for word in words.tolist()] for words in step.words]
         if home.batch:
             queries, kv = self.tokens_of(home)
         else:
@@ -148,6 +157,7 @@ def test_session_of_random_requests(num_instances, num_pages, page_size, latent)
     session.drain(5_000)
     session.close()
     assert session.num_graph_steps > 60 and session.num_travelling > 10 and session.num_rows > 30
+    assert session.num_advances > 30
 
 
 def test_pages_are_reused_right_after_a_release():
@@ -167,5 +177,5 @@ def test_a_steady_request_writes_its_pages_once():
     session.arrive(0, 60, 30, (1, 0))
     session.drain(2_000)
     session.close()
-    assert session.num_graph_steps > 25
+    assert session.num_graph_steps > 25 and session.num_advances > 30
     assert session.num_written <= 24

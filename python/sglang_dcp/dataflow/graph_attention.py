@@ -18,7 +18,7 @@ from sglang_dcp.dataflow.contracts import PartialState
 from sglang_dcp.dataflow.paged_attention import AttentionShape
 from sglang_dcp.dataflow.paged_attention_flashinfer import CopyGuard
 from sglang_dcp.dataflow.partial_attention_flashinfer import MLA_LATENT_DIM, FlashInferDecode, FlashInferMLA, KernelBuffers
-from sglang_dcp.dataflow.static_tables import ListedRow, PageLines, PooledRow, StepTablesInput
+from sglang_dcp.dataflow.static_tables import ListedRow, PageLines, PooledRow, RowsInput
 from sglang_dcp.dataflow.transport.base import TransportError
 
 
@@ -101,17 +101,27 @@ class GraphAttention:
     def fill(self, step: int, words: list[np.ndarray], rows: Sequence[ListedRow | PooledRow], token_table: torch.Tensor) -> None:
         """Tables of the step. token_table: SGLang's req_to_token, for rows whose pages only the device knows."""
         self._raise_if_silent(step)
-        given = self.lines.fill(step, words, rows, self.rank)
+        given = self.lines.fill(step, rows)
+        self.tables.upload(StepArrays(words, given.rows))
+        self._finish_fill(given, token_table)
+
+    def advance(self, step: int, token_table: torch.Tensor) -> None:
+        """The same for the step that follows, with the same rows and routes."""
+        self._raise_if_silent(step)
+        given = self.lines.advance(step)
+        self.tables.upload_rows(given.rows)
+        self._finish_fill(given, token_table)
+
+    def _finish_fill(self, given: RowsInput, token_table: torch.Tensor) -> None:
         self._update_lines(given, token_table)
-        self.tables.upload(StepArrays(given.words, given.rows))
         self.tables.build()
-        self._token_counts[: len(rows)] = given.rows[:, 1]
-        self._token_counts[len(rows) :] = 0
+        self._token_counts[: len(given.rows)] = given.rows[:, 1]
+        self._token_counts[len(given.rows) :] = 0
 
     def plan(self, home_rows: int, guest_rows: int) -> None:
         self._plan(home_rows, guest_rows, self._token_counts[: home_rows + guest_rows])
 
-    def _update_lines(self, given: StepTablesInput, token_table: torch.Tensor) -> None:
+    def _update_lines(self, given: RowsInput, token_table: torch.Tensor) -> None:
         device, pages = self.tables.buffer.device, self.tables.resident_pages
         if given.writes.shape[1]:
             places, numbers = torch.from_numpy(given.writes).pin_memory().to(device, non_blocking=True)
@@ -121,6 +131,9 @@ class GraphAttention:
             page_size = self.sizes.page_size
             tokens = token_table[:, : given.copy_pages * page_size : page_size].index_select(0, lines)
             pages[:, : given.copy_pages].index_copy_(0, entries, (tokens // page_size).to(torch.int32))
+        if given.singles.shape[1]:
+            places, lines, positions = torch.from_numpy(given.singles).pin_memory().to(device, non_blocking=True)
+            pages.view(-1).index_copy_(0, places, (token_table[lines, positions] // self.sizes.page_size).to(torch.int32))
 
     def _plan(self, home_rows: int, guest_rows: int, tokens: np.ndarray) -> None:
         counts = -(-tokens // self.sizes.page_size)

@@ -26,14 +26,15 @@ HeldPages = Sequence[tuple[int, int]]
 class ListedRow:
     """A row whose pages here the host knows: a guest, or an own request that the ledger manages.
 
-    key: names the request for as long as it lives; a new one gets a new key. route: as in ledger/routes.py. length: tokens of the
-    sequence, the new one included.
+    key: names the request for as long as it lives; a new one gets a new key. length: tokens of the sequence, the new one included.
+    held: a live list, to which later pages are added. grows: the new token's K/V lies here; arrives: and came from its home.
     """
 
     key: Hashable
-    route: int
     length: int
     held: HeldPages
+    grows: bool
+    arrives: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +47,19 @@ class PooledRow:
 
 
 @dataclass(frozen=True)
-class StepTablesInput:
-    """One instance's part of a step.
+class RowsInput:
+    """This instance's attention rows in a step, and what is new in the page table.
 
-    words[h] int32: a word per row of home h (bit per shard, travelling tail + 1 above). rows int32 [n, 4]: entry, tokens, -1, K/V slot of
-    each attention row. writes int64 [2, w]: flat places of the page table and the pages to put there. copies int64 [2, c]: entries to
-    fill from lines of SGLang's token table; copy_pages: how many pages of each, at most.
+    rows int32 [n, 4]: entry, tokens, -1, K/V slot of each attention row. writes int64 [2, w]: flat places of the page table and the pages
+    to put there. copies int64 [2, c]: entries to fill from lines of SGLang's token table; copy_pages: how many pages of each, at most.
+    singles int64 [3, s]: flat places to fill with the page of one token, by line and position in that table.
     """
 
-    words: list[np.ndarray]
     rows: np.ndarray
     writes: np.ndarray
     copies: np.ndarray
     copy_pages: int
+    singles: np.ndarray
 
 
 def shard_tokens(held: HeldPages, length: int, page_size: int) -> int:
@@ -80,12 +81,17 @@ def _page_index(entry: tuple[int, int]) -> int:
     return entry[0]
 
 
+def route_word32(route: int) -> int:
+    """A route as the kernels read it: a bit per shard, the travelling tail + 1 above."""
+    return shard_mask(route) | travelling_tail(route) + 1 << TAIL_SHIFT
+
+
 def route_words(routes: Iterable[int], num_local: int, home: int) -> np.ndarray:
     """int32 words of a home as others see it: its sharded rows in order, then `num_local` rows that it attends alone.
 
     Where those lie in the batch is nobody else's business: it changes no slot of the exchange.
     """
-    words = [shard_mask(route) | travelling_tail(route) + 1 << TAIL_SHIFT for route in routes]
+    words = [route_word32(route) for route in routes]
     return np.array(words + [1 << home] * num_local, dtype=np.int32)
 
 
@@ -123,17 +129,22 @@ class PageLines:
     _pooled: set[Hashable] = field(default_factory=set)
     _free: list[int] = field(default_factory=list)
     _step: int = -1
+    _rows: Sequence[ListedRow | PooledRow] = ()
+    _table: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int32))
+    _grows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    _arrives: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
 
     def __post_init__(self) -> None:
         self._free = list(range(self.num_entries - 1, -1, -1))
 
-    def fill(self, step: int, words: list[np.ndarray], rows: Sequence[ListedRow | PooledRow], rank: int) -> StepTablesInput:
+    def fill(self, step: int, rows: Sequence[ListedRow | PooledRow]) -> RowsInput:
         """`rows`: this instance's attention rows in their order, (home, position in that home's list)."""
+        for row in self._rows:
+            self._lines[row.key].last_step = self._step
         if step != self._step + 1:
             self._forget(self._pooled)
-        self._step = step
-        lines = np.empty((len(rows), 4), dtype=np.int32)
-        lines[:, 2] = -1
+        self._step, self._rows = step, rows
+        table = np.full((len(rows), 4), NO_SLOT, dtype=np.int32)
         places: list[int] = []
         pages: list[int] = []
         copies: list[tuple[int, int]] = []
@@ -141,25 +152,53 @@ class PageLines:
         for index, row in enumerate(rows):
             line = self._line(row.key)
             if isinstance(row, PooledRow):
-                tokens, slot, needed = row.length, NO_SLOT, -(-row.length // self.page_size)
+                tokens, needed = row.length, -(-row.length // self.page_size)
                 if needed > line.num_pages:
                     copies.append((line.entry, row.line))
                     copy_pages = max(copy_pages, needed)
             else:
                 tokens = shard_tokens(row.held, row.length, self.page_size)
                 needed = -(-tokens // self.page_size)
-                slot = slot_of(row.held, row.length - 1, self.page_size) if travelling_tail(row.route) == rank else NO_SLOT
                 begin = line.entry * self.width
                 places += range(begin + line.num_pages, begin + needed)
                 pages += [number for _, number in row.held[line.num_pages : needed]]
+                if row.arrives:
+                    table[index, 3] = slot_of(row.held, row.length - 1, self.page_size)
             line.num_pages = max(line.num_pages, needed)
-            lines[index, 0], lines[index, 1], lines[index, 3] = line.entry, tokens, slot
+            table[index, 0], table[index, 1] = line.entry, tokens
+        self._table = table
+        self._grows = np.array([isinstance(row, PooledRow) or row.grows for row in rows], dtype=np.int32)
+        self._arrives = np.array([isinstance(row, ListedRow) and row.arrives for row in rows], dtype=np.int32)
         pooled = {row.key for row in rows if isinstance(row, PooledRow)}
         self._forget(self._pooled - pooled)
         self._pooled = pooled
-        return StepTablesInput(
-            words, lines, np.array([places, pages], dtype=np.int64), np.array(copies, dtype=np.int64).reshape(-1, 2).T, copy_pages
-        )
+        return RowsInput(table, _pairs([places, pages]), _pairs(list(zip(*copies, strict=True)) or [[], []]), copy_pages, _pairs([[]] * 3))
+
+    def advance(self, step: int) -> RowsInput:
+        """The step after the last one, of the same rows: each has one token more, wherever its tail is."""
+        if step != self._step + 1:
+            raise ValueError(f"step {step} does not follow step {self._step}")
+        self._step = step
+        table = self._table
+        table[:, 1] += self._grows
+        table[:, 3] += self._arrives
+        places: list[int] = []
+        pages: list[int] = []
+        singles: list[tuple[int, int, int]] = []
+        for index in np.flatnonzero(self._grows & (table[:, 1] % self.page_size == 1)).tolist():
+            row, needed = self._rows[index], -(-int(table[index, 1]) // self.page_size)
+            line = self._lines[row.key]
+            place = line.entry * self.width + needed - 1
+            if isinstance(row, PooledRow):
+                singles.append((place, row.line, int(table[index, 1]) - 1))
+            else:
+                number = row.held[needed - 1][1]
+                places.append(place)
+                pages.append(number)
+                if row.arrives:
+                    table[index, 3] = number * self.page_size
+            line.num_pages = needed
+        return RowsInput(table, _pairs([places, pages]), _pairs([[], []]), 0, _pairs(list(zip(*singles, strict=True)) or [[]] * 3))
 
     def _line(self, key: Hashable) -> _Line:
         line = self._lines.get(key)
@@ -176,3 +215,7 @@ class PageLines:
             self._pooled.discard(key)
             if line is not None:
                 self._free.append(line.entry)
+
+
+def _pairs(columns: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.array(columns, dtype=np.int64).reshape(len(columns), -1)

@@ -6,6 +6,7 @@ after a step's all-gather; a step that fits none, or extends anywhere, runs eage
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.paged_attention import AttentionShape
-from sglang_dcp.dataflow.static_tables import TAIL_SHIFT, ListedRow, PooledRow, guests_per_instance, route_words
+from sglang_dcp.dataflow.static_tables import ListedRow, PooledRow, guests_per_instance, route_word32, route_words
 from sglang_dcp.ledger.routes import shard_mask, travelling_tail
 from sglang_dcp.upstream.admission import is_managed
 from sglang_dcp.upstream.binding import Binding, current
@@ -112,12 +113,28 @@ class GraphEngine:
         needed = max(guests_per_instance(row_routes, len(self.places)))
         return next((rows for rows in self.guest_rows if rows >= needed), 0)
 
+    def plan_step(self, binding: Binding, spans: Sequence[tuple[Any, int, int]], batch_sizes: list[int]) -> None:
+        """Decides what the binding's decode step runs as, and collects its rows where it is a graph. Most steps are the last one's, one
+        token on."""
+        last, instance = binding.graph_step, binding.instance
+        if last is not None and last.is_followed_by(instance, spans, batch_sizes):
+            binding.graph_step = dataclasses.replace(last, step=instance.step, is_advance=True)
+            return
+        binding.graph_step = None
+        binding.graph_guest_rows = self.choose([[row.route for row in rows] for rows in instance.rows_of], batch_sizes)
+        if binding.graph_guest_rows:
+            binding.graph_step = collect_step(binding, spans, batch_sizes)
+
     def load(self, binding: Binding, home_rows: int) -> None:
         """Fills the step's tables and plans its kernel, for the graph of `home_rows`. On the stream of the replay."""
-        step = binding.graph_step
+        step: GraphStep | None = binding.graph_step
         assert step is not None
         with binding.host_clock.measure():
-            self.attention.fill(binding.instance.step, step.words, step.rows, binding.scheduler.req_to_token_pool.req_to_token)
+            token_table = binding.scheduler.req_to_token_pool.req_to_token
+            if step.is_advance:
+                self.attention.advance(step.step, token_table)
+            else:
+                self.attention.fill(step.step, step.words, step.rows, token_table)
             self.attention.plan(home_rows, binding.graph_guest_rows)
 
     # ---- while capturing
@@ -134,10 +151,27 @@ class GraphEngine:
 
 @dataclass(frozen=True)
 class GraphStep:
-    """A decode step as the tables want it: route words of every home, and this instance's attention rows."""
+    """A decode step as the tables want it: route words of every home, and this instance's attention rows.
 
+    is_advance: the rows are those of the step before, one token on. reqs, batch_sizes: by which that is seen.
+    """
+
+    step: int
     words: list[np.ndarray]
     rows: list[ListedRow | PooledRow]
+    reqs: list[Any]
+    batch_sizes: list[int]
+    is_advance: bool = False
+
+    def is_followed_by(self, instance: Any, spans: Sequence[tuple[Any, int, int]], batch_sizes: list[int]) -> bool:
+        """Whether the instance's step now has the same rows and routes: no home told others, and nobody joined or left here."""
+        return (
+            instance.rows_steady
+            and instance.step == self.step + 1
+            and batch_sizes == self.batch_sizes
+            and len(spans) == len(self.reqs)
+            and all(span[0] is req for span, req in zip(spans, self.reqs, strict=True))
+        )
 
 
 def collect_step(binding: Binding, spans: Sequence[tuple[Any, int, int]], batch_sizes: Sequence[int]) -> GraphStep:
@@ -157,9 +191,9 @@ def collect_step(binding: Binding, spans: Sequence[tuple[Any, int, int]], batch_
         words.append(route_words((row.route for row in told), batch_sizes[home] - len(told), home))
         for guest in told:
             if shard_mask(guest.route) >> instance.rank & 1:
-                held = instance.guests.pages_of(home, guest.handle)
-                rows.append(ListedRow((home, guest.handle), guest.route, guest.prefix_len + 1, held))
-    return GraphStep(words, rows)
+                held, arrives = instance.guests.pages_of(home, guest.handle), travelling_tail(guest.route) == instance.rank
+                rows.append(ListedRow((home, guest.handle), guest.prefix_len + 1, held, grows=arrives, arrives=arrives))
+    return GraphStep(instance.step, words, rows, [span[0] for span in spans], list(batch_sizes))
 
 
 def _own_row(binding: Binding, req: Any, length: int) -> tuple[int, ListedRow | PooledRow | None]:
@@ -169,10 +203,10 @@ def _own_row(binding: Binding, req: Any, length: int) -> tuple[int, ListedRow | 
         return 1 << instance.rank, PooledRow(req.rid, req.kv.req_pool_idx, length)
     request = req.dyncp
     route = instance.route_of(request, length)
-    mask = shard_mask(route)
-    word = mask | travelling_tail(route) + 1 << TAIL_SHIFT
-    here = mask >> instance.rank & 1
-    return word, ListedRow((instance.rank, request.handle), route, length, request.own_pages) if here else None
+    if not shard_mask(route) >> instance.rank & 1:
+        return route_word32(route), None
+    grows = travelling_tail(route) < 0
+    return route_word32(route), ListedRow((instance.rank, request.handle), length, request.own_pages, grows=grows, arrives=False)
 
 
 def attention_shape(runner: Any) -> AttentionShape:

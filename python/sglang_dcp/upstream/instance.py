@@ -56,6 +56,7 @@ class Instance:
         self.step = 0
         self.outbox: list[Message] = []
         self.rows_of: list[tuple[Row, ...]] = [()] * num_instances
+        self.rows_steady = False
         self.own_rows: tuple[Row, ...] = ()
         self.promised = (0,) * num_instances
         self.kv_tokens = np.zeros(num_instances, dtype=np.int64)
@@ -163,6 +164,7 @@ class Instance:
                     told_rows.add(home)
                 else:
                     self._take(home, message)
+        self.rows_steady = not told_rows
         for home in range(self.num_instances):
             if home not in told_rows:
                 self.rows_of[home] = messages.advance(self.rows_of[home])

@@ -15,7 +15,7 @@ from sglang_dcp.ledger.messages import Row
 from sglang_dcp.upstream import columns as col
 from sglang_dcp.upstream.admission import is_managed
 from sglang_dcp.upstream.binding import Binding, current
-from sglang_dcp.upstream.graphs import collect_step, engine
+from sglang_dcp.upstream.graphs import engine
 
 
 def remember_batch(original: Callable[..., Any], adapter: Any, local_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,11 +82,9 @@ def settle_step(binding: Binding, info: Any) -> None:
         binding.metrics.after_step(binding)
     binding.ran_since_check = binding.ran_since_check or binding.step_ran
     instance.plan = None
-    binding.pending_rows = binding.graph_step = None
-    binding.graph_guest_rows = choose_graph(binding, info)
-    if binding.graph_guest_rows:
-        binding.graph_step = collect_step(binding, batch_spans(binding.local_batch), info.global_num_tokens)
-    elif instance.num_sharded_rows:
+    binding.pending_rows = None
+    plan_graph(binding, info)
+    if instance.num_sharded_rows and not binding.graph_guest_rows:
         # An instance without tokens skips attention altogether; one dummy token makes it take part in the exchange.
         info.global_num_tokens = [max(1, count) for count in info.global_num_tokens]
         info.num_tokens = max(1, info.num_tokens)
@@ -95,12 +93,13 @@ def settle_step(binding: Binding, info: Any) -> None:
         binding.pending_rows = home_rows(binding)
 
 
-def choose_graph(binding: Binding, info: Any) -> int:
-    """Guest rows of the graph that this step runs as. 0: it is not sharded, extends somewhere, or fits no graph."""
+def plan_graph(binding: Binding, info: Any) -> None:
+    """Sets graph_guest_rows: those of the graph that this step runs as. 0: it is not sharded, extends somewhere, or fits no graph."""
     graphs = engine()
     if graphs is None or not binding.instance.num_sharded_rows or not info.can_run_decode_cuda_graph:
-        return 0
-    return graphs.choose([[row.route for row in rows] for rows in binding.instance.rows_of], info.global_num_tokens)
+        binding.graph_guest_rows, binding.graph_step = 0, None
+        return
+    graphs.plan_step(binding, batch_spans(binding.local_batch), info.global_num_tokens)
 
 
 def exchange_words(binding: Binding, counts: np.ndarray, most: int) -> list[list[int]]:

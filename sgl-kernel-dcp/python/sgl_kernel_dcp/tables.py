@@ -92,14 +92,28 @@ class StepTables:
         self.resident_pages = torch.zeros(num_entries, shape.max_pages_per_row, dtype=torch.int32, device=device)
         self._host = torch.zeros(self.layout["input_size"], dtype=torch.int32, pin_memory=True)
         self._copied = torch.cuda.Event()
+        self._expects = np.zeros(0, dtype=bool)
 
     def upload(self, message: StepMessage | StepArrays) -> None:
         """Checks the message against the capacities and starts its copy on the current stream."""
         host = self._host.numpy()
         packed = self.pack(message)
+        self._expects = packed[self.layout["input_rows"] :].reshape(-1, 4)[:, 3] >= 0
         self._copied.synchronize()
         host[: len(packed)] = packed
         self.buffer[: len(packed)].copy_(self._host[: len(packed)], non_blocking=True)
+        self._copied.record()
+
+    def upload_rows(self, rows: np.ndarray) -> None:
+        """Likewise for a step that keeps the routes of the one before: token counts and K/V slots of the same rows (`StepArrays`)."""
+        if len(rows) != len(self._expects):
+            raise ValueError(f"{len(rows)} rows, the routes uploaded last give {len(self._expects)}")
+        _check_rows(rows, self.shape, self.num_entries, self._expects)
+        begin = self.layout["input_rows"]
+        end = begin + rows.size
+        self._copied.synchronize()
+        self._host.numpy()[begin:end] = rows.reshape(-1)
+        self.buffer[begin:end].copy_(self._host[begin:end], non_blocking=True)
         self._copied.record()
 
     def pack(self, message: StepMessage | StepArrays) -> np.ndarray:
