@@ -29,8 +29,8 @@ QUICK = {"a": 110.0, "b": 120.0, "c": 10.0, "d": 200.0, "e": 330.0, "f": 15.0}
 QUICK_TOTAL_S = 540.0
 QUICK_RATE_S, RATE_S = 12.0, 20.0
 """Seconds of arrivals at one request rate of part (e)."""
-LEAST_PART_S, LAST_PART_S = 3.0, 12.0
-"""LAST_PART_S: kept for (f) and for the end of the servers, where the report has an end."""
+LAST_PART_S = 12.0
+"""Kept for (f) and for the end of the servers, where the report has an end."""
 
 DRY_RANKS = 4
 MULTICAST_OFF = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
