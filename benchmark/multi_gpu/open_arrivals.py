@@ -106,6 +106,8 @@ def search_rate(
             bisections += 1
         else:
             rate = 2 * rate if broken is None else (held + broken) / 2
+    if not held and broken is None:
+        return
     figures["rows"].append(
         {"what": "e2 highest rate", "server": name, "tpot_limit_ms": settings.tpot_ms, "requests_per_s": held, "not_held_at": broken}
     )

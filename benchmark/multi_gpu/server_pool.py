@@ -48,7 +48,9 @@ def small_model(name: str, settings: Settings) -> Path:
     experts, key = max(4, settings.num_gpus), "num_experts" if name == "gqa" else "n_routed_experts"
     # At least one expert per instance, and still all of them for every token.
     random_models.MODELS[name] = random_models.MODELS[name] | {key: experts, "num_experts_per_tok": experts}
-    return random_models.write_model(name, settings.work / "models")
+    written = settings.work / "models" / name
+    # Another server may be reading it.
+    return written if (written / "model.safetensors").is_file() else random_models.write_model(name, settings.work / "models")
 
 
 def build_server(name: str, settings: Settings) -> GpuServer:

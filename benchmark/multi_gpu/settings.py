@@ -36,6 +36,9 @@ DRY_RANKS = 4
 MULTICAST_OFF = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 """NVLink multicast stays off: a program that fails while it uses it can take the GPUs out of service for others."""
 
+ONE_HOST = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+"""All ranks are on this host, which may have no other network; GPUs talk over NVLink all the same."""
+
 FACTS = """
 import json, torch
 n = torch.cuda.device_count()
@@ -108,6 +111,6 @@ def read_device_facts() -> dict[str, Any]:
 
 
 def set_environment() -> None:
-    """For every process that follows: no multicast, and enough hardware queues."""
-    os.environ |= MULTICAST_OFF
+    """For every process that follows: no multicast, sockets of this host alone, and enough hardware queues."""
+    os.environ |= MULTICAST_OFF | {name: os.environ.get(name, value) for name, value in ONE_HOST.items()}
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
