@@ -99,13 +99,9 @@ def search_rate(
             figures["notes"][f"{name}, open"] = str(error)
             break
         save()
+        bisections += broken is not None
         held, broken = (rate, broken) if why is None else (held, rate)
-        bisections += broken is not None and held > 0
-        if broken is not None and held == 0:
-            rate /= 2
-            bisections += 1
-        else:
-            rate = 2 * rate if broken is None else (held + broken) / 2
+        rate = 2 * rate if broken is None else (held + broken) / 2
     if not held and broken is None:
         return
     figures["rows"].append(
