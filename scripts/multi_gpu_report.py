@@ -30,6 +30,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4, help="layers of that model (default: 4)")
     parser.add_argument("--tpot-ms", type=float, default=50.0, help="limit of the P99 time per output token in (e)")
     parser.add_argument("--limit", action="append", default=[], metavar="PART=SECONDS", help="time limit of one part")
+    parser.add_argument("--quick", action="store_true", help="shorter limits and arrivals: everything in 9 minutes")
+    parser.add_argument("--total", type=float, metavar="SECONDS", help="end of the whole report (default with --quick: 540)")
     parser.add_argument("--commit", help="commit to record where the tree has no git history")
     parser.add_argument("--dry", action="store_true", help="on the CPU: part (a) over gloo with 4 ranks, and (f)")
     parser.add_argument("--servers", action="store_true", help="with --dry: also start servers of the tiny test model (minutes)")

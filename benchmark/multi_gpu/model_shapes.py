@@ -72,10 +72,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_shape(name: str, num_layers: int, folder: Path) -> Path:
-    """Writes configuration and tokenizer to folder/name."""
-    target = folder / f"{name}-{num_layers}"
+    """Writes configuration and tokenizer to folder/name. What is there already stays untouched: a server may be reading it."""
+    target, config = folder / f"{name}-{num_layers}", json.dumps(SHAPES[name] | {"num_hidden_layers": num_layers}, indent=1)
+    if (target / "config.json").is_file() and (target / "config.json").read_text() == config:
+        return target
     target.mkdir(parents=True, exist_ok=True)
-    (target / "config.json").write_text(json.dumps(SHAPES[name] | {"num_hidden_layers": num_layers}, indent=1))
+    (target / "config.json").write_text(config)
     for part in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / part, target / part)
     return target

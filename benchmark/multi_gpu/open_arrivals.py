@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import random
 import subprocess
 import sys
@@ -15,9 +17,21 @@ from benchmark.multi_gpu.servers import GpuServer
 from benchmark.multi_gpu.settings import PartFailed, Settings
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz \n"
-SECONDS_PER_RATE = 20.0
+LEAST_RATE_S = 30.0
+"""A try that has less than this left is not begun: the client alone takes a third of it to start."""
 BISECTIONS = 2
+CLIENT_START_S = 25.0
+STAND_IN = """__version__ = "0"
+
+
+def load_dataset(*_arguments, **_keywords):
+    raise ImportError("Hugging Face's datasets is not installed here")
+"""
 TRACE_LONGEST = 131_072
+
+
+class OutOfTime(Exception):
+    """A rate could not be tried to its end in the time that the part has left: it says nothing about the server."""
 
 
 def write_dataset(path: Path, count: int, longest: int) -> float:
@@ -41,13 +55,28 @@ def bench_command(port: int, model: Path, dataset: Path, rate: float, count: int
     return command
 
 
+def client_environment(work: Path) -> dict[str, str]:
+    """bench_serving imports Hugging Face's `datasets` for data that it does not use here; where that is missing, a stand-in serves."""
+    if importlib.util.find_spec("datasets") is not None:
+        return dict(os.environ)
+    folder = work / "stand_ins"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "datasets.py").write_text(STAND_IN)
+    return os.environ | {"PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(folder)])}
+
+
+def longest_s(rate: float, count: int) -> float:
+    """Longer runs mean that the queue grew."""
+    return 1.5 * count / rate + 10
+
+
 def judge(result: Mapping[str, Any], rate: float, count: int, tpot_ms: float) -> str | None:
     """Why this rate is not held, or None. A queue that grows shows in the time to drain, not in TPOT."""
     if result["completed"] < count:
         return f"{result['completed']} of {count} requests completed"
     if result["p99_tpot_ms"] > tpot_ms:
         return f"P99 TPOT {result['p99_tpot_ms']:.1f} ms"
-    if result["duration"] > 1.5 * count / rate + 10:
+    if result["duration"] > longest_s(rate, count):
         return f"{result['duration']:.0f} s for arrivals of {count / rate:.0f} s"
     return None
 
@@ -60,31 +89,38 @@ def search_rate(
     held, broken, rate = 0.0, None, (0.5 if settings.dry else 1.0) * settings.num_gpus
     bisections = 0
     while broken is None or bisections < BISECTIONS:
-        if time.monotonic() > deadline:
+        left = deadline - time.monotonic()
+        if left < LEAST_RATE_S:
             figures["notes"][f"{name}, open"] = f"search stopped after {seconds:.0f} s"
             break
-        why = try_rate(server, name, rate, settings, figures, seconds=max(60.0, deadline - time.monotonic()))
+        try:
+            why = try_rate(server, name, rate, settings, figures, seconds=left)
+        except OutOfTime as error:
+            figures["notes"][f"{name}, open"] = str(error)
+            break
         save()
+        bisections += broken is not None
         held, broken = (rate, broken) if why is None else (held, rate)
-        bisections += broken is not None and held > 0
-        if broken is not None and held == 0:
-            rate /= 2
-            bisections += 1
-        else:
-            rate = 2 * rate if broken is None else (held + broken) / 2
-    figures["rows"].append({"what": "e2 highest rate", "server": name, "tpot_limit_ms": settings.tpot_ms, "requests_per_s": held})
+        rate = 2 * rate if broken is None else (held + broken) / 2
+    if not held and broken is None:
+        return
+    figures["rows"].append(
+        {"what": "e2 highest rate", "server": name, "tpot_limit_ms": settings.tpot_ms, "requests_per_s": held, "not_held_at": broken}
+    )
 
 
 def try_rate(server: GpuServer, name: str, rate: float, settings: Settings, figures: dict[str, Any], *, seconds: float) -> str | None:
-    count = round(min(600, max(8 if settings.dry else 32, rate * SECONDS_PER_RATE)))
+    count = round(min(600, max(8 if settings.dry else 32, rate * settings.rate_seconds)))
     out, dataset = settings.work / f"bench_{name}_{rate:g}.jsonl", settings.work / f"arrivals_{count}.jsonl"
     mean_tokens = write_dataset(dataset, count, 400 if settings.dry else TRACE_LONGEST)
     out.unlink(missing_ok=True)
     server.client.flush_cache()
     command = bench_command(server.port, server.model_path, dataset, rate, count, out)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=client_environment(settings.work))
+    except subprocess.TimeoutExpired as error:
+        if seconds < longest_s(rate, count) + CLIENT_START_S:
+            raise OutOfTime(f"search stopped: {rate:g} requests/s had {seconds:.0f} s only") from error
         return f"not done after {seconds:.0f} s"
     if done.returncode != 0 or not out.is_file():
         raise PartFailed(f"bench_serving ended with {done.returncode}: {done.stderr[-600:]}")

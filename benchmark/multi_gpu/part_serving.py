@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import csv
+import time
 from collections.abc import Callable
 from typing import Any
 
 from benchmark.multi_gpu.open_arrivals import search_rate
-from benchmark.multi_gpu.servers import GpuServer, ServerRefused, layered_server, serving
+from benchmark.multi_gpu.report import FAILURES
+from benchmark.multi_gpu.server_pool import DYNCP, STOCK, SYNTHETIC, settled_counts
+from benchmark.multi_gpu.servers import GpuServer, has_synthetic_prefill
 from benchmark.multi_gpu.settings import ROOT, PartFailed, Settings
 from benchmark.multi_gpu.streams import decode_window, placement, stream_all
+
+from runtime_check import prompt  # isort: skip - found through benchmark.multi_gpu.servers
 
 TRACE = ROOT / "test" / "data" / "mooncake_lengths.csv"
 PER_INSTANCE = 16
 LONG_TOKENS = 262_144
-POOL_TOKENS = 700_000
+RESERVE_S = 4.0
 DECODE_TOKENS, LEAST_TOKENS = 400, 50
 
 
@@ -38,27 +43,50 @@ def populations(settings: Settings) -> dict[str, list[int]]:
 
 
 def run(settings: Settings, figures: dict[str, Any], save: Callable[[], None]) -> None:
-    settings.require_servers()
+    pool = settings.require_servers()
     figures |= {"num_layers": 2 if settings.dry else settings.num_layers, "closed": [], "open": [], "tpot_ms": settings.tpot_ms}
     figures["notes"] = {"model": f"layers of {settings.model}, {figures['num_layers']} of them, random weights"}
-    for name, dyncp in (("stock", False), ("dyncp", True)):
-        server = layered_server(settings, f"e_{name}", dyncp=dyncp, pool=1024 if settings.dry else POOL_TOKENS)
+    end = time.monotonic() + settings.limit_s("e")
+    pool.settle(STOCK, SYNTHETIC)
+    problems: list[str] = []
+    for name in (SYNTHETIC, STOCK):
         try:
-            with serving(settings, server):
-                for population, lengths in populations(settings).items():
-                    closed(server, name, population, lengths, settings, figures)
-                    save()
-                # A third of the part's time for each server's search, the rest for starts and the closed populations.
-                search_rate(server, name, settings, figures, save, seconds=settings.limit_s("e") / 4)
-        except ServerRefused as error:
-            raise PartFailed(str(error)) from error
+            with pool.using(name) as server:
+                problems += closed_populations(server, name, settings, figures, save)
+        except FAILURES as error:
+            problems.append(f"e1, {name}: {type(error).__name__}: {error}"[:1500])
+    # Arrivals need a real prefill, so ours is started anew; beside it there is no room for the other one.
+    pool.stop(SYNTHETIC)
+    pool.settle(DYNCP)
+    seconds = (end - time.monotonic() - RESERVE_S) / 2
+    for name in (DYNCP, STOCK):
+        try:
+            with pool.using(name) as server:
+                search_rate(server, name, settings, figures, save, seconds=seconds)
+        except FAILURES as error:
+            problems.append(f"e2, {name}: {type(error).__name__}: {error}"[:1500])
+        seconds = end - time.monotonic() - RESERVE_S
+    if problems:
+        raise PartFailed("; ".join(problems))
+
+
+def closed_populations(server: GpuServer, name: str, settings: Settings, figures: dict[str, Any], save: Callable[[], None]) -> list[str]:
+    problems = []
+    for population, lengths in populations(settings).items():
+        try:
+            closed(server, name, population, lengths, settings, figures)
+        except FAILURES as error:
+            problems.append(f"e1, {name}, {population}: {type(error).__name__}: {error}"[:800])
+        save()
+        if not server.alive:
+            return [*problems, f"server {name} has ended"]
+    return problems
 
 
 def closed(server: GpuServer, name: str, population: str, lengths: list[int], settings: Settings, figures: dict[str, Any]) -> None:
     """(e1) All prompts are prefilled first; then the time in which all of them decode together is measured."""
-    from runtime_check import prompt
-
     server.client.flush_cache()
+    before = settled_counts(server) if name != STOCK else {}
     prompts = [prompt(length, 500 + index) for index, length in enumerate(lengths)]
     new_tokens, least = (120, 8) if settings.dry else (DECODE_TOKENS, LEAST_TOKENS)
     answers = stream_all(server.client, prompts, new_tokens)
@@ -72,4 +100,10 @@ def closed(server: GpuServer, name: str, population: str, lengths: list[int], se
     balance = round(max(held) / (sum(held) / len(held)), 3)
     degrees = [len(shards) for _, shards in placements]
     row = {"what": "e1 closed", "server": name, "population": population, "requests": len(lengths), "tokens": sum(lengths)}
-    figures["rows"].append(row | window | {"kv_max_over_mean": balance, "largest_degree": max(degrees)})
+    row |= window | {"kv_max_over_mean": balance, "largest_degree": max(degrees)}
+    row["prefill"] = "synthetic" if name == SYNTHETIC and has_synthetic_prefill() else "real"
+    row["prefill_s"] = round(max(answer.times[0] for answer in answers) - min(answer.started for answer in answers), 2)
+    after = settled_counts(server) if before else {}
+    for kind in ("graph", "sharded_graph", "eager"):
+        row[f"{kind}_steps"] = after[kind] - before[kind] if before else None
+    figures["rows"].append(row)

@@ -2,72 +2,99 @@
 
 from __future__ import annotations
 
-import os
+import statistics
 from collections.abc import Callable
 from typing import Any
 
-from benchmark.multi_gpu.servers import (
-    SYNTHETIC_VARIABLE,
-    GpuServer,
-    ServerRefused,
-    has_synthetic_prefill,
-    layered_server,
-    serving,
-)
+from benchmark.multi_gpu.predictions import predicted_step_ms
+from benchmark.multi_gpu.report import FAILURES
+from benchmark.multi_gpu.server_pool import DRY_POOL, SERVED_POOL, STOCK, SYNTHETIC, settled_counts
+from benchmark.multi_gpu.servers import SYNTHETIC_VARIABLE, GpuServer, has_synthetic_prefill
 from benchmark.multi_gpu.settings import PartFailed, Settings
-from benchmark.multi_gpu.streams import stream
+from benchmark.multi_gpu.streams import Streamed, stream
+
+from runtime_check import pinned, prompt  # isort: skip - found through benchmark.multi_gpu.servers
 
 LENGTHS = (65_536, 262_144, 1_048_576)
 LONGEST_REAL_PREFILL = 262_144
-"""With few layers this takes seconds; a million tokens take minutes per degree."""
+"""With few layers this takes a quarter of a minute; a million tokens take minutes."""
 DRY_LENGTHS = (256, 512)
-NEW_TOKENS = 64
+NEW_TOKENS, FIRST_GAPS = 160, 8
+"""FIRST_GAPS: left out; the first steps of a request copy its page list."""
 
 
 def run(settings: Settings, figures: dict[str, Any], save: Callable[[], None]) -> None:
-    settings.require_servers()
+    pool = settings.require_servers()
     synthetic = has_synthetic_prefill()
     figures |= {"num_layers": 2 if settings.dry else settings.num_layers, "synthetic_prefill": synthetic, "new_tokens": NEW_TOKENS}
     if not synthetic:
         reason = f"no synthetic prefill in this runtime ({SYNTHETIC_VARIABLE}); longer ones are left out"
         figures["notes"] = {"prefill": f"real, up to {LONGEST_REAL_PREFILL} tokens: {reason}"}
-    longest = max(DRY_LENGTHS if settings.dry else LENGTHS if synthetic else LENGTHS[:2])
-    pool = 1024 if settings.dry else longest + 8192
-    for name, dyncp in (("stock", False), ("dyncp", True)):
-        server = layered_server(settings, f"d_{name}", dyncp=dyncp, pool=pool)
-        os.environ |= {SYNTHETIC_VARIABLE: "1"} if synthetic and dyncp else {}
+    pool.settle(STOCK, SYNTHETIC)
+    problems = []
+    # Ours first: what stock needs for its real prefill is spent last.
+    for name in (SYNTHETIC, STOCK):
         try:
-            with serving(settings, server):
-                measure(server, name, settings, figures, save)
-        except ServerRefused as error:
-            raise PartFailed(str(error)) from error
-        finally:
-            os.environ.pop(SYNTHETIC_VARIABLE, None)
+            with pool.using(name) as server:
+                problems += measure(server, name, settings, figures, save)
+        except FAILURES as error:
+            problems.append(f"{name}: {type(error).__name__}: {error}"[:1500])
+    if problems:
+        raise PartFailed("; ".join(problems))
 
 
-def measure(server: GpuServer, name: str, settings: Settings, figures: dict[str, Any], save: Callable[[], None]) -> None:
-    from runtime_check import pinned, prompt, step_counts
+def cases(settings: Settings, name: str) -> list[tuple[int, int]]:
+    """(tokens, degree), the shortest first."""
+    degrees = [degree for degree in range(1, settings.num_gpus + 1) if degree & (degree - 1) == 0] if name == SYNTHETIC else [1]
+    return [(length, degree) for length in (DRY_LENGTHS if settings.dry else LENGTHS) for degree in degrees]
 
-    degrees = [degree for degree in range(1, settings.num_gpus + 1) if degree & (degree - 1) == 0] if name == "dyncp" else [1]
-    for length in DRY_LENGTHS if settings.dry else LENGTHS:
-        for degree in degrees:
-            entry: dict[str, Any] = {"server": name, "tokens": length, "degree": degree, "step_ms": None, "p90_ms": None}
-            entry |= {"prefill_s": None, "graph_steps": None, "eager_steps": None, "reason": None}
-            figures["rows"].append(entry)
-            real = name == "stock" or not figures["synthetic_prefill"]
-            if real and length > LONGEST_REAL_PREFILL:
-                entry["reason"] = "needs a synthetic prefill"
-                continue
-            before = step_counts(server) if name == "dyncp" else {}
-            answer = stream(server.client, prompt(length, 7), NEW_TOKENS, pinned(degree, 0) if name == "dyncp" else {})
-            gaps = sorted(answer.gaps()[1:])
-            entry |= {"step_ms": round(gaps[len(gaps) // 2] * 1000, 4), "p90_ms": round(gaps[int(0.9 * len(gaps))] * 1000, 4)}
-            entry["prefill_s"] = round(answer.first_token_s, 3)
-            served = (answer.meta.get("dyncp") or {"degree_end": 1})["degree_end"]
-            if served != degree:
-                raise PartFailed(f"{length} tokens pinned to degree {degree} were served at {served}")
-            if before:
-                after = step_counts(server)
-                entry |= {f"{kind}_steps": after[kind] - before[kind] for kind in ("graph", "eager")}
-            server.client.flush_cache()
-            save()
+
+def measure(server: GpuServer, name: str, settings: Settings, figures: dict[str, Any], save: Callable[[], None]) -> list[str]:
+    """What went wrong, case by case; the first error of a server that is gone ends it."""
+    problems = []
+    synthetic = name == SYNTHETIC and figures["synthetic_prefill"]
+    longest = (DRY_POOL if settings.dry else SERVED_POOL) if not synthetic else None
+    for seed, (length, degree) in enumerate(cases(settings, name)):
+        entry: dict[str, Any] = {"server": name, "tokens": length, "degree": degree, "step_ms": None, "mean_ms": None, "p90_ms": None}
+        entry |= {"predicted_ms": predicted_step_ms(settings, figures["num_layers"], length, degree), "prefill_s": None}
+        entry |= {"graph_steps": None, "sharded_graph_steps": None, "eager_steps": None, "reason": None}
+        figures["rows"].append(entry)
+        if longest is not None and length > min(longest, LONGEST_REAL_PREFILL):
+            entry["reason"] = "needs a synthetic prefill"
+            continue
+        try:
+            entry |= measure_case(server, name, length, degree, seed)
+        except FAILURES as error:
+            entry["reason"] = f"{type(error).__name__}: {error}"[:600]
+            problems.append(f"{name}, {length} tokens, degree {degree}: {entry['reason']}")
+        save()
+        if not server.alive:
+            return [*problems, f"server {name} has ended"]
+    return problems
+
+
+def measure_case(server: GpuServer, name: str, length: int, degree: int, seed: int) -> dict[str, Any]:
+    ours = name == SYNTHETIC
+    server.client.flush_cache()
+    before = settled_counts(server) if ours else {}
+    answer = stream(server.client, prompt(length, 7 + seed), NEW_TOKENS, pinned(degree, 0) if ours else {})
+    found = step_times(answer) | {"prefill_s": round(answer.first_token_s, 3)}
+    if ours:
+        after = settled_counts(server)
+        found |= {f"{kind}_steps": after[kind] - before[kind] for kind in ("graph", "sharded_graph", "eager")}
+        served = (answer.meta.get("dyncp") or {"degree_end": 1})["degree_end"]
+        if served != degree:
+            raise PartFailed(f"{length} tokens pinned to degree {degree} were served at {served}")
+    return found
+
+
+def step_times(answer: Streamed) -> dict[str, float]:
+    """step_ms: median time between two chunks, per token. mean_ms: all time over all tokens, which late or joined chunks do not change."""
+    gaps = sorted(answer.gaps()[FIRST_GAPS:])
+    tokens_per_chunk = (answer.tokens - 1) / max(1, len(answer.times) - 1)
+    steps = len(gaps) * tokens_per_chunk
+    return {
+        "step_ms": round(statistics.median(gaps) / tokens_per_chunk * 1000, 4),
+        "mean_ms": round(sum(gaps) / steps * 1000, 4),
+        "p90_ms": round(gaps[int(0.9 * len(gaps))] / tokens_per_chunk * 1000, 4),
+    }

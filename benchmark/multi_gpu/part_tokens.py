@@ -4,46 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from benchmark.multi_gpu.servers import GpuServer, ServerRefused, serving
-from benchmark.multi_gpu.settings import ROOT, PartFailed, Settings
+from benchmark.multi_gpu.report import FAILURES
+from benchmark.multi_gpu.server_pool import STOCK, SYNTHETIC, ServerPool, settled_counts
+from benchmark.multi_gpu.servers import GpuServer
+from benchmark.multi_gpu.settings import PartFailed, Settings
 
-import random_models  # isort: skip - found through benchmark.multi_gpu.servers
 from runtime_check import NEW_TOKENS, SIZES, ask, differences, pinned, prompt, summary, within_bounds  # isort: skip
+
+AT_ONCE = 3
 
 
 def run(settings: Settings, figures: dict[str, Any], save: Callable[[], None]) -> None:
-    settings.require_servers()
+    pool = settings.require_servers()
+    models = ("gqa",) if settings.dry else ("gqa", "mla")
+    names = [f"b_{model}{kind}" for model in models for kind in ("_stock", "")]
     wrong = []
-    for name in ("gqa",) if settings.dry else ("gqa", "mla"):
-        flags = ("--flashinfer-mla-disable-ragged",) if name == "mla" else ()
-        path, pool, n = model_path(name, settings), SIZES[settings.device].pool, settings.num_gpus
-        stock = GpuServer(f"b_{name}_stock", path, 1, 4 * pool, False, flags, device=settings.device)
-        ours = GpuServer(f"b_{name}", path, n, pool, True, flags, device=settings.device)
-        prompts = [prompt(length, seed) for seed, length in enumerate(SIZES[settings.device].lengths)]
-        try:
-            with serving(settings, stock):
-                expected = [ask(stock, ids, NEW_TOKENS, None) for ids in prompts]
-            with serving(settings, ours):
-                rows = compare_degrees(ours, prompts, expected, name)
-        except ServerRefused as error:
-            raise PartFailed(str(error)) from error
-        figures["rows"] += rows
-        save()
-        wrong += [f"{name} degree {row['degree']}" for row in rows if not row["equal"]]
+    try:
+        pool.settle(*names)
+        if {"d", "e"} & set(settings.letters):
+            pool.start(STOCK, SYNTHETIC)  # nothing is timed here, so the next servers may start meanwhile
+        for model in models:
+            try:
+                rows = compare_model(pool, model, settings)
+            except FAILURES as error:
+                wrong.append(f"{model}: {type(error).__name__}: {error}"[:1500])
+                continue
+            figures["rows"] += rows
+            save()
+            wrong += [f"{model} degree {row['degree']}: answers differ from stock" for row in rows if not row["equal"]]
+    finally:
+        pool.stop(*names)
     if wrong:
-        raise PartFailed(f"answers differ from stock: {', '.join(wrong)}")
+        raise PartFailed("; ".join(wrong))
+
+
+def compare_model(pool: ServerPool, model: str, settings: Settings) -> list[dict[str, Any]]:
+    prompts = [prompt(length, seed) for seed, length in enumerate(SIZES[settings.device].lengths)]
+    with pool.using(f"b_{model}_stock") as stock:
+        expected = ask_all(stock, prompts, [None] * len(prompts))
+    with pool.using(f"b_{model}") as ours:
+        return compare_degrees(ours, prompts, expected, model)
+
+
+def ask_all(server: GpuServer, prompts: Sequence[list[int]], pins: Sequence[dict[str, Any] | None]) -> list[Any]:
+    """Some at a time. On an error (or the part's time limit) the rest is left to end with its server."""
+    executor = ThreadPoolExecutor(AT_ONCE)
+    try:
+        return list(executor.map(lambda ids, pin: ask(server, ids, NEW_TOKENS, pin), prompts, pins))
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 def compare_degrees(ours: GpuServer, prompts: Sequence[list[int]], expected: Sequence[Any], name: str) -> list[dict[str, Any]]:
     """Degree 1 is SGLang's own path: how far it is from stock is the measure for the others (runtime_check.BOUNDS)."""
     rows, base = [], None
     for degree in range(1, ours.instances + 1):
+        before = settled_counts(ours)
         pins = [pinned(degree, index % ours.instances) for index in range(len(prompts))]
-        with ThreadPoolExecutor(3) as pool:
-            answers = list(pool.map(lambda ids, pin: ask(ours, ids, NEW_TOKENS, pin), prompts, pins))
+        answers = ask_all(ours, prompts, pins)
         found = summary([differences(stock, answer) for stock, answer in zip(expected, answers, strict=True)])
         base = found if base is None else base
         pinned_as_asked = set(found["degrees"]) == {degree}
@@ -58,15 +78,7 @@ def compare_degrees(ours: GpuServer, prompts: Sequence[list[int]], expected: Seq
                 "parted_without_tie": found["parted_without_tie"],
                 "mean_difference": round(found["all"]["mean"], 6),
                 "p99_difference": round(found["all"]["p99"], 6),
+                "sharded_graph_steps": settled_counts(ours)["sharded_graph"] - before["sharded_graph"],
             }
         )
     return rows
-
-
-def model_path(name: str, settings: Settings) -> Path:
-    if settings.dry:
-        return ROOT / "test" / "models" / "qwen3moe"
-    experts, key = max(4, settings.num_gpus), "num_experts" if name == "gqa" else "n_routed_experts"
-    # At least one expert per instance, and still all of them for every token.
-    random_models.MODELS[name] = random_models.MODELS[name] | {key: experts, "num_experts_per_tok": experts}
-    return random_models.write_model(name, settings.work / "models")

@@ -30,7 +30,6 @@ def measure_peer(rank: int, num_ranks: int, folder: Path, cases: list[ExchangeCa
             results[index] = member.measure(case, layers, repeats)
         member.close()
     dist.barrier()
-    dist.destroy_process_group()
     return [results[index] for index in range(len(cases))]
 
 

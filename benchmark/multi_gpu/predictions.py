@@ -36,6 +36,15 @@ def step_ms(model: CostModel, num_layers: int, placements: Sequence[tuple[int, S
     return replace(model, num_layers=num_layers).step_us(work) / 1000
 
 
+def predicted_step_ms(settings: Settings, num_layers: int, tokens: int, degree: int) -> float | None:
+    """A step of one request alone; None where the shape has no cost model for this card."""
+    try:
+        model = cost_model(settings.model, settings)
+    except Skipped:
+        return None
+    return round(step_ms(model, num_layers, [(0, spread_evenly(tokens, degree, 0, settings.num_gpus))]), 4)
+
+
 def spread_evenly(tokens: int, degree: int, home: int, num_instances: int) -> list[tuple[int, int]]:
     return [((home + i) % num_instances, tokens // degree + (i < tokens % degree)) for i in range(degree)]
 

@@ -97,17 +97,26 @@ class Report:
     def _run_part(self, letter: str, part: Part, settings: Settings) -> None:
         title, limit = PARTS[letter][0], settings.limit_s(letter)
         figures: dict[str, Any] = {"rows": []}
-        section = {"title": title, "status": "failed", "reason": "interrupted", "limit_s": limit, "seconds": 0.0, "figures": figures}
+        section = {
+            "title": title,
+            "status": "failed",
+            "reason": "interrupted",
+            "limit_s": round(limit, 1),
+            "seconds": 0.0,
+            "figures": figures,
+        }
         self.sections[letter] = section
         began = time.monotonic()
         try:
+            if limit <= 0:
+                raise Skipped("no time is left (--total)")
             with time_limit(limit):
                 part(settings, figures, self.save)
             section |= {"status": "done", "reason": None}
         except Skipped as skipped:
             section |= {"status": "skipped", "reason": str(skipped)}
         except PartTimeout:
-            section |= {"status": "failed", "reason": f"not finished after {limit:g} s (--limit {letter}=SECONDS)"}
+            section |= {"status": "failed", "reason": f"not finished after {limit:.4g} s (--limit {letter}=SECONDS)"}
         except FAILURES as error:
             section |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:3000]}
         finally:

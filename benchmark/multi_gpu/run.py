@@ -6,11 +6,25 @@ import argparse
 import importlib
 import platform
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmark.multi_gpu.report import Report, Terminated, violations
-from benchmark.multi_gpu.settings import DRY_RANKS, PARTS, PartFailed, Settings, read_device_facts, set_environment
+from benchmark.multi_gpu.server_pool import ServerPool
+from benchmark.multi_gpu.settings import (
+    DRY_RANKS,
+    PARTS,
+    QUICK,
+    QUICK_RATE_S,
+    QUICK_TOTAL_S,
+    RATE_S,
+    PartFailed,
+    Settings,
+    read_device_facts,
+    set_environment,
+)
 from benchmark.multi_gpu.table import format_report
 from benchmark.serving.provenance import provenance
 from sglang_dcp.cpu.environment import count_cuda_devices
@@ -37,7 +51,10 @@ def build_settings(arguments: argparse.Namespace, work: Path) -> Settings:
     if arguments.servers and not arguments.dry:
         raise SystemExit("--servers belongs to --dry; on GPUs servers are always started")
     common: dict[str, Any] = {"out": arguments.out.resolve(), "work": work, "model": arguments.model, "num_layers": arguments.layers}
-    common |= {"tpot_ms": arguments.tpot_ms, "kill_rank": arguments.kill_rank, "seconds": seconds}
+    common |= {"tpot_ms": arguments.tpot_ms, "kill_rank": arguments.kill_rank, "letters": tuple(arguments.parts.split(","))}
+    common |= {"seconds": (QUICK if arguments.quick else {}) | seconds, "rate_seconds": QUICK_RATE_S if arguments.quick else RATE_S}
+    if total := arguments.total or (QUICK_TOTAL_S if arguments.quick else None):
+        common["deadline"] = time.monotonic() + total
     if arguments.dry:
         return Settings(num_gpus=DRY_RANKS, dry=True, servers=arguments.servers, **common)
     there = count_cuda_devices() or 0
@@ -64,11 +81,14 @@ def run_report(settings: Settings, letters: list[str], commit: str | None) -> in
     head["commit"] = commit or head["commit"] or "unknown"
     report = Report(head | {"model": settings.model, "logs": settings.work.name}, settings.out)
     parts = {letter: importlib.import_module(f"benchmark.multi_gpu.{MODULES[letter]}").run for letter in dict.fromkeys(letters)}
+    pool = ServerPool(settings)
     try:
-        succeeded = report.run(list(parts), parts, settings)
+        succeeded = report.run(list(parts), parts, replace(settings, pool=pool))
     except Terminated:
         print("terminated; what was finished is in the report", file=sys.stderr)
         succeeded = False
+    finally:
+        pool.close()
     written = report.head | {"parts": report.sections}
     print(format_report(written))
     wrong = violations(written)

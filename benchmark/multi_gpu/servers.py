@@ -19,6 +19,8 @@ from support.server import machine_lock  # noqa: E402
 START_LIMIT_S = 400.0
 SYNTHETIC_VARIABLE = "SGLANG_DYNCP_BENCHMARK"
 LINE_LIMIT = 300
+GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+"""Batch sizes that are captured; each once per number of guest rows."""
 
 
 class ServerRefused(RuntimeError):
@@ -61,9 +63,12 @@ def layered_server(
         return GpuServer(name, path, n, pool, dyncp, (*common, *flags), device="cpu")
     path = write_shape(settings.model, num_layers or settings.num_layers, settings.work / "models")
     sizes = ("--context-length", str(LONGEST_CONTEXT), "--page-size", "64", "--chunked-prefill-size", str(8192 * n))
-    sizes += ("--load-format", "dummy", "--mem-fraction-static", "0.8", "--cuda-graph-max-bs-decode", "128")
-    # The fused all-reduce may choose NVLink multicast by itself.
-    sizes += ("--max-running-requests", str(128 * n), "--enforce-disable-flashinfer-allreduce-fusion")
+    # The pool is given in tokens; the fraction only has to allow it beside the other servers on the GPU.
+    sizes += ("--load-format", "dummy", "--mem-fraction-static", "0.9")
+    # SGLang's token table takes 4 bytes per request and token of context: 128 requests of the longest would be half a GiB.
+    sizes += ("--max-running-requests", str(GRAPH_SIZES[-1] * n), "--cuda-graph-max-bs-decode", str(GRAPH_SIZES[-1]))
+    # One message in four tokens: steps of few layers are faster than SGLang's front end writes a message per token and request.
+    sizes += ("--cuda-graph-bs-decode", *map(str, GRAPH_SIZES), "--stream-interval", "4")
     return GpuServer(name, path, n, pool, dyncp, (*sizes, *model_flags(settings.model), *common, *flags))
 
 

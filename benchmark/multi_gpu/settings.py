@@ -6,9 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmark.multi_gpu.server_pool import ServerPool
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = {
@@ -20,10 +24,20 @@ PARTS = {
     "f": ("cost model", 30.0),
 }
 """Letter -> (title, seconds that it may take)."""
+QUICK = {"a": 110.0, "b": 120.0, "c": 10.0, "d": 200.0, "e": 330.0, "f": 15.0}
+"""Limits of --quick, together with QUICK_TOTAL_S for everything."""
+QUICK_TOTAL_S = 540.0
+QUICK_RATE_S, RATE_S = 12.0, 20.0
+"""Seconds of arrivals at one request rate of part (e)."""
+LAST_PART_S = 12.0
+"""Kept for (f) and for the end of the servers, where the report has an end."""
 
 DRY_RANKS = 4
 MULTICAST_OFF = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 """NVLink multicast stays off: a program that fails while it uses it can take the GPUs out of service for others."""
+
+ONE_HOST = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+"""All ranks are on this host, which may have no other network; GPUs talk over NVLink all the same."""
 
 FACTS = """
 import json, torch
@@ -46,6 +60,7 @@ class PartFailed(RuntimeError):
 class Settings:
     """num_gpus: instances, one GPU each (processes in the dry form). model: a name of model_shapes.SHAPES, for the parts with real layer
     shapes. kill_rank: this rank of part (a) ends itself, for the test of this report. seconds: limits that replace those of PARTS.
+    deadline: time.monotonic() at which the whole report ends. letters: the parts asked for. pool: servers that parts share.
     """
 
     num_gpus: int
@@ -59,6 +74,10 @@ class Settings:
     kill_rank: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    deadline: float = float("inf")
+    rate_seconds: float = RATE_S
+    letters: tuple[str, ...] = ()
+    pool: ServerPool | None = None
 
     @property
     def device(self) -> str:
@@ -73,11 +92,14 @@ class Settings:
         return next((card for card in ("h200", "h100") if card in name), name.replace(" ", "-"))
 
     def limit_s(self, part: str) -> float:
-        return self.seconds.get(part, PARTS[part][1])
+        """What the part may take from now on: its own limit, or less where the whole report ends before."""
+        kept = 0.0 if part == "f" else LAST_PART_S
+        return min(self.seconds.get(part, PARTS[part][1]), self.deadline - kept - time.monotonic())
 
-    def require_servers(self) -> None:
-        if not self.servers:
+    def require_servers(self) -> ServerPool:
+        if not self.servers or self.pool is None:
             raise Skipped("the dry form starts servers with --servers only")
+        return self.pool
 
 
 def read_device_facts() -> dict[str, Any]:
@@ -89,6 +111,6 @@ def read_device_facts() -> dict[str, Any]:
 
 
 def set_environment() -> None:
-    """For every process that follows: no multicast, and enough hardware queues."""
-    os.environ |= MULTICAST_OFF
+    """For every process that follows: no multicast, sockets of this host alone, and enough hardware queues."""
+    os.environ |= MULTICAST_OFF | {name: os.environ.get(name, value) for name, value in ONE_HOST.items()}
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")

@@ -30,7 +30,10 @@ ENVIRONMENT = {
 
 @dataclass
 class GpuServer:
-    """One server. flags: further flags. one_gpu: every rank on GPU 0. device cpu: the same check without a GPU, slowly."""
+    """One server. flags: further flags. one_gpu: every rank on GPU 0. device cpu: the same check without a GPU, slowly.
+
+    environment: further variables, of this server alone.
+    """
 
     name: str
     model_path: Path
@@ -40,6 +43,7 @@ class GpuServer:
     flags: tuple[str, ...] = ()
     one_gpu: bool = False
     device: str = "cuda"
+    environment: dict[str, str] = field(default_factory=dict)
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
     log_path: Path = field(default_factory=Path)
@@ -60,7 +64,8 @@ class GpuServer:
         if self.device == "cuda":
             command += ["--dtype", "bfloat16", "--attention-backend", "flashinfer", "--sampling-backend", "pytorch"]
             command += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "8", "--mem-fraction-static", "0.6"]
-            command += ["--disable-custom-all-reduce", "--disable-flashinfer-autotune"]
+            # The fused all-reduce may choose NVLink multicast by itself.
+            command += ["--disable-custom-all-reduce", "--disable-flashinfer-autotune", "--enforce-disable-flashinfer-allreduce-fusion"]
         else:
             command += ["--dtype", "float32"]
         if self.dyncp:
@@ -69,7 +74,7 @@ class GpuServer:
 
     def start(self, log_folder: Path, port: int) -> None:
         self.port, self.log_path = port, log_folder / f"{self.name}.log"
-        environment = os.environ | ENVIRONMENT | (ONE_GPU if self.one_gpu else {})
+        environment = os.environ | ENVIRONMENT | (ONE_GPU if self.one_gpu else {}) | self.environment
         if self.one_gpu:
             environment["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(HERE / "one_gpu")])
         with self.log_path.open("wb") as log:
