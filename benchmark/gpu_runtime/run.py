@@ -29,7 +29,7 @@ from benchmark.serving.provenance import provenance
 
 from support.server import find_free_port  # isort: skip - found through benchmark.multi_gpu.servers
 
-INSTANCES, PAGE, CONTEXT, POOL = 2, 64, 131_072, 400_000
+INSTANCES, PAGE, CONTEXT, POOL = 2, 64, 131_072, 200_000
 MAX_BATCH, REAL_LAYERS, PROFILED_STEPS = 192, 61, 8
 HOST_LOAD = Load(home_rows=128, sharded=32, prompt=512, new_tokens=160)
 LOADS = {"s0": Load(32, 0, 1024, 320), "s16": Load(32, 16, 1024, 320), "s32": Load(32, 32, 1024, 320)}
