@@ -1,6 +1,6 @@
 """Stock SGLang against dynamic context parallelism on GPUs: step times in turns, host time, graphs and their memory, traces.
 
-    python -m benchmark.gpu_runtime.run OUT_DIR [--one-gpu] [--model qwen3-235b-a22b] [--layers 4] [--rounds 5] [--limit 420]
+    python -m benchmark.gpu_runtime.run OUT_DIR [--one-gpu] [--model qwen3-30b-a3b] [--layers 24] [--rounds 5] [--limit 420]
 
 Writes OUT_DIR/gpu_runtime.json after every part. The servers stand side by side on the same GPUs (two, or one for both instances) and are
 measured in turns; an idle server launches nothing. Layers of a real model, few of them, random weights.
@@ -21,16 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.gpu_runtime.loads import Load, ratio_interval, run_load
-from benchmark.gpu_runtime.traces import compare_names, profile, read_events, step_summary, wait_for_traces, waits_inside_replays
+from benchmark.gpu_runtime.traces import compare_graphs, profile, read_events, step_summary, wait_for_traces, waits_inside_replays
 from benchmark.multi_gpu.model_shapes import model_flags, write_shape
-from benchmark.multi_gpu.servers import GpuServer, start_all, stop_all, wait_ready
+from benchmark.multi_gpu.servers import GpuServer, stop_all, wait_ready
 from benchmark.multi_gpu.settings import set_environment
 from benchmark.serving.provenance import provenance
 
-INSTANCES, PAGE, CONTEXT, POOL = 2, 64, 131_072, 400_000
+from support.server import find_free_port  # isort: skip - found through benchmark.multi_gpu.servers
+
+INSTANCES, PAGE, CONTEXT, POOL = 2, 64, 131_072, 200_000
 MAX_BATCH, REAL_LAYERS, PROFILED_STEPS = 192, 61, 8
 HOST_LOAD = Load(home_rows=128, sharded=32, prompt=512, new_tokens=160)
-LOADS = {"s0": Load(32, 0, 2048, 256), "s16": Load(32, 16, 2048, 256), "s32": Load(32, 32, 2048, 256)}
+LOADS = {"s0": Load(32, 0, 1024, 320), "s16": Load(32, 16, 1024, 320), "s32": Load(32, 32, 1024, 320)}
+TRACED_LOADS = {name: Load(32, load.sharded, 256, 1200) for name, load in LOADS.items()}
 """By sharded rows of every instance: each of them is a guest row on the other one."""
 CAPTURE_END = re.compile(r"Capture target decode CUDA graph end\. bs=\[([\d, ]*)\], elapsed=([\d.]+) s, mem usage=([\d.]+) GB")
 BUFFERS = re.compile(r"buffers of ([\d.]+) GiB")
@@ -45,6 +48,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.end = args, time.monotonic() + args.limit
+        self.started: list[GpuServer] = []
         path = write_shape(args.model, args.layers, args.out / "models")
         sizes = ("--context-length", str(CONTEXT), "--page-size", str(PAGE), "--chunked-prefill-size", str(8192 * INSTANCES))
         sizes += ("--load-format", "dummy", "--mem-fraction-static", "0.85", "--cuda-graph-max-bs-decode", str(MAX_BATCH))
@@ -74,8 +78,10 @@ class Bench:
         self.save()
 
     def run(self) -> None:
-        start_all(list(self.servers.values()), self.args.out)
-        wait_ready(list(self.servers.values()), self.end - 30)
+        for server in self.servers.values():  # one after the other: SGLang reads what its graphs take from the GPU's free memory
+            server.start(self.args.out, find_free_port(15000 + 1200 * len(self.started), 16200 + 1200 * len(self.started)))
+            self.started.append(server)
+            wait_ready([server], self.end - 30)
         self.found["ready_s"] = {name: server.ready_s for name, server in self.servers.items()}
         late = [name for name, server in self.servers.items() if server.ready_s is None]
         if late:
@@ -133,9 +139,10 @@ class Bench:
         for name, load in (("stock", "s0"), ("graph", "s0"), ("graph", "s16")):
             folder = self.args.out / f"trace_{name}_{load}"
             client = self.servers[name].client
-            job = threading.Thread(target=self.one, args=(name, load, 77))
+            traced, dyncp = TRACED_LOADS[load], name != "stock"
+            job = threading.Thread(target=run_load, args=(client, traced, INSTANCES, 77), kwargs={"dyncp": dyncp})
             job.start()
-            time.sleep(2.0)
+            time.sleep(3.0)
             profile(client, folder, PROFILED_STEPS)
             job.join()
             found = wait_for_traces(folder, INSTANCES, 25.0)
@@ -146,10 +153,8 @@ class Bench:
             launches = sum(event.get("cat") == "cuda_runtime" and event["name"] == "cudaGraphLaunch" for event in events)
             rows[f"{name}_{load}"] = step_summary(events, max(1, launches)) | {"waits_inside_replays": waits_inside_replays(events)}
         stock, ours = rows["stock_s0"], rows["graph_s0"]
-        if "names" in stock and "names" in ours:
-            steps = [row["graph_launches"] * PROFILED_STEPS for row in (stock, ours)]
-            launches = [1.0, 1.0] if not all(steps) else steps
-            rows["s0_differences"] = compare_names(stock["names"], ours["names"], launches[0], launches[1])
+        if stock.get("graph") and ours.get("graph"):
+            rows["s0_differences"] = compare_graphs(stock["graph"], ours["graph"])
         return rows
 
     def host(self) -> dict[str, Any]:
@@ -176,8 +181,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--one-gpu", action="store_true", help="both instances on GPU 0: answers, graphs and host time, no step times")
-    parser.add_argument("--model", default="qwen3-235b-a22b")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--model", default="qwen3-30b-a3b")
+    parser.add_argument("--layers", type=int, default=24, help="enough that the GPU, not the host, sets the step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=420.0, help="seconds for everything")
     parser.add_argument("--eager", action="store_true", help="a third server, whose sharded steps run without graphs (nccl)")

@@ -47,7 +47,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 def step_summary(events: Iterable[dict[str, Any]], steps: int) -> dict[str, Any]:
-    """Per step: kernels (count, microseconds by kind) and waiting calls of the host. names: how often each kernel ran in all steps."""
+    """Per step: kernels (count, microseconds by kind) and waiting calls of the host. graph: the kernels of a replay."""
     events = list(events)
     kernels = [event for event in events if event.get("cat") == "kernel"]
     kinds: Counter[str] = Counter()
@@ -59,8 +59,16 @@ def step_summary(events: Iterable[dict[str, Any]], steps: int) -> dict[str, Any]
         "kernels": len(kernels) / steps,
         "us": {kind: round(total / steps, 2) for kind, total in kinds.items()},
         "host_waits": {name: calls[name] / steps for name in WAITS if calls[name]},
-        "names": dict(sorted(Counter(kernel["name"] for kernel in kernels).items())),
+        "graph": _graph_kernels(events, kernels),
     }
+
+
+def _graph_kernels(events: list[dict[str, Any]], kernels: list[dict[str, Any]]) -> dict[str, float]:
+    """Kernels of a replayed graph by name, per replay."""
+    launches = {e["args"]["correlation"] for e in events if e.get("cat") == "cuda_runtime" and e["name"] == "cudaGraphLaunch"}
+    replayed = [kernel for kernel in kernels if kernel["args"].get("correlation") in launches]
+    seen = len({kernel["args"]["correlation"] for kernel in replayed})
+    return {name: round(count / seen, 3) for name, count in sorted(Counter(kernel["name"] for kernel in replayed).items())}
 
 
 def waits_inside_replays(events: Iterable[dict[str, Any]]) -> int:
@@ -77,8 +85,7 @@ def _kind(name: str) -> str:
     return "attention" if any(part in name for part in ATTENTION) else "rest"
 
 
-def compare_names(stock: dict[str, int], ours: dict[str, int], stock_steps: float, our_steps: float) -> dict[str, list[float]]:
-    """Kernels whose number per graph launch differs: name -> [stock, ours]. Empty when the two graphs are the same."""
+def compare_graphs(stock: dict[str, float], ours: dict[str, float]) -> dict[str, list[float]]:
+    """Kernels whose number per replay differs: name -> [stock, ours]. Empty when the two graphs are the same."""
     both = sorted(set(stock) | set(ours))
-    per_step = {name: [round(stock.get(name, 0) / stock_steps, 3), round(ours.get(name, 0) / our_steps, 3)] for name in both}
-    return {name: counts for name, counts in per_step.items() if counts[0] != counts[1]}
+    return {name: [stock.get(name, 0.0), ours.get(name, 0.0)] for name in both if stock.get(name) != ours.get(name)}

@@ -72,7 +72,7 @@ class CollectiveExchange:
         self.kv_rows = torch.zeros(self.plan.num_tokens, shape.kv_row_elements, device=device, dtype=dtype)
         guests = self.plan.num_received
         self.partial = PartialState(
-            self.query.new_zeros(self.plan.num_tokens + guests, shape.num_heads, self.v_dim),
+            torch.zeros(self.plan.num_tokens + guests, shape.num_heads, self.v_dim, device=device),
             torch.zeros(self.plan.num_tokens + guests, shape.num_heads, device=device),
         )
         self.received: Received | None = None
@@ -83,7 +83,7 @@ class CollectiveExchange:
         self.received = dispatch(self.query, self.kv_rows, self.plan, self.transport, layer=0)
 
     def give_back(self) -> None:
-        self.returned = return_partials(self.partial, self.plan, self.transport, layer=0)
+        self.returned = return_partials(self.partial, self.plan, self.transport, layer=0, dtype=self.query.dtype)
 
     def merge(self) -> None:
         assert self.returned is not None

@@ -41,6 +41,23 @@ SHAPES: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [],
         "rope_theta": 1e6,
     },
+    "qwen3-30b-a3b": COMMON
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "rope_theta": 1e6,
+    },
     "deepseek-v3": COMMON
     | {
         "architectures": ["DeepseekV3ForCausalLM"],

@@ -47,7 +47,7 @@ def attention_step(
     cache.write(plan.receive_kv_slots, received.kv_rows)
     keys, values = cache.keys_and_values()
     state = partial_attention(torch.cat([queries, received.queries]), keys, values, plan.attention_rows, scale)
-    returned = return_partials(state, plan, transport, layer=layer)
+    returned = return_partials(state, plan, transport, layer=layer, dtype=queries.dtype)
     return merge_at_home(state, returned, plan).to(queries.dtype)
 
 
@@ -60,6 +60,6 @@ def merge_at_home(state: PartialState, returned: PartialState, plan: StepPlan) -
     shape, device = (plan.num_partials, tokens, heads), own.output.device
     stacked = PartialState.neutral(*shape, v_head_dim=v_head_dim, dtype=own.output.dtype, device=device)
     stacked.output[0], stacked.lse[0] = own.output, own.lse
-    stacked.output[plan.merge_depth, plan.send_queries] = returned.output
+    stacked.output[plan.merge_depth, plan.send_queries] = returned.output.to(own.output.dtype)
     stacked.lse[plan.merge_depth, plan.send_queries] = returned.lse
     return merge_partial_states(stacked.output, stacked.lse).output

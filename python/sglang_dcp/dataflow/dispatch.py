@@ -35,17 +35,19 @@ def dispatch(queries: torch.Tensor, kv_rows: torch.Tensor, plan: StepPlan, trans
     return Received(torch.cat(got_queries).view(-1, *queries.shape[1:]), torch.cat(got_kv).view(-1, kv_width))
 
 
-def return_partials(state: PartialState, plan: StepPlan, transport: Transport, *, layer: int) -> PartialState:
-    """Sends the partials of received queries home, output and LSE side by side; returns those of the own queries, in send order."""
+def return_partials(state: PartialState, plan: StepPlan, transport: Transport, *, layer: int, dtype: torch.dtype) -> PartialState:
+    """Sends the partials of received queries home, output (in `dtype`) and LSE side by side; returns those of the own queries, in send
+    order. The LSE stays float32: where outputs are narrower it travels as several of their words."""
     heads, v_head_dim = state.output.shape[1:]
-    width = v_head_dim + 1
     guests = slice(plan.num_tokens, plan.num_tokens + plan.num_received)
-    message = torch.cat([state.output[guests].float(), state.lse[guests].unsqueeze(-1)], dim=-1).reshape(-1)
+    lse = state.lse[guests].float().unsqueeze(-1).view(dtype)
+    width = v_head_dim + lse.shape[-1]
+    message = torch.cat([state.output[guests].to(dtype), lse], dim=-1).reshape(-1)
     send_splits = [count * heads * width for count in plan.receive_query_splits]
     receive_splits = [count * heads * width for count in plan.send_query_splits]
     arrived = transport.all_to_all(message, send_splits, receive_splits, step=plan.step, layer=layer, stage="return")
     rows = arrived.view(-1, heads, width)
-    return PartialState(rows[..., :v_head_dim], rows[..., v_head_dim].contiguous())
+    return PartialState(rows[..., :v_head_dim], rows[..., v_head_dim:].contiguous().view(torch.float32).squeeze(-1))
 
 
 def _elements(first: Sequence[int], first_width: int, second: Sequence[int], second_width: int) -> list[int]:

@@ -15,6 +15,7 @@ import torch
 from sgl_kernel_dcp import ExchangeShape, PeerExchange, StepArrays, StepTables, TableShape
 
 from sglang_dcp.dataflow.contracts import PartialState
+from sglang_dcp.dataflow.device_plan import to_device
 from sglang_dcp.dataflow.paged_attention import AttentionShape
 from sglang_dcp.dataflow.paged_attention_flashinfer import CopyGuard
 from sglang_dcp.dataflow.partial_attention_flashinfer import MLA_LATENT_DIM, FlashInferDecode, FlashInferMLA, KernelBuffers
@@ -124,15 +125,15 @@ class GraphAttention:
     def _update_lines(self, given: RowsInput, token_table: torch.Tensor) -> None:
         device, pages = self.tables.buffer.device, self.tables.resident_pages
         if given.writes.shape[1]:
-            places, numbers = torch.from_numpy(given.writes).pin_memory().to(device, non_blocking=True)
+            places, numbers = to_device(torch.from_numpy(given.writes), device)
             pages.view(-1).index_copy_(0, places, numbers.to(torch.int32))
         if given.copies.shape[1]:
-            entries, lines = torch.from_numpy(np.ascontiguousarray(given.copies)).pin_memory().to(device, non_blocking=True)
+            entries, lines = to_device(torch.from_numpy(given.copies), device)
             page_size = self.sizes.page_size
             tokens = token_table[:, : given.copy_pages * page_size : page_size].index_select(0, lines)
             pages[:, : given.copy_pages].index_copy_(0, entries, (tokens // page_size).to(torch.int32))
         if given.singles.shape[1]:
-            places, lines, positions = torch.from_numpy(given.singles).pin_memory().to(device, non_blocking=True)
+            places, lines, positions = to_device(torch.from_numpy(given.singles), device)
             pages.view(-1).index_copy_(0, places, (token_table[lines, positions] // self.sizes.page_size).to(torch.int32))
 
     def _plan(self, home_rows: int, guest_rows: int, tokens: np.ndarray) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from sglang_dcp.dataflow.attention_spans import SpanTable, span_tables
 from sglang_dcp.dataflow.contracts import AttentionRow, PartialState
+from sglang_dcp.dataflow.device_plan import to_device
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ class PagedPartialAttention:
                 continue
             indices = torch.from_numpy(table.queries)
             part.everything = len(indices) == len(queries) and bool((indices == torch.arange(len(queries))).all())
-            part.queries = _to_device(indices, queries.device)
-            part.kernel.plan(table, _to_device(torch.from_numpy(table.page_indices), queries.device), causal=part is self._causal)
+            part.queries = to_device(indices, queries.device)
+            part.kernel.plan(table, to_device(torch.from_numpy(table.page_indices), queries.device), causal=part is self._causal)
         self._planned_rows = rows
 
     def _paged(self, cache: torch.Tensor) -> torch.Tensor:
@@ -114,7 +115,3 @@ class PagedPartialAttention:
     @staticmethod
     def _neutral(num_queries: int, num_heads: int, values: torch.Tensor) -> PartialState:
         return PartialState.neutral(num_queries, num_heads, v_head_dim=values.shape[-1], dtype=torch.float32, device=values.device)
-
-
-def _to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

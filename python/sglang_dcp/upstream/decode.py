@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sglang_dcp.dataflow.device_plan import to_device
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.policy.types import Placement
 from sglang_dcp.upstream.admission import is_managed, keep_out_of_prefix_cache, keep_place_in_order
@@ -256,15 +257,18 @@ def alloc_decode(original: Callable[..., Any], tree_cache: Any, *args: Any, **kw
     if batch is None or not any(is_managed(req) for req in batch.reqs):
         return original(tree_cache, *args, **kwargs)
     local = [i for i, req in enumerate(batch.reqs) if not is_managed(req)]
+    managed = {i: req.dyncp for i, req in enumerate(batch.reqs) if is_managed(req)}
+    lengths = call["seq_lens_cpu"].tolist()
+    ids = [binding.instance.token_id(request, lengths[i] - 1) for i, request in managed.items()]
+    # One copy for all lists: each of its own would wait for the device.
+    lists = to_device(torch.tensor([*local, *managed, *ids], dtype=torch.int64), binding.device)
+    local_rows, managed_rows, token_ids = lists.split([len(local), len(managed), len(ids)])
     out = torch.empty(len(batch.reqs), dtype=torch.int64, device=batch.device)
     if local:
-        subset = {name: call[name][local] for name in ("seq_lens", "seq_lens_cpu", "last_loc")}
-        out[local] = original(**{**call, **subset, "req_pool_indices": None})
-    lengths = call["seq_lens_cpu"].tolist()
-    managed = {i: req.dyncp for i, req in enumerate(batch.reqs) if is_managed(req)}
-    ids = [int(binding.instance.token_ids(request, lengths[i] - 1, lengths[i])[0]) for i, request in managed.items()]
-    out[list(managed)] = torch.tensor(ids, dtype=torch.int64).to(batch.device)
-    return out
+        subset = {name: call[name].index_select(0, local_rows) for name in ("seq_lens", "last_loc")}
+        subset["seq_lens_cpu"] = call["seq_lens_cpu"][local]
+        out.index_copy_(0, local_rows, original(**{**call, **subset, "req_pool_indices": None}))
+    return out.index_copy_(0, managed_rows, token_ids)
 
 
 def _bind_arguments(original: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:

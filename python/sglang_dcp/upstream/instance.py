@@ -120,6 +120,14 @@ class Instance:
         page_ids = np.array([self.ids.encode(page) for page in pages if page is not None])
         return page_ids[positions // self.page_size - first] * self.page_size + positions % self.page_size
 
+    def token_id(self, request: HomeRequest, position: int) -> int:
+        """The same for one position, without an array."""
+        index, offset = divmod(position, self.page_size)
+        page = request.pages[index] if index < len(request.pages) else None
+        if page is None:
+            raise ProtocolError(f"handle {request.handle}: position {position} needs page {index}, {len(request.pages)} are there")
+        return self.ids.encode(page) * self.page_size + offset
+
     # ---- one step: columns out, messages, grants, plan
 
     def build_columns(self, rows: Sequence[Row], free_pages: int, kv_tokens: int, num_requests: int) -> list[int]:
