@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import platform
 import re
 import sys
 import threading
@@ -24,7 +25,7 @@ from benchmark.gpu_runtime.loads import Load, ratio_interval, run_load
 from benchmark.gpu_runtime.traces import compare_graphs, profile, read_events, step_summary, wait_for_traces, waits_inside_replays
 from benchmark.multi_gpu.model_shapes import model_flags, write_shape
 from benchmark.multi_gpu.servers import GpuServer, stop_all, wait_ready
-from benchmark.multi_gpu.settings import set_environment
+from benchmark.multi_gpu.settings import read_device_facts, set_environment
 from benchmark.serving.provenance import provenance
 
 from support.server import find_free_port  # isort: skip - found through benchmark.multi_gpu.servers
@@ -59,6 +60,9 @@ class Bench:
         if args.eager:
             self.servers["eager"] = make("eager", True, "--dyncp-transport", "nccl")
         self.found: dict[str, Any] = provenance(" ".join(["python", "-m", "benchmark.gpu_runtime.run", *sys.argv[1:]]))
+        facts = read_device_facts()
+        self.found["machine"] = f"{platform.machine()}, {1 if args.one_gpu else INSTANCES} x {facts['names'][0]}"
+        self.found["commit"] = args.commit or self.found["commit"]
         self.found |= {"one_gpu": args.one_gpu, "model": args.model, "layers": args.layers, "errors": {}}
 
     def save(self) -> None:
@@ -186,6 +190,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=420.0, help="seconds for everything")
     parser.add_argument("--eager", action="store_true", help="a third server, whose sharded steps run without graphs (nccl)")
+    parser.add_argument("--commit", help="what is measured, where git cannot tell")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     set_environment()
