@@ -103,17 +103,12 @@ class Session(ProtocolModel):
             start += num_new
 
 
-@pytest.fixture(autouse=True)
-def one_thread_per_instance():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+CASES = [(2, 8, 4, False), (3, 10, 8, True), (4, 8, 16, False)]
+"""num_instances, num_pages, page_size, latent."""
 
 
-@pytest.mark.parametrize(("num_instances", "num_pages", "page_size", "latent"), [(2, 8, 4, False), (3, 10, 8, True), (4, 8, 16, False)])
-def test_session_of_random_requests(num_instances, num_pages, page_size, latent):
-    session = Session(3, num_instances, num_pages, page_size, latent=latent)
+def drive(session: Session) -> None:
+    """250 steps of random arrivals and aborts, then until everything has ended."""
     for _ in range(250):
         if session.random.random() < 0.25 and sum(len(home.waiting_queue) for home in session.homes) < 5:
             session.arrive_at_random()
@@ -122,6 +117,29 @@ def test_session_of_random_requests(num_instances, num_pages, page_size, latent)
         session.step()
     session.drain(5_000)
     session.close()
+
+
+def take_turns(session: Session) -> None:
+    """Long requests take turns on the same full pools beside a short one that decodes: no page may be read through a stale table."""
+    session.arrive(1, 6, 30)
+    for turn in range(6):
+        session.arrive(turn % 2, 24, 5, (1 - turn % 2, turn % 2))
+    session.drain(2_000)
+    session.close()
+
+
+@pytest.fixture(autouse=True)
+def one_thread_per_instance():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("num_instances", "num_pages", "page_size", "latent"), CASES)
+def test_session_of_random_requests(num_instances, num_pages, page_size, latent):
+    session = Session(3, num_instances, num_pages, page_size, latent=latent)
+    drive(session)
     assert session.num_sharded_steps > 100
     assert session.num_mixed_steps > 10
     assert sum(home.instance.num_growths for home in session.homes) > 5
@@ -129,11 +147,6 @@ def test_session_of_random_requests(num_instances, num_pages, page_size, latent)
 
 @pytest.mark.parametrize("latent", [False, True])
 def test_pages_are_reused_right_after_a_release(latent):
-    """Long requests take turns on the same full pools beside a short one that decodes: no page may be read through a stale table."""
     session = Session(4, 2, 6, 4, latent=latent)
-    session.arrive(1, 6, 30)
-    for turn in range(6):
-        session.arrive(turn % 2, 24, 5, (1 - turn % 2, turn % 2))
-    session.drain(2_000)
-    session.close()
+    take_turns(session)
     assert session.num_rows > 30

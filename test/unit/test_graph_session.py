@@ -17,7 +17,7 @@ from sglang_dcp.dataflow.reference import RouteTables, partial_attention, route_
 from sglang_dcp.dataflow.static_tables import TAIL_SHIFT, PageLines, RowsInput, guests_per_instance
 from sglang_dcp.upstream.graphs import GraphEngine
 from sglang_dcp.upstream.peers import Place
-from test.unit.test_decode_session import HEADS, Session
+from test.unit.test_decode_session import CASES, HEADS, Session, drive, take_turns
 
 NUM_ENTRIES, WIDTH = 24, 40
 
@@ -145,29 +145,17 @@ class GraphSession(Session):
         return outputs
 
 
-@pytest.mark.parametrize(("num_instances", "num_pages", "page_size", "latent"), [(2, 8, 4, False), (3, 10, 8, True), (4, 8, 16, False)])
+@pytest.mark.parametrize(("num_instances", "num_pages", "page_size", "latent"), CASES)
 def test_session_of_random_requests(num_instances, num_pages, page_size, latent):
     session = GraphSession(5, num_instances, num_pages, page_size, latent=latent)
-    for _ in range(250):
-        if session.random.random() < 0.25 and sum(len(home.waiting_queue) for home in session.homes) < 5:
-            session.arrive_at_random()
-        if session.random.random() < 0.02:
-            session.abort_at_random()
-        session.step()
-    session.drain(5_000)
-    session.close()
+    drive(session)
     assert session.num_graph_steps > 60 and session.num_travelling > 10 and session.num_rows > 30
     assert session.num_advances > 30
 
 
 def test_pages_are_reused_right_after_a_release():
-    """Long requests take turns on the same full pools: a line must not show the pages of the request before."""
     session = GraphSession(4, 2, 6, 4, latent=False)
-    session.arrive(1, 6, 30)
-    for turn in range(6):
-        session.arrive(turn % 2, 24, 5, (1 - turn % 2, turn % 2))
-    session.drain(2_000)
-    session.close()
+    take_turns(session)
     assert session.num_graph_steps > 10
 
 
