@@ -20,7 +20,7 @@ BLOCK = 50
 
 
 def measure(num_instances: int, policy_name: str, long_share: float, count: int) -> dict[str, float]:
-    """Microseconds per placement, least, median and worst over blocks of `BLOCK`; a busy cluster whose loads change with every placement."""
+    """Microseconds per placement: least, median and worst block of `BLOCK`; loads change with every placement."""
     draw = random.Random(1)
     cost = load_cost_model("deepseek-v3.h200", num_instances)
     policy = make_policy(
