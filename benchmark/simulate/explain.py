@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from benchmark.simulate.experiments import GROUPS
-from benchmark.simulate.summary import BUCKETS, DATA_PARALLEL, ORACLE, OURS, Cases, compare, interval, load_cases, value_inside
+from benchmark.simulate.summary import BUCKETS, DATA_PARALLEL, ORACLE, OURS, Cases, compare, interval, load_cases, value_at, value_inside
 from benchmark.simulate.variants import Deployment
 
 # Files with whole comparisons; `sensitivity` and `ablation` hold variants.
@@ -33,6 +33,7 @@ def explain() -> dict[str, Any]:
     return {
         "gain_by_limit": {workload: gain_by_limit(bars, workload) for workload in P99_RATES},
         "gain_elsewhere": gain_elsewhere(),
+        "oracle_with_exchange": {workload: oracle_with_exchange(bars, workload) for workload in P99_RATES},
         "over_each_baseline": {workload: over_each_baseline(bars, workload) for workload in P99_RATES},
         "p99_ratio": {workload: p99_ratios(bars, workload) for workload in P99_RATES},
         "ablation": against_ours("ablation", GROUPS["ablation"]["policies"]),
@@ -47,6 +48,25 @@ def gain_by_limit(cases: Cases, workload: str) -> dict[str, Any]:
     ratios = compare(cases, BASE, workload).get("ratios", {})
     names = {"over_best_dp": OURS, "length_buckets_over_best_dp": BUCKETS, "oracle_over_best_dp": ORACLE}
     return {limit: {names[name]: row for name, row in rows.items() if name in names} for limit, rows in ratios.items()}
+
+
+def oracle_with_exchange(cases: Cases, workload: str) -> dict[str, Any]:
+    """What perfect balance reaches that pays the fixed part of the exchange: rates and P99 over the best data-parallel baseline."""
+    found: dict[str, list[float]] = {}
+    for key, bound in sorted(load_cases("oracle-exchange").items()):
+        by_policy = {policy: cases.get((BASE, workload, policy, key[3])) for policy in (OURS, *DATA_PARALLEL)}
+        if key[1] != workload or None in by_policy.values():
+            continue
+        ours, best = by_policy[OURS], max((by_policy[name] for name in DATA_PARALLEL), key=lambda case: case["max_rate"]["p99-75"])
+        for limit, rate in bound["max_rate"].items():
+            theirs = max(by_policy[name]["max_rate"][limit] for name in DATA_PARALLEL)
+            found.setdefault(f"rate over the best data-parallel one, {limit}", []).append(rate / theirs if theirs else math.inf)
+            found.setdefault(f"ours over the bound, {limit}", []).append(ours["max_rate"][limit] / rate)
+        rate = best["max_rate"]["p99-75"]
+        p99 = [value_at(case, rate, "p99_tpot_ms") for case in (best, bound, ours)]
+        found.setdefault("P99 of data parallelism over it, at the rate that holds 75 ms", []).append(p99[0] / p99[1])
+        found.setdefault("P99 of data parallelism over ours, same rate", []).append(p99[0] / p99[2])
+    return {name: interval(values) for name, values in found.items()}
 
 
 def over_each_baseline(cases: Cases, workload: str) -> dict[str, Any]:
@@ -165,6 +185,9 @@ def main() -> None:
     for workload, pairs in data["over_each_baseline"].items():
         for pair, rows in pairs.items():
             print(f"| {workload} | {pair} | " + " | ".join(f"{limit}: {shown(row)}" for limit, row in rows.items()) + " |")
+    for workload, rows in data["oracle_with_exchange"].items():
+        for name, row in rows.items():
+            print(f"| {workload} | {name} | {shown(row)} |")
     for key, rows in data["gain_elsewhere"].items():
         for limit in (limit for limit in rows if limit != "data_parallel"):
             cells = [shown(rows[limit].get(name)) for name in ("over_best_dp", "length_buckets_over_best_dp", "oracle_over_best_dp")]

@@ -18,6 +18,7 @@ def plot_explanations(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     plot_p99_ratio(data["p99_ratio"], folder / "p99_ratio.png")
     drawn = {
         "gain": {"over_the_best": data["gain_by_limit"], "over_each": data["over_each_baseline"], "elsewhere": data["gain_elsewhere"]},
+        "oracle_with_exchange": data["oracle_with_exchange"],
         "p99_ratio": data["p99_ratio"],
     }
     variants = {**data["ablation"], **data["moves"], **data["baselines"]}

@@ -222,6 +222,13 @@ def test_nothing_beats_the_oracle_and_a_rejected_request_never_holds_a_rate():
     assert simulate("dual-balance", tiny, workload, [row for row in requests if row[1] < 300_000]).num_rejected == 0
 
 
+def test_the_oracle_with_exchange_pays_its_fixed_part_in_every_step():
+    workload, deployment = chat(0.05), Deployment(num_instances=8, pool_tokens=1_100_000)
+    cost, requests = deployment.cost_model(), [(0.0, 5_000, 40)]
+    free, paid = (simulate(name, deployment, workload, requests).mean_tpot_ms for name in ("oracle", "oracle-exchange"))
+    assert paid - free == pytest.approx(cost.num_layers * cost.exchange_fixed_us / 1e3)
+
+
 def test_retraction_takes_the_youngest_and_it_still_finishes():
     cost = constant_step(0.01)
     simulation = Simulation([(0.0, 500, 60), (0.001, 480, 60)], policy_of("local", cost, 1), cost, small(1, grows=False))
