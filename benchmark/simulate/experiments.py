@@ -239,6 +239,24 @@ def run_sensitivity(constants: Sequence[str] = SCALED_CONSTANTS) -> None:
                 print(key, file.data["cases"][key]["max_rate"], flush=True)
 
 
+def run_equal_rate() -> None:
+    """Adds one run per policy at the very rate that the best data-parallel baseline holds at 75 ms, so that nothing is interpolated there."""
+    bars, bounds = ResultFile("bars"), ResultFile("oracle-exchange")
+    for workload_name in GROUPS["bars"]["workloads"]:
+        workload = load_workload(workload_name)
+        for seed in SEEDS:
+            keys = {policy: f"{Deployment().label()}|{workload_name}|{policy}|{seed}" for policy in (*MAIN, "oracle-exchange")}
+            rate = max(bars.data["cases"][keys[policy]]["max_rate"]["p99-75"] for policy in MAIN if policy.startswith("local"))
+            requests = workload.requests(rate, run_seconds(rate, workload_name), seed)
+            for policy, key in keys.items():
+                file = bars if policy in MAIN else bounds
+                case = file.data["cases"][key]
+                if f"{rate:.4f}" not in case["points"]:
+                    case["points"][f"{rate:.4f}"] = point(simulate(policy, Deployment(), workload, requests))
+                    file.add(key, case)
+                print(f"{key} at {rate:.4f}: {case['points'][f'{rate:.4f}']['p99_tpot_ms']} ms", flush=True)
+
+
 def run_group(name: str, max_seed: int = max(SEEDS), policies: Sequence[str] = (), workloads: Sequence[str] = ()) -> None:
     """Runs what is missing of a group, all policies of a workload and seed together; a case that lacks a limit is extended.
 
@@ -267,15 +285,17 @@ def run_group(name: str, max_seed: int = max(SEEDS), policies: Sequence[str] = (
 def main() -> None:
     """Command line: group names; `all` runs every group in order of value."""
     parser = argparse.ArgumentParser(prog="python -m benchmark.simulate.experiments", description=__doc__)
-    parser.add_argument("groups", nargs="+", choices=[*GROUPS, "sensitivity", "all"])
+    parser.add_argument("groups", nargs="+", choices=[*GROUPS, "equal-rate", "sensitivity", "all"])
     parser.add_argument("--max-seed", type=int, default=max(SEEDS), help="leave out the cases of higher seeds (they can be added later)")
     parser.add_argument("--policy", action="append", default=[], help="only this policy of the groups; repeat for several")
     parser.add_argument("--workload", action="append", default=[], help="only this workload of the groups; repeat for several")
     parser.add_argument("--constant", action="append", choices=SCALED_CONSTANTS, help="with sensitivity: only this constant")
     args = parser.parse_args()
     names = args.groups
-    for name in (*GROUPS, "sensitivity") if "all" in names else names:
-        if name == "sensitivity":
+    for name in (*GROUPS, "equal-rate", "sensitivity") if "all" in names else names:
+        if name == "equal-rate":
+            run_equal_rate()
+        elif name == "sensitivity":
             run_sensitivity(args.constant or SCALED_CONSTANTS)
         else:
             run_group(name, args.max_seed, args.policy, args.workload)
