@@ -240,7 +240,7 @@ def run_sensitivity(constants: Sequence[str] = SCALED_CONSTANTS) -> None:
 
 
 def run_equal_rate() -> None:
-    """Adds one run per policy at the very rate that the best data-parallel baseline holds at 75 ms, so that nothing is interpolated there."""
+    """Adds one run per policy at the very rate that the best data-parallel baseline holds at 75 ms: nothing is interpolated there."""
     bars, bounds = ResultFile("bars"), ResultFile("oracle-exchange")
     for workload_name in GROUPS["bars"]["workloads"]:
         workload = load_workload(workload_name)
