@@ -117,7 +117,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     "prefill-same": {
         "workloads": ("chat-1pct",),
         "policies": ("dual-prefill-same", "local-least-batch-prefill-same", "local-least-kv-prefill-same"),
-        "seeds": (1,),
+        "seeds": SEEDS,
         "limits": (("p99", 300.0),),
     },
     "qwen": {"deployment": Deployment("qwen3-235b-a22b"), "workloads": ("chat-1pct",), "policies": MAIN, "seeds": SEEDS},
