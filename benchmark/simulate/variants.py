@@ -113,6 +113,7 @@ def simulate(
     requests: Requests,
     *,
     progress=None,
+    step_hook=None,
     **overrides,
 ) -> SimulationResult:
     """Runs a variant. The oracle is one instance of the whole cluster's pool with perfectly divided work and a free exchange;
@@ -142,7 +143,7 @@ def simulate(
             for constant in ("exchange_fixed_us", "exchange_us_per_row", "remote_exchange_fixed_us", "remote_exchange_us_per_row"):
                 cost = cost.scaled(constant, 2.0)
         policy = _policy(name, cost, deployment.num_instances)
-    return Simulation(requests, policy, cost, settings, progress=progress).run()
+    return Simulation(requests, policy, cost, settings, step_hook=step_hook, progress=progress).run()
 
 
 def _perfect(cost: CostModel, settings: SimulationSettings) -> tuple[CostModel, SimulationSettings]:
