@@ -19,6 +19,7 @@ def plot_explanations(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     drawn = {
         "gain": {"over_the_best": data["gain_by_limit"], "over_each": data["over_each_baseline"], "elsewhere": data["gain_elsewhere"]},
         "oracle_with_exchange": data["oracle_with_exchange"],
+        "prefill_same": data["prefill_same"],
         "p99_ratio": data["p99_ratio"],
     }
     variants = {**data["ablation"], **data["moves"], **data["baselines"]}
