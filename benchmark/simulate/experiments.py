@@ -224,18 +224,19 @@ def like_case(file: ResultFile, deployment: Deployment, workload: str, policy: s
     return {}
 
 
-def run_sensitivity(constants: Sequence[str] = SCALED_CONSTANTS) -> None:
-    """chat + 1 %, seed 1: every constant at 0.7 and 1.3 of its value, with the policy fitted to the same constant."""
+def run_sensitivity(constants: Sequence[str] = SCALED_CONSTANTS, max_seed: int = max(SEEDS)) -> None:
+    """chat + 1 %: every constant at 0.7 and 1.3 of its value, with the policy fitted to the same constant."""
     file, workload = ResultFile("sensitivity"), load_workload("chat-1pct")
-    for scale in (None, *((constant, factor) for constant in constants for factor in (0.7, 1.3))):
+    scales = (None, *((constant, factor) for constant in constants for factor in (0.7, 1.3)))
+    for seed, scale in ((seed, scale) for seed in SEEDS if seed <= max_seed for scale in scales):
         deployment = Deployment(scale=scale)
         for policy in ("dual-balance", "length-buckets", "local-least-batch"):
-            key = f"{deployment.label()}|chat-1pct|{policy}|1"
+            key = f"{deployment.label()}|chat-1pct|{policy}|{seed}"
             known = file.data["cases"].get(key)
             if known is None or any(f"{statistic}-{limit:g}" not in known["max_rate"] for statistic, limit in SENSITIVITY_LIMITS):
                 near = like_case(file, deployment, "chat-1pct", policy)
                 options: dict[str, Any] = {"known": known, "near": near, "seconds": SENSITIVITY_SECONDS}
-                file.add(key, search_case(deployment, workload, policy, 1, SENSITIVITY_LIMITS, 60.0, **options))
+                file.add(key, search_case(deployment, workload, policy, seed, SENSITIVITY_LIMITS, 60.0, **options))
                 print(key, file.data["cases"][key]["max_rate"], flush=True)
 
 
@@ -296,7 +297,7 @@ def main() -> None:
         if name == "equal-rate":
             run_equal_rate()
         elif name == "sensitivity":
-            run_sensitivity(args.constant or SCALED_CONSTANTS)
+            run_sensitivity(args.constant or SCALED_CONSTANTS, args.max_seed)
         else:
             run_group(name, args.max_seed, args.policy, args.workload)
 

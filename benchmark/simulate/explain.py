@@ -6,7 +6,6 @@ does a stated ratio appear, which constant moves it, and which definition of lat
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -163,27 +162,36 @@ def prefill_same() -> dict[str, Any]:
 
 
 def sensitivity() -> dict[str, Any]:
-    """Gain over least batch and over the buckets with one constant scaled (seed 1, one run length for all)."""
+    """Gain over least batch and over the buckets with one constant scaled (one run length for all); a limit with all three policies."""
     cases = load_cases("sensitivity")
     found: dict[str, Any] = {}
     for deployment in dict.fromkeys(key[0] for key in cases):
-        rates = {policy: cases.get((deployment, "chat-1pct", policy, 1)) for policy in (OURS, BUCKETS, "local-least-batch")}
         rows = {}
         for limit in ("p99-60", "p99-75"):
-            held = {policy: case["max_rate"].get(limit, 0.0) for policy, case in rates.items() if case}
-            if len(held) == 3 and held[OURS]:
+            held = {
+                policy: {
+                    key[3]: case["max_rate"][limit] for key, case in sorted(cases.items()) if _is(key, deployment, policy, case, limit)
+                }
+                for policy in (OURS, BUCKETS, "local-least-batch")
+            }
+            seeds = sorted(set.intersection(*(set(by_seed) for by_seed in held.values())))
+            if seeds:
                 rows[limit] = {
-                    "ours": held[OURS],
-                    "over_local_least_batch": _ratio(held[OURS], held["local-least-batch"]),
-                    "over_length_buckets": _ratio(held[OURS], held[BUCKETS]),
+                    "ours": interval([held[OURS][seed] for seed in seeds]),
+                    "over_local_least_batch": interval([_ratio(held[OURS][seed], held["local-least-batch"][seed]) for seed in seeds]),
+                    "over_length_buckets": interval([_ratio(held[OURS][seed], held[BUCKETS][seed]) for seed in seeds]),
                 }
         if rows:
             found[deployment.removeprefix(BASE).removeprefix("-") or "as measured"] = rows
     return found
 
 
-def _ratio(upper: float, lower: float) -> float | None:
-    return round(upper / lower, 3) if lower else None
+def _is(key: tuple[str, str, str, int], deployment: str, policy: str, case: dict[str, Any], limit: str) -> bool:
+    return key[0] == deployment and key[2] == policy and limit in case["max_rate"]
+
+
+def _ratio(upper: float, lower: float) -> float:
+    return upper / lower if lower else math.inf
 
 
 def shown(row: dict[str, Any] | None) -> str:
@@ -216,7 +224,10 @@ def main() -> None:
     for group in ("ablation", "moves", "baselines"):
         for key, rows in data[group].items():
             print(f"| {group} {key} | " + " | ".join(f"{limit}: {shown(row)}" for limit, row in rows.items()) + " |")
-    print(json.dumps(data["sensitivity"], indent=1))
+    for constant, rows in data["sensitivity"].items():
+        for limit, row in rows.items():
+            cells = [shown(row[name]) for name in ("ours", "over_local_least_batch", "over_length_buckets")]
+            print(f"| sensitivity {constant} | {limit} | " + " | ".join(cells) + f" | {row['ours']['seeds']} seeds |")
     for workload, by_definition in data["p99_ratio"].items():
         for key, points in by_definition.items():
             print(f"| {workload} | {key} | " + ", ".join(f"{rate:g}: {shown(row)}" for rate, row in points) + " |")
