@@ -168,26 +168,18 @@ def sensitivity() -> dict[str, Any]:
     for deployment in dict.fromkeys(key[0] for key in cases):
         rows = {}
         for limit in ("p99-60", "p99-75"):
-            held = {
-                policy: {
-                    key[3]: case["max_rate"][limit] for key, case in sorted(cases.items()) if _is(key, deployment, policy, case, limit)
-                }
-                for policy in (OURS, BUCKETS, "local-least-batch")
-            }
-            seeds = sorted(set.intersection(*(set(by_seed) for by_seed in held.values())))
+            held = {key[2:]: case["max_rate"][limit] for key, case in cases.items() if key[0] == deployment and limit in case["max_rate"]}
+            seeds = sorted(seed for policy, seed in held if policy == OURS)
+            seeds = [seed for seed in seeds if (BUCKETS, seed) in held and ("local-least-batch", seed) in held]
             if seeds:
                 rows[limit] = {
-                    "ours": interval([held[OURS][seed] for seed in seeds]),
-                    "over_local_least_batch": interval([_ratio(held[OURS][seed], held["local-least-batch"][seed]) for seed in seeds]),
-                    "over_length_buckets": interval([_ratio(held[OURS][seed], held[BUCKETS][seed]) for seed in seeds]),
+                    "ours": interval([held[OURS, seed] for seed in seeds]),
+                    "over_local_least_batch": interval([_ratio(held[OURS, seed], held["local-least-batch", seed]) for seed in seeds]),
+                    "over_length_buckets": interval([_ratio(held[OURS, seed], held[BUCKETS, seed]) for seed in seeds]),
                 }
         if rows:
             found[deployment.removeprefix(BASE).removeprefix("-") or "as measured"] = rows
     return found
-
-
-def _is(key: tuple[str, str, str, int], deployment: str, policy: str, case: dict[str, Any], limit: str) -> bool:
-    return key[0] == deployment and key[2] == policy and limit in case["max_rate"]
 
 
 def _ratio(upper: float, lower: float) -> float:
