@@ -55,12 +55,12 @@ def oracle_with_exchange(cases: Cases, workload: str) -> dict[str, Any]:
     """What perfect balance reaches that pays the fixed part of the exchange: rates and P99 over the best data-parallel baseline."""
     found: dict[str, list[float]] = {}
     for key, bound in sorted(load_cases("oracle-exchange").items()):
-        by_policy = {policy: cases.get((BASE, workload, policy, key[3])) for policy in (OURS, *DATA_PARALLEL)}
-        if key[1] != workload or None in by_policy.values():
+        of_seed = {name[2]: case for name, case in cases.items() if name[:2] == (BASE, workload) and name[3] == key[3]}
+        if key[1] != workload or not {OURS, *DATA_PARALLEL} <= set(of_seed):
             continue
-        ours, best = by_policy[OURS], max((by_policy[name] for name in DATA_PARALLEL), key=lambda case: case["max_rate"]["p99-75"])
+        ours, best = of_seed[OURS], max((of_seed[name] for name in DATA_PARALLEL), key=lambda case: case["max_rate"]["p99-75"])
         for limit, rate in bound["max_rate"].items():
-            theirs = max(by_policy[name]["max_rate"][limit] for name in DATA_PARALLEL)
+            theirs = max(of_seed[name]["max_rate"][limit] for name in DATA_PARALLEL)
             found.setdefault(f"rate over the best data-parallel one, {limit}", []).append(rate / theirs if theirs else math.inf)
             found.setdefault(f"ours over the bound, {limit}", []).append(ours["max_rate"][limit] / rate)
         rate = best["max_rate"]["p99-75"]
