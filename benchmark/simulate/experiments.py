@@ -241,21 +241,26 @@ def run_sensitivity(constants: Sequence[str] = SCALED_CONSTANTS, max_seed: int =
 
 
 def run_equal_rate() -> None:
-    """Adds one run per policy at the very rate that the best data-parallel baseline holds at 75 ms: nothing is interpolated there."""
-    bars, bounds = ResultFile("bars"), ResultFile("oracle-exchange")
-    for workload_name in GROUPS["bars"]["workloads"]:
-        workload = load_workload(workload_name)
-        for seed in SEEDS:
-            keys = {policy: f"{Deployment().label()}|{workload_name}|{policy}|{seed}" for policy in (*MAIN, "oracle-exchange")}
-            rate = max(bars.data["cases"][keys[policy]]["max_rate"]["p99-75"] for policy in MAIN if policy.startswith("local"))
-            requests = workload.requests(rate, run_seconds(rate, workload_name), seed)
-            for policy, key in keys.items():
-                file = bars if policy in MAIN else bounds
-                case = file.data["cases"][key]
-                if f"{rate:.4f}" not in case["points"]:
-                    case["points"][f"{rate:.4f}"] = point(simulate(policy, Deployment(), workload, requests))
-                    file.add(key, case)
-                print(f"{key} at {rate:.4f}: {case['points'][f'{rate:.4f}']['p99_tpot_ms']} ms", flush=True)
+    """Adds one run per policy at the very rate that the best data-parallel baseline holds at 75 ms: nothing is interpolated there.
+
+    For the groups `bars` (with the oracle that pays the exchange) and `long-run`.
+    """
+    bounds = ResultFile("oracle-exchange")
+    for group in ("bars", "long-run"):
+        file, seconds = ResultFile(group), GROUPS[group].get("seconds")
+        policies = {policy: file for policy in MAIN} | ({"oracle-exchange": bounds} if group == "bars" else {})
+        for workload_name in GROUPS[group]["workloads"]:
+            workload = load_workload(workload_name)
+            for seed in SEEDS:
+                keys = {policy: f"{Deployment().label()}|{workload_name}|{policy}|{seed}" for policy in policies}
+                rate = max(file.data["cases"][keys[policy]]["max_rate"]["p99-75"] for policy in MAIN if policy.startswith("local"))
+                requests = workload.requests(rate, seconds or run_seconds(rate, workload_name), seed)
+                for policy, key in keys.items():
+                    case = policies[policy].data["cases"][key]
+                    if f"{rate:.4f}" not in case["points"]:
+                        case["points"][f"{rate:.4f}"] = point(simulate(policy, Deployment(), workload, requests))
+                        policies[policy].add(key, case)
+                        print(f"{key} at {rate:.4f}: {case['points'][f'{rate:.4f}']['p99_tpot_ms']} ms", flush=True)
 
 
 def run_group(name: str, max_seed: int = max(SEEDS), policies: Sequence[str] = (), workloads: Sequence[str] = ()) -> None:
