@@ -248,7 +248,7 @@ def run_equal_rate() -> None:
     bounds = ResultFile("oracle-exchange")
     for group in ("bars", "long-run"):
         file, seconds = ResultFile(group), GROUPS[group].get("seconds")
-        policies = {policy: file for policy in MAIN} | ({"oracle-exchange": bounds} if group == "bars" else {})
+        policies = dict.fromkeys(MAIN, file) | ({"oracle-exchange": bounds} if group == "bars" else {})
         for workload_name in GROUPS[group]["workloads"]:
             workload = load_workload(workload_name)
             for seed in SEEDS:
