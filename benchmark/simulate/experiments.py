@@ -40,20 +40,22 @@ GROUPS: dict[str, dict[str, Any]] = {
     "tight-pool": {"deployment": TIGHT, "workloads": ("chat-1pct",), "policies": MAIN, "seeds": SEEDS},
     # The authors send for 600 s: a P99 over three times as many requests hangs less on which long prompts a seed draws.
     "long-run": {"workloads": ("chat-1pct",), "policies": MAIN, "seeds": SEEDS, "seconds": 600.0},
+    # Perfect balance at every moment, but the fixed part of the exchange is paid: what a policy that splits could reach at best.
+    "oracle-exchange": {"workloads": ("chat-1pct", "chat-5pct", "weka", "mooncake"), "policies": ("oracle-exchange",), "seeds": SEEDS},
     # How far the tail of the long prompts carries the gain over data parallelism, and whether full pools then matter.
-    "tail": {"workloads": ("chat-1pct-heavy", "chat-1pct-heaviest"), "policies": MAIN, "seeds": SEEDS[:3]},
+    "tail": {"workloads": ("chat-1pct-heavy", "chat-1pct-heaviest"), "policies": MAIN, "seeds": SEEDS},
     "tail-kimi": {
         "deployment": KIMI,
         "workloads": ("chat-1pct-heaviest",),
         "policies": MAIN,
-        "seeds": SEEDS[:2],
+        "seeds": SEEDS,
         "limits": FULL_POOL_LIMITS,
     },
     "tail-tight": {
         "deployment": TIGHT,
         "workloads": ("chat-1pct-heaviest",),
         "policies": MAIN,
-        "seeds": SEEDS[:2],
+        "seeds": SEEDS,
         "limits": FULL_POOL_LIMITS,
     },
     # Who waits for whom when a pool is full: the whole queue in order, or nobody for anybody.
@@ -61,7 +63,7 @@ GROUPS: dict[str, dict[str, Any]] = {
         "deployment": TIGHT,
         "workloads": ("chat-1pct-heaviest",),
         "policies": ("dual-balance", "local-least-batch", "local-least-kv"),
-        "seeds": SEEDS[:2],
+        "seeds": SEEDS,
         "limits": FULL_POOL_LIMITS,
         "overrides": {"admission": "global"},
     },
@@ -69,17 +71,17 @@ GROUPS: dict[str, dict[str, Any]] = {
         "deployment": TIGHT,
         "workloads": ("chat-1pct-heaviest",),
         "policies": ("dual-balance", "local-least-batch", "local-least-kv"),
-        "seeds": SEEDS[:2],
+        "seeds": SEEDS,
         "limits": FULL_POOL_LIMITS,
         "overrides": {"admission": "any"},
     },
     # Waiting counted as part of a request's latency, on the cases of other groups.
-    "waiting": {"workloads": ("chat-1pct", "chat-5pct"), "policies": DP_AND_OURS, "seeds": SEEDS[:3], "limits": WAITING, "file": "bars"},
+    "waiting": {"workloads": ("chat-1pct", "chat-5pct"), "policies": DP_AND_OURS, "seeds": SEEDS, "limits": WAITING, "file": "bars"},
     "waiting-kimi": {
         "deployment": KIMI,
         "workloads": ("chat-1pct",),
         "policies": DP_AND_OURS,
-        "seeds": SEEDS[:3],
+        "seeds": SEEDS,
         "limits": WAITING,
         "file": "kimi",
     },
@@ -87,40 +89,40 @@ GROUPS: dict[str, dict[str, Any]] = {
     "low-limits": {
         "workloads": ("chat-1pct",),
         "policies": ("dual-balance", "local-least-batch", "oracle", "length-buckets", "local-least-kv"),
-        "seeds": SEEDS[:3],
+        "seeds": SEEDS,
         "limits": LOW_LIMITS,
         "file": "bars",
     },
     "ablation": {
         "workloads": ("chat-1pct", "weka"),
         "policies": ("dual-frozen", "dual-batch-blind", "dual-kv-blind", "dual-degree-1", "dual-exchange-twice", "buckets-exchange-twice"),
-        "seeds": SEEDS[:3],
+        "seeds": SEEDS,
         "limits": SENSITIVITY_LIMITS,
     },
     "moves": {
         "workloads": ("chat-1pct", "chat-5pct", "weka"),
         "policies": ("dual-moves",),
-        "seeds": SEEDS[:3],
+        "seeds": SEEDS,
         "limits": SENSITIVITY_LIMITS,
     },
     "slo": {
         "workloads": ("chat-1pct", "chat-5pct", "mooncake", "weka"),
         "policies": MAIN,
-        "seeds": SEEDS[:3],
+        "seeds": SEEDS,
         "limits": ALL_LIMITS,
         "file": "bars",
     },
-    "baselines": {"workloads": ("chat-1pct",), "policies": ("local-round-robin", "fixed-2", "fixed-4", "fixed-8"), "seeds": SEEDS[:3]},
-    "short": {"workloads": ("chat-0pct", "servegen-r1"), "policies": MAIN, "seeds": SEEDS[:3], "file": "bars"},
+    "baselines": {"workloads": ("chat-1pct",), "policies": ("local-round-robin", "fixed-2", "fixed-4", "fixed-8"), "seeds": SEEDS},
+    "short": {"workloads": ("chat-0pct", "servegen-r1"), "policies": MAIN, "seeds": SEEDS, "file": "bars"},
     "prefill-same": {
         "workloads": ("chat-1pct",),
         "policies": ("dual-prefill-same", "local-least-batch-prefill-same", "local-least-kv-prefill-same"),
-        "seeds": (1,),
+        "seeds": SEEDS,
         "limits": (("p99", 300.0),),
     },
-    "qwen": {"deployment": Deployment("qwen3-235b-a22b"), "workloads": ("chat-1pct",), "policies": MAIN, "seeds": SEEDS[:2]},
-    "azure": {"workloads": ("azure-clock",), "policies": MAIN, "seeds": SEEDS[:2]},
-    "h100": {"deployment": Deployment(gpu="h100"), "workloads": ("chat-1pct",), "policies": MAIN, "seeds": SEEDS[:2]},
+    "qwen": {"deployment": Deployment("qwen3-235b-a22b"), "workloads": ("chat-1pct",), "policies": MAIN, "seeds": SEEDS},
+    "azure": {"workloads": ("azure-clock",), "policies": MAIN, "seeds": SEEDS},
+    "h100": {"deployment": Deployment(gpu="h100"), "workloads": ("chat-1pct",), "policies": MAIN, "seeds": SEEDS},
 }
 FIRST_GUESS = {
     "chat-0pct": 80.0,
@@ -222,19 +224,43 @@ def like_case(file: ResultFile, deployment: Deployment, workload: str, policy: s
     return {}
 
 
-def run_sensitivity(constants: Sequence[str] = SCALED_CONSTANTS) -> None:
-    """chat + 1 %, seed 1: every constant at 0.7 and 1.3 of its value, with the policy fitted to the same constant."""
+def run_sensitivity(constants: Sequence[str] = SCALED_CONSTANTS, max_seed: int = max(SEEDS)) -> None:
+    """chat + 1 %: every constant at 0.7 and 1.3 of its value, with the policy fitted to the same constant."""
     file, workload = ResultFile("sensitivity"), load_workload("chat-1pct")
-    for scale in (None, *((constant, factor) for constant in constants for factor in (0.7, 1.3))):
+    scales = (None, *((constant, factor) for constant in constants for factor in (0.7, 1.3)))
+    for seed, scale in ((seed, scale) for seed in SEEDS if seed <= max_seed for scale in scales):
         deployment = Deployment(scale=scale)
         for policy in ("dual-balance", "length-buckets", "local-least-batch"):
-            key = f"{deployment.label()}|chat-1pct|{policy}|1"
+            key = f"{deployment.label()}|chat-1pct|{policy}|{seed}"
             known = file.data["cases"].get(key)
             if known is None or any(f"{statistic}-{limit:g}" not in known["max_rate"] for statistic, limit in SENSITIVITY_LIMITS):
                 near = like_case(file, deployment, "chat-1pct", policy)
                 options: dict[str, Any] = {"known": known, "near": near, "seconds": SENSITIVITY_SECONDS}
-                file.add(key, search_case(deployment, workload, policy, 1, SENSITIVITY_LIMITS, 60.0, **options))
+                file.add(key, search_case(deployment, workload, policy, seed, SENSITIVITY_LIMITS, 60.0, **options))
                 print(key, file.data["cases"][key]["max_rate"], flush=True)
+
+
+def run_equal_rate() -> None:
+    """Adds one run per policy at the very rate that the best data-parallel baseline holds at 75 ms: nothing is interpolated there.
+
+    For the groups `bars` (with the oracle that pays the exchange) and `long-run`.
+    """
+    bounds = ResultFile("oracle-exchange")
+    for group in ("bars", "long-run"):
+        file, seconds = ResultFile(group), GROUPS[group].get("seconds")
+        policies = dict.fromkeys(MAIN, file) | ({"oracle-exchange": bounds} if group == "bars" else {})
+        for workload_name in GROUPS[group]["workloads"]:
+            workload = load_workload(workload_name)
+            for seed in SEEDS:
+                keys = {policy: f"{Deployment().label()}|{workload_name}|{policy}|{seed}" for policy in policies}
+                rate = max(file.data["cases"][keys[policy]]["max_rate"]["p99-75"] for policy in MAIN if policy.startswith("local"))
+                requests = workload.requests(rate, seconds or run_seconds(rate, workload_name), seed)
+                for policy, key in keys.items():
+                    case = policies[policy].data["cases"][key]
+                    if f"{rate:.4f}" not in case["points"]:
+                        case["points"][f"{rate:.4f}"] = point(simulate(policy, Deployment(), workload, requests))
+                        policies[policy].add(key, case)
+                        print(f"{key} at {rate:.4f}: {case['points'][f'{rate:.4f}']['p99_tpot_ms']} ms", flush=True)
 
 
 def run_group(name: str, max_seed: int = max(SEEDS), policies: Sequence[str] = (), workloads: Sequence[str] = ()) -> None:
@@ -265,16 +291,18 @@ def run_group(name: str, max_seed: int = max(SEEDS), policies: Sequence[str] = (
 def main() -> None:
     """Command line: group names; `all` runs every group in order of value."""
     parser = argparse.ArgumentParser(prog="python -m benchmark.simulate.experiments", description=__doc__)
-    parser.add_argument("groups", nargs="+", choices=[*GROUPS, "sensitivity", "all"])
+    parser.add_argument("groups", nargs="+", choices=[*GROUPS, "equal-rate", "sensitivity", "all"])
     parser.add_argument("--max-seed", type=int, default=max(SEEDS), help="leave out the cases of higher seeds (they can be added later)")
     parser.add_argument("--policy", action="append", default=[], help="only this policy of the groups; repeat for several")
     parser.add_argument("--workload", action="append", default=[], help="only this workload of the groups; repeat for several")
     parser.add_argument("--constant", action="append", choices=SCALED_CONSTANTS, help="with sensitivity: only this constant")
     args = parser.parse_args()
     names = args.groups
-    for name in (*GROUPS, "sensitivity") if "all" in names else names:
-        if name == "sensitivity":
-            run_sensitivity(args.constant or SCALED_CONSTANTS)
+    for name in (*GROUPS, "equal-rate", "sensitivity") if "all" in names else names:
+        if name == "equal-rate":
+            run_equal_rate()
+        elif name == "sensitivity":
+            run_sensitivity(args.constant or SCALED_CONSTANTS, args.max_seed)
         else:
             run_group(name, args.max_seed, args.policy, args.workload)
 

@@ -6,12 +6,11 @@ does a stated ratio appear, which constant moves it, and which definition of lat
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 from benchmark.simulate.experiments import GROUPS
-from benchmark.simulate.summary import BUCKETS, DATA_PARALLEL, ORACLE, OURS, Cases, compare, interval, load_cases, value_inside
+from benchmark.simulate.summary import BUCKETS, DATA_PARALLEL, ORACLE, OURS, Cases, compare, interval, load_cases, value_at, value_inside
 from benchmark.simulate.variants import Deployment
 
 # Files with whole comparisons; `sensitivity` and `ablation` hold variants.
@@ -24,6 +23,7 @@ P99_RATES = {
     "weka": (5.0, 6.0, 7.0, 7.5, 8.0, 8.2),
     "mooncake": (40, 50, 60, 64, 69, 75, 80, 84),
 }
+PREFILL_RATE = 2.29
 P99_KEYS = {"from admission, per request": "p99_tpot_ms", "from admission, per token": "p99_gap_ms", "from arrival": "p99_latency_ms"}
 
 
@@ -33,8 +33,10 @@ def explain() -> dict[str, Any]:
     return {
         "gain_by_limit": {workload: gain_by_limit(bars, workload) for workload in P99_RATES},
         "gain_elsewhere": gain_elsewhere(),
+        "oracle_with_exchange": {workload: oracle_with_exchange(bars, workload) for workload in P99_RATES},
         "over_each_baseline": {workload: over_each_baseline(bars, workload) for workload in P99_RATES},
         "p99_ratio": {workload: p99_ratios(bars, workload) for workload in P99_RATES},
+        "prefill_same": prefill_same(),
         "ablation": against_ours("ablation", GROUPS["ablation"]["policies"]),
         "moves": against_ours("moves", ("dual-moves",)),
         "baselines": against_ours("baselines", GROUPS["baselines"]["policies"]),
@@ -47,6 +49,25 @@ def gain_by_limit(cases: Cases, workload: str) -> dict[str, Any]:
     ratios = compare(cases, BASE, workload).get("ratios", {})
     names = {"over_best_dp": OURS, "length_buckets_over_best_dp": BUCKETS, "oracle_over_best_dp": ORACLE}
     return {limit: {names[name]: row for name, row in rows.items() if name in names} for limit, rows in ratios.items()}
+
+
+def oracle_with_exchange(cases: Cases, workload: str) -> dict[str, Any]:
+    """What perfect balance reaches that pays the fixed part of the exchange: rates and P99 over the best data-parallel baseline."""
+    found: dict[str, list[float]] = {}
+    for key, bound in sorted(load_cases("oracle-exchange").items()):
+        of_seed = {name[2]: case for name, case in cases.items() if name[:2] == (BASE, workload) and name[3] == key[3]}
+        if key[1] != workload or not {OURS, *DATA_PARALLEL} <= set(of_seed):
+            continue
+        ours, best = of_seed[OURS], max((of_seed[name] for name in DATA_PARALLEL), key=lambda case: case["max_rate"]["p99-75"])
+        for limit, rate in bound["max_rate"].items():
+            theirs = max(of_seed[name]["max_rate"][limit] for name in DATA_PARALLEL)
+            found.setdefault(f"rate over the best data-parallel one, {limit}", []).append(rate / theirs if theirs else math.inf)
+            found.setdefault(f"ours over the bound, {limit}", []).append(ours["max_rate"][limit] / rate)
+        rate = best["max_rate"]["p99-75"]
+        p99 = [value_at(case, rate, "p99_tpot_ms") for case in (best, bound, ours)]
+        found.setdefault("P99 of data parallelism over it, at the rate that holds 75 ms", []).append(p99[0] / p99[1])
+        found.setdefault("P99 of data parallelism over ours, same rate", []).append(p99[0] / p99[2])
+    return {name: interval(values) for name, values in found.items()}
 
 
 def over_each_baseline(cases: Cases, workload: str) -> dict[str, Any]:
@@ -123,28 +144,46 @@ def against_ours(name: str, policies: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+def prefill_same() -> dict[str, Any]:
+    """Chunked prefill on the same instances: highest rates at 300 ms, and P99 over ours at one rate, for data parallelism may hold none."""
+    cases = load_cases("prefill-same")
+    ours = {key[3]: case for key, case in sorted(cases.items()) if key[2] == "dual-prefill-same"}
+    found = {OURS: interval([case["max_rate"]["p99-300"] for case in ours.values()])}
+    for baseline in DATA_PARALLEL:
+        theirs = {key[3]: case for key, case in sorted(cases.items()) if key[2] == f"{baseline}-prefill-same"}
+        found[baseline] = interval([case["max_rate"]["p99-300"] for case in theirs.values()])
+        found[f"P99 of {baseline} over ours at {PREFILL_RATE:g} requests/s"] = interval(
+            [
+                value_inside(case, PREFILL_RATE, "p99_tpot_ms") / value_inside(ours[seed], PREFILL_RATE, "p99_tpot_ms")
+                for seed, case in theirs.items()
+            ]
+        )
+    return found
+
+
 def sensitivity() -> dict[str, Any]:
-    """Gain over least batch and over the buckets with one constant scaled (seed 1, one run length for all)."""
+    """Gain over least batch and over the buckets with one constant scaled (one run length for all); a limit with all three policies."""
     cases = load_cases("sensitivity")
     found: dict[str, Any] = {}
     for deployment in dict.fromkeys(key[0] for key in cases):
-        rates = {policy: cases.get((deployment, "chat-1pct", policy, 1)) for policy in (OURS, BUCKETS, "local-least-batch")}
         rows = {}
         for limit in ("p99-60", "p99-75"):
-            held = {policy: case["max_rate"].get(limit, 0.0) for policy, case in rates.items() if case}
-            if len(held) == 3 and held[OURS]:
+            held = {key[2:]: case["max_rate"][limit] for key, case in cases.items() if key[0] == deployment and limit in case["max_rate"]}
+            seeds = sorted(seed for policy, seed in held if policy == OURS)
+            seeds = [seed for seed in seeds if (BUCKETS, seed) in held and ("local-least-batch", seed) in held]
+            if seeds:
                 rows[limit] = {
-                    "ours": held[OURS],
-                    "over_local_least_batch": _ratio(held[OURS], held["local-least-batch"]),
-                    "over_length_buckets": _ratio(held[OURS], held[BUCKETS]),
+                    "ours": interval([held[OURS, seed] for seed in seeds]),
+                    "over_local_least_batch": interval([_ratio(held[OURS, seed], held["local-least-batch", seed]) for seed in seeds]),
+                    "over_length_buckets": interval([_ratio(held[OURS, seed], held[BUCKETS, seed]) for seed in seeds]),
                 }
         if rows:
             found[deployment.removeprefix(BASE).removeprefix("-") or "as measured"] = rows
     return found
 
 
-def _ratio(upper: float, lower: float) -> float | None:
-    return round(upper / lower, 3) if lower else None
+def _ratio(upper: float, lower: float) -> float:
+    return upper / lower if lower else math.inf
 
 
 def shown(row: dict[str, Any] | None) -> str:
@@ -165,6 +204,11 @@ def main() -> None:
     for workload, pairs in data["over_each_baseline"].items():
         for pair, rows in pairs.items():
             print(f"| {workload} | {pair} | " + " | ".join(f"{limit}: {shown(row)}" for limit, row in rows.items()) + " |")
+    for workload, rows in data["oracle_with_exchange"].items():
+        for name, row in rows.items():
+            print(f"| {workload} | {name} | {shown(row)} |")
+    for name, row in data["prefill_same"].items():
+        print(f"| prefill on the same instances | {name} | {shown(row)} | {row['values']} |")
     for key, rows in data["gain_elsewhere"].items():
         for limit in (limit for limit in rows if limit != "data_parallel"):
             cells = [shown(rows[limit].get(name)) for name in ("over_best_dp", "length_buckets_over_best_dp", "oracle_over_best_dp")]
@@ -172,7 +216,10 @@ def main() -> None:
     for group in ("ablation", "moves", "baselines"):
         for key, rows in data[group].items():
             print(f"| {group} {key} | " + " | ".join(f"{limit}: {shown(row)}" for limit, row in rows.items()) + " |")
-    print(json.dumps(data["sensitivity"], indent=1))
+    for constant, rows in data["sensitivity"].items():
+        for limit, row in rows.items():
+            cells = [shown(row[name]) for name in ("ours", "over_local_least_batch", "over_length_buckets")]
+            print(f"| sensitivity {constant} | {limit} | " + " | ".join(cells) + f" | {row['ours']['seeds']} seeds |")
     for workload, by_definition in data["p99_ratio"].items():
         for key, points in by_definition.items():
             print(f"| {workload} | {key} | " + ", ".join(f"{rate:g}: {shown(row)}" for rate, row in points) + " |")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmark.simulate.experiments import GROUPS, run_group, run_seconds, run_sensitivity
+from benchmark.simulate.experiments import GROUPS, run_equal_rate, run_group, run_seconds, run_sensitivity
 from benchmark.simulate.explain import FILES, explain
 from benchmark.simulate.figures_explain import plot_explanations
 from benchmark.simulate.plots import colour, plot_balance, pyplot, save
@@ -35,6 +35,7 @@ def main() -> None:
     if args.simulate:
         for name in GROUPS:
             run_group(name)
+        run_equal_rate()
         run_sensitivity()
     label = Deployment().label()
     bars = load_cases("bars")

@@ -18,6 +18,8 @@ def plot_explanations(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     plot_p99_ratio(data["p99_ratio"], folder / "p99_ratio.png")
     drawn = {
         "gain": {"over_the_best": data["gain_by_limit"], "over_each": data["over_each_baseline"], "elsewhere": data["gain_elsewhere"]},
+        "oracle_with_exchange": data["oracle_with_exchange"],
+        "prefill_same": data["prefill_same"],
         "p99_ratio": data["p99_ratio"],
     }
     variants = {**data["ablation"], **data["moves"], **data["baselines"]}
@@ -122,16 +124,18 @@ def plot_sensitivity(rows: dict[str, Any], path: Path) -> None:
     panels = (("over_local_least_batch", "rate over local-least-batch"), ("over_length_buckets", "rate over length-buckets"))
     for axis, (key, title) in zip(axes, panels, strict=True):
         for shift, limit in enumerate(("p99-60", "p99-75")):
-            values = [(row.get(limit) or {}).get(key) or 0.0 for row in rows.values()]
+            held = [(row.get(limit) or {}).get(key) or {} for row in rows.values()]
             axis.barh(
                 [k + 0.38 * (shift - 0.5) for k in range(len(rows))],
-                values,
+                [row.get("mean") or 0.0 for row in held],
                 0.36,
+                xerr=[row.get("half_width") or 0.0 for row in held],
+                error_kw={"elinewidth": 0.8},
                 color=LIMIT_COLOURS[limit],
                 label=f"{_limit_ms(limit):g} ms",
             )
         axis.axvline(1.0, color="black", linewidth=0.8)
-        axis.set_xlabel(title + " (chat-1pct, seed 1)")
+        axis.set_xlabel(title + " (chat-1pct)")
     axes[0].set_yticks(range(len(rows)), [name.replace("x0.7", "  -30 %").replace("x1.3", "  +30 %") for name in rows], fontsize=8)
     axes[0].invert_yaxis()
     axes[0].set_xscale("log")

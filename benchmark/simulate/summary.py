@@ -132,13 +132,13 @@ def _equal_rate(by_policy: dict[str, dict[int, dict[str, Any]]], baselines: Sequ
         if not rate:
             continue
         for key, values in ratios.items():
-            values.append(value_at(theirs, rate, key) / value_at(mine, rate, key))
-        ours.append(value_at(mine, rate, "p99_tpot_ms"))
+            values.append(value_inside(theirs, rate, key) / value_inside(mine, rate, key))
+        ours.append(value_inside(mine, rate, "p99_tpot_ms"))
         if seed in by_policy.get(ORACLE, {}):
-            of_oracle.append(value_at(theirs, rate, "p99_tpot_ms") / value_at(by_policy[ORACLE][seed], rate, "p99_tpot_ms"))
+            of_oracle.append(value_inside(theirs, rate, "p99_tpot_ms") / value_inside(by_policy[ORACLE][seed], rate, "p99_tpot_ms"))
         stable = max(float(simulated) for simulated, row in theirs["points"].items() if not row["unstable"])
         rate = min(mine["max_rate"]["p99-75"], stable)
-        at_our_rate.append(value_at(theirs, rate, "p99_latency_ms") / value_at(mine, rate, "p99_latency_ms"))
+        at_our_rate.append(value_inside(theirs, rate, "p99_latency_ms") / value_inside(mine, rate, "p99_latency_ms"))
     return {
         "our_p99_tpot_ms": interval(ours),
         **{f"ratio_{key}": interval(values) for key, values in ratios.items()},

@@ -19,6 +19,7 @@ VARIANTS = (
     *ABLATIONS,
     "dual-moves",
     "oracle",
+    "oracle-exchange",
     "local-round-robin",
     "buckets-exchange-twice",
     "local-least-batch-prefill-same",
@@ -112,9 +113,11 @@ def simulate(
     requests: Requests,
     *,
     progress=None,
+    step_hook=None,
     **overrides,
 ) -> SimulationResult:
-    """Runs a variant. The oracle is one instance of the whole cluster's pool with perfectly divided work and a free exchange."""
+    """Runs a variant. The oracle is one instance of the whole cluster's pool with perfectly divided work and a free exchange;
+    `oracle-exchange` pays the fixed part of the exchange inside a node in every step, as whoever splits a request must."""
     if name not in VARIANTS:
         raise ValueError(f"policy {name!r}: expected one of {', '.join(VARIANTS)}")
     cost = deployment.cost_model()
@@ -130,15 +133,17 @@ def simulate(
         prefill="same" if name.endswith("prefill-same") else "elsewhere",
     )
     settings = replace(settings, **overrides)
-    if name == "oracle":
+    if name.startswith("oracle"):
         policy: PlacementPolicy = Local("least-kv")
+        if name == "oracle-exchange":
+            cost = replace(cost, layer_other_us=cost.layer_other_us + cost.exchange_fixed_us)
         cost, settings = _perfect(cost, settings)
     else:
         if name.endswith("exchange-twice"):
             for constant in ("exchange_fixed_us", "exchange_us_per_row", "remote_exchange_fixed_us", "remote_exchange_us_per_row"):
                 cost = cost.scaled(constant, 2.0)
         policy = _policy(name, cost, deployment.num_instances)
-    return Simulation(requests, policy, cost, settings, progress=progress).run()
+    return Simulation(requests, policy, cost, settings, step_hook=step_hook, progress=progress).run()
 
 
 def _perfect(cost: CostModel, settings: SimulationSettings) -> tuple[CostModel, SimulationSettings]:

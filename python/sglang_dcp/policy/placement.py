@@ -13,7 +13,7 @@ from math import inf
 from sglang_dcp.policy.baselines import FixedDegree, LengthBuckets, Local
 from sglang_dcp.policy.cost_model import CostModel
 from sglang_dcp.policy.pricing import Levels, Split, cheapest_split
-from sglang_dcp.policy.split import build_placement, check_pins, check_request, free_pages, node_members, num_pages, water_fill
+from sglang_dcp.policy.split import check_pins, check_request, free_pages, node_members, num_pages, water_fill
 from sglang_dcp.policy.types import CapacityError, InstanceLoad, Placement, PlacementPolicy, PlacementRequest
 
 __all__ = ["POLICY_NAMES", "DualBalance", "FixedDegree", "LengthBuckets", "Local", "make_policy"]
@@ -58,13 +58,13 @@ class DualBalance:
         self._max_degree = max_degree
         self._max_guest_fraction = max_guest_fraction
         self._small_tokens = MIN_SPLIT_ROWS * cost_model.exchange_us_per_row / max(cost_model.attention_us_per_token, 1e-12)
-        self._nodes: list[list[int]] = []
+        self._nodes: list[Sequence[int]] = []
         self._turn = 0
 
     def place(self, request: PlacementRequest, loads: Sequence[InstanceLoad], page_size: int) -> Placement:
         """See PlacementPolicy. Deterministic for equal inputs and an equal number of earlier calls; ties go to the lower rank."""
         if len(self._nodes) == 0 or self._nodes[-1][-1] != len(loads) - 1:
-            self._nodes = node_members(loads)
+            self._nodes = [_as_range(members) for members in node_members(loads)]
         check_pins(request, len(loads), min(self._max_degree, len(loads)), page_size)
         if len(loads) > WINDOW and request.home is None and request.degree is None:
             placement = self._place_now(self._window_call(request, loads, page_size))
@@ -91,11 +91,11 @@ class DualBalance:
 
     def _window_call(self, request: PlacementRequest, loads: Sequence[InstanceLoad], page_size: int) -> _Call:
         window: list[InstanceLoad] = []
-        nodes: list[list[int]] = []
+        nodes: list[Sequence[int]] = []
         while len(window) < WINDOW and len(nodes) < len(self._nodes):
             members = self._nodes[self._turn % len(self._nodes)]
             self._turn += 1
-            nodes.append(list(range(len(window), len(window) + len(members))))
+            nodes.append(range(len(window), len(window) + len(members)))
             window += [loads[rank] for rank in members]
         return self._call(request, window, nodes, page_size)
 
@@ -139,11 +139,11 @@ class DualBalance:
 
     def _best_single(self, call: _Call) -> int | None:
         """Where the request is cheapest whole, with room for the expected output too if any has it, and one page of headroom."""
-        added = call.levels.request_us(call.total_tokens)
-        candidates, free = range(len(call.loads)) if call.home is None else (call.home,), call.levels.free
+        added, free = call.levels.request_us(call.total_tokens), call.levels.free
+        candidates: Sequence[int] = range(len(free)) if call.home is None else (call.home,)
         for tokens in (call.total_tokens, call.request.prompt_tokens):
             needed = (num_pages(tokens, call.page_size) + 1) * call.page_size
-            fitting = [i for i in candidates if free[i] >= needed]
+            fitting = candidates if call.home is None and min(free) >= needed else [i for i in candidates if free[i] >= needed]
             if fitting:
                 return call.levels.lowest_smoothly(fitting, added) if call.is_small else call.levels.lowest(fitting, added)
         return None
@@ -151,37 +151,37 @@ class DualBalance:
     def _candidate_nodes(self, call: _Call) -> list[Sequence[int]]:
         """The nodes with the lowest mean level that have room now; all instances only when the prompt fits no node."""
         needed = (call.pages + 1) * call.page_size
-        loads, attention, free = call.loads, call.levels.attention, call.levels.free
+        attention, free = call.levels.attention, call.levels.free
         nodes = call.nodes if call.home is None else [members for members in call.nodes if call.home in members]
-        priced: list[tuple[float, int, Sequence[int]]] = []
-        for members in nodes:
-            first, end = members[0], members[-1] + 1
-            is_run = end - first == len(members)
-            room = free[first:end] if is_run else [free[i] for i in members]
+        priced = [(sum(_of(attention, members)) / len(members), order, members) for order, members in enumerate(nodes)]
+        priced.sort()
+        able: list[Sequence[int]] = []
+        for _, _, members in priced:
+            room = _of(free, members)
             if min(room) < 0:
                 room = [tokens for tokens in room if tokens > 0]
             if sum(room) >= needed:
-                level = sum(attention[first:end] if is_run else [attention[i] for i in members]) / len(members)
-                priced.append((level, len(priced), members))
-        if not priced and not any(sum([loads[i].kv_capacity for i in members]) >= needed for members in nodes):
-            return [range(len(loads))]
-        priced.sort()
-        return [members for _, _, members in priced[:NUM_PRICED_NODES]]
+                able.append(members)
+                if len(able) == NUM_PRICED_NODES:
+                    break
+        if not able and not any(sum([call.loads[i].kv_capacity for i in members]) >= needed for members in nodes):
+            return [range(len(call.loads))]
+        return able
 
     def _best_split(self, call: _Call, members: Sequence[int], cheaper_than: float) -> Split | None:
         loads, page_size, home, free = call.loads, call.page_size, call.home, call.levels.free
-        if self._max_guest_fraction >= 1.0:
-            able = [i for i in members if free[i] >= page_size and i != home]
-        else:
+        able = members
+        if self._max_guest_fraction < 1.0:
             able = [i for i in members if i != home and self._rooms(call, i, waiting=False)[1] >= 1]
+        elif home is not None or min(_of(free, members)) < page_size:
+            able = [i for i in members if free[i] >= page_size and i != home]
         ordered = sorted(able, key=call.levels.attention.__getitem__)
         if home is not None:
             has_room = home in members and free[home] >= 2 * page_size
             ordered = [home, *ordered] if has_room else []
         del ordered[min(self._max_degree, call.pages) :]
-        if self._max_guest_fraction >= 1.0:
-            guest_rooms = [free[i] // page_size for i in ordered]
-        else:
+        guest_rooms = None
+        if self._max_guest_fraction < 1.0:
             guest_rooms = [self._rooms(call, i, waiting=False)[1] for i in ordered]
         return cheapest_split(
             call.levels,
@@ -213,11 +213,14 @@ class DualBalance:
         if waiting or self._max_guest_fraction < 1.0:
             rooms = [self._rooms(call, home, waiting=waiting)[0], *[self._rooms(call, i, waiting=waiting)[1] for i in guests]]
         else:
-            rooms = [max(0, free[i]) // page_size for i in positions]
+            rooms = [free[i] // page_size for i in positions]
             rooms[0] -= 1
         shares = water_fill(heights, rooms, call.pages, cost.attention_us_per_token * page_size)
-        ranks = [call.loads[i].rank for i in positions]
-        return build_placement(ranks[0], ranks[0], dict(zip(ranks, shares, strict=True)), call.request.prompt_tokens, page_size)
+        loads, home_rank = call.loads, call.loads[home].rank
+        others = sorted([(loads[i].rank, share * page_size) for i, share in zip(guests, shares[1:], strict=True)])
+        tokens = [share for _, share in others]
+        tokens.append(call.request.prompt_tokens - sum(tokens))
+        return Placement(home_rank, (*[rank for rank, _ in others], home_rank), tuple(tokens))
 
     # What has to wait, and pins
 
@@ -267,6 +270,17 @@ class DualBalance:
         attention = call.levels.attention
         group = min(with_room or able or [range(len(loads))], key=lambda members: sum(attention[i] for i in members) / len(members))
         return self._spread(call, group, degree)
+
+
+def _as_range(members: Sequence[int]) -> Sequence[int]:
+    """The same members as a range where they follow one another, so that `_of` can slice."""
+    run = range(members[0], members[-1] + 1)
+    return run if list(run) == list(members) else members
+
+
+def _of(values: list, members: Sequence[int]) -> list:
+    """The values of `members`."""
+    return values[members.start : members.stop] if type(members) is range else [values[i] for i in members]
 
 
 def _single(call: _Call, position: int) -> Placement:

@@ -75,12 +75,15 @@ class Levels:
         combine_us = self.cost.combine_us_per_request
         # No level is above the highest, so no exponent is above LARGEST_EXPONENT.
         sharpness = 1.0 / max(combine_us, added_us / LARGEST_EXPONENT, 1e-9)
-        a, b = self.attention, self.batches
+        # Positions in rising order, so as many as there are levels are all of them.
+        everywhere = len(positions) == len(self.attention)
+        a = self.attention if everywhere else [self.attention[i] for i in positions]
+        b = self.batches if everywhere else [self.batches[i] for i in positions]
         a_shift = (added_us - self.highest_attention) * sharpness
         b_scale = combine_us * sharpness
         b_shift = (1 - self.highest_batch) * b_scale
         own = OWN_WEIGHT * sharpness
-        prices = [exp(a[i] * sharpness + a_shift) + exp(b[i] * b_scale + b_shift) + own * (a[i] + combine_us * b[i]) for i in positions]
+        prices = [exp(x * sharpness + a_shift) + exp(y * b_scale + b_shift) + own * (x + combine_us * y) for x, y in zip(a, b, strict=True)]
         return positions[prices.index(min(prices))]
 
     def lowest(self, positions: Sequence[int], added_us: float) -> int:
@@ -104,7 +107,7 @@ class Split:
 def cheapest_split(
     levels: Levels,
     ordered: Sequence[int],
-    guest_rooms: Sequence[int],
+    guest_rooms: Sequence[int] | None,
     *,
     page_size: int,
     pages: int,
@@ -115,8 +118,9 @@ def cheapest_split(
 ) -> Split | None:
     """Cheapest degree >= 2 over prefixes of `ordered` (positions, lowest attention level first; a pinned home stands first).
 
-    Rooms are pages per entry of `ordered`; a home keeps one page of its free ones as headroom. Water-filled, k shards end at one common
-    level; the home is the smallest batch among them. None when no prefix with room for `pages` is priced below `cheaper_than`.
+    Rooms are pages per entry of `ordered` (None: every free page); a home keeps one page of its free ones as headroom. Water-filled,
+    k shards end at one common level; the home is the smallest batch among them. None when no prefix with room for `pages` is priced
+    below `cheaper_than`.
     """
     cost, a, b, free = levels.cost, levels.attention, levels.batches, levels.free
     row_us = cost.attention_us_per_row + (cost.remote_exchange_us_per_row if is_remote else cost.exchange_us_per_row)
@@ -124,18 +128,17 @@ def cheapest_split(
     column, room, home, headroom = levels.request_us(total_tokens), 0, -1, 0
     best_price, best_degree, best_home = cheaper_than, 0, -1
     highest, most, combine_us, own = levels.highest_attention, levels.highest_batch, cost.combine_us_per_request, OWN_WEIGHT
-    entry, batch, batch_us, double_us = -1, 0, 0.0, 2 * row_us
-    for position, guest_room in zip(ordered, guest_rooms, strict=True):
-        entry += 1
+    batch, batch_us, double_us, may_change = 0, 0.0, 2 * row_us, pinned_home is None
+    for entry, position in enumerate(ordered):
         lowest = a[position]
         column += lowest
+        free_pages = free[position] // page_size
+        guest_room = free_pages if guest_rooms is None else guest_rooms[entry]
         room += guest_room
-        if home < 0 or (b[position] < batch - 1 and pinned_home is None):
-            home_room = free[position] // page_size - 1
-            if home_room >= 1:
-                home, headroom, batch = position, guest_room - home_room, b[position] + 1
-                batch_us = combine_us * ((batch - most if batch > most else 0) + own * batch)
-        if entry == 0 or home < 0 or room - headroom < pages:
+        if (home < 0 or (may_change and b[position] < batch - 1)) and free_pages > 1:
+            home, headroom, batch = position, guest_room - free_pages + 1, b[position] + 1
+            batch_us = combine_us * ((batch - most if batch > most else 0) + own * batch)
+        if entry == 0 or room - headroom < pages or home < 0:
             continue
         level = (column + entry * double_us) / (entry + 1)
         if level < lowest:

@@ -73,23 +73,24 @@ def water_fill(levels: Sequence[float], rooms: Sequence[int], pages: int, page_u
     shares = [1] * count
     heights = [level + page_us for level in levels]
     remaining = pages - count
-    open_columns = [i for i in range(count) if rooms[i] > 1]
+    open_columns: Sequence[int] = range(count) if min(rooms) > 1 else [i for i in range(count) if rooms[i] > 1]
     while remaining > 0:
-        target = fill_level([heights[i] for i in open_columns], remaining * page_us)
+        target = fill_level(heights if len(open_columns) == count else [heights[i] for i in open_columns], remaining * page_us)
         poured, is_capped = 0, False
         for i in open_columns:
             height = heights[i]
             if height < target:
-                room, extra = rooms[i] - shares[i], int((target - height) / page_us + 1e-9)
-                if extra >= room:
-                    extra, is_capped = room, True
+                extra = int((target - height) / page_us + 1e-9)
+                if extra >= rooms[i] - shares[i]:
+                    extra, is_capped = rooms[i] - shares[i], True
                 shares[i] += extra
                 heights[i] = height + extra * page_us
                 poured += extra
         remaining -= poured
         if not is_capped:
             # Every column is within a page of the target, so what is left is less than a page for each that is below it.
-            _pour_singly(shares, heights, rooms, remaining, page_us)
+            if remaining > 0:
+                _pour_singly(shares, heights, rooms, remaining, page_us)
             break
         open_columns = [i for i in open_columns if shares[i] < rooms[i]]
     return shares
@@ -107,9 +108,9 @@ def _pour_singly(shares: list[int], heights: list[float], rooms: Sequence[int], 
 
 def build_placement(home: int, tail: int, pages_of: dict[int, int], prompt_tokens: int, page_size: int) -> Placement:
     """A placement from pages per rank; the tail, last in sequence, takes the prompt's partial page."""
-    others = sorted(rank for rank in pages_of if rank != tail)
+    others = sorted([rank for rank in pages_of if rank != tail])
     tokens = [pages_of[rank] * page_size for rank in others]
-    return Placement(home=home, shards=(*others, tail), shard_tokens=(*tokens, prompt_tokens - sum(tokens)))
+    return Placement(home, (*others, tail), (*tokens, prompt_tokens - sum(tokens)))
 
 
 def node_members(loads: Sequence[InstanceLoad]) -> list[list[int]]:

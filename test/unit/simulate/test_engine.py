@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmark.simulate.engine import Simulation, SimulationSettings
+from benchmark.simulate.gap import step_parts
 from benchmark.simulate.variants import Deployment, RoundRobin, simulate
 from benchmark.simulate.workloads import Workload, chat
 from sglang_dcp.policy.cost_model import CostModel, InstanceWork, load_cost_model
@@ -220,6 +221,41 @@ def test_nothing_beats_the_oracle_and_a_rejected_request_never_holds_a_rate():
     tiny = Deployment(num_instances=8, pool_tokens=60_000)
     assert simulate("local-least-kv", tiny, workload, requests).p99_tpot_ms == float("inf")
     assert simulate("dual-balance", tiny, workload, [row for row in requests if row[1] < 300_000]).num_rejected == 0
+
+
+def test_the_parts_of_the_gap_add_up_to_the_step_less_a_perfect_one():
+    """Two nodes of two; a split of a long prompt, and more requests on one instance than on the others."""
+    cost, settings = load_cost_model("deepseek-v3.h200", 4), small(4, pool=500_000, instances_per_node=2)
+    script = iter([Placement(0, (1, 0), (40_000, 10_000)), *[Placement(rank, (rank,), (300,)) for rank in (0, 0, 1, 2, 3)]])
+
+    class Scripted:
+        name = "scripted"
+
+        def place(self, request, loads, page_size):
+            return next(script)
+
+    seen = []
+
+    def look(simulation: Simulation) -> None:
+        if simulation.num_running == 6:
+            cluster = simulation.cluster
+            level = cost.attention_us_per_token * cluster.kv_tokens.mean() + cost.dispatch_us_per_request * cluster.batch.mean()
+            layer = cost.constant_layer_us + level + cost.expert_us(6 / 4) + cost.combine_us_per_request * cluster.batch.mean()
+            perfect = (cost.num_layers * layer + cost.step_fixed_us) / 1e3
+            seen.append((sum(step_parts(simulation).values()), 1e3 * simulation._step_seconds() - perfect))
+
+    requests = [(0.0, 50_000, 30), *[(0.0, 300, 30)] * 5]
+    Simulation(requests, Scripted(), cost, settings, step_hook=look).run()
+    assert len(seen) > 20
+    for parts, difference in seen:
+        assert parts == pytest.approx(difference) and parts > 1.0
+
+
+def test_the_oracle_with_exchange_pays_its_fixed_part_in_every_step():
+    workload, deployment = chat(0.05), Deployment(num_instances=8, pool_tokens=1_100_000)
+    cost, requests = deployment.cost_model(), [(0.0, 5_000, 40)]
+    free, paid = (simulate(name, deployment, workload, requests).mean_tpot_ms for name in ("oracle", "oracle-exchange"))
+    assert paid - free == pytest.approx(cost.num_layers * cost.exchange_fixed_us / 1e3)
 
 
 def test_retraction_takes_the_youngest_and_it_still_finishes():
