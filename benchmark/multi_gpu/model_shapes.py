@@ -41,23 +41,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [],
         "rope_theta": 1e6,
     },
-    "qwen3-30b-a3b": COMMON
-    | {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "rope_theta": 1e6,
-    },
     "deepseek-v3": COMMON
     | {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -88,9 +71,34 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+WITHOUT_COST_MODEL: dict[str, dict[str, Any]] = {
+    "qwen3-30b-a3b": COMMON
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "rope_theta": 1e6,
+    },
+}
+"""Small enough for many layers on one card: for measurements where the GPU must set the step (benchmark/gpu_runtime)."""
+
+
 def write_shape(name: str, num_layers: int, folder: Path) -> Path:
     """Writes configuration and tokenizer to folder/name. What is there already stays untouched: a server may be reading it."""
-    target, config = folder / f"{name}-{num_layers}", json.dumps(SHAPES[name] | {"num_hidden_layers": num_layers}, indent=1)
+    target, config = (
+        folder / f"{name}-{num_layers}",
+        json.dumps((SHAPES | WITHOUT_COST_MODEL)[name] | {"num_hidden_layers": num_layers}, indent=1),
+    )
     if (target / "config.json").is_file() and (target / "config.json").read_text() == config:
         return target
     target.mkdir(parents=True, exist_ok=True)
