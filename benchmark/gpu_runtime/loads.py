@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-import random
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from benchmark.multi_gpu.servers import ROOT  # noqa: F401 - puts test/gpu on the path
 from benchmark.multi_gpu.streams import decode_window, stream
+
+from runtime_check import pinned, prompt  # isort: skip
 
 T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 """Student's t for a two-sided 95 % interval, by number of samples."""
@@ -30,10 +32,9 @@ class Load:
         jobs = []
         for home in range(num_instances):
             for index in range(self.home_rows):
-                rng = random.Random(seed * 1_000_003 + home * 1009 + index)
-                ids = [rng.randrange(256) for _ in range(self.prompt)]
-                pin = {"degree": 2 if index < self.sharded else 1, "home": home}
-                jobs.append((ids, {"custom_params": {"dyncp": pin}}, {}) if dyncp else (ids, {}, {"routed_dp_rank": home}))
+                ids = prompt(self.prompt, seed * 1_000_003 + home * 1009 + index)
+                pin = pinned(2 if index < self.sharded else 1, home)
+                jobs.append((ids, pin, {}) if dyncp else (ids, {}, {"routed_dp_rank": home}))
         return jobs
 
 

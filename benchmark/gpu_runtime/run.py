@@ -28,14 +28,15 @@ from benchmark.multi_gpu.servers import GpuServer, stop_all, wait_ready
 from benchmark.multi_gpu.settings import read_device_facts, set_environment
 from benchmark.serving.provenance import provenance
 
-from support.server import find_free_port  # isort: skip - found through benchmark.multi_gpu.servers
+from gpu_servers import port_range  # isort: skip - found through benchmark.multi_gpu.servers
+from support.server import find_free_port  # isort: skip
 
 INSTANCES, PAGE, CONTEXT, POOL = 2, 64, 131_072, 200_000
 MAX_BATCH, REAL_LAYERS, PROFILED_STEPS = 192, 61, 8
 HOST_LOAD = Load(home_rows=128, sharded=32, prompt=512, new_tokens=160)
 LOADS = {"s0": Load(32, 0, 1024, 320), "s16": Load(32, 16, 1024, 320), "s32": Load(32, 32, 1024, 320)}
-TRACED_LOADS = {name: Load(32, load.sharded, 256, 1200) for name, load in LOADS.items()}
 """By sharded rows of every instance: each of them is a guest row on the other one."""
+TRACED_LOADS = {name: Load(32, load.sharded, 256, 1200) for name, load in LOADS.items()}
 CAPTURE_END = re.compile(r"Capture target decode CUDA graph end\. bs=\[([\d, ]*)\], elapsed=([\d.]+) s, mem usage=([\d.]+) GB")
 BUFFERS = re.compile(r"buffers of ([\d.]+) GiB")
 
@@ -83,7 +84,7 @@ class Bench:
 
     def run(self) -> None:
         for server in self.servers.values():  # one after the other: SGLang reads what its graphs take from the GPU's free memory
-            server.start(self.args.out, find_free_port(15000 + 1200 * len(self.started), 16200 + 1200 * len(self.started)))
+            server.start(self.args.out, find_free_port(*port_range(len(self.started))))
             self.started.append(server)
             wait_ready([server], self.end - 30)
         self.found["ready_s"] = {name: server.ready_s for name, server in self.servers.items()}

@@ -23,23 +23,25 @@ COMMON: dict[str, Any] = {
     "bos_token_id": 256,
     "torch_dtype": "bfloat16",
 }
+QWEN3_MOE: dict[str, Any] = COMMON | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "rope_theta": 1e6,
+}
 SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-235b-a22b": COMMON
+    "qwen3-235b-a22b": QWEN3_MOE
     | {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
         "hidden_size": 4096,
         "intermediate_size": 12288,
         "moe_intermediate_size": 1536,
         "num_attention_heads": 64,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "rope_theta": 1e6,
     },
     "deepseek-v3": COMMON
     | {
@@ -72,22 +74,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 WITHOUT_COST_MODEL: dict[str, dict[str, Any]] = {
-    "qwen3-30b-a3b": COMMON
+    "qwen3-30b-a3b": QWEN3_MOE
     | {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
         "hidden_size": 2048,
         "intermediate_size": 6144,
         "moe_intermediate_size": 768,
         "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "rope_theta": 1e6,
     },
 }
 """Small enough for many layers on one card: for measurements where the GPU must set the step (benchmark/gpu_runtime)."""

@@ -21,6 +21,7 @@ from benchmark.multi_gpu.servers import (
 from benchmark.multi_gpu.settings import ROOT, Settings
 
 import random_models  # isort: skip - found through benchmark.multi_gpu.servers
+from gpu_servers import port_range  # isort: skip
 from runtime_check import SIZES, pinned, prompt, step_counts  # isort: skip
 from support.server import find_free_port, machine_lock  # isort: skip
 
@@ -29,8 +30,6 @@ STOCK, SYNTHETIC, DYNCP = "stock", "dyncp_synthetic", "dyncp"
 LONG_POOL, SERVED_POOL, DRY_POOL = 1_048_576 + 8192, 700_000, 1024
 COUNTERS_S = 0.3
 """Metrics are published ten times a second."""
-PORTS_PER_SERVER = 1200
-"""SGLang draws further ports from the 1,000 above a server's."""
 
 
 def small_server(settings: Settings, model: str, *, dyncp: bool) -> GpuServer:
@@ -95,9 +94,8 @@ class ServerPool:
                 self._locked = True
             self.settings.work.mkdir(parents=True, exist_ok=True)
             server = build_server(name, self.settings)
-            first = 15000 + PORTS_PER_SERVER * (self._started % 12)
+            server.start(self.settings.work, find_free_port(*port_range(self._started % 12)))
             self._started += 1
-            server.start(self.settings.work, find_free_port(first, first + PORTS_PER_SERVER))
             self.servers[name] = server
         return self.servers[name]
 

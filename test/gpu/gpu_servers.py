@@ -111,10 +111,14 @@ class GpuServer:
         time.sleep(1.0)
 
 
+def port_range(index: int) -> tuple[int, int]:
+    """Where the index-th server's port is looked for: SGLang draws further ones from the 1,000 above it."""
+    return 15000 + 1200 * index, 16200 + 1200 * index
+
+
 def start_all(servers: list[GpuServer], log_folder: Path) -> None:
-    """Each gets a range of ports of its own: SGLang draws further ones from the 1,000 above a server's."""
     for index, server in enumerate(servers):
-        server.start(log_folder, find_free_port(15000 + 1200 * index, 16200 + 1200 * index))
+        server.start(log_folder, find_free_port(*port_range(index)))
 
 
 def stop_all(servers: list[GpuServer]) -> None:

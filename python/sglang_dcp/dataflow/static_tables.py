@@ -126,7 +126,6 @@ class PageLines:
     width: int
     page_size: int
     _lines: dict[Hashable, _Line] = field(default_factory=dict)
-    _pooled: set[Hashable] = field(default_factory=set)
     _free: list[int] = field(default_factory=list)
     _step: int = -1
     _rows: Sequence[ListedRow | PooledRow] = ()
@@ -141,8 +140,9 @@ class PageLines:
         """`rows`: this instance's attention rows in their order, (home, position in that home's list)."""
         for row in self._rows:
             self._lines[row.key].last_step = self._step
+        pooled_before = _pooled_keys(self._rows)
         if step != self._step + 1:
-            self._forget(self._pooled)
+            self._forget(pooled_before)
         self._step, self._rows = step, rows
         table = np.full((len(rows), 4), NO_SLOT, dtype=np.int32)
         places: list[int] = []
@@ -169,9 +169,7 @@ class PageLines:
         self._table = table
         self._grows = np.array([isinstance(row, PooledRow) or row.grows for row in rows], dtype=np.int32)
         self._arrives = np.array([isinstance(row, ListedRow) and row.arrives for row in rows], dtype=np.int32)
-        pooled = {row.key for row in rows if isinstance(row, PooledRow)}
-        self._forget(self._pooled - pooled)
-        self._pooled = pooled
+        self._forget(pooled_before - _pooled_keys(rows))
         return RowsInput(table, _pairs([places, pages]), _pairs(list(zip(*copies, strict=True)) or [[], []]), copy_pages, _pairs([[]] * 3))
 
     def advance(self, step: int) -> RowsInput:
@@ -210,11 +208,14 @@ class PageLines:
         return line
 
     def _forget(self, keys: Iterable[Hashable]) -> None:
-        for key in list(keys):
+        for key in keys:
             line = self._lines.pop(key, None)
-            self._pooled.discard(key)
             if line is not None:
                 self._free.append(line.entry)
+
+
+def _pooled_keys(rows: Iterable[ListedRow | PooledRow]) -> set[Hashable]:
+    return {row.key for row in rows if isinstance(row, PooledRow)}
 
 
 def _pairs(columns: Sequence[Sequence[int]]) -> np.ndarray:

@@ -89,10 +89,9 @@ class HomeBook:
         for page_index, page in enumerate(request.pages):
             assert page is not None
             self._index(request, page_index, page)
+            if page_index >= num_tree_pages:
+                self._note(request, page)
         request.start_degree = len(request.shards)
-        for page in request.pages[num_tree_pages:]:
-            assert page is not None
-            self._note(request, page)
 
     def expect(self, request: HomeRequest, grant: Grant) -> None:
         """Notes a grant: its pages are known by number once their shards have told."""

@@ -29,10 +29,8 @@ class PoolLayer:
     def write(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
         if not slots.numel():
             return
-        key_width = self._kv_heads * self._key_dim
-        keys = rows[:, :key_width].view(-1, self._kv_heads, self._key_dim)
-        values = keys[..., : self._value_dim] if self.latent else rows[:, key_width:].view(-1, self._kv_heads, self._value_dim)
-        self._pool.set_kv_buffer(self._layer, self._write_location(slots), keys, values)
+        keys, values = rows[:, : self._kv_heads * self._key_dim], rows[:, self._kv_heads * self._key_dim :]
+        self.write_tokens(slots, keys, keys[:, : self._value_dim] if self.latent else values)
 
     def write_tokens(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """K/V [T, kv_heads, dim] or flat, as the model hands them over."""
@@ -148,21 +146,17 @@ def forward_captured(
     assert graphs is not None
     num_tokens, heads = q.shape[0], layer.tp_q_head_num
     cache = PoolLayer(pool, layer, latent=graphs.attention.shape.latent)
-    slots = graphs.own_slots(num_tokens)
     q_rope, k_rope = kwargs.get("q_rope"), kwargs.get("k_rope")
-    if not cache.latent:
-        cache.write_tokens(slots, k, v)
-        queries = q.reshape(num_tokens, heads, layer.qk_head_dim), None
-        new_kv = k.reshape(num_tokens, 1, -1), v.reshape(num_tokens, 1, -1)
+    # The exchange takes a query in two parts: it is not joined here. The pool takes keys joined.
+    queries = q.reshape(num_tokens, heads, -1), None if q_rope is None else q_rope.reshape(num_tokens, heads, -1)
+    if cache.latent:
+        k = k.reshape(num_tokens, 1, -1)
+        k = k if k_rope is None else torch.cat([k, k_rope.reshape(num_tokens, 1, -1)], dim=-1)
+        v = k[..., : layer.v_head_dim]
+        new_kv = v, k[..., layer.v_head_dim :]
     else:
-        joined_q, joined_k, values = with_rotary_part(q, k, v, q_rope, k_rope)
-        joined_k = joined_k.reshape(num_tokens, 1, layer.qk_head_dim)
-        cache.write_tokens(slots, joined_k, joined_k[..., : layer.v_head_dim])
-        if q_rope is None:
-            queries = joined_q.reshape(num_tokens, heads, layer.qk_head_dim), None
-        else:
-            queries = q.reshape(num_tokens, heads, layer.v_head_dim), q_rope.reshape(num_tokens, heads, -1)
-        new_kv = joined_k[..., : layer.v_head_dim], joined_k[..., layer.v_head_dim :]
+        new_kv = k.reshape(num_tokens, 1, -1), v.reshape(num_tokens, 1, -1)
+    cache.write_tokens(graphs.own_slots(num_tokens), k, v)
     merged = graphs.attention.run(num_tokens, guest_rows, queries, *new_kv, cache.keys_and_values())
     return merged.reshape(num_tokens, heads * layer.v_head_dim)
 
