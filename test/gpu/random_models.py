@@ -78,7 +78,15 @@ MLA: dict[str, Any] = COMMON | {
         "beta_slow": 1,
     },
 }
-MODELS = {"gqa": GQA, "mla": MLA}
+GQA_WIDE: dict[str, Any] = GQA | {
+    # DeepEP's low-latency kernels know few hidden sizes, of which this is the smallest.
+    "hidden_size": 2048,
+    "moe_intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 8,
+}
+MODELS = {"gqa": GQA, "mla": MLA, "gqa_wide": GQA_WIDE}
 KEY_SCALE = 2.0
 """Of query and key norms: attention over random keys is flat without it, and a lost shard would hardly show."""
 
@@ -104,7 +112,7 @@ def weight_shapes(name: str) -> dict[str, tuple[int, ...]]:
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         shapes |= {f"{prefix}{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
-        attention = _gqa_shapes(config) if name == "gqa" else _mla_shapes(config)
+        attention = _mla_shapes(config) if "kv_lora_rank" in config else _gqa_shapes(config)
         shapes |= {f"{prefix}self_attn.{part}.weight": shape for part, shape in attention.items()}
         dense = layer < config.get("first_k_dense_replace", 0)
         shapes |= {f"{prefix}mlp.{part}.weight": shape for part, shape in _feed_forward_shapes(config, dense).items()}
