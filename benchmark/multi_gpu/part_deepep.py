@@ -118,7 +118,7 @@ def serve_and_compare(settings: Settings, mode: str) -> list[dict[str, Any]]:
     """Rows of one mode. Skipped where stock does not serve it, PartFailed where stock does and ours does not, or answers otherwise."""
     ours, stock = build_servers(settings, mode)
     prompts = [prompt(length, seed) for seed, length in enumerate(SIZES[settings.device].lengths)]
-    with started(settings, ours, stock):
+    with started(settings, ours, stock, limit_s=settings.limit_s("c") / 2):
         try:
             if stock.ready_s is None:
                 raise ServerRefused(stock)

@@ -33,15 +33,21 @@ class ServerRefused(RuntimeError):
 
 
 @contextmanager
-def started(settings: Settings, *servers: GpuServer) -> Iterator[None]:
-    """Starts the servers and waits until each answers (its ready_s tells) or has ended. Stops them in the end, whatever happens."""
+def started(settings: Settings, *servers: GpuServer, limit_s: float = START_LIMIT_S) -> Iterator[None]:
+    """Starts the servers and waits until each answers (its ready_s tells), has ended, or shows its stacks because it hangs.
+
+    Stops them in the end, whatever happens.
+    """
     settings.work.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         if settings.dry:
             stack.enter_context(machine_lock())
         stack.callback(stop_all, list(servers))
         start_all(list(servers), settings.work)
-        wait_ready(list(servers), time.monotonic() + START_LIMIT_S)
+        wait_ready(list(servers), time.monotonic() + limit_s)
+        for server in servers:
+            if server.ready_s is None:
+                server.dump_stacks()
         yield
 
 

@@ -46,7 +46,8 @@ class Machine:
 
     @staticmethod
     @contextmanager
-    def _started(_settings: Settings, *_servers: Any) -> Iterator[None]:
+    def _started(_settings: Settings, *_servers: Any, limit_s: float) -> Iterator[None]:
+        assert 0 < limit_s < 420
         yield
 
     def run(self, tmp_path: Path, **changes: Any) -> dict[str, Any]:
