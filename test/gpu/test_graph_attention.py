@@ -33,6 +33,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("no Hopper GPU on this machine", allow_module_level=True)
 
 HOME_ROWS, GUEST_ROWS, CONTEXT_PAGES = 8, (4, 16), 64
+MOST_LINES = 2048  # of the token table: requests of a session
 
 
 class Instance:
@@ -43,9 +44,7 @@ class Instance:
 
         latent, page_size, self.device = session.latent, session.page_size, session.devices[rank]
         sizes = GraphSizes(session.num_instances, HOME_ROWS, GUEST_ROWS, page_size, CONTEXT_PAGES)
-        shape = AttentionShape(
-            session.heads, session.kv_heads, session.qk_dim, session.v_dim, torch.bfloat16, session.qk_dim**-0.5, latent
-        )
+        shape = AttentionShape(session.heads, session.kv_heads, session.qk_dim, session.v_dim, torch.bfloat16, session.qk_dim**-0.5, latent)
         sharing = session.devices.count(self.device)
         with torch.cuda.device(self.device):
             self.attention = GraphAttention(rank, sizes, shape, self.device, num_sharing=sharing, wait_seconds=20.0)
@@ -57,8 +56,10 @@ class Instance:
         self.split = session.v_dim if latent else width
         self.cache = session.caches[rank]
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.token_table = torch.zeros(MOST_LINES, CONTEXT_PAGES * page_size, dtype=torch.int32, device=self.device)
 
     def run(self, guest_rows: int) -> torch.Tensor:
+        self.attention.begin(HOME_ROWS, guest_rows, self.token_table)
         keys, values = self.kv[..., : self.split], self.kv[..., self.split :]
         pools = self.cache.keys, self.cache.keys if self.cache.latent else self.cache.values
         return self.attention.run(HOME_ROWS, guest_rows, (self.queries, None), keys, values, pools)
@@ -146,16 +147,17 @@ class GpuSession(Session):
 
     def load_here(self, rank: int) -> None:
         home, instance = self.homes[rank], self.instances[rank]
-        self.engine.plan_step(home.binding, home.batch, [len(other.batch) for other in self.homes])
+        self.engine.plan_step(home.binding, [len(other.batch) for other in self.homes])
         step = home.binding.graph_step
         self.num_advances += step.is_advance
-        table = np.zeros((1 + max(home.rows_by_slot, default=0), CONTEXT_PAGES * self.page_size), dtype=np.int32)
+        table = np.zeros(instance.token_table.shape, dtype=np.int32)
         for line, req in home.rows_by_slot.items():
             table[line, : len(req.pages) * self.page_size : self.page_size] = np.array(req.pages, dtype=np.int32) * self.page_size
+        instance.token_table.copy_(torch.from_numpy(table))
         if step.is_advance:
-            instance.attention.advance(step.step, torch.from_numpy(table).cuda())
+            instance.attention.advance(step.step)
         else:
-            instance.attention.fill(step.step, step.words, step.rows, torch.from_numpy(table).cuda())
+            instance.attention.fill(step.step, step.words, step.rows, instance.token_table)
         instance.attention.plan(HOME_ROWS, home.binding.graph_guest_rows)
         instance.queries.normal_()
         for row, (req, prefix_len, _) in enumerate(home.batch):

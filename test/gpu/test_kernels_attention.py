@@ -60,6 +60,8 @@ def test_gqa_decode(page_size: int) -> None:
         indices[: len(host_indices)] = host_indices.cuda()
         last.copy_(host_last)
         decode.plan(host_indptr, host_last)
+        decode.mark_empty_rows(indptr.diff())
+        assert decode.serves(host_indptr.diff().numpy())
         queries = torch.randn(8, 64, 128, device="cuda").to(torch.bfloat16)
         state = decode.run(queries, keys, values)
         graph = torch.cuda.CUDAGraph()
@@ -123,6 +125,7 @@ def test_mla_decode(library: str, heads: int) -> None:
         queries = torch.randn(8, heads, 576, device="cuda").to(torch.bfloat16)
         if flashinfer is not None:
             flashinfer.plan(host_indptr, host_lengths)
+            flashinfer.mark_empty_rows(lengths_buffer)
             state = flashinfer.run(queries, cache)
         else:
             assert flash_mla is not None

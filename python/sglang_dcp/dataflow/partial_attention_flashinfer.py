@@ -11,8 +11,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from sglang_dcp.dataflow.chunk_schedule import ChunkSchedule
 from sglang_dcp.dataflow.contracts import PartialState
 
 LN_2 = math.log(2.0)
@@ -45,9 +47,19 @@ class KernelBuffers:
         return KernelBuffers(self.workspace, self.output[:rows], self.lse[:rows], self.natural_lse[:rows])
 
 
-def _row_bias(lengths: torch.Tensor, bias: torch.Tensor) -> None:
-    """bias[row] = 0 where the shard holds tokens, -inf where it is empty (FlashInfer writes a large finite number there)."""
-    bias.copy_(torch.where(lengths > 0, 0.0, float("-inf")).unsqueeze(-1), non_blocking=True)
+class _EmptyRows:
+    """What is added to the LSE of rows: 0 where the shard holds tokens, -inf where it is empty (FlashInfer writes a large finite number
+    there)."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.bias = torch.zeros(rows, 1, dtype=torch.float32, device=device)
+        self._values = torch.tensor([[float("-inf")], [0.0]], device=device)
+        self._holds = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def update(self, lengths: torch.Tensor) -> None:
+        """lengths [rows] on the device. May be captured."""
+        torch.gt(lengths, 0, out=self._holds)
+        torch.index_select(self._values, 0, self._holds, out=self.bias)
 
 
 class FlashInferDecode:
@@ -85,7 +97,16 @@ class FlashInferDecode:
             paged_kv_last_page_len_buffer=last_page_length,
         )
         self._output, self._lse, self._natural_lse = buffers.output, buffers.lse, buffers.natural_lse
-        self._bias = torch.zeros(rows, 1, dtype=torch.float32, device=device)
+        self._empty_rows = _EmptyRows(rows, device)
+        self._schedule = ChunkSchedule(page_size)
+
+    def mark_empty_rows(self, lengths: torch.Tensor) -> None:
+        """lengths [S] on the device: tokens (or pages) of each row here. Once per step ahead of `run`; may be captured."""
+        self._empty_rows.update(lengths)
+
+    def serves(self, page_counts: np.ndarray) -> bool:
+        """Whether the last plan serves rows of these page counts."""
+        return self._schedule.serves(page_counts)
 
     def plan(self, page_indptr: torch.Tensor, last_page_length: torch.Tensor) -> None:
         """Host copies of the two buffers (int32)."""
@@ -101,12 +122,12 @@ class FlashInferDecode:
             q_data_type=torch.bfloat16,
             kv_data_type=torch.bfloat16,
         )
-        _row_bias(page_indptr.diff(), self._bias)
+        self._schedule.read(self._wrapper, page_indptr.diff().numpy())
 
     def run(self, queries: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> PartialState:
         """queries [S, heads, head_dim]; caches [pages, page_size, kv_heads, head_dim]. The result lives until the next run."""
         self._wrapper.run(queries, (key_cache, value_cache), out=self._output, lse=self._lse, return_lse=True)
-        torch.add(self._bias, self._lse, alpha=LN_2, out=self._natural_lse)
+        torch.add(self._empty_rows.bias, self._lse, alpha=LN_2, out=self._natural_lse)
         return PartialState(self._output, self._natural_lse)
 
 
@@ -187,7 +208,11 @@ class FlashInferMLA:
             backend="fa3",
         )
         self._output, self._lse, self._natural_lse = buffers.output, buffers.lse, buffers.natural_lse
-        self._bias = torch.zeros(rows, 1, dtype=torch.float32, device=device)
+        self._empty_rows = _EmptyRows(rows, device)
+
+    def mark_empty_rows(self, lengths: torch.Tensor) -> None:
+        """As FlashInferDecode.mark_empty_rows."""
+        self._empty_rows.update(lengths)
 
     def plan(self, page_indptr: torch.Tensor, kv_length: torch.Tensor) -> None:
         """Host copies of the two buffers (int32)."""
@@ -206,12 +231,11 @@ class FlashInferMLA:
             kv_data_type=torch.bfloat16,
             lse_mode="basee",
         )
-        _row_bias(kv_length, self._bias)
 
     def run(self, queries: torch.Tensor, latent_cache: torch.Tensor) -> PartialState:
         """The result lives until the next run."""
         self._wrapper.run(query=queries, kv_cache=latent_cache, out=self._output, lse=self._lse, return_lse=True, return_lse_base_on_e=True)
-        torch.add(self._bias, self._lse, out=self._natural_lse)
+        torch.add(self._empty_rows.bias, self._lse, out=self._natural_lse)
         return PartialState(self._output, self._natural_lse)
 
 

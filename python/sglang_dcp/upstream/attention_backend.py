@@ -74,7 +74,8 @@ def make_backend_class(stock: type) -> type:
         def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
             graphs = engine()
             if graphs is not None and captured_guest_rows():
-                graphs.keep_own_slots(forward_batch, self.token_to_kv_pool.size + self.token_to_kv_pool.page_size)
+                pool, token_table = self.token_to_kv_pool, self.dyncp_runner.req_to_token_pool.req_to_token
+                graphs.begin_captured(forward_batch, captured_guest_rows(), token_table, pool.size + pool.page_size)
                 return
             super().init_forward_metadata_in_graph(forward_batch)
 
@@ -165,7 +166,7 @@ def plan_of_step(binding: Binding, num_tokens: int) -> StepPlan:
     """The step's plan, built by its first layer (the padded token count is known there)."""
     instance = binding.instance
     if instance.plan is None:
-        with binding.host_clock.measure():
+        with binding.host_clock:
             instance.build_plan(binding.pending_rows, num_tokens)
             assert instance.plan is not None
             instance.plan = plan_on_device(instance.plan, binding.device)

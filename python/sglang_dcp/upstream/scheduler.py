@@ -13,9 +13,8 @@ from sglang_dcp.dataflow.transport.gloo import create_gloo_group
 from sglang_dcp.mutants import install_mutant
 from sglang_dcp.upstream import binding as bindings
 from sglang_dcp.upstream import synthetic_prefill
-from sglang_dcp.upstream.admission import is_managed
 from sglang_dcp.upstream.install import verify_installed
-from sglang_dcp.upstream.instance import Instance
+from sglang_dcp.upstream.instance import Instance, is_managed
 from sglang_dcp.upstream.kv_pool import LedgerAllocator
 from sglang_dcp.upstream.metrics import attach_metrics
 from sglang_dcp.upstream.models import check_model

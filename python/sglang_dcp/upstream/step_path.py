@@ -50,15 +50,12 @@ def choose_partial_attention(device: torch.device, page_size: int) -> PartialAtt
 
 
 def count_forward(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER TpModelWorker.forward_batch_generation: which share of the steps runs as a graph, and whether a peer was silent in one."""
+    """AFTER TpModelWorker.forward_batch_generation: which share of the steps runs as a graph."""
     binding = current()
     if binding is None:
         return
     if result.can_run_cuda_graph:
         binding.graph_steps += 1
-        graphs = engine()
-        if binding.graph_guest_rows and graphs is not None:
-            binding.sharded_graph_steps += 1
-            graphs.attention.after_step()
+        binding.sharded_graph_steps += binding.graph_guest_rows > 0
     else:
         binding.eager_steps += 1
