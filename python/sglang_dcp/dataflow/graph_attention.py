@@ -106,7 +106,6 @@ class GraphAttention:
         self.tables.upload(StepArrays(no_rows, np.zeros((0, 4), dtype=np.int32)))
         self.tables.build()
         self._plan(home_rows, guest_rows, np.ones(rows, dtype=np.int32))
-        self.begin(home_rows, guest_rows)
 
     def _build_kernel(self, rows: int) -> FlashInferDecode | FlashInferMLA | FlashMLADecode:
         shape, section, page_size = self.shape, self.tables.section, self.sizes.page_size
@@ -143,6 +142,8 @@ class GraphAttention:
         self._token_counts[len(given.rows) :] = 0
 
     def plan(self, home_rows: int, guest_rows: int) -> None:
+        if self.flash_mla:
+            return  # `begin` schedules it
         self._plan(home_rows, guest_rows, self._token_counts[: home_rows + guest_rows])
 
     def _update_lines(self, given: RowsInput, token_table: torch.Tensor) -> None:
@@ -160,8 +161,6 @@ class GraphAttention:
             pages.view(-1).index_copy_(0, places, (token_table[lines, positions] // self.sizes.page_size).to(torch.int32))
 
     def _plan(self, home_rows: int, guest_rows: int, tokens: np.ndarray) -> None:
-        if self.flash_mla:
-            return  # `begin` is all its plan
         counts = -(-tokens // self.sizes.page_size)
         indptr = torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32))
         self._guard.wait()

@@ -47,22 +47,23 @@ class FlashMLADecode:
         self.num_heads, self.scale, self.num_parts = num_heads, scale, num_parts
         self._block_table, self._kv_length = block_table, kv_length
         self._library: Any = flash_mla
-        self._schedule: tuple[torch.Tensor, torch.Tensor] | None = None
         self._parts: _RowParts | None = None
         if num_parts > 1:
             self._parts = _RowParts(num_heads, block_table, kv_length, num_parts)
             self._block_table, self._kv_length = self._parts.block_table, self._parts.kv_length
+        self._schedule = self._make_schedule()
 
     def plan(self) -> None:
-        """Schedules from `kv_length` on the device. The first call makes the buffers of the schedule: not while capturing."""
+        """Schedules from `kv_length` on the device, into buffers that stay."""
         if self._parts is not None:
             self._parts.fill()
+        for kept, made in zip(self._schedule, self._make_schedule(), strict=True):
+            kept.copy_(made)
+
+    def _make_schedule(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each multiprocessor does [parts, 8], and the first split of each row [S + 1]."""
         metadata, splits = self._library.get_mla_decoding_metadata(self._kv_length, self.num_heads, 1, use_legacy=True)
-        if self._schedule is None:
-            self._schedule = (metadata, splits)
-            return
-        self._schedule[0].copy_(metadata)
-        self._schedule[1].copy_(splits)
+        return metadata, splits
 
     def run(self, queries: torch.Tensor, latent_cache: torch.Tensor, *, mark_neutral: bool = True) -> PartialState:
         """queries [S, heads, 576]; latent_cache [pages, 64, 576].
@@ -70,8 +71,6 @@ class FlashMLADecode:
         mark_neutral=False leaves an empty shard's LSE as FlashMLA writes it, +inf: one kernel less, for a merge that takes +inf as
         neutral too, as that of sgl-kernel-dcp does.
         """
-        if self._schedule is None:
-            raise RuntimeError("FlashMLADecode.plan must run before run")
         check_flash_mla(self.num_heads, latent_cache.shape[1])
         from flash_mla.flash_mla_interface import FlashMLASchedMeta
 
