@@ -77,8 +77,10 @@ class FakeTables:
 
     def build(self) -> None:
         self._sections["kv_length"].zero_()
-        for row, (entry, tokens, _, _) in enumerate(self._rows.tolist()):
+        for row, (entry, tokens, new_page, _) in enumerate(self._rows.tolist()):
             pages = -(-tokens // PAGE_SIZE)
+            if new_page >= 0:
+                self.resident_pages[entry, pages - 1] = new_page
             self._sections["kv_length"][row] = tokens
             self._sections["block_table"][row, :pages] = self.resident_pages[entry, :pages]
 

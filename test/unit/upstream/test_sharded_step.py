@@ -88,7 +88,7 @@ class CapturingStock(Stock):
 
 @pytest.mark.parametrize("flash_mla", [False, True])
 def test_a_captured_step_begins_with_what_its_layers_share(monkeypatch: pytest.MonkeyPatch, flash_mla: bool) -> None:
-    """Stock's variant is stock's; in ours the kernel's schedule is recorded once, behind the own K/V slots and ahead of the layers."""
+    """Stock's variant is stock's; what the layers of ours share is recorded once, ahead of them."""
     seen: list[Any] = []
     attention = SimpleNamespace(prepare=lambda *rows: seen.append(("prepare", *rows)), begin=lambda *rows: seen.append(("begin", *rows)))
     engine = graphs.GraphEngine((4,), [], 0, None)
