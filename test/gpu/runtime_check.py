@@ -57,6 +57,8 @@ SIZES = {
 STAGES = ("unsharded", "sharded", "sharded_again", "growth", "longer_than_a_pool", "soak", "graphs_after")
 GRAPH_STAGES = ("sharded", "sharded_again", "growth", "soak")
 """Stages whose sharded decode steps must run as graphs under the peer transport."""
+KIND_FLAGS = {"flashmla": ("--attention-backend", "flashmla", "--page-size", "64")}
+"""Kinds of a check that are no transport."""
 NEW_TOKENS = 24
 TIE_GAP = 0.25
 """Where stock's best two tokens are closer than this, bfloat16 may choose either."""
@@ -240,7 +242,7 @@ def build_servers(args: argparse.Namespace, models: dict[str, Path]) -> dict[str
         model = name.partition("_")[0]
         mla = ("--flashinfer-mla-disable-ragged",) if model == "mla" and args.device == "cuda" else ()
         kind = name.partition("_")[2]
-        transport = ("--dyncp-transport", kind) if kind else ()
+        transport = KIND_FLAGS.get(kind) or (("--dyncp-transport", kind) if kind else ())
         transport += ("--disable-overlap-schedule",) if kind == "gloo" else ()
         ours = GpuServer(name, models[model], 2, SIZES[args.device].pool, True, mla + transport, one_gpu=args.one_gpu, device=args.device)
         if model not in stock and not args.without_stock:
@@ -255,7 +257,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for everything")
-    parser.add_argument("--only", default="gqa,mla,gqa_gloo", help="checks: gqa or mla (peer memory), with _nccl or _gloo (that transport)")
+    parser.add_argument("--only", default="gqa,mla,gqa_gloo", help="checks: gqa or mla (peer memory), with _nccl or _gloo; mla_flashmla")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--without-stock", action="store_true", help="compare with the same server unsharded")
     parser.add_argument("--two-gpus", dest="one_gpu", action="store_false", help="one GPU per instance instead of one for all")

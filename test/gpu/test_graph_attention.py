@@ -5,7 +5,7 @@ time, one per instance, as streams of this process, and run once more without a 
 
 FlashInfer's MLA kernel is launched cooperatively: it needs every multiprocessor at once. Where instances share a GPU and a process, the
 kernels of one that waits for another would keep it from starting, so MLA takes a GPU per instance here (runtime_check.py runs it on one,
-as processes, which the GPU serves in turns).
+as processes, which the GPU serves in turns). FlashMLA's kernel is launched as any other, and runs here on one GPU too.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Instance:
         shape = AttentionShape(session.heads, session.kv_heads, session.qk_dim, session.v_dim, torch.bfloat16, session.qk_dim**-0.5, latent)
         sharing = session.devices.count(self.device)
         with torch.cuda.device(self.device):
-            self.attention = GraphAttention(rank, sizes, shape, self.device, num_sharing=sharing, wait_seconds=20.0)
+            self.attention = GraphAttention(
+                rank, sizes, shape, self.device, num_sharing=sharing, wait_seconds=20.0, flash_mla=session.flash_mla
+            )
             self.stream = torch.cuda.Stream()
         like = {"dtype": torch.bfloat16, "device": self.device}
         self.queries = torch.zeros(HOME_ROWS, session.heads, session.qk_dim, **like)
@@ -75,9 +77,11 @@ class Instance:
 
 
 class GpuSession(Session):
-    """A session in the kernels' sizes, bfloat16. spread: a GPU per instance, else all on one."""
+    """A session in the kernels' sizes, bfloat16. kernel: gqa, mla (both FlashInfer) or flashmla. spread: a GPU per instance, else all on
+    one."""
 
-    def __init__(self, seed: int, num_instances: int, num_pages: int, page_size: int, *, latent: bool, spread: bool) -> None:
+    def __init__(self, seed: int, num_instances: int, num_pages: int, page_size: int, *, kernel: str, spread: bool) -> None:
+        latent, self.flash_mla = kernel != "gqa", kernel == "flashmla"
         super().__init__(seed, num_instances, num_pages, page_size, latent=latent)
         self.heads, self.kv_heads, self.qk_dim, self.v_dim = (16, 1, 576, 512) if latent else (8, 2, 128, 128)
         slots = (num_pages + 1) * page_size
@@ -189,11 +193,13 @@ class GpuSession(Session):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("num_instances", "page_size", "latent"), [(2, 16, False), (4, 16, False), (2, 64, True)])
-def test_a_thousand_steps_of_joins_leaves_and_growth(num_instances: int, page_size: int, latent: bool) -> None:
-    if latent and torch.cuda.device_count() < num_instances:
-        pytest.skip("MLA takes a GPU per instance here, see above")
-    session = GpuSession(7, num_instances, 10, page_size, latent=latent, spread=torch.cuda.device_count() >= num_instances)
+@pytest.mark.parametrize(("num_instances", "page_size", "kernel"), [(2, 16, "gqa"), (4, 16, "gqa"), (2, 64, "mla"), (2, 64, "flashmla")])
+def test_a_thousand_steps_of_joins_leaves_and_growth(num_instances: int, page_size: int, kernel: str) -> None:
+    if kernel == "mla" and torch.cuda.device_count() < num_instances:
+        pytest.skip("FlashInfer's MLA takes a GPU per instance here, see above")
+    if kernel == "flashmla":
+        pytest.importorskip("flash_mla")
+    session = GpuSession(7, num_instances, 10, page_size, kernel=kernel, spread=torch.cuda.device_count() >= num_instances)
     target = 1000 if num_instances == 2 else 250
     while session.num_graph_steps < target and session.num_steps < 6000:
         if session.random.random() < 0.2 and sum(len(home.waiting_queue) for home in session.homes) < 5:

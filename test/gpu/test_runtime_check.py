@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 
 
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("check", ["gqa", "mla", "gqa_gloo"])
+@pytest.mark.parametrize("check", ["gqa", "mla", "mla_flashmla", "gqa_gloo"])
 def test_equal_to_stock(check: str, tmp_path: Path) -> None:
     script = Path(__file__).with_name("runtime_check.py")
     done = subprocess.run(

@@ -19,6 +19,7 @@ from sglang_dcp.dataflow.device_plan import to_device
 from sglang_dcp.dataflow.paged_attention import AttentionShape
 from sglang_dcp.dataflow.paged_attention_flashinfer import CopyGuard
 from sglang_dcp.dataflow.partial_attention_flashinfer import MLA_LATENT_DIM, FlashInferDecode, FlashInferMLA, KernelBuffers
+from sglang_dcp.dataflow.partial_attention_flashmla import FlashMLADecode, check_flash_mla
 from sglang_dcp.dataflow.static_tables import ListedRow, PageLines, PooledRow, RowsInput
 from sglang_dcp.dataflow.transport.base import TransportError
 
@@ -58,19 +59,39 @@ class GraphAttention:
     """One instance's static buffers, its end of the exchange, and one attention kernel per captured (home rows, guest rows).
 
     Instances connect (`exchange.connect_processes`) before the first capture. `fill` (or `advance`) and `plan` run once per step ahead of
-    the replay, on the stream of the replay; `begin` and, once per layer, `run` are captured.
+    the replay, on the stream of the replay; `begin` and, once per layer, `run` are captured. flash_mla: FlashMLA's kernel in place of
+    FlashInfer's (MLA only).
     """
 
-    def __init__(self, rank: int, sizes: GraphSizes, shape: AttentionShape, device: torch.device, *, num_sharing: int, wait_seconds: float):
-        self.rank, self.sizes, self.shape, self.wait_seconds = rank, sizes, shape, wait_seconds
+    def __init__(
+        self,
+        rank: int,
+        sizes: GraphSizes,
+        shape: AttentionShape,
+        device: torch.device,
+        *,
+        num_sharing: int,
+        wait_seconds: float,
+        flash_mla: bool = False,
+    ) -> None:
+        if flash_mla:
+            check_flash_mla(shape.num_heads, sizes.page_size)
+        self.rank, self.sizes, self.shape, self.wait_seconds, self.flash_mla = rank, sizes, shape, wait_seconds, flash_mla
         exchange_shape = sizes.exchange(shape)
         num_entries = 2 * sizes.max_rows
         self.tables = StepTables(sizes.tables(), rank, num_entries, device, exchange_shape.max_return_rows)
-        self.exchange = PeerExchange(rank, exchange_shape, self.tables, num_sharing=num_sharing, wait_limit_seconds=wait_seconds)
+        self.exchange = PeerExchange(
+            rank,
+            exchange_shape,
+            self.tables,
+            num_sharing=num_sharing,
+            wait_limit_seconds=wait_seconds,
+            early_launch=not flash_mla,  # FlashMLA's kernel would not wait for the dispatch
+        )
         self.lines = PageLines(num_entries, sizes.context_pages, sizes.page_size)
         self.merged = torch.zeros(sizes.max_home_rows, shape.num_heads, shape.v_head_dim, dtype=torch.bfloat16, device=device)
-        self._buffers = KernelBuffers.allocate(sizes.max_rows, shape.num_heads, shape.v_head_dim, device)
-        self._kernels: dict[tuple[int, int], FlashInferDecode | FlashInferMLA] = {}
+        self._buffers = None if flash_mla else KernelBuffers.allocate(sizes.max_rows, shape.num_heads, shape.v_head_dim, device)
+        self._kernels: dict[tuple[int, int], FlashInferDecode | FlashInferMLA | FlashMLADecode] = {}
         self._guard = CopyGuard(device)
         self._silent = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._silent_mask = self._silent.numpy()
@@ -89,8 +110,10 @@ class GraphAttention:
         self.tables.build()
         self._plan(home_rows, guest_rows, np.ones(rows, dtype=np.int32))
 
-    def _build_kernel(self, rows: int) -> FlashInferDecode | FlashInferMLA:
+    def _build_kernel(self, rows: int) -> FlashInferDecode | FlashInferMLA | FlashMLADecode:
         shape, section, page_size = self.shape, self.tables.section, self.sizes.page_size
+        if self._buffers is None:
+            return FlashMLADecode(shape.num_heads, shape.scale, section("block_table")[:rows], section("kv_length")[:rows])
         indptr, indices, buffers = section("page_indptr")[: rows + 1], section("page_indices"), self._buffers.first(rows)
         if shape.latent:
             return FlashInferMLA(shape.num_heads, page_size, shape.scale, indptr, indices, section("kv_length")[:rows], buffers)
@@ -116,7 +139,9 @@ class GraphAttention:
         self.tables.upload_rows(self.lines.table, check=False)  # PageLines keeps every row within its line
 
     def plan(self, home_rows: int, guest_rows: int) -> None:
-        """Schedules the step's kernel, unless its last schedule serves. GQA's counts pages, MLA's tokens."""
+        """Schedules the step's kernel, unless its last schedule serves. GQA's counts pages, MLA's tokens; FlashMLA's is `begin`'s."""
+        if self.flash_mla:
+            return
         if self.shape.latent or self._pages_changed or self._planned != (home_rows, guest_rows):
             tokens = np.zeros(home_rows + guest_rows, dtype=np.int32)
             tokens[: len(self.lines.table)] = self.lines.table[:, 1]
@@ -143,7 +168,7 @@ class GraphAttention:
         indptr = torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32))
         if isinstance(kernel, FlashInferMLA):
             kernel.plan(indptr, torch.from_numpy(tokens.copy()))
-        else:
+        elif isinstance(kernel, FlashInferDecode):
             last = np.where(tokens > 0, tokens - (counts - 1) * self.sizes.page_size, 0)
             kernel.plan(indptr, torch.from_numpy(last.astype(np.int32)))
         self._guard.mark()
@@ -163,7 +188,11 @@ class GraphAttention:
         """Ahead of the layers: tables from what `fill` or `advance` sent. And asks, without waiting, whether a peer missed a wait so far:
         the `fill` after next looks at the answer. token_table: the one that `fill` is given, always the same tensor."""
         self.tables.build(token_table)
-        self._kernels[home_rows, guest_rows].mark_empty_rows(self.tables.section("kv_length")[: home_rows + guest_rows])
+        kernel = self._kernels[home_rows, guest_rows]
+        if isinstance(kernel, FlashMLADecode):
+            kernel.plan()
+        else:
+            kernel.mark_empty_rows(self.tables.section("kv_length")[: home_rows + guest_rows])
         offset = self.exchange.layout["silent_mask"]
         self._silent.copy_(self.exchange.state[offset : offset + 4].view(torch.int32), non_blocking=True)
 
@@ -190,7 +219,9 @@ class GraphAttention:
         )[:rows]
         kernel = self._kernels[home_rows, guest_rows]
         state: PartialState
-        if isinstance(kernel, FlashInferMLA):
+        if isinstance(kernel, FlashMLADecode):
+            state = kernel.run(received, key_pool.squeeze(1).unflatten(0, (-1, page_size)), mark_neutral=False)
+        elif isinstance(kernel, FlashInferMLA):
             state = kernel.run(received, key_pool.squeeze(1).unflatten(0, (-1, page_size)))
         else:
             state = kernel.run(received, key_pool.unflatten(0, (-1, page_size)), value_pool.unflatten(0, (-1, page_size)))

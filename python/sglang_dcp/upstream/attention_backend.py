@@ -47,8 +47,10 @@ class PoolLayer:
         return KVWriteLoc(slots, physical=True)
 
 
-def make_backend_class(stock: type) -> type:
-    """The stock backend, whose `forward` is entered once per layer, with ours for steps with sharded rows, eager or captured."""
+def make_backend_class(stock: type, *, flash_mla: bool = False) -> type:
+    """The stock backend, whose `forward` is entered once per layer, with ours for steps with sharded rows, eager or captured.
+
+    flash_mla: captured ones run FlashMLA's kernel."""
 
     class DynCpBackend(stock):
         dyncp_runner: Any = None
@@ -57,7 +59,7 @@ def make_backend_class(stock: type) -> type:
             super().init_cuda_graph_state(max_bs, max_num_tokens, *args, **kwargs)
             graphs = engine()
             if graphs is not None:
-                graphs.build(self.dyncp_runner, max_bs)
+                graphs.build(self.dyncp_runner, max_bs, flash_mla=flash_mla)
 
         def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
             graphs, binding = engine(), current()
@@ -185,6 +187,7 @@ def register_backends() -> None:
 
     register_attention_backend("torch_native")(create_torch_native)
     register_attention_backend("flashinfer")(create_flashinfer)
+    register_attention_backend("flashmla")(create_flashmla)
 
 
 def create_torch_native(runner: Any) -> Any:
@@ -204,19 +207,32 @@ def create_flashinfer(runner: Any) -> Any:
     return _for_runner(make_backend_class(FlashInferAttnBackend)(runner, init_new_workspace=runner.init_new_workspace), runner)
 
 
+def create_flashmla(runner: Any) -> Any:
+    """FlashMLA decodes; prefills are FlashInfer's, which it inherits."""
+    if not runner.use_mla_backend:
+        raise ValueError("--attention-backend flashmla serves models with latent attention (MLA) alone; use flashinfer")
+    from sglang.srt.layers.attention.flashmla_backend import FlashMLABackend
+
+    return _for_runner(make_backend_class(FlashMLABackend, flash_mla=True)(runner), runner)
+
+
 def _for_runner(backend: Any, runner: Any) -> Any:
     backend.dyncp_runner = runner
     return backend
 
 
 def register_mla_form() -> None:
-    """MLA's form on FlashInfer: absorbed in a step with sharded rows, in prefill too, because shards hold latents. Else stock's choice."""
+    """MLA's form on a GPU: absorbed in a step with sharded rows, in prefill too, because shards hold latents. Else stock's choice."""
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
-    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 
-    stock = AttentionBackendRegistry.get_handler("flashinfer")
+    for name in ("flashinfer", "flashmla"):
+        AttentionBackendRegistry.register(name, _absorbed_when_sharded(AttentionBackendRegistry.get_handler(name)))
+
+
+def _absorbed_when_sharded(stock: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 
     def choose(attention: Any, forward_batch: Any) -> Any:
         return AttnForwardMethod.MLA if step_is_sharded() else stock(attention, forward_batch)
 
-    AttentionBackendRegistry.register("flashinfer", choose)
+    return choose

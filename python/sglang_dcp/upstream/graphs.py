@@ -75,7 +75,7 @@ class GraphEngine:
     def variants(self) -> SizeVariants:
         return SizeVariants((STOCK_LABEL, *(label_of(rows) for rows in self.guest_rows)))
 
-    def build(self, runner: Any, max_batch: int) -> None:
+    def build(self, runner: Any, max_batch: int, *, flash_mla: bool = False) -> None:
         """Buffers for batches of up to max_batch, connected to all peers. Every instance calls it."""
         from sglang_dcp.dataflow.graph_attention import GraphAttention, GraphSizes
 
@@ -91,12 +91,16 @@ class GraphEngine:
             context_pages=-(-runner.model_config.context_len // page_size),
         )
         wait = WAIT_SECONDS if sharing == 1 else WAIT_SECONDS_SHARED
-        self.attention = GraphAttention(self.rank, sizes, attention_shape(runner), device, num_sharing=sharing, wait_seconds=wait)
+        self.attention = GraphAttention(
+            self.rank, sizes, attention_shape(runner), device, num_sharing=sharing, wait_seconds=wait, flash_mla=flash_mla
+        )
         self.attention.exchange.connect_processes(tell_everybody(self.attention.exchange.ipc_handle(), self._group))
         self.max_home_rows = max_batch
         self._own_slots = torch.zeros(max_batch, dtype=torch.int64, device=device)
         logger.info(
-            "dyncp: decode graphs for up to %d home rows with 0, %s guest rows; buffers of %.2f GiB, peer memory, %d instances on this GPU",
+            "dyncp: decode graphs (%s) for up to %d home rows with 0, %s guest rows; buffers of %.2f GiB, peer memory, "
+            "%d instances on this GPU",
+            "FlashMLA" if flash_mla else "FlashInfer",
             max_batch,
             ", ".join(map(str, self.guest_rows)),
             (free_before - torch.cuda.mem_get_info()[0]) / 2**30,

@@ -68,6 +68,64 @@ def test_a_process_without_an_instance_is_stock() -> None:
     assert attention_backend.make_backend_class(Stock)().forward(None, None, None, None, None) is STOCK_OUTPUT
 
 
+class CapturingStock(Stock):
+    """What our backend class needs of a stock backend while graphs are captured."""
+
+    token_to_kv_pool = SimpleNamespace(size=128, page_size=64)  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.stock_calls: list[str] = []
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        self.stock_calls.append("state")
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        self.stock_calls.append("out_graph")
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        self.stock_calls.append("in_graph")
+
+
+@pytest.mark.parametrize("flash_mla", [False, True])
+def test_a_captured_step_begins_with_what_its_layers_share(monkeypatch: pytest.MonkeyPatch, flash_mla: bool) -> None:
+    """Stock's variant is stock's; what the layers of ours share is recorded once, ahead of them."""
+    seen: list[Any] = []
+    attention = SimpleNamespace(prepare=lambda *rows: seen.append(("prepare", *rows)), begin=lambda *rows: seen.append(("begin", *rows)))
+    engine = graphs.GraphEngine((4,), [], 0, None)
+    engine.attention, engine._own_slots = attention, torch.zeros(8, dtype=torch.int64)
+    monkeypatch.setattr(engine, "build", lambda runner, max_bs, *, flash_mla=False: seen.append(("build", runner, max_bs, flash_mla)))
+    monkeypatch.setattr(attention_backend, "engine", lambda: engine)
+    backend: Any = attention_backend.make_backend_class(CapturingStock, flash_mla=flash_mla)()
+    backend.dyncp_runner = runner = SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token="token table"))
+    backend.init_cuda_graph_state(8, 8)
+    batch = SimpleNamespace(batch_size=3, out_cache_loc=torch.tensor([70, 191, 192]))
+    for guest_rows in (0, 4):
+        monkeypatch.setattr(attention_backend, "captured_guest_rows", lambda guest_rows=guest_rows: guest_rows)
+        backend.init_forward_metadata_out_graph(batch, in_capture=True)
+        backend.init_forward_metadata_in_graph(batch)
+    assert backend.stock_calls == ["state", "out_graph", "in_graph"]
+    assert seen == [("build", runner, 8, flash_mla), ("prepare", 3, 4), ("begin", 3, 4, "token table")]
+    assert engine.own_slots(3).tolist() == [70, 191, 0], "K/V that travels goes to the slot of padding here"
+
+
+def test_flashmla_is_for_latent_attention() -> None:
+    with pytest.raises(ValueError, match="--attention-backend flashmla serves models with latent attention"):
+        attention_backend.create_flashmla(SimpleNamespace(use_mla_backend=False))
+
+
+@pytest.mark.parametrize("name", ["flashinfer", "flashmla"])
+def test_latent_attention_is_absorbed_where_rows_are_sharded(bound: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    handlers = pytest.importorskip("sglang.srt.models.deepseek_common.attention_backend_handler").AttentionBackendRegistry
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+
+    monkeypatch.setattr(handlers, "_handlers", dict(handlers._handlers))
+    handlers.register(name, lambda attention, forward_batch: "stock's")
+    attention_backend.register_mla_form()
+    assert handlers.get_handler(name)(None, None) == "stock's"
+    bound.pending_rows = []
+    assert handlers.get_handler(name)(None, None) is AttnForwardMethod.MLA
+
+
 def test_rotary_parts_are_joined_behind_the_latent() -> None:
     """FlashInfer's MLA gets q [T, heads, latent] and q_rope [T, heads, rotary] apart."""
     q, k = torch.randn(3, 4, 8), torch.randn(3, 1, 8)
