@@ -9,6 +9,8 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 BACKEND = "flashinfer"
+PLAIN_BACKEND = "torch_native"
+"""Serves GQA of any element type, slowly and without graphs: what float32 is compared with."""
 BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 CUDA_TRANSPORTS = ("auto", "peer", "nccl", "gloo")
 CPU_TRANSPORTS = ("auto", "gloo")
@@ -32,9 +34,10 @@ def complete_prefill_graph(values: Callable[[str], Any]) -> dict[str, bool]:
 
 def find_cuda_refusal(values: Callable[[str], Any]) -> str | None:
     """The message for the first thing of a GPU server that is not served, or None. `values(field)` reads a resolved setting."""
-    for field in BACKEND_FIELDS:
-        value = values(field)
-        if value not in (None, BACKEND):
+    named = {field: value for field in BACKEND_FIELDS if (value := values(field)) is not None}
+    served = PLAIN_BACKEND if set(named.values()) == {PLAIN_BACKEND} else BACKEND
+    for field, value in named.items():
+        if value != served:
             flag = "--" + field.replace("_", "-")
             return f"{flag} {value} does not work with --enable-dyncp on a GPU: sharded steps need {BACKEND}"
     graphs = values("cuda_graph_config")

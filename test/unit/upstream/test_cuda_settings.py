@@ -34,6 +34,8 @@ def refusal(**changes: Any) -> str | None:
 
 def test_what_was_run_is_served() -> None:
     assert refusal() is None
+    assert refusal(attention_backend="torch_native") is None
+    assert refusal(attention_backend="torch_native", decode_attention_backend="torch_native") is None
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,8 @@ def test_what_was_run_is_served() -> None:
         ({"attention_backend": "fa3"}, "--attention-backend fa3"),
         ({"decode_attention_backend": "trtllm_mha"}, "--decode-attention-backend trtllm_mha"),
         ({"prefill_attention_backend": "fa3"}, "--prefill-attention-backend fa3"),
+        ({"decode_attention_backend": "torch_native"}, "--decode-attention-backend torch_native"),
+        ({"attention_backend": "torch_native", "prefill_attention_backend": "fa3"}, "--attention-backend torch_native"),
         ({"cuda_graph_config": graphs("breakable")}, "--cuda-graph-backend-prefill breakable"),
         ({"moe_a2a_backend": "deepep"}, "--moe-a2a-backend deepep"),
         ({"enable_torch_compile": True}, "--enable-torch-compile True"),
