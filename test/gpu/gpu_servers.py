@@ -121,8 +121,9 @@ def port_range(index: int) -> tuple[int, int]:
     return 15000 + 1200 * index, 16200 + 1200 * index
 
 
-def start_all(servers: list[GpuServer], log_folder: Path) -> None:
-    for index, server in enumerate(servers):
+def start_all(servers: list[GpuServer], log_folder: Path, first: int = 0) -> None:
+    """first: how many servers stand already, which took the ports below."""
+    for index, server in enumerate(servers, first):
         server.start(log_folder, find_free_port(*port_range(index)))
 
 

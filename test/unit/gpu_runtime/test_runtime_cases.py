@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -163,6 +166,52 @@ def test_peer_memory_without_a_sharded_graph_fails(monkeypatch: pytest.MonkeyPat
 
 def test_an_incomplete_case_does_not_hold() -> None:
     assert not runtime_check.case_holds({}) and not runtime_check.case_holds({"stages": {"unsharded": {"ok": True}}})
+
+
+SERVER = "import sys, time; time.sleep(float(sys.argv[1])); print(sys.argv[2], flush=True); time.sleep(120)"
+
+
+def run_waves(monkeypatch: pytest.MonkeyPatch, out: Path, waves: str, words: str, stage: Any, limit_s: float) -> tuple[Any, dict[str, Any]]:
+    """Waves of stand-in servers that print `words` after a moment. stage(case, waves object): what a case does."""
+    monkeypatch.setattr(GpuServer, "command", lambda server: [sys.executable, "-c", SERVER, "0.1", words])
+    cases = [[Case.parse(name) for name in wave.split(",")] for wave in waves.split("/")]
+    together = [case for wave in cases for case in wave]
+    pairs = build_servers(together, {case.stock_name: Path() for case in together}, "cuda", one_gpu=True, with_stock=True)
+    found = runtime_check.Waves(cases, pairs, out)
+
+    class Stages:
+        def __init__(self, case: Case, *_: Any) -> None:
+            self.case, self.result = case, {"stages": {}}
+
+        def run(self) -> None:
+            stage(self.case.name, found)
+            self.result["complete"] = True
+
+    monkeypatch.setattr(runtime_check, "Check", Stages)
+    return found, found.run(time.monotonic() + limit_s)
+
+
+def test_the_next_wave_starts_while_one_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = {}
+
+    def stage(name: str, waves: Any) -> None:
+        time.sleep(0.8)
+        seen[name] = {server.name for server in waves.running}
+
+    waves, report = run_waves(monkeypatch, tmp_path, "gqa,mla/gqa4", "fired up and ready", stage, 60)
+    assert seen["gqa"] == {"gqa", "gqa_stock", "mla", "mla_stock", "gqa4", "gqa4_stock"}
+    assert seen["gqa4"] == {"gqa4", "gqa4_stock"}
+    assert all(runtime_check.case_holds(report["checks"][name]) for name in ("gqa", "mla", "gqa4"))
+    assert json.loads((tmp_path / "runtime_check.json").read_text()) == report
+    assert not any(server.alive for server in waves.started)
+
+
+def test_servers_that_never_become_ready_fail_their_wave_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    began = time.monotonic()
+    waves, report = run_waves(monkeypatch, tmp_path, "gqa/mla", "still loading", lambda *_: None, 4)
+    assert time.monotonic() - began < 25
+    assert not any(runtime_check.case_holds(report["checks"].get(name, {})) for name in ("gqa", "mla"))
+    assert not any(server.alive for server in waves.started)
 
 
 def test_bounds() -> None:
