@@ -111,6 +111,11 @@ def test_plain_torch_on_a_gpu_serves_torch_native_and_no_mla() -> None:
         chosen("cuda", "torch_native", mla=True)
 
 
+def test_torch_native_can_pad_a_batch_on_a_gpu() -> None:
+    runner = SimpleNamespace(device="cpu", req_to_token_pool=None, token_to_kv_pool=None)
+    assert attention_backend.create_torch_native(runner).get_cuda_graph_seq_len_fill_value() == 1
+
+
 def test_a_graph_step_never_runs_eagerly(bound: Any) -> None:
     """All instances replay it or none: falling back on one would leave the others waiting in the exchange."""
     bound.graph_guest_rows, bound.instance = 16, SimpleNamespace(rank=1, step=7)
