@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -334,6 +335,7 @@ def main() -> int:
     parser.add_argument("--gpu-each", dest="one_gpu", action="store_false", help="one GPU per instance instead of one for all")
     args = parser.parse_args()
     end = time.monotonic() + args.limit
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers, which have sessions of their own, end with this process
     args.out.mkdir(parents=True, exist_ok=True)
     waves = [[Case.parse(name) for name in wave.split(",")] for wave in args.only.split("/")]
     cases = [case for wave in waves for case in wave]
