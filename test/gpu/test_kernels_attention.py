@@ -8,6 +8,7 @@ import torch
 from sglang_dcp.dataflow.contracts import PartialState
 from sglang_dcp.dataflow.reference import partial_attention
 
+pytestmark = pytest.mark.gpu
 pytest.importorskip("flashinfer")
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("no Hopper GPU on this machine", allow_module_level=True)

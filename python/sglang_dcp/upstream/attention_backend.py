@@ -193,7 +193,12 @@ def register_backends() -> None:
 def create_torch_native(runner: Any) -> Any:
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-    return make_backend_class(TorchNativeAttnBackend)(runner)
+    class TorchNativeBackend(TorchNativeAttnBackend):
+        def get_cuda_graph_seq_len_fill_value(self) -> int:
+            """ForwardBatch pads with it, also where no graph is captured; stock's torch_native has none. A row needs a key at least."""
+            return 1
+
+    return make_backend_class(TorchNativeBackend)(runner)
 
 
 def create_flashinfer(runner: Any) -> Any:

@@ -9,7 +9,9 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 BACKEND = "flashinfer"
-BACKENDS = (BACKEND, "flashmla")
+PLAIN_BACKEND = "torch_native"
+"""Serves GQA of any element type, slowly and without graphs: what float32 is compared with."""
+BACKENDS = (BACKEND, "flashmla", PLAIN_BACKEND)
 BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 CUDA_TRANSPORTS = ("auto", "peer", "nccl", "gloo")
 CPU_TRANSPORTS = ("auto", "gloo")

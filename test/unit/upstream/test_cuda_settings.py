@@ -34,8 +34,9 @@ def refusal(**changes: Any) -> str | None:
 
 def test_what_was_run_is_served() -> None:
     assert refusal() is None
-    assert refusal(attention_backend="flashmla") is None
-    assert refusal(attention_backend="flashmla", prefill_attention_backend="flashmla", decode_attention_backend="flashmla") is None
+    for backend in ("flashmla", "torch_native"):
+        assert refusal(attention_backend=backend) is None
+        assert refusal(attention_backend=backend, prefill_attention_backend=backend, decode_attention_backend=backend) is None
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,8 @@ def test_what_was_run_is_served() -> None:
         ({"prefill_attention_backend": "fa3"}, "--prefill-attention-backend fa3"),
         ({"decode_attention_backend": "flashmla"}, "--decode-attention-backend flashmla"),
         ({"attention_backend": "flashmla", "prefill_attention_backend": "flashinfer"}, "--prefill-attention-backend flashinfer"),
+        ({"decode_attention_backend": "torch_native"}, "--decode-attention-backend torch_native"),
+        ({"attention_backend": "torch_native", "prefill_attention_backend": "fa3"}, "--prefill-attention-backend fa3"),
         ({"cuda_graph_config": graphs("breakable")}, "--cuda-graph-backend-prefill breakable"),
         ({"moe_a2a_backend": "deepep"}, "--moe-a2a-backend deepep"),
         ({"enable_torch_compile": True}, "--enable-torch-compile True"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_dcp.dataflow.partial_attention import torch_partial_attention
 from sglang_dcp.upstream import attention_backend, binding, graphs, step_path, step_sync
 from sglang_dcp.upstream.host_clock import HostClock
 
@@ -154,6 +155,23 @@ def test_auto_is_gloo_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     assert type(step_path.choose_transport("auto", cuda, None, 1.0)).__name__ == "NcclTransport"  # type: ignore[arg-type]
     with pytest.raises(graphs.GraphError, match="--dyncp-transport peer"):
         step_path.choose_transport("peer", cuda, None, 1.0)  # type: ignore[arg-type]
+
+
+def test_plain_torch_on_a_gpu_serves_torch_native_and_no_mla() -> None:
+    def chosen(device: str, backend: str, mla: bool = False) -> Any:
+        runner = SimpleNamespace(decode_attention_backend_str=backend, use_mla_backend=mla)
+        return step_path.choose_partial_attention(torch.device(device), 16, runner)
+
+    assert chosen("cpu", "torch_native", mla=True) is torch_partial_attention
+    assert chosen("cuda", "torch_native") is torch_partial_attention
+    assert type(chosen("cuda", "flashinfer", mla=True)).__name__ == "PagedPartialAttention"
+    with pytest.raises(ValueError, match="torch_native with --enable-dyncp serves no MLA model on a GPU"):
+        chosen("cuda", "torch_native", mla=True)
+
+
+def test_torch_native_can_pad_a_batch_on_a_gpu() -> None:
+    runner = SimpleNamespace(device="cpu", req_to_token_pool=None, token_to_kv_pool=None)
+    assert attention_backend.create_torch_native(runner).get_cuda_graph_seq_len_fill_value() == 1
 
 
 def test_a_graph_step_never_runs_eagerly(bound: Any) -> None:
