@@ -22,7 +22,8 @@ from benchmark.multi_gpu.settings import PartFailed, Settings, Skipped
 from benchmark.multi_gpu.streams import stream
 
 import random_models  # isort: skip - found through benchmark.multi_gpu.servers
-from runtime_check import SIZES, pinned, prompt  # isort: skip
+from runtime_cases import SIZES  # isort: skip
+from runtime_check import PAGE_SIZE, pinned, prompt  # isort: skip
 
 PACKAGES = {"deep_ep": "sgl-deep-ep", "deep_gemm": "sgl-deep-gemm"}
 MODEL = "gqa_wide"
@@ -117,7 +118,8 @@ def build_servers(settings: Settings, mode: str) -> tuple[GpuServer, GpuServer]:
 def serve_and_compare(settings: Settings, mode: str) -> list[dict[str, Any]]:
     """Rows of one mode. Skipped where stock does not serve it, PartFailed where stock does and ours does not, or answers otherwise."""
     ours, stock = build_servers(settings, mode)
-    prompts = [prompt(length, seed) for seed, length in enumerate(SIZES[settings.device].lengths)]
+    least = settings.num_gpus * PAGE_SIZE  # a page for every shard
+    prompts = [prompt(length, seed) for seed, length in enumerate(SIZES[settings.device].lengths) if length >= least]
     with started(settings, ours, stock, limit_s=settings.limit_s("c") / 2):
         try:
             if stock.ready_s is None:

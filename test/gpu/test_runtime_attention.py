@@ -8,6 +8,7 @@ import torch
 from sglang_dcp.dataflow.device_plan import plan_on_device
 from sglang_dcp.dataflow.paged_attention import PagedPartialAttention
 from sglang_dcp.dataflow.paged_attention_flashinfer import flashinfer_kernel
+from sglang_dcp.dataflow.partial_attention import torch_partial_attention
 from test.unit.dataflow.cluster import Cluster, PoolCache
 
 pytestmark = pytest.mark.gpu
@@ -17,19 +18,20 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
 
 
 class GpuCluster(Cluster):
-    """bfloat16 on the GPU, in the kernels' sizes."""
+    """On the GPU, in the kernels' sizes."""
 
-    def __init__(self, seed: int, num_instances: int, page_size: int, latent: bool) -> None:
+    def __init__(self, seed: int, num_instances: int, page_size: int, latent: bool, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(seed, num_instances, page_size, latent)
+        self.dtype = dtype
         self.heads, self.kv_heads, self.qk_dim, self.v_dim = (16, 1, 576, 512) if latent else (8, 2, 128, 128)
         self.scale = self.qk_dim**-0.5
         with torch.device("cuda"):
             self.pools = [PoolCache(65 * page_size, self.kv_heads, self.qk_dim, self.v_dim, latent) for _ in range(num_instances)]
         for pool in self.pools:
-            pool.keys, pool.values = pool.keys.bfloat16(), pool.values.bfloat16()
+            pool.keys, pool.values = pool.keys.to(dtype), pool.values.to(dtype)
 
     def randn(self, *shape: int) -> torch.Tensor:
-        return super().randn(*shape).cuda().bfloat16()
+        return super().randn(*shape).cuda().to(self.dtype)
 
     def plan(self, rank: int):
         plan, queries, kv = super().plan(rank)
@@ -55,3 +57,14 @@ def test_random_steps(num_instances: int, page_size: int, latent: bool) -> None:
         for rank, output in enumerate(cluster.run(attention)):
             assert not output.isnan().any()
             torch.testing.assert_close(output.float(), cluster.expected(rank).float(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize(("num_instances", "page_size"), [(2, 16), (4, 64)])
+def test_random_steps_in_float32(num_instances: int, page_size: int, latent: bool) -> None:
+    """The kernels take 16-bit elements; plain torch (--attention-backend torch_native) takes any."""
+    for seed in range(3):
+        cluster = GpuCluster(seed, num_instances, page_size, latent, torch.float32)
+        cluster.add_random_rows(int(cluster.rng.integers(1, 6)))
+        for rank, output in enumerate(cluster.run(torch_partial_attention)):
+            torch.testing.assert_close(output, cluster.expected(rank), atol=2e-5, rtol=2e-5)

@@ -1,4 +1,5 @@
-"""Partial attention of a step's rows in plain torch: the CPU path. CUDA adapters sit beside it and return the same type."""
+"""Partial attention of a step's rows in plain torch: the CPU path, and float32 on a GPU. CUDA adapters sit beside it and return the same
+type."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Protocol
 import torch
 
 from sglang_dcp.dataflow.contracts import AttentionRow, PartialState
+from sglang_dcp.dataflow.device_plan import to_device
 
 
 class PartialAttention(Protocol):
@@ -32,7 +34,8 @@ def torch_partial_attention(
         if row.kv_slots.numel() == 0:
             continue
         span = slice(row.query_start, row.query_start + row.num_queries)
-        output, lse = _attend(queries[span], keys[row.kv_slots], values[row.kv_slots], row, scale)
+        slots = to_device(row.kv_slots, keys.device)
+        output, lse = _attend(queries[span], keys[slots], values[slots], row, scale)
         state.output[span] = output
         state.lse[span] = lse
     return state
@@ -46,7 +49,7 @@ def _attend(
     grouped = query.float().view(tokens, kv_heads, heads // kv_heads, -1).permute(1, 2, 0, 3)
     logits = torch.matmul(grouped, keys.float().permute(1, 2, 0).unsqueeze(1)).mul_(scale)
     if row.key_offsets.numel():
-        hidden = row.key_offsets[None, :] > torch.arange(tokens)[:, None]
+        hidden = to_device(row.key_offsets, query.device)[None, :] > torch.arange(tokens, device=query.device)[:, None]
         logits[..., row.num_unmasked :].masked_fill_(hidden, float("-inf"))
     lse = torch.logsumexp(logits, dim=-1)
     weights = logits.sub_(torch.where(lse == float("-inf"), 0.0, lse).unsqueeze(-1)).exp_()

@@ -9,6 +9,9 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 BACKEND = "flashinfer"
+PLAIN_BACKEND = "torch_native"
+"""Serves GQA of any element type, slowly and without graphs: what float32 is compared with."""
+BACKENDS = (BACKEND, "flashmla", PLAIN_BACKEND)
 BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 EXPERT_BACKENDS = ("none", "deepep")
 """Expert all-to-all backends that take an instance's own rows and no others: ours changes attention, and rows stay at their home for it."""
@@ -34,18 +37,16 @@ def complete_prefill_graph(values: Callable[[str], Any]) -> dict[str, bool]:
 
 def find_cuda_refusal(values: Callable[[str], Any]) -> str | None:
     """The message for the first thing of a GPU server that is not served, or None. `values(field)` reads a resolved setting."""
-    for field in BACKEND_FIELDS:
-        value = values(field)
-        if value not in (None, BACKEND):
-            flag = "--" + field.replace("_", "-")
-            return f"{flag} {value} does not work with --enable-dyncp on a GPU: sharded steps need {BACKEND}"
+    refused = _find_backend_refusal(values)
+    if refused is not None:
+        return refused
     graphs = values("cuda_graph_config")
     if graphs is not None and graphs.prefill.backend != "disabled":
         return (
             f"--cuda-graph-backend-prefill {graphs.prefill.backend} does not work with --enable-dyncp: "
             "a captured prefill cannot tell a sharded step"
         )
-    experts = find_experts_refusal(values)
+    experts = _find_experts_refusal(values)
     if experts is not None:
         return experts
     for field in ("enable_torch_compile", "enable_deterministic_inference"):
@@ -55,7 +56,7 @@ def find_cuda_refusal(values: Callable[[str], Any]) -> str | None:
     return None
 
 
-def find_experts_refusal(values: Callable[[str], Any]) -> str | None:
+def _find_experts_refusal(values: Callable[[str], Any]) -> str | None:
     """The message for an expert all-to-all that is not served, or None."""
     backend = values("moe_a2a_backend")
     if backend is None or backend == "none":
@@ -67,6 +68,18 @@ def find_experts_refusal(values: Callable[[str], Any]) -> str | None:
             f"--moe-dense-tp-size with --enable-dp-lm-head does not work with --enable-dyncp and --moe-a2a-backend {backend}: every "
             "instance would choose its decode graph by its own batch alone, and sharded steps were run with one batch size for all"
         )
+    return None
+
+
+def _find_backend_refusal(values: Callable[[str], Any]) -> str | None:
+    """One backend for prefill and decode alike, of those whose place ours can take."""
+    backend = values("attention_backend") or BACKEND
+    for field in BACKEND_FIELDS:
+        value, flag = values(field), "--" + field.replace("_", "-")
+        if value not in (None, *BACKENDS):
+            return f"{flag} {value} does not work with --enable-dyncp on a GPU: sharded steps need {' or '.join(BACKENDS)}"
+        if value not in (None, backend):
+            return f"{flag} {value} does not work with --enable-dyncp beside --attention-backend {backend}: give one for both"
     return None
 
 
