@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gpu_servers import GpuServer
 
 CASE_NAME = re.compile(r"(gqa|mla)(4?)(?:_(nccl|gloo|f32|flashmla))?")
+PAGE_SIZE, FLASH_MLA_PAGE_SIZE = 16, 64
 NEW_TOKENS = 24
 CHUNK_TOKENS = 512
 """Prefill tokens of one instance in one step."""
@@ -85,9 +86,15 @@ class Case:
         """Of the random model; None: as many as it has."""
         return 2 if self.instances == 4 else None
 
+    @property
+    def page_size(self) -> int:
+        return FLASH_MLA_PAGE_SIZE if self.kind == "flashmla" else PAGE_SIZE
+
     def sizes(self, device: str) -> Sizes:
         if self.instances == 4:
             return FOUR_SIZES[device]
+        if self.kind == "flashmla":  # every prompt has a page for each shard
+            return replace(SIZES[device], lengths=tuple(length for length in SIZES[device].lengths if length > self.page_size))
         return FLOAT32_SIZES if self.is_float32 and device == "cuda" else SIZES[device]
 
     def bounds(self, device: str) -> Mapping[str, float]:
@@ -102,7 +109,7 @@ class Case:
         if not dyncp:
             return flags
         if self.kind == "flashmla" and device == "cuda":
-            flags += ("--attention-backend", "flashmla", "--page-size", "64")
+            flags += ("--attention-backend", "flashmla", "--page-size", str(self.page_size))
         if self.kind in ("nccl", "gloo"):
             flags += ("--dyncp-transport", self.kind)
         elif self.is_float32:

@@ -37,7 +37,6 @@ from runtime_cases import BOUNDS, Case, build_servers, within_bounds  # noqa: E4
 
 from support.client import Answer  # noqa: E402
 
-PAGE_SIZE = 16
 LARGEST_SHARE = 1.6
 """Most time of a wave, in even shares of what is left."""
 FAILURES = (RuntimeError, OSError, AssertionError, ValueError, LookupError, http.client.HTTPException)
@@ -106,8 +105,8 @@ def step_counts(server: GpuServer) -> dict[str, float]:
 class Check:
     """One server with dynamic context parallelism against one of stock. Stages run in order; a failed one does not stop the next."""
 
-    def __init__(self, case: Case, ours: GpuServer, stock: GpuServer | None, save: Callable[[], None]) -> None:
-        self.ours, self.stock, self.save = ours, stock, save
+    def __init__(self, case: Case, ours: GpuServer, stock: GpuServer | None, save: Callable[[], None], only: Sequence[str] = ()) -> None:
+        self.ours, self.stock, self.save, self.only, self.page_size = ours, stock, save, only, case.page_size
         self.sizes, self.bounds = case.sizes(ours.device), case.bounds(ours.device)
         self.result: dict[str, Any] = {"sizes": asdict(self.sizes), "bounds": dict(self.bounds), "stages": {}}
         self.prompts = [prompt(length, seed) for seed, length in enumerate(self.sizes.lengths)]
@@ -129,7 +128,10 @@ class Check:
         yield "unsharded_again", self.unsharded_again, False
 
     def run(self) -> None:
-        for name, stage, needs_graphs in self.stages():
+        stages = {name: (stage, needs_graphs) for name, stage, needs_graphs in self.stages()}
+        for number, name in enumerate(self.only or stages):
+            stage, needs_graphs = stages[name]
+            name = f"{name}, {number}" if self.only else name
             began, before = time.monotonic(), self._counts()
             entry: dict[str, Any] = {}
             try:
@@ -184,7 +186,11 @@ class Check:
         lengths = [len(answer.output_tokens) for answer in answers]
         if lengths != [job[1] for job in jobs]:
             raise ValueError(f"outputs of {lengths} tokens, asked for {[job[1] for job in jobs]}")
-        return summary([differences(a, b, self.bounds["tie_gap"]) for a, b in zip(expected, answers, strict=True)])
+        found = [differences(a, b, self.bounds["tie_gap"]) for a, b in zip(expected, answers, strict=True)]
+        for request, result in enumerate(found):
+            if result["parted"]:
+                result["parted"] |= {"request": request, "prompt_tokens": len(jobs[request][0])}
+        return summary(found)
 
     def _compare_prompts(self, degree: int) -> dict[str, Any]:
         instances, new_tokens = self.ours.instances, self.sizes.new_tokens
@@ -217,7 +223,7 @@ class Check:
         rng, jobs = random.Random(5), []
         for index in range(self.sizes.soak_requests):
             length, new_tokens = rng.randrange(20, self.sizes.pool // 4), rng.randrange(1, self.sizes.soak_new_tokens)
-            degree = min(rng.randint(1, self.ours.instances), -(-length // PAGE_SIZE))
+            degree = min(rng.randint(1, self.ours.instances), -(-length // self.page_size))
             jobs.append((prompt(length, 200 + index), new_tokens, pinned(degree, index % self.ours.instances)))
         found = self._compare(jobs, 8)
         return {"ok": self._holds(found) and self.ours.alive, "requests": len(jobs), **found}
@@ -252,8 +258,8 @@ Pairs = dict[str, tuple[GpuServer, GpuServer | None]]
 class Waves:
     """Serves and checks the cases of a wave side by side, one wave after the other; the servers of the next one start meanwhile."""
 
-    def __init__(self, waves: list[list[Case]], pairs: Pairs, out: Path) -> None:
-        self.waves, self.pairs, self.out = waves, pairs, out
+    def __init__(self, waves: list[list[Case]], pairs: Pairs, out: Path, only_stages: Sequence[str] = ()) -> None:
+        self.waves, self.pairs, self.out, self.only_stages = waves, pairs, out, only_stages
         self.report: dict[str, Any] = {"checks": {}, "servers": {}}
         self.started: list[GpuServer] = []
         self.running: list[GpuServer] = []
@@ -320,7 +326,7 @@ class Waves:
         if any(server.ready_s is None for server in pair):
             self.report["checks"][case.name] = {"stages": {}, "error": "a server did not become ready"}
             return
-        check = Check(case, ours, stock, self.save)
+        check = Check(case, ours, stock, self.save, self.only_stages)
         self.report["checks"][case.name] = check.result
         check.run()
 
@@ -330,6 +336,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for everything")
     parser.add_argument("--only", default="gqa,mla,gqa_gloo", help=f"cases; between waves a slash. {Case.__doc__}")
+    parser.add_argument("--stages", default="", help="these stages alone, in this order, e.g. unsharded,soak,soak (all, each once)")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--without-stock", action="store_true", help="compare with the same server unsharded")
     parser.add_argument("--gpu-each", dest="one_gpu", action="store_false", help="one GPU per instance instead of one for all")
@@ -341,7 +348,8 @@ def main() -> int:
     cases = [case for wave in waves for case in wave]
     one_gpu = args.one_gpu and args.device == "cuda"
     pairs = build_servers(cases, write_models(cases, args.device), args.device, one_gpu=one_gpu, with_stock=not args.without_stock)
-    report = Waves(waves, pairs, args.out).run(end)
+    only_stages = [name for name in args.stages.split(",") if name]
+    report = Waves(waves, pairs, args.out, only_stages).run(end)
     held = {case.name: case_holds(report["checks"].get(case.name, {})) for case in cases}
     print("result", all(held.values()), held, os.fspath(args.out))
     return 0 if all(held.values()) else 1
