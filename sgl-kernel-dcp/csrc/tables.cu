@@ -3,6 +3,8 @@
 
 #include "checks.h"
 
+#include <cstring>
+
 #include <tvm/ffi/container/map.h>
 #include <tvm/ffi/container/shape.h>
 #include <tvm/ffi/string.h>
@@ -77,8 +79,35 @@ void build_tables(TensorView tables, TensorView resident_pages, TensorView token
   check_cuda(cudaGetLastError(), "step_tables_kernel");
 }
 
+int64_t create_event() {
+  cudaEvent_t event = nullptr;
+  check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
+  return reinterpret_cast<int64_t>(event);
+}
+
+void destroy_event(int64_t event) { cudaEventDestroy(reinterpret_cast<cudaEvent_t>(event)); }
+
+// `count` words to tables[begin ...] by way of the pinned `staging`, both laid out alike: waits until the copy before has left staging,
+// writes it, and starts the next copy. One call, because a step pays for each.
+void send_words(TensorView tables, int64_t staging, int64_t words, int64_t begin, int64_t count, int64_t event) {
+  check_tensor("tables", tables, kDLInt, 32, {-1});
+  check_limit("begin", begin, 0, tables.size(0));
+  check_limit("count", count, 0, tables.size(0) - begin);
+  const DeviceGuard guard(tables.device().device_id);
+  const cudaStream_t stream = current_stream(tables);
+  int32_t* host = reinterpret_cast<int32_t*>(staging) + begin;
+  const size_t bytes = sizeof(int32_t) * static_cast<size_t>(count);
+  check_cuda(cudaEventSynchronize(reinterpret_cast<cudaEvent_t>(event)), "the copy before");
+  std::memcpy(host, reinterpret_cast<const void*>(words), bytes);
+  check_cuda(cudaMemcpyAsync(static_cast<int32_t*>(tables.data_ptr()) + begin, host, bytes, cudaMemcpyHostToDevice, stream), "send_words");
+  check_cuda(cudaEventRecord(reinterpret_cast<cudaEvent_t>(event), stream), "cudaEventRecord");
+}
+
 }  // namespace
 }  // namespace dcp
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(table_layout, dcp::table_layout);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(build_tables, dcp::build_tables);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_event, dcp::create_event);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_event, dcp::destroy_event);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(send_words, dcp::send_words);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -93,18 +94,17 @@ class StepTables:
         self.buffer = torch.zeros(self.layout["total_size"], dtype=torch.int32, device=device)
         self.resident_pages = torch.zeros(num_entries, shape.max_pages_per_row, dtype=torch.int32, device=device)
         self._host = torch.zeros(self.layout["input_size"], dtype=torch.int32, pin_memory=True)
-        self._copied = torch.cuda.Event()
+        with torch.cuda.device(device):
+            self._copied = self._library.create_event()
+        weakref.finalize(self, self._library.destroy_event, self._copied)
         self._expects = np.zeros(0, dtype=bool)
-        self._rows_copy = self._copy_of(self.layout["input_rows"], 0)
         self._no_token_table = torch.zeros(0, 0, dtype=torch.int32, device=device)
 
     def upload(self, message: StepMessage | StepArrays) -> None:
         """Checks the message against the capacities and starts its copy on the current stream."""
         packed = self.pack(message)
-        rows = packed[self.layout["input_rows"] :].reshape(-1, 4)
-        self._expects = rows[:, 3] >= 0
-        self._rows_copy = self._copy_of(self.layout["input_rows"], rows.size)
-        self._send(packed, self._copy_of(0, len(packed)))
+        self._expects = packed[self.layout["input_rows"] :].reshape(-1, 4)[:, 3] >= 0
+        self._send(packed, 0)
 
     def upload_rows(self, rows: np.ndarray, *, check: bool = True) -> None:
         """Likewise for a step that keeps the routes and entries of the one before: token counts, new pages and K/V slots of the same rows
@@ -113,19 +113,14 @@ class StepTables:
             raise ValueError(f"{len(rows)} rows, the routes uploaded last give {len(self._expects)}")
         if check:
             _check_rows(rows, self.shape, self.num_entries, self._expects)
-        self._send(rows.reshape(-1), self._rows_copy)
+        self._send(rows, self.layout["input_rows"])
 
-    def _copy_of(self, begin: int, count: int) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-        """Views of these words of the message: to write on the host, to copy from there, and to copy to."""
-        host = self._host[begin : begin + count]
-        return host.numpy(), host, self.buffer[begin : begin + count]
-
-    def _send(self, words: np.ndarray, copy: tuple[np.ndarray, torch.Tensor, torch.Tensor]) -> None:
-        to_write, source, target = copy
-        self._copied.synchronize()
-        to_write[:] = words
-        target.copy_(source, non_blocking=True)
-        self._copied.record()
+    def _send(self, words: np.ndarray, begin: int) -> None:
+        """words: int32, contiguous."""
+        if words.dtype != np.int32 or not words.flags.c_contiguous:
+            raise ValueError(f"words of the message must be contiguous int32, got {words.dtype} with strides {words.strides}")
+        address = words.__array_interface__["data"][0]
+        self._library.send_words(self.buffer, self._host.data_ptr(), address, begin, words.size, self._copied)
 
     def pack(self, message: StepMessage | StepArrays) -> np.ndarray:
         """The message as int32 words; raises ValueError naming the value and its limit."""
