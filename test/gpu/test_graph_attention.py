@@ -156,7 +156,8 @@ class GpuSession(Session):
         self.num_advances += step.is_advance
         table = np.zeros(instance.token_table.shape, dtype=np.int32)
         for line, req in home.rows_by_slot.items():
-            table[line, : len(req.pages) * self.page_size : self.page_size] = np.array(req.pages, dtype=np.int32) * self.page_size
+            pages = np.array(req.listed_pages, dtype=np.int32)
+            table[line, : len(pages) * self.page_size : self.page_size] = pages * self.page_size
         instance.token_table.copy_(torch.from_numpy(table))
         if step.is_advance:
             instance.attention.advance(step.step)

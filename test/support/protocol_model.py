@@ -93,6 +93,11 @@ class ModelRequest:
     def full_untruncated_fill_ids(self) -> range:
         return range(len(self.origin_input_ids) + len(self.output_ids))
 
+    @property
+    def listed_pages(self) -> list[int]:
+        """What SGLang's token table lists of a request with all its pages at home."""
+        return self.pages if self.dyncp is None else [page.number for page in self.dyncp.pages if page is not None]
+
     def finished(self) -> bool:
         return len(self.output_ids) >= self.max_new_tokens
 

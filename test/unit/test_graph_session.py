@@ -73,12 +73,12 @@ class GraphSession(Session):
             table.reshape(-1)[places] = pages
             self.num_written += len(places)
             for entry, line in given.copies.T:
-                pages = home.rows_by_slot[line].pages[: given.copy_pages]
+                pages = home.rows_by_slot[line].listed_pages[: given.copy_pages]
                 table[entry, : len(pages)] = pages
         for entry, tokens, new_page, _ in lines.table.tolist():
             if new_page != NO_PAGE:
                 last = (tokens - 1) // self.page_size
-                table[entry, last] = new_page if new_page >= 0 else home.rows_by_slot[FROM_TOKEN_TABLE - new_page].pages[last]
+                table[entry, last] = new_page if new_page >= 0 else home.rows_by_slot[FROM_TOKEN_TABLE - new_page].listed_pages[last]
                 self.num_written += 1
         masks = [[[s for s in range(self.num_instances) if word >> s & 1] for word in words.tolist()] for words in step.words]
         tails = [[(word >> TAIL_SHIFT) - 1 for word in words.tolist()] for words in step.words]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,9 +24,8 @@ HeldPages = Sequence[tuple[int, int]]
 """(sequence page index, page number) of one request on one shard, ascending."""
 
 
-@dataclass(frozen=True, slots=True)
-class ListedRow:
-    """A row whose pages here the host knows: a guest, or an own request that the ledger manages.
+class ListedRow(NamedTuple):
+    """A row whose pages here the host knows: a guest, or an own request with shards elsewhere.
 
     key: names the request for as long as it lives; a new one gets a new key. length: tokens of the sequence, the new one included.
     held: a live list, to which later pages are added. grows: the new token's K/V lies here; arrives: and came from its home.
@@ -38,9 +38,8 @@ class ListedRow:
     arrives: bool
 
 
-@dataclass(frozen=True, slots=True)
-class PooledRow:
-    """An own row with all its pages at home, known to SGLang's token table (on the device) alone. line: its row of that table."""
+class PooledRow(NamedTuple):
+    """An own row with all its pages at home, listed in SGLang's token table (on the device). line: its row of that table."""
 
     key: Hashable
     line: int
@@ -108,9 +107,10 @@ def guests_per_instance(routes: Sequence[Sequence[int]], num_instances: int) -> 
     return counts
 
 
-@dataclass
+@dataclass(slots=True)
 class _Line:
     entry: int
+    first_step: int
     num_pages: int = 0
     last_step: int = -1
 
@@ -120,6 +120,8 @@ class PageLines:
     """Which line of the device's page table belongs to which request, and how much of it is filled.
 
     num_entries lines of `width` pages. Keys of pooled rows are forgotten when a step did not name them: their pages may have changed.
+    They may change once while the row decodes, too: when SGLang has the result of its prefill, behind the row's first step, it can replace
+    pages by others of the prefix cache with the same tokens. So a pooled row's line is filled in its first step and again in its second.
     """
 
     num_entries: int
@@ -129,6 +131,7 @@ class PageLines:
     _free: list[int] = field(default_factory=list)
     _step: int = -1
     _rows: Sequence[ListedRow | PooledRow] = ()
+    _keys: set[Hashable] = field(default_factory=set)
     _table: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int32))
     _grows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     _arrives: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
@@ -139,37 +142,43 @@ class PageLines:
 
     def fill(self, step: int, rows: Sequence[ListedRow | PooledRow]) -> RowsInput:
         """`rows`: this instance's attention rows in their order, (home, position in that home's list)."""
-        for row in self._rows:
-            self._lines[row.key].last_step = self._step
-        pooled_before = _pooled_keys(self._rows)
-        if step != self._step + 1:
-            self._forget(pooled_before)
+        self._leave(rows, goes_on=step == self._step + 1)
         self._step, self._rows = step, rows
         self._table = table = np.full((len(rows), 4), NO_SLOT, dtype=np.int32)
         places: list[int] = []
         pages: list[int] = []
         copies: list[tuple[int, int]] = []
-        self._appended, copy_pages = [], 0
+        grows, arrives = [1] * len(rows), [0] * len(rows)
+        self._appended, copy_pages, page_size = [], 0, self.page_size
+        entries, counts = [], []
         for index, row in enumerate(rows):
-            line = self._line(row.key)
-            tokens = row.length if isinstance(row, PooledRow) else shard_tokens(row.held, row.length, self.page_size)
-            needed = -(-tokens // self.page_size)
-            table[index, 0], table[index, 1] = line.entry, tokens
-            if needed == line.num_pages + 1:
-                self._append(index, needed)
-            elif needed > line.num_pages and isinstance(row, PooledRow):
-                copies.append((line.entry, row.line))
-                copy_pages = max(copy_pages, needed)
-            elif isinstance(row, ListedRow):
-                begin = line.entry * self.width
-                places += range(begin + line.num_pages, begin + needed)
-                pages += [number for _, number in row.held[line.num_pages : needed]]
-            if isinstance(row, ListedRow) and row.arrives:
-                table[index, 3] = slot_of(row.held, row.length - 1, self.page_size)
-            line.num_pages = max(line.num_pages, needed)
-        self._grows = np.array([isinstance(row, PooledRow) or row.grows for row in rows], dtype=np.int32)
-        self._arrives = np.array([isinstance(row, ListedRow) and row.arrives for row in rows], dtype=np.int32)
-        self._forget(pooled_before - _pooled_keys(rows))
+            line = self._lines.get(row.key) or self._new_line(row.key)
+            if isinstance(row, PooledRow):
+                tokens = row.length
+                needed = -(-tokens // page_size)
+                if needed > 1 and (line.first_step >= step - 1 or needed > line.num_pages + 1):
+                    copies.append((line.entry, row.line))
+                    copy_pages = max(copy_pages, needed)
+                elif needed == line.num_pages + 1 or line.first_step >= step - 1:
+                    self._append(index, needed)
+            else:
+                tokens = shard_tokens(row.held, row.length, page_size)
+                needed = -(-tokens // page_size)
+                grows[index], arrives[index] = row.grows, row.arrives
+                if needed == line.num_pages + 1:
+                    self._append(index, needed)
+                elif needed > line.num_pages:
+                    begin = line.entry * self.width
+                    places += range(begin + line.num_pages, begin + needed)
+                    pages += [number for _, number in row.held[line.num_pages : needed]]
+                if row.arrives:
+                    table[index, 3] = slot_of(row.held, row.length - 1, page_size)
+            if needed > line.num_pages:
+                line.num_pages = needed
+            entries.append(line.entry)
+            counts.append(tokens)
+        table[:, 0], table[:, 1] = entries, counts
+        self._grows, self._arrives = np.array(grows, dtype=np.int32), np.array(arrives, dtype=np.int32)
         return RowsInput(table, _pairs([places, pages]), _pairs(list(zip(*copies, strict=True)) or [[], []]), copy_pages)
 
     def advance(self, step: int) -> bool:
@@ -207,24 +216,26 @@ class PageLines:
         self._table[index, 2] = FROM_TOKEN_TABLE - row.line if isinstance(row, PooledRow) else row.held[needed - 1][1]
         self._appended.append(index)
 
-    def _line(self, key: Hashable) -> _Line:
-        line = self._lines.get(key)
-        if line is None:
-            if not self._free:
-                self._forget([min(self._lines, key=lambda k: self._lines[k].last_step)])
-            line = self._lines[key] = _Line(self._free.pop())
-        line.last_step = self._step
+    def _leave(self, rows: Sequence[ListedRow | PooledRow], *, goes_on: bool) -> None:
+        """Notes who is not among the next step's rows, and forgets the pooled ones of them; all of those where steps lie between."""
+        before, self._keys = self._rows, {row.key for row in rows}
+        for row in before:
+            is_pooled = isinstance(row, PooledRow)
+            if row.key in self._keys and (goes_on or not is_pooled):
+                continue
+            if is_pooled:
+                self._forget(row.key)
+            else:
+                self._lines[row.key].last_step = self._step
+
+    def _new_line(self, key: Hashable) -> _Line:
+        if not self._free:
+            self._forget(min((key for key in self._lines if key not in self._keys), key=lambda key: self._lines[key].last_step))
+        line = self._lines[key] = _Line(self._free.pop(), self._step)
         return line
 
-    def _forget(self, keys: Iterable[Hashable]) -> None:
-        for key in keys:
-            line = self._lines.pop(key, None)
-            if line is not None:
-                self._free.append(line.entry)
-
-
-def _pooled_keys(rows: Iterable[ListedRow | PooledRow]) -> set[Hashable]:
-    return {row.key for row in rows if isinstance(row, PooledRow)}
+    def _forget(self, key: Hashable) -> None:
+        self._free.append(self._lines.pop(key).entry)
 
 
 def _pairs(columns: Sequence[Sequence[int]]) -> np.ndarray:

@@ -7,7 +7,7 @@ after a step's all-gather; a step that fits none, or extends anywhere, runs eage
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from sglang_dcp.dataflow.paged_attention import AttentionShape
 from sglang_dcp.dataflow.static_tables import ListedRow, PooledRow, guests_per_instance, route_word32, route_words
 from sglang_dcp.ledger.routes import shard_mask, travelling_tail
 from sglang_dcp.upstream.binding import Binding, current
-from sglang_dcp.upstream.instance import is_managed
 from sglang_dcp.upstream.peers import Place, find_obstacle, num_sharing, own_place, tell_everybody
 
 logger = logging.getLogger(__name__)
@@ -123,13 +122,14 @@ class GraphEngine:
         """
         last, instance = binding.graph_step, binding.instance
         steady = instance.rows_steady and binding.own_batch.steady
-        if last is not None and steady and instance.step == last.step + 1 and batch_sizes == last.batch_sizes:
+        goes_on = last is not None and instance.step == last.step + 1
+        if goes_on and steady and not last.has_new_pooled and batch_sizes == last.batch_sizes:
             last.step, last.is_advance = instance.step, True
             return
         binding.graph_step = None
         binding.graph_guest_rows = self.choose([[row.route for row in rows] for rows in instance.rows_of], batch_sizes)
         if binding.graph_guest_rows:
-            binding.graph_step = collect_step(binding, batch_sizes)
+            binding.graph_step = collect_step(binding, batch_sizes, last.pooled if goes_on else frozenset())
 
     def load(self, binding: Binding, home_rows: int) -> None:
         """Fills the step's tables and plans its kernel, for the graph of `home_rows`. On the stream of the replay."""
@@ -159,49 +159,48 @@ class GraphEngine:
 class GraphStep:
     """A decode step as the tables want it: route words of every home, and this instance's attention rows.
 
-    is_advance: the rows are those of the step before, one token on. batch_sizes: of all instances.
+    is_advance: the rows are those of the step before, one token on. batch_sizes: of all instances. pooled: keys of the pooled rows;
+    has_new_pooled: some were not in the step before, so that their pages may still change (PageLines).
     """
 
     step: int
     words: list[np.ndarray]
     rows: list[ListedRow | PooledRow]
     batch_sizes: list[int]
+    pooled: frozenset[Hashable]
+    has_new_pooled: bool
     is_advance: bool = False
 
 
-def collect_step(binding: Binding, batch_sizes: Sequence[int]) -> GraphStep:
-    """The step that all instances agreed on."""
+def collect_step(binding: Binding, batch_sizes: Sequence[int], pooled_before: frozenset[Hashable]) -> GraphStep:
+    """The step that all instances agreed on. pooled_before: keys of the pooled rows of the step just before, if that was a graph's."""
     instance = binding.instance
     words: list[np.ndarray] = []
     rows: list[ListedRow | PooledRow] = []
+    pooled: list[Hashable] = []
     for home, told in enumerate(instance.rows_of):
         if home == instance.rank:
-            own_words = []
-            for req, prefix_len, _ in binding.own_batch.spans:
-                word, row = _own_row(binding, req, prefix_len + 1)
-                own_words.append(word)
-                rows += [row] if row is not None else []
-            words.append(np.array(own_words, dtype=np.int32))
+            own = np.full(batch_sizes[home], 1 << home, dtype=np.int32)
+            routes = binding.own_batch.routes
+            for index, (req, prefix_len, _) in enumerate(binding.own_batch.spans):
+                route = routes.get(index)
+                if route is None:
+                    rows.append(PooledRow(req.rid, req.kv.req_pool_idx, prefix_len + 1))
+                    pooled.append(req.rid)
+                    continue
+                own[index] = route_word32(route)
+                if shard_mask(route) >> home & 1:
+                    request, grows = req.dyncp, travelling_tail(route) < 0
+                    rows.append(ListedRow((home, request.handle), prefix_len + 1, request.own_pages, grows, arrives=False))
+            words.append(own)
             continue
         words.append(route_words((row.route for row in told), batch_sizes[home] - len(told), home))
         for guest in told:
             if shard_mask(guest.route) >> instance.rank & 1:
                 held, arrives = instance.guests.pages_of(home, guest.handle), travelling_tail(guest.route) == instance.rank
                 rows.append(ListedRow((home, guest.handle), guest.prefix_len + 1, held, grows=arrives, arrives=arrives))
-    return GraphStep(instance.step, words, rows, list(batch_sizes))
-
-
-def _own_row(binding: Binding, req: Any, length: int) -> tuple[int, ListedRow | PooledRow | None]:
-    """Route word of an own row, and the row as this instance attends it (None when no page of it lies here)."""
-    instance = binding.instance
-    if not is_managed(req):
-        return 1 << instance.rank, PooledRow(req.rid, req.kv.req_pool_idx, length)
-    request = req.dyncp
-    route = instance.route_of(request, length)
-    if not shard_mask(route) >> instance.rank & 1:
-        return route_word32(route), None
-    grows = travelling_tail(route) < 0
-    return route_word32(route), ListedRow((instance.rank, request.handle), length, request.own_pages, grows=grows, arrives=False)
+    keys = frozenset(pooled)
+    return GraphStep(instance.step, words, rows, list(batch_sizes), keys, has_new_pooled=not keys <= pooled_before)
 
 
 def attention_shape(runner: Any) -> AttentionShape:

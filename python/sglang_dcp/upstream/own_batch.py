@@ -17,14 +17,14 @@ Span = tuple[Any, int, int]
 class OwnBatch:
     """Taken in once per step. A step like the last one, one token on, looks only at the rows that begin a page.
 
-    steady: the same requests decode as in the step before, over the same routes.
+    steady: the same requests decode as in the step before, over the same routes. routes: of the sharded rows, by place in the batch.
     """
 
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
         self._reqs: list[Any] = []
         self._lengths = np.zeros(0, dtype=np.int64)
-        self._routes: dict[int, int] = {}
+        self.routes: dict[int, int] = {}
         self._decodes = False
         self._spans: list[Span] | None = []
         self.steady = False
@@ -48,7 +48,7 @@ class OwnBatch:
         """A step that prefills."""
         self._decodes, self.steady, self._spans, self._reqs = False, False, spans, []
         ends = ((index, req, prefix_len + num_new) for index, (req, prefix_len, num_new) in enumerate(spans))
-        self._routes = {index: route for index, req, end in ends if (route := self._route(req, end)) is not None}
+        self.routes = {index: route for index, req, end in ends if (route := self._route(req, end)) is not None}
 
     def take_decode(self, reqs: Sequence[Any], lengths: np.ndarray) -> None:
         """lengths: tokens of each sequence, the new one included."""
@@ -59,17 +59,17 @@ class OwnBatch:
             return
         self._decodes, self.steady, self._reqs = True, False, list(reqs)
         ends = enumerate(zip(reqs, lengths.tolist(), strict=True))
-        self._routes = {index: route for index, (req, end) in ends if (route := self._route(req, end)) is not None}
+        self.routes = {index: route for index, (req, end) in ends if (route := self._route(req, end)) is not None}
 
     def sharded_rows(self) -> list[Row]:
         spans = self.spans
-        return [Row(spans[i][0].dyncp.handle, spans[i][1], spans[i][2], route) for i, route in self._routes.items()]
+        return [Row(spans[i][0].dyncp.handle, spans[i][1], spans[i][2], route) for i, route in self.routes.items()]
 
     def _same_routes(self) -> bool:
         """Routes change where a page begins, and nowhere else."""
         page_size = self._instance.page_size
         begin = np.flatnonzero(self._lengths % page_size == 1 % page_size).tolist()
-        return all(self._route(self._reqs[index], int(self._lengths[index])) == self._routes.get(index) for index in begin)
+        return all(self._route(self._reqs[index], int(self._lengths[index])) == self.routes.get(index) for index in begin)
 
     def _route(self, req: Any, length: int) -> int | None:
         """The route of a row of `length` tokens, None for one that this instance attends alone."""

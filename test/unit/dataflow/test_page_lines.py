@@ -1,0 +1,57 @@
+"""When a row's line of the device's page table is filled anew."""
+
+import pytest
+
+from sglang_dcp.dataflow.static_tables import FROM_TOKEN_TABLE, NO_PAGE, ListedRow, PageLines, PooledRow
+
+PAGE_SIZE = 16
+
+
+def lines() -> PageLines:
+    return PageLines(num_entries=6, width=20, page_size=PAGE_SIZE)
+
+
+def copied(table: PageLines, step: int, rows: list) -> list[int]:
+    """Lines of the token table that the step copies, and those from which it takes one page."""
+    given = table.fill(step, rows)
+    appended = [FROM_TOKEN_TABLE - page for page in given.rows[:, 2].tolist() if page <= FROM_TOKEN_TABLE]
+    return sorted(given.copies[1].tolist()) + appended
+
+
+def test_a_pooled_row_is_copied_in_its_first_two_steps() -> None:
+    """SGLang may replace a new row's pages by those of the prefix cache behind its first decode step."""
+    table = lines()
+    assert copied(table, 5, [PooledRow("a", 3, 40)]) == [3]
+    assert copied(table, 6, [PooledRow("a", 3, 41), PooledRow("b", 4, 70)]) == [3, 4]
+    assert copied(table, 7, [PooledRow("a", 3, 42), PooledRow("b", 4, 71)]) == [4]
+    assert copied(table, 8, [PooledRow("a", 3, 43), PooledRow("b", 4, 72)]) == []
+    assert copied(table, 9, [PooledRow("a", 3, 44), PooledRow("c", 5, 7)]) == [5]
+    assert copied(table, 10, [PooledRow("a", 3, 45), PooledRow("c", 5, 8)]) == [5], "a row of one page likewise"
+    assert copied(table, 12, [PooledRow("a", 3, 47)]) == [3], "a step between: pages may be others"
+
+
+def test_a_pooled_row_that_begins_a_page_takes_that_one_alone() -> None:
+    table = lines()
+    for step in range(5):
+        copied(table, step, [PooledRow("a", 3, 28 + step)])
+    assert copied(table, 5, [PooledRow("a", 3, 33)]) == [3] and table.table[0, 2] == FROM_TOKEN_TABLE - 3
+    assert not table.advance(6) and table.table[0, 2] == NO_PAGE
+
+
+def test_listed_pages_are_written_once_and_lines_are_reused() -> None:
+    table = lines()
+    held = [(index, 100 + index) for index in range(10)]
+    for step in range(4):
+        given = table.fill(step, [ListedRow((1, step), 80, held, grows=False, arrives=False)])
+        assert given.writes[1].tolist() == [100, 101, 102, 103, 104]
+    given = table.fill(4, [ListedRow((1, 3), 81, held, grows=True, arrives=True)])
+    assert given.writes.shape[1] == 0 and given.rows[0].tolist()[1:] == [81, 105, 105 * PAGE_SIZE]
+    entries = {table.fill(step, [ListedRow((2, step), 80, held, grows=False, arrives=False)]).rows[0, 0] for step in range(5, 30)}
+    assert entries <= set(range(6))
+
+
+def test_a_row_longer_than_its_line_is_refused() -> None:
+    table = lines()
+    table.fill(0, [ListedRow("a", 20 * PAGE_SIZE, [(index, 1 + index) for index in range(21)], grows=True, arrives=False)])
+    with pytest.raises(ValueError, match="a has 21 pages here, a line of the page table holds 20"):
+        table.advance(1)
