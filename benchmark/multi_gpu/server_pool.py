@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -145,6 +146,12 @@ def warm_up(server: GpuServer, settings: Settings) -> None:
     for degree in degrees:
         sampling = pinned(degree, 0) if server.dyncp else {"ignore_eos": True}
         server.client.generate(prompt(length, 90 + degree), max_new_tokens=8, sampling=sampling)
+
+
+def cost_model_notes(server: GpuServer, name: str) -> dict[str, str]:
+    """What the server says it places by; nothing for stock."""
+    found = re.search(r"dyncp: cost model (.*)", server.log())
+    return {f"{name}, cost model": found[1]} if found else {}
 
 
 def settled_counts(server: GpuServer) -> dict[str, float]:

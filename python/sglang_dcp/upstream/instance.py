@@ -23,10 +23,9 @@ from sglang_dcp.ledger.messages import AskAdmission, AskGrowth, Granted, Message
 from sglang_dcp.ledger.page_ids import Page, PageIds
 from sglang_dcp.ledger.reservations import Decision, Grant, Key, ReservationTable
 from sglang_dcp.ledger.routes import route_word
-from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.growth import predicted_level
 from sglang_dcp.upstream import columns as col
-from sglang_dcp.upstream.placement_request import DEFAULT_COST_MODEL, node_of
+from sglang_dcp.upstream.placement_request import cost_model_of, node_of
 
 if TYPE_CHECKING:
     from sglang_dcp.upstream.kv_pool import LedgerAllocator
@@ -52,7 +51,7 @@ class Instance:
         self.homes = HomeBook(self.ids)
         self.guests = GuestBook()
         self.table = ReservationTable(num_instances, [node_of(rank) for rank in range(num_instances)])
-        self.cost_model = load_cost_model(config.cost_model or DEFAULT_COST_MODEL, num_instances)
+        self.cost_model = cost_model_of(config, num_instances)
         self.step = 0
         self.outbox: list[Message] = []
         self.rows_of: list[tuple[Row, ...]] = [()] * num_instances

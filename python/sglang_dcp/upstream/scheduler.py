@@ -59,7 +59,14 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
     attach_metrics(binding)
     bindings.bind(binding)
     logger.info(
-        "dyncp: instance %d of %d, policy %s, %d pages of %d tokens", rank, num_instances, config.policy, pool.num_pages, pool.page_size
+        "dyncp: instance %d of %d, policy %s, cost model %s for %d layers, %d pages of %d tokens",
+        rank,
+        num_instances,
+        config.policy,
+        instance.cost_model.name,
+        instance.cost_model.num_layers,
+        pool.num_pages,
+        pool.page_size,
     )
 
 
