@@ -33,7 +33,7 @@ class Session(ProtocolModel):
         self.torch_rng = torch.Generator().manual_seed(seed)
         self.keys: dict[str, torch.Tensor] = {}
         self.values: dict[str, torch.Tensor] = {}
-        self.num_sharded_steps = self.num_rows = self.num_mixed_steps = 0
+        self.num_sharded_steps = self.num_rows = self.num_mixed_steps = self.num_steps_without_return = 0
 
     def close(self) -> None:
         self.threads.shutdown()
@@ -49,6 +49,9 @@ class Session(ProtocolModel):
         self.num_mixed_steps += instances[0].num_sharded_rows > 0 and len(modes) == 2
         inputs = [self.tokens_of(home) for home in self.homes]
         outputs = list(self.threads.map(self.run_layer, range(self.num_instances), inputs))
+        asked = {home.instance.plan.anybody_asks for home in self.homes}
+        assert len(asked) == 1, "instances disagree about a collective"
+        self.num_steps_without_return += instances[0].num_sharded_rows > 0 and not asked.pop()
         for home, (queries, _), output in zip(self.homes, inputs, outputs, strict=True):
             self.compare(home, queries, output)
 
@@ -142,6 +145,7 @@ def test_session_of_random_requests(num_instances, num_pages, page_size, latent)
     drive(session)
     assert session.num_sharded_steps > 100
     assert session.num_mixed_steps > 10
+    assert session.num_steps_without_return >= 3
     assert sum(home.instance.num_growths for home in session.homes) > 5
 
 

@@ -50,10 +50,10 @@ def attention_step(
             cache.write(slots, arrived)
     merged = attend_chunks(queries, new_kv, plan, partial_attention, scale)
     own, guests = attend_pool(queries, received.queries, plan, cache, partial_attention, scale, like=merged)
-    returned = return_partials(guests, plan, transport, layer=layer, dtype=queries.dtype)
+    if plan.anybody_asks:
+        merge_returned(merged, return_partials(guests, plan, transport, layer=layer, dtype=queries.dtype), plan)
     if len(plan.pool_tokens):
         merge_into(merged, plan.pool_tokens, own)
-    merge_returned(merged, returned, plan)
     return merged.output
 
 

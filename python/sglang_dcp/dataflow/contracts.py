@@ -143,6 +143,7 @@ class StepPlan:
     write_slots [T]:       slot of each own token's K/V; 0 (the padding page) where it travels, or for padding.
     pool_rows:             rows over this instance's pool: first the own tokens `pool_tokens`, then the received queries, all of them.
     chunk_rows:            causal rows of the own tokens `chunk_tokens`, over the own tokens (pages of one token).
+    anybody_asks:          whether any instance sends a query; all know alike. If none does, nothing is returned and no call made for it.
     """
 
     step: int
@@ -156,6 +157,7 @@ class StepPlan:
     pool_tokens: TokenList
     chunk_rows: tuple[AttentionRow, ...]
     chunk_tokens: TokenList
+    anybody_asks: bool = True
 
     @property
     def num_received(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -66,3 +67,9 @@ def merge_rows(state: PartialState, tokens: TokenList, part: PartialState) -> No
         block_heads=block_heads,
         block_dim=block_dim,
     )
+
+
+def prepare(num_heads: int, v_head_dim: int, device: torch.device) -> None:
+    """Compiles the kernel for bfloat16 rows of this shape: not while requests wait."""
+    state = PartialState.neutral(1, num_heads, v_head_dim=v_head_dim, dtype=torch.bfloat16, device=device)
+    merge_rows(state, TokenList(torch.zeros(1, dtype=torch.int64, device=device), 0), state)

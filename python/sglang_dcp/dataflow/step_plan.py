@@ -64,6 +64,11 @@ def build_step_plan(
     )
 
 
+def asks(num_new: int, prefix_len: int) -> bool:
+    """Whether a row with remote shards may send queries. A first chunk never does."""
+    return num_new == 1 or prefix_len > 0
+
+
 class _Sending:
     """What an instance's own rows send, per destination, and what of their K/V stays."""
 

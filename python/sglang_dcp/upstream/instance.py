@@ -6,6 +6,7 @@ about SGLang's objects itself beyond reading them.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import numpy as np
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.contracts import GuestRow, HomeRow, StepPlan
-from sglang_dcp.dataflow.step_plan import build_step_plan, holds_active_page
+from sglang_dcp.dataflow.step_plan import asks, build_step_plan, holds_active_page
 from sglang_dcp.ledger import messages
 from sglang_dcp.ledger.guests import GuestBook
 from sglang_dcp.ledger.homes import HomeBook, HomeRequest
@@ -253,7 +254,10 @@ class Instance:
                 if held and holds_active_page(held[0][0], self.page_size, row.prefix_len + row.num_new):
                     book = np.array(held, dtype=np.int64)
                     guests.append(GuestRow(home, row.num_new, row.prefix_len, book[:, 0], book[:, 1]))
-        self.plan = build_step_plan(self.step, self.rank, self.num_instances, self.page_size, num_tokens, home_rows, guests)
+        plan = build_step_plan(self.step, self.rank, self.num_instances, self.page_size, num_tokens, home_rows, guests)
+        # From the rows of all homes, which every instance knows alike: a collective may depend on nothing else.
+        anybody_asks = any(asks(row.num_new, row.prefix_len) for rows in self.rows_of for row in rows)
+        self.plan = dataclasses.replace(plan, anybody_asks=anybody_asks)
 
     def managed_row(self, request: HomeRequest, token_start: int, num_new: int, prefix_len: int) -> HomeRow:
         pages = [page for page in request.pages if page is not None]

@@ -19,7 +19,7 @@ from sglang_dcp.upstream.instance import Instance
 from sglang_dcp.upstream.kv_pool import LedgerAllocator
 from sglang_dcp.upstream.metrics import attach_metrics
 from sglang_dcp.upstream.models import check_model
-from sglang_dcp.upstream.step_path import choose_partial_attention, choose_transport
+from sglang_dcp.upstream.step_path import choose_partial_attention, choose_transport, prepare_merge
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
     binding = bindings.Binding(
         scheduler, instance, transport, group, device=device, partial_attention=choose_partial_attention(device, pool.page_size)
     )
+    prepare_merge(scheduler.tp_worker.model_runner, device)
     if synthetic_prefill.is_enabled():
         synthetic_prefill.fill_pool(scheduler.tp_worker.model_runner.token_to_kv_pool, rank)
     attach_metrics(binding)

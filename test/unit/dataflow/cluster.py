@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from sglang_dcp.dataflow.attention_step import attention_step
 from sglang_dcp.dataflow.contracts import GuestRow, HomeRow, NewKV, StepPlan
 from sglang_dcp.dataflow.partial_attention import torch_partial_attention
 from sglang_dcp.dataflow.reference import partial_attention
-from sglang_dcp.dataflow.step_plan import build_step_plan
+from sglang_dcp.dataflow.step_plan import asks, build_step_plan
 from sglang_dcp.mutants import install_mutant
 
 
@@ -135,7 +136,8 @@ class Cluster:
         values = torch.cat([r.values[r.prefix_len :] for r in own] + [self.randn(padding, self.kv_heads, self.v_dim)])
         kv = NewKV(keys, keys[..., : self.v_dim] if self.latent else values, self.latent)
         plan = build_step_plan(0, rank, self.num_instances, self.page_size, len(queries), rows, guests)
-        return plan, queries, kv
+        asking = any(asks(r.num_new, r.prefix_len) for r in self.requests)
+        return dataclasses.replace(plan, anybody_asks=asking), queries, kv
 
     def run(self, attend=None) -> list[torch.Tensor]:
         """Every instance's output. attend: an attention per instance; plain torch by default."""

@@ -65,6 +65,7 @@ def test_a_first_chunk_asks_nobody():
     plans = [cluster.plan(rank)[0] for rank in range(3)]
     assert not any(map(len, plans[0].send_queries)) and not any(plan.pool_rows for plan in plans)
     assert list(map(len, plans[0].send_kv)) == [0, 4, 4] and plans[1].receive_kv_slots[0].numel() == 4
+    assert not any(plan.anybody_asks for plan in plans), "no instance calls for what is returned"
     check(cluster)
 
 

@@ -75,3 +75,7 @@ def test_a_run_of_tokens_is_a_view():
     assert run.take(rows).data_ptr() == rows[3].data_ptr() and run.take(rows).equal(rows[3:7])
     assert gathered.first is None and gathered.take(rows).equal(rows[[3, 5]])
     assert TokenList.of(np.zeros(0, dtype=np.int64)).first is None and TokenList.of(np.array([4])).first == 4
+
+
+def test_the_kernel_is_prepared_for_a_shape(merge_kernel):
+    sys.modules["sglang_dcp.dataflow.merge_kernel"].prepare(8, 128, torch.device("cpu"))
