@@ -3,6 +3,10 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# `make gpu-test PYTHON=python3` takes that interpreter as it is and installs nothing; likewise the other targets.
+READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(STAMP))
+GPU_TESTS := sgl-kernel-dcp/tests test/gpu
+GPU_LOG := logs/gpu_test.log
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast gpu-test walk lint mutants figures docs-check clean
@@ -16,32 +20,34 @@ $(STAMP): pyproject.toml UPSTREAM_VERSION scripts/setup.sh
 	bash scripts/setup.sh $(VENV)
 	@touch $(STAMP)
 
-demo: $(STAMP) ## Serves a prompt that is longer than any instance's memory, on the CPU (under 4 minutes)
+demo: $(READY) ## Serves a prompt that is longer than any instance's memory, on the CPU (under 4 minutes)
 	$(PYTHON) scripts/demo.py
 
-test: $(STAMP) ## All tests, real servers on the CPU included (under an hour on 2 cores)
+test: $(READY) ## All tests, real servers on the CPU included (under an hour on 2 cores)
 	$(PYTHON) -m pytest
 
-test-fast: $(STAMP) ## The tests that start no server (about 2 minutes)
+test-fast: $(READY) ## The tests that start no server (about 2 minutes)
 	$(PYTHON) -m pytest -m "not server and not gpu"
 
-gpu-test: $(STAMP) ## Kernels and runtime on a Hopper GPU, against stock SGLang; skips with the reason where there is none
-	$(PYTHON) -m pytest -rs test/gpu
+gpu-test: SHELL := /bin/bash
+gpu-test: $(READY) ## Kernels and runtime on a Hopper GPU, against stock SGLang; skips with the reason where there is none
+	@mkdir -p $(dir $(GPU_LOG))
+	set -o pipefail; CUDA_DEVICE_MAX_CONNECTIONS=32 $(PYTHON) -m pytest -v -rsP --durations=20 -m gpu $(GPU_TESTS) 2>&1 | tee $(GPU_LOG)
 
-walk: $(STAMP) ## A million random steps of the page protocol (2 minutes; `make test` takes a tenth)
+walk: $(READY) ## A million random steps of the page protocol (2 minutes; `make test` takes a tenth)
 	DYNCP_WALK_STEPS=1000000 $(PYTHON) -m pytest test/unit/test_protocol.py
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(READY) ## ruff and mypy
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 
-mutants: $(STAMP) ## Breaks the data path on purpose, one fault at a time; each must fail a test
+mutants: $(READY) ## Breaks the data path on purpose, one fault at a time; each must fail a test
 	$(PYTHON) scripts/run_mutants.py
 
-figures: $(STAMP) ## Recomputes the simulator's figures from the traces
+figures: $(READY) ## Recomputes the simulator's figures from the traces
 	$(PYTHON) -m benchmark.simulate.figures
 
-docs-check: $(STAMP) ## Relative links in the documentation resolve
+docs-check: $(READY) ## Relative links in the documentation resolve
 	$(PYTHON) scripts/check_links.py
 
 clean: ## Removes .venv and caches

@@ -11,7 +11,8 @@ from benchmark.multi_gpu.server_pool import STOCK, SYNTHETIC, ServerPool, settle
 from benchmark.multi_gpu.servers import GpuServer
 from benchmark.multi_gpu.settings import PartFailed, Settings
 
-from runtime_check import NEW_TOKENS, SIZES, ask, differences, pinned, prompt, summary, within_bounds  # isort: skip
+from runtime_cases import NEW_TOKENS, SIZES, within_bounds  # isort: skip
+from runtime_check import PAGE_SIZE, ask, differences, pinned, prompt, summary  # isort: skip
 
 AT_ONCE = 3
 
@@ -41,7 +42,8 @@ def run(settings: Settings, figures: dict[str, Any], save: Callable[[], None]) -
 
 
 def compare_model(pool: ServerPool, model: str, settings: Settings) -> list[dict[str, Any]]:
-    prompts = [prompt(length, seed) for seed, length in enumerate(SIZES[settings.device].lengths)]
+    least = settings.num_gpus * PAGE_SIZE  # a page for every shard
+    prompts = [prompt(length, seed) for seed, length in enumerate(SIZES[settings.device].lengths) if length >= least]
     with pool.using(f"b_{model}_stock") as stock:
         expected = ask_all(stock, prompts, [None] * len(prompts))
     with pool.using(f"b_{model}") as ours:
@@ -58,7 +60,7 @@ def ask_all(server: GpuServer, prompts: Sequence[list[int]], pins: Sequence[dict
 
 
 def compare_degrees(ours: GpuServer, prompts: Sequence[list[int]], expected: Sequence[Any], name: str) -> list[dict[str, Any]]:
-    """Degree 1 is SGLang's own path: how far it is from stock is the measure for the others (runtime_check.BOUNDS)."""
+    """Degree 1 is SGLang's own path: how far it is from stock is the measure for the others (runtime_cases.BOUNDS)."""
     rows, base = [], None
     for degree in range(1, ours.instances + 1):
         before = settled_counts(ours)

@@ -23,7 +23,8 @@ from benchmark.multi_gpu.settings import ROOT, Settings
 
 import random_models  # isort: skip - found through benchmark.multi_gpu.servers
 from gpu_servers import port_range  # isort: skip
-from runtime_check import SIZES, pinned, prompt, step_counts  # isort: skip
+from runtime_cases import SIZES  # isort: skip
+from runtime_check import pinned, prompt, step_counts  # isort: skip
 from support.server import find_free_port, machine_lock  # isort: skip
 
 STOCK, SYNTHETIC, DYNCP = "stock", "dyncp_synthetic", "dyncp"

@@ -109,7 +109,7 @@ void prepare_kernel(Kernel kernel, const char* name) {
 
 // `peers`: addresses of the exchange buffers in this process. `num_sharing`: instances on this GPU; a waiting kernel takes at most
 // 1 / num_sharing of the multiprocessors, so that all of them fit together. Returns a handle for destroy_exchange.
-// `early_launch`: programmatic dependent launch.
+// `early_launch`: programmatic dependent launch, of these kernels and of their successors.
 int64_t create_exchange(Shape numbers, Shape table_numbers, Shape peers, int64_t rank, int64_t device, int64_t num_sharing,
                         int64_t wait_limit_ns, bool early_launch) {
   const ExchangeShape shape = exchange_shape(numbers);
@@ -263,7 +263,7 @@ Params base_params(const Exchange& exchange, const TensorView& tables, const Ten
   params.table = exchange.table;
   params.wait_limit_ns = exchange.wait_limit_ns;
   params.rank = exchange.rank;
-  params.phases = static_cast<int32_t>(phases);
+  params.phases = static_cast<int32_t>(phases) | (exchange.early_launch ? kAnnounce : 0);
   return params;
 }
 

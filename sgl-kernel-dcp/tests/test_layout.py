@@ -13,7 +13,7 @@ from random_steps import random_messages
 from sgl_kernel_dcp import ExchangeShape, RowLine, StepMessage, TableShape
 from sgl_kernel_dcp.build import build_library, source_files
 from sgl_kernel_dcp.shapes import MAX_INSTANCES
-from sgl_kernel_dcp.tables import ROUTE_TAIL_SHIFT, pack_message
+from sgl_kernel_dcp.tables import FROM_TOKEN_TABLE, ROUTE_TAIL_SHIFT, pack_message
 
 SHAPES = [
     (TableShape(2, 1, 1, 1, 1, 1, 1), ExchangeShape(1, 8, 8, 8, 1)),
@@ -32,10 +32,11 @@ def test_headers_are_framework_free() -> None:
 
 
 def test_constants_that_the_runtime_repeats() -> None:
-    from sglang_dcp.dataflow.static_tables import TAIL_SHIFT
+    from sglang_dcp.dataflow import static_tables
     from sglang_dcp.upstream.peers import MOST_PEERS
 
-    assert (ROUTE_TAIL_SHIFT, MAX_INSTANCES) == (TAIL_SHIFT, MOST_PEERS)
+    assert (ROUTE_TAIL_SHIFT, FROM_TOKEN_TABLE) == (static_tables.TAIL_SHIFT, static_tables.FROM_TOKEN_TABLE)
+    assert MAX_INSTANCES == MOST_PEERS
 
 
 def find_cuobjdump() -> str | None:

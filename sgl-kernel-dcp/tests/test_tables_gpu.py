@@ -8,6 +8,7 @@ import pytest
 import torch
 from random_steps import PATTERNS, random_messages
 from sgl_kernel_dcp import StepMessage, StepTables, TableShape
+from sgl_kernel_dcp.tables import FROM_TOKEN_TABLE
 
 from sglang_dcp.dataflow.reference import route_tables
 
@@ -40,7 +41,7 @@ def check_routes(tables: StepTables, message: StepMessage) -> None:
     assert tables.section("kv_slot").tolist()[:arriving] == slots
 
 
-def check_pages(tables: StepTables, message: StepMessage, resident: torch.Tensor) -> None:
+def check_pages(tables: StepTables, message: StepMessage, resident: torch.Tensor, token_table: torch.Tensor | None = None) -> None:
     """`resident` is updated to what the kernel must have left."""
     size, rows = tables.shape.page_size, tables.shape.max_attention_rows
     lists = []
@@ -48,6 +49,8 @@ def check_pages(tables: StepTables, message: StepMessage, resident: torch.Tensor
         pages = -(-line.tokens // size)
         if pages and line.new_page >= 0:
             resident[line.entry, pages - 1] = line.new_page
+        elif pages and line.new_page <= FROM_TOKEN_TABLE and token_table is not None:
+            resident[line.entry, pages - 1] = token_table[FROM_TOKEN_TABLE - line.new_page, (pages - 1) * size] // size
         lists.append(resident[line.entry, :pages].tolist())
     tokens = [line.tokens for line in message.rows] + [0] * (rows - len(lists))
     indptr = [0]
@@ -87,6 +90,29 @@ def test_tables_equal_the_oracle(library, shape: TableShape, pattern: str) -> No
             tables.build()
             check_routes(tables, message)
             check_pages(tables, message, resident)
+
+
+def test_pages_that_only_the_device_knows(library) -> None:
+    """Lines beyond the token table, and steps without one, leave the page table as it is."""
+    shape = TableShape(4, 16, 48, 16, 400, 16, 16)
+    token_table = torch.randint(0, 1 << 24, (8, 16 * 16), dtype=torch.int32)
+    tables = StepTables(shape, 2, 64, "cuda:0", 64)
+    tables.resident_pages.random_(0, 1 << 20)
+    resident = tables.resident_pages.cpu()
+    rng = random.Random(5)
+    for seed in range(10):
+        message = random_messages(random.Random(seed), shape, 64, 64, "mixed")[2]
+        lines = [line._replace(new_page=FROM_TOKEN_TABLE - rng.randrange(8)) if rng.random() < 0.6 else line for line in message.rows]
+        message = StepMessage(message.routes, message.tails, lines)
+        tables.upload(message)
+        tables.build(token_table.cuda())
+        check_pages(tables, message, resident, token_table)
+        tables.build()
+        check_pages(tables, message, resident)
+    beyond = [line._replace(new_page=FROM_TOKEN_TABLE - 8) for line in message.rows]
+    tables.upload(StepMessage(message.routes, message.tails, beyond))
+    tables.build(token_table.cuda())
+    assert torch.equal(tables.resident_pages.cpu(), resident)
 
 
 def test_one_graph_follows_the_steps(library) -> None:

@@ -32,7 +32,8 @@ ENVIRONMENT = {
 class GpuServer:
     """One server. flags: further flags. one_gpu: every rank on GPU 0. device cpu: the same check without a GPU, slowly.
 
-    environment: further variables, of this server alone.
+    chunk_tokens: most prefill tokens of one instance in one step; None: an eighth of the pool. environment: further variables, of this
+    server alone. plugins: folders beside this file with SGLang plugins of the tests.
     """
 
     name: str
@@ -44,6 +45,8 @@ class GpuServer:
     one_gpu: bool = False
     device: str = "cuda"
     environment: dict[str, str] = field(default_factory=dict)
+    chunk_tokens: int | None = None
+    plugins: tuple[str, ...] = ()
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
     log_path: Path = field(default_factory=Path)
@@ -60,7 +63,8 @@ class GpuServer:
             "--max-total-tokens",
             str(self.pool_tokens),
         ]
-        command += ["--chunked-prefill-size", str(self.pool_tokens // 8 * self.instances), "--tp", str(self.instances)]
+        chunk = self.chunk_tokens or self.pool_tokens // 8
+        command += ["--chunked-prefill-size", str(chunk * self.instances), "--tp", str(self.instances)]
         if self.device == "cuda":
             command += ["--dtype", "bfloat16", "--attention-backend", "flashinfer", "--sampling-backend", "pytorch"]
             command += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "8", "--mem-fraction-static", "0.6"]
@@ -75,8 +79,9 @@ class GpuServer:
     def start(self, log_folder: Path, port: int) -> None:
         self.port, self.log_path = port, log_folder / f"{self.name}.log"
         environment = os.environ | ENVIRONMENT | (ONE_GPU if self.one_gpu else {}) | self.environment
-        if self.one_gpu:
-            environment["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(HERE / "one_gpu")])
+        plugins = (*self.plugins, *(("one_gpu",) if self.one_gpu else ()))
+        if plugins:
+            environment["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), *(str(HERE / name) for name in plugins)])
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 self.command(), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
@@ -116,8 +121,9 @@ def port_range(index: int) -> tuple[int, int]:
     return 15000 + 1200 * index, 16200 + 1200 * index
 
 
-def start_all(servers: list[GpuServer], log_folder: Path) -> None:
-    for index, server in enumerate(servers):
+def start_all(servers: list[GpuServer], log_folder: Path, first: int = 0) -> None:
+    """first: how many servers stand already, which took the ports below."""
+    for index, server in enumerate(servers, first):
         server.start(log_folder, find_free_port(*port_range(index)))
 
 

@@ -83,28 +83,32 @@ KEY_SCALE = 2.0
 """Of query and key norms: attention over random keys is flat without it, and a lost shard would hardly show."""
 
 
-def write_model(name: str, folder: Path) -> Path:
-    """Writes model `name` to folder/name: configuration, tokenizer and weights. The same name gives the same weights."""
+def write_model(name: str, folder: Path, num_layers: int | None = None) -> Path:
+    """Writes model `name` to folder/name: configuration, tokenizer and weights. The same arguments give the same weights.
+
+    num_layers: other than its own, in folder/name_Nlayers.
+    """
     from safetensors.torch import save_file
 
     config, target = MODELS[name], folder / name
+    if num_layers is not None:
+        config, target = config | {"num_hidden_layers": num_layers}, folder / f"{name}_{num_layers}layers"
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(config, indent=1))
     for part in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER_FOLDER / part, target / part)
     generator = torch.Generator().manual_seed(20261124)
-    save_file({key: _weight(key, shape, generator) for key, shape in weight_shapes(name).items()}, target / "model.safetensors")
+    save_file({key: _weight(key, shape, generator) for key, shape in weight_shapes(config).items()}, target / "model.safetensors")
     return target
 
 
-def weight_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    config = MODELS[name]
+def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     shapes: dict[str, tuple[int, ...]] = {"lm_head.weight": (vocabulary, hidden), "model.embed_tokens.weight": (vocabulary, hidden)}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         shapes |= {f"{prefix}{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
-        attention = _gqa_shapes(config) if name == "gqa" else _mla_shapes(config)
+        attention = _mla_shapes(config) if "kv_lora_rank" in config else _gqa_shapes(config)
         shapes |= {f"{prefix}self_attn.{part}.weight": shape for part, shape in attention.items()}
         dense = layer < config.get("first_k_dense_replace", 0)
         shapes |= {f"{prefix}mlp.{part}.weight": shape for part, shape in _feed_forward_shapes(config, dense).items()}

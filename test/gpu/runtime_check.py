@@ -1,10 +1,10 @@
 """Real SGLang on a GPU with --enable-dyncp, against stock SGLang with one large pool: log-probabilities, growth, graphs, a short soak.
 
-usage: python test/gpu/runtime_check.py OUT_DIR [--limit SECONDS] [--only gqa,mla,...] [--device cpu]
-Writes OUT_DIR/runtime_check.json after every stage, and one log per server. Exit code 0 when every stage of every pair held.
+usage: python test/gpu/runtime_check.py OUT_DIR [--limit SECONDS] [--only gqa,mla/gqa4,mla4/gqa_f32] [--device cpu]
+Writes OUT_DIR/runtime_check.json after every stage, and one log per server. Exit code 0 when every stage of every case held.
 
 bfloat16 is no exact arithmetic, so each sharded answer is compared twice: with stock, and with how far the *same* server is from stock
-when it serves the same prompts unsharded, on SGLang's own path (two instances instead of one, other batches). See BOUNDS.
+when it serves the same prompts unsharded, on SGLang's own path (several instances instead of one, other batches). See runtime_cases.py.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import json
 import os
 import random
 import re
+import signal
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,38 +32,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "test"), str(ROOT / "test" / "gpu")]
 
 from gpu_servers import GpuServer, start_all, stop_all, wait_ready  # noqa: E402
-from random_models import MODELS, write_model  # noqa: E402
+from random_models import write_model  # noqa: E402
+from runtime_cases import BOUNDS, Case, build_servers, within_bounds  # noqa: E402
 
 from support.client import Answer  # noqa: E402
 
+PAGE_SIZE = 16
+LARGEST_SHARE = 1.6
+"""Most time of a wave, in even shares of what is left."""
 FAILURES = (RuntimeError, OSError, AssertionError, ValueError, LookupError, http.client.HTTPException)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """pool: of an instance. lengths: prompts that fit one. long: more than a pool. growing: a prompt that fits, with an output that does
-    not."""
-
-    pool: int
-    lengths: tuple[int, ...]
-    long: int
-    growing: int
-    growing_new: int
-    soak_requests: int
-
-
-SIZES = {
-    "cuda": Sizes(4096, (40, 150, 333, 800, 1500, 2600, 3300), 6000, 4020, 120, 40),
-    "cpu": Sizes(1024, (40, 150, 333, 800), 1500, 1000, 40, 10),
-}
-STAGES = ("unsharded", "sharded", "sharded_again", "growth", "longer_than_a_pool", "soak", "graphs_after")
-GRAPH_STAGES = ("sharded", "sharded_again", "growth", "soak")
-"""Stages whose sharded decode steps must run as graphs under the peer transport."""
-NEW_TOKENS = 24
-TIE_GAP = 0.25
-"""Where stock's best two tokens are closer than this, bfloat16 may choose either."""
-BOUNDS = {"mean_factor": 2.0, "mean_slack": 5e-3, "p99_factor": 2.0, "p99_slack": 5e-2}
-"""sharded <= factor * unsharded + slack: a partial result is rounded to bfloat16 once more than an unsharded one."""
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -78,13 +57,13 @@ def ask(server: GpuServer, ids: Sequence[int], new_tokens: int, pin: dict[str, A
     return server.client.generate(ids, max_new_tokens=new_tokens, logprobs=True, sampling=sampling)
 
 
-def differences(stock: Answer, ours: Answer) -> dict[str, Any]:
+def differences(stock: Answer, ours: Answer, tie_gap: float = BOUNDS["tie_gap"]) -> dict[str, Any]:
     """Absolute differences of log-probability of all prompt tokens, and of output tokens up to the first that differs."""
     prompt_gaps = [abs(a.logprob - b.logprob) for a, b in zip(stock.prompt_tokens, ours.prompt_tokens, strict=True)]
     output_gaps, parted = [], None
     for place, (a, b) in enumerate(zip(stock.output_tokens, ours.output_tokens, strict=True)):
         if a.id != b.id:
-            parted = {"place": place, "stock_gap": a.top_gap, "is_tie": a.top_gap is not None and a.top_gap < TIE_GAP}
+            parted = {"place": place, "stock_gap": a.top_gap, "is_tie": a.top_gap is not None and a.top_gap < tie_gap}
             break
         output_gaps.append(abs(a.logprob - b.logprob))
     return {"prompt": prompt_gaps, "output": output_gaps, "parted": parted, "dyncp": ours.meta.get("dyncp")}
@@ -114,15 +93,6 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def within_bounds(sharded: dict[str, Any], unsharded: dict[str, Any]) -> bool:
-    ours, base = sharded["all"], unsharded["all"]
-    return bool(
-        sharded["parted_without_tie"] == 0
-        and ours["mean"] <= BOUNDS["mean_factor"] * base["mean"] + BOUNDS["mean_slack"]
-        and ours["p99"] <= BOUNDS["p99_factor"] * base["p99"] + BOUNDS["p99_slack"]
-    )
-
-
 def step_counts(server: GpuServer) -> dict[str, float]:
     """Forward passes of all instances, as graphs and without."""
     text = server.client.metrics()
@@ -134,28 +104,36 @@ def step_counts(server: GpuServer) -> dict[str, float]:
 
 
 class Check:
-    """One server with dynamic context parallelism against one of stock. `stages` run in order; a failed one does not stop the next."""
+    """One server with dynamic context parallelism against one of stock. Stages run in order; a failed one does not stop the next."""
 
-    def __init__(self, ours: GpuServer, stock: GpuServer | None, save: Callable[[], None]) -> None:
+    def __init__(self, case: Case, ours: GpuServer, stock: GpuServer | None, save: Callable[[], None]) -> None:
         self.ours, self.stock, self.save = ours, stock, save
-        self.result: dict[str, Any] = {"stages": {}}
-        self.sizes = SIZES[ours.device]
+        self.sizes, self.bounds = case.sizes(ours.device), case.bounds(ours.device)
+        self.result: dict[str, Any] = {"sizes": asdict(self.sizes), "bounds": dict(self.bounds), "stages": {}}
         self.prompts = [prompt(length, seed) for seed, length in enumerate(self.sizes.lengths)]
+        self.base: dict[str, Any] = {}
         self._reference: dict[int, Answer] = {}
 
-    def reference(self, ids: list[int], new_tokens: int) -> Answer:
-        key = hash((tuple(ids), new_tokens))
-        if key not in self._reference:
-            server, pin = (self.stock, None) if self.stock is not None else (self.ours, pinned(1, 0))
-            self._reference[key] = ask(server, ids, new_tokens, pin)
-        return self._reference[key]
+    def stages(self) -> Iterator[tuple[str, Callable[[], dict[str, Any]], bool]]:
+        """(name, what runs, whether some of its decode steps with sharded rows must have run as graphs under peer memory)."""
+        most = self.ours.instances
+        yield "unsharded", self.unsharded, False
+        for degree in range(2, most + 1):
+            yield f"degree_{degree}", partial(self.sharded, degree), True
+        yield f"degree_{most}_again", partial(self.sharded, most), True  # pages are others now
+        for degree, length, new_tokens in self.sizes.growing:
+            yield f"growth_from_{degree}", partial(self.growth, degree, length, new_tokens), True
+        for pools, length in enumerate(self.sizes.longs, start=1):
+            yield f"longer_than_{pools}_pool" + "s" * (pools > 1), partial(self.longer, pools, length), False
+        yield "soak", self.soak, True
+        yield "unsharded_again", self.unsharded_again, False
 
     def run(self) -> None:
-        for name in STAGES:
+        for name, stage, needs_graphs in self.stages():
             began, before = time.monotonic(), self._counts()
             entry: dict[str, Any] = {}
             try:
-                entry |= getattr(self, name)()
+                entry |= stage()
             except FAILURES as error:
                 entry |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:1500]}
             after = self._counts()
@@ -163,13 +141,15 @@ class Check:
                 "seconds": round(time.monotonic() - began, 2),
                 "steps": {kind: after[kind] - before[kind] for kind in after if before},
             }
-            if name in GRAPH_STAGES and self.ours.uses_peer_memory and not entry["steps"].get("sharded_graph"):
-                entry |= {"ok": False, "error": "no step with sharded rows ran as a graph"}
+            if needs_graphs and self.ours.uses_peer_memory and not entry["steps"].get("sharded_graph"):
+                entry |= {"ok": False, "error": entry.get("error", "no step with sharded rows ran as a graph")}
             self.result["stages"][name] = entry
             print(self.ours.name, name, json.dumps(entry)[:900], flush=True)
             self.save()
             if not self.ours.alive:
-                break
+                return
+        self.result["complete"] = True
+        self.save()
 
     def _counts(self) -> dict[str, float]:
         time.sleep(0.3)  # counters are published ten times a second
@@ -178,140 +158,193 @@ class Check:
         except FAILURES:
             return {}
 
-    def _compare(self, degree: int) -> list[dict[str, Any]]:
-        pins = [pinned(degree, index % self.ours.instances) for index in range(len(self.prompts))]
-        with ThreadPoolExecutor(3) as pool:
-            answers = list(pool.map(lambda pair: ask(self.ours, pair[0], NEW_TOKENS, pair[1]), zip(self.prompts, pins, strict=True)))
-        return [differences(self.reference(ids, NEW_TOKENS), answer) for ids, answer in zip(self.prompts, answers, strict=True)]
+    # ---- what is asked and compared
+
+    def reference(self, ids: list[int], new_tokens: int) -> Answer:
+        key = hash((tuple(ids), new_tokens))
+        if key not in self._reference:
+            server, pin = (self.stock, None) if self.stock is not None else (self.ours, pinned(1, 0))
+            self._reference[key] = ask(server, ids, new_tokens, pin)
+        return self._reference[key]
+
+    def _expected(self, job: tuple[list[int], int, dict[str, Any] | None], answer: Answer) -> Answer:
+        """Without a stock server nothing tells what an answer should be that fits no pool: then itself."""
+        ids, new_tokens, _ = job
+        fits = self.stock is not None or len(ids) + new_tokens < self.sizes.pool
+        return self.reference(ids, new_tokens) if fits else answer
+
+    def _holds(self, found: dict[str, Any]) -> bool:
+        return within_bounds(found, self.base, self.bounds)
+
+    def _compare(self, jobs: Sequence[tuple[list[int], int, dict[str, Any] | None]], at_once: int) -> dict[str, Any]:
+        """Summary over (prompt, new tokens, pin). Answers must be as long as asked for."""
+        with ThreadPoolExecutor(at_once) as pool:
+            answers = list(pool.map(lambda job: ask(self.ours, *job), jobs))
+            expected = list(pool.map(self._expected, jobs, answers))
+        lengths = [len(answer.output_tokens) for answer in answers]
+        if lengths != [job[1] for job in jobs]:
+            raise ValueError(f"outputs of {lengths} tokens, asked for {[job[1] for job in jobs]}")
+        return summary([differences(a, b, self.bounds["tie_gap"]) for a, b in zip(expected, answers, strict=True)])
+
+    def _compare_prompts(self, degree: int) -> dict[str, Any]:
+        instances, new_tokens = self.ours.instances, self.sizes.new_tokens
+        jobs = [(ids, new_tokens, pinned(degree, index % instances)) for index, ids in enumerate(self.prompts)]
+        return self._compare(jobs, max(3, instances))
+
+    # ---- stages
 
     def unsharded(self) -> dict[str, Any]:
         """Degree 1 at home: SGLang's own path, graphs included. What it differs from stock by is the measure for the rest."""
-        self.base = summary(self._compare(1))
-        return {"ok": self.base["parted_without_tie"] == 0, **self.base}
+        self.base = self._compare_prompts(1)
+        return {"ok": self._holds(self.base), **self.base}
 
-    def sharded(self) -> dict[str, Any]:
-        found = summary(self._compare(2))
-        return {"ok": within_bounds(found, self.base) and set(found["degrees"]) == {2}, **found}
+    def sharded(self, degree: int) -> dict[str, Any]:
+        found = self._compare_prompts(degree)
+        return {"ok": self._holds(found) and set(found["degrees"]) == {degree}, **found}
 
-    def sharded_again(self) -> dict[str, Any]:
-        """Pages are others now."""
-        return self.sharded()
+    def growth(self, degree: int, length: int, new_tokens: int) -> dict[str, Any]:
+        """The output does not fit where the prompt lies: one shard more."""
+        found = self._compare([(prompt(length, 100 + degree), new_tokens, pinned(degree, 0))], 1)
+        return {"ok": self._holds(found) and found["degrees"] == [degree + 1], **found}
 
-    def growth(self) -> dict[str, Any]:
-        ids, new_tokens = prompt(self.sizes.growing, 101), self.sizes.growing_new
-        answer = ask(self.ours, ids, new_tokens, pinned(1, 0))
-        if self.stock is None:
-            return {"ok": len(answer.output_tokens) == new_tokens, "dyncp": answer.meta.get("dyncp")}
-        found = summary([differences(self.reference(ids, new_tokens), answer)])
-        return {"ok": within_bounds(found, self.base) and found["degrees"] == [2], "dyncp": answer.meta.get("dyncp"), **found}
-
-    def longer_than_a_pool(self) -> dict[str, Any]:
-        ids = prompt(self.sizes.long, 102)
-        answer = ask(self.ours, ids, NEW_TOKENS, None)
-        found = {"dyncp": answer.meta.get("dyncp"), "output_tokens": len(answer.output_tokens)}
-        if self.stock is None:
-            return {"ok": len(answer.output_tokens) == NEW_TOKENS, **found}
-        compared = summary([differences(self.reference(ids, NEW_TOKENS), answer)])
-        return {"ok": within_bounds(compared, self.base), **found, **compared}
+    def longer(self, pools: int, length: int) -> dict[str, Any]:
+        """A prompt longer than `pools` pools, placed as the router likes."""
+        found = self._compare([(prompt(length, 110 + pools), self.sizes.new_tokens, None)], 1)
+        return {"ok": self._holds(found) and (found["degrees"][0] or 0) > pools, **found}
 
     def soak(self) -> dict[str, Any]:
         """Requests of random length, degree and home, eight at a time: steps mix prefills, decodes and idleness."""
-        rng = random.Random(5)
-        jobs = [
-            (prompt(rng.randrange(20, self.sizes.pool // 4), 200 + i), rng.randrange(1, 40), pinned(rng.choice((1, 1, 2)), i % 2))
-            for i in range(self.sizes.soak_requests)
-        ]
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda job: ask(self.ours, *job), jobs))
-        wrong = sum(len(answer.output_tokens) != job[1] for answer, job in zip(answers, jobs, strict=True))
-        return {"ok": wrong == 0 and self.ours.alive, "requests": len(jobs), "of_wrong_length": wrong}
+        rng, jobs = random.Random(5), []
+        for index in range(self.sizes.soak_requests):
+            length, new_tokens = rng.randrange(20, self.sizes.pool // 4), rng.randrange(1, self.sizes.soak_new_tokens)
+            degree = min(rng.randint(1, self.ours.instances), -(-length // PAGE_SIZE))
+            jobs.append((prompt(length, 200 + index), new_tokens, pinned(degree, index % self.ours.instances)))
+        found = self._compare(jobs, 8)
+        return {"ok": self._holds(found) and self.ours.alive, "requests": len(jobs), **found}
 
-    def graphs_after(self) -> dict[str, Any]:
-        """Unsharded again: the pool is whole and steps are graphs again."""
-        found = summary(self._compare(1))
-        return {"ok": found["parted_without_tie"] == 0 and self.ours.alive, **found}
+    def unsharded_again(self) -> dict[str, Any]:
+        """The pool is whole and steps are graphs again."""
+        found = self._compare_prompts(1)
+        return {"ok": self._holds(found) and self.ours.alive, **found}
 
 
-def build_servers(args: argparse.Namespace, models: dict[str, Path]) -> dict[str, tuple[GpuServer, GpuServer | None]]:
-    """Name of the check -> (ours, stock)."""
-    pairs: dict[str, tuple[GpuServer, GpuServer | None]] = {}
-    stock: dict[str, GpuServer] = {}
-    for name in args.only.split(","):
-        model = name.partition("_")[0]
-        mla = ("--flashinfer-mla-disable-ragged",) if model == "mla" and args.device == "cuda" else ()
-        kind = name.partition("_")[2]
-        transport = ("--dyncp-transport", kind) if kind else ()
-        transport += ("--disable-overlap-schedule",) if kind == "gloo" else ()
-        ours = GpuServer(name, models[model], 2, SIZES[args.device].pool, True, mla + transport, one_gpu=args.one_gpu, device=args.device)
-        if model not in stock and not args.without_stock:
-            stock[model] = GpuServer(
-                f"{model}_stock", models[model], 1, 4 * SIZES[args.device].pool, False, mla, one_gpu=args.one_gpu, device=args.device
-            )
-        pairs[name] = ours, stock.get(model)
-    return pairs
+def case_holds(result: dict[str, Any]) -> bool:
+    """Whether every stage of a case ran and held. result: of the report's `checks`."""
+    return bool(result.get("complete")) and all(stage["ok"] for stage in result["stages"].values())
+
+
+def write_models(cases: Sequence[Case], device: str) -> dict[str, Path]:
+    """The model of each case, by case.stock_name."""
+    if device == "cpu":
+        folders = {"gqa": "qwen3moe", "mla": "deepseek_v2"}
+        return {case.stock_name: ROOT / "test" / "models" / folders[case.model] for case in cases}
+    folder = Path(tempfile.mkdtemp(prefix="dyncp_models_"))
+    written: dict[tuple[str, int | None], Path] = {}
+    for case in cases:
+        key = (case.model, case.num_layers)
+        written[key] = written.get(key) or write_model(case.model, folder, case.num_layers)
+    return {case.stock_name: written[case.model, case.num_layers] for case in cases}
+
+
+Pairs = dict[str, tuple[GpuServer, GpuServer | None]]
+
+
+class Waves:
+    """Serves and checks the cases of a wave side by side, one wave after the other; the servers of the next one start meanwhile."""
+
+    def __init__(self, waves: list[list[Case]], pairs: Pairs, out: Path) -> None:
+        self.waves, self.pairs, self.out = waves, pairs, out
+        self.report: dict[str, Any] = {"checks": {}, "servers": {}}
+        self.started: list[GpuServer] = []
+        self.running: list[GpuServer] = []
+        self._saving = threading.Lock()
+
+    def servers_of(self, waves: list[list[Case]]) -> list[GpuServer]:
+        return list({id(s): s for wave in waves for case in wave for s in self.pairs[case.name] if s is not None}.values())
+
+    def save(self) -> None:
+        with self._saving:
+            self.report["servers"] = {s.name: {"ready_s": s.ready_s, "alive": s.alive} for s in self.started}
+            # Without an indent a dict is encoded from a copy of its items: cases write into theirs meanwhile.
+            settled = json.loads(json.dumps(self.report))
+            (self.out / "runtime_check.json").write_text(json.dumps(settled, indent=1))
+
+    def run(self, end: float) -> dict[str, Any]:
+        """Until `end` (time.monotonic); a wave that hangs leaves the later ones some of it. Returns the report."""
+        try:
+            for index in range(len(self.waves)):
+                now, left = time.monotonic(), len(self.waves) - index
+                self._run_wave(index, min(end, now + LARGEST_SHARE * (end - now) / left))
+        except BaseException:
+            self.report["error"] = traceback.format_exc()[-3000:]
+            raise
+        finally:
+            stop_all(self.running)
+            self.save()
+        return self.report
+
+    def _start(self, wave: int) -> None:
+        new = [server for server in self.servers_of(self.waves[wave : wave + 1]) if server not in self.started]
+        first = len(self.started)
+        self.started += new
+        self.running += new
+        start_all(new, self.out, first)
+
+    def _run_wave(self, index: int, deadline: float) -> None:
+        self._start(index)
+        servers = self.servers_of([self.waves[index]])
+        threads = [threading.Thread(target=self._check, args=(case, deadline), daemon=True) for case in self.waves[index]]
+        for thread in threads:
+            thread.start()
+        is_next_started = False
+        while any(thread.is_alive() for thread in threads) and time.monotonic() < deadline - 8:
+            if not is_next_started and all(server.ready_s is not None or not server.alive for server in servers):
+                self._start(index + 1)
+                is_next_started = True
+            time.sleep(0.25)
+        if any(thread.is_alive() for thread in threads):
+            self.report.setdefault("timed_out", []).extend(case.name for case in self.waves[index])
+        for server in servers:
+            if any(thread.is_alive() for thread in threads) or server.dyncp and server.ready_s is None:
+                server.dump_stacks()
+        later = self.servers_of(self.waves[index + 1 :])
+        over = [server for server in servers if server not in later]
+        stop_all(over)
+        self.running = [server for server in self.running if server not in over]
+
+    def _check(self, case: Case, deadline: float) -> None:
+        ours, stock = self.pairs[case.name]
+        pair = [server for server in (ours, stock) if server is not None]
+        wait_ready(pair, deadline - 30)
+        print(case.name, "ready", {server.name: server.ready_s for server in pair}, flush=True)
+        if any(server.ready_s is None for server in pair):
+            self.report["checks"][case.name] = {"stages": {}, "error": "a server did not become ready"}
+            return
+        check = Check(case, ours, stock, self.save)
+        self.report["checks"][case.name] = check.result
+        check.run()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for everything")
-    parser.add_argument("--only", default="gqa,mla,gqa_gloo", help="checks: gqa or mla (peer memory), with _nccl or _gloo (that transport)")
+    parser.add_argument("--only", default="gqa,mla,gqa_gloo", help=f"cases; between waves a slash. {Case.__doc__}")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--without-stock", action="store_true", help="compare with the same server unsharded")
-    parser.add_argument("--two-gpus", dest="one_gpu", action="store_false", help="one GPU per instance instead of one for all")
+    parser.add_argument("--gpu-each", dest="one_gpu", action="store_false", help="one GPU per instance instead of one for all")
     args = parser.parse_args()
     end = time.monotonic() + args.limit
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers, which have sessions of their own, end with this process
     args.out.mkdir(parents=True, exist_ok=True)
-    args.one_gpu = args.one_gpu and args.device == "cuda"
-    if args.device == "cpu":
-        models = {"gqa": ROOT / "test" / "models" / "qwen3moe", "mla": ROOT / "test" / "models" / "deepseek_v2"}
-    else:
-        folder = Path(tempfile.mkdtemp(prefix="dyncp_models_"))
-        models = {name: write_model(name, folder) for name in MODELS if name in args.only}
-    pairs = build_servers(args, models)
-    servers = list({id(s): s for pair in pairs.values() for s in pair if s is not None}.values())
-    report: dict[str, Any] = {"bounds": BOUNDS, "sizes": asdict(SIZES[args.device]), "checks": {}, "servers": {}}
-
-    def save() -> None:
-        report["servers"] = {s.name: {"ready_s": s.ready_s, "alive": s.alive} for s in servers}
-        (args.out / "runtime_check.json").write_text(json.dumps(report, indent=1))
-
-    try:
-        start_all(servers, args.out)
-
-        def run(name: str) -> None:
-            ours, stock = pairs[name]
-            wait_ready([server for server in (ours, stock) if server is not None], end - 30)
-            print(name, "ready", {s.name: s.ready_s for s in servers}, flush=True)
-            if ours.ready_s is None or (stock is not None and stock.ready_s is None):
-                report["checks"][name] = {"stages": {}, "error": "a server did not become ready"}
-                return
-            check = Check(ours, stock, save)
-            report["checks"][name] = check.result
-            check.run()
-
-        threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in pairs]
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads) and time.monotonic() < end - 8:
-            time.sleep(0.25)
-        if any(thread.is_alive() for thread in threads):
-            report["timed_out"] = True
-            for server in servers:
-                server.dump_stacks()
-    except BaseException:
-        report["error"] = traceback.format_exc()[-3000:]
-        raise
-    finally:
-        for server in servers:
-            if server.dyncp and server.ready_s is None and server.alive:
-                server.dump_stacks()
-        stop_all(servers)
-        save()
-    stages = [stage for check in report["checks"].values() for stage in check["stages"].values()]
-    complete = len(report["checks"]) == len(pairs) and all(len(c["stages"]) == len(STAGES) for c in report["checks"].values())
-    print("result", complete and all(stage["ok"] for stage in stages), os.fspath(args.out))
-    return 0 if complete and all(stage["ok"] for stage in stages) else 1
+    waves = [[Case.parse(name) for name in wave.split(",")] for wave in args.only.split("/")]
+    cases = [case for wave in waves for case in wave]
+    one_gpu = args.one_gpu and args.device == "cuda"
+    pairs = build_servers(cases, write_models(cases, args.device), args.device, one_gpu=one_gpu, with_stock=not args.without_stock)
+    report = Waves(waves, pairs, args.out).run(end)
+    held = {case.name: case_holds(report["checks"].get(case.name, {})) for case in cases}
+    print("result", all(held.values()), held, os.fspath(args.out))
+    return 0 if all(held.values()) else 1
 
 
 if __name__ == "__main__":

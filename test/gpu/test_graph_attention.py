@@ -5,7 +5,7 @@ time, one per instance, as streams of this process, and run once more without a 
 
 FlashInfer's MLA kernel is launched cooperatively: it needs every multiprocessor at once. Where instances share a GPU and a process, the
 kernels of one that waits for another would keep it from starting, so MLA takes a GPU per instance here (runtime_check.py runs it on one,
-as processes, which the GPU serves in turns).
+as processes, which the GPU serves in turns). FlashMLA's kernel is launched as any other, and runs here on one GPU too.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("no Hopper GPU on this machine", allow_module_level=True)
 
 HOME_ROWS, GUEST_ROWS, CONTEXT_PAGES = 8, (4, 16), 64
+MOST_LINES = 2048  # of the token table: requests of a session
 
 
 class Instance:
@@ -44,12 +45,12 @@ class Instance:
 
         latent, page_size, self.device = session.latent, session.page_size, session.devices[rank]
         sizes = GraphSizes(session.num_instances, HOME_ROWS, GUEST_ROWS, page_size, CONTEXT_PAGES)
-        shape = AttentionShape(
-            session.heads, session.kv_heads, session.qk_dim, session.v_dim, torch.bfloat16, session.qk_dim**-0.5, latent
-        )
+        shape = AttentionShape(session.heads, session.kv_heads, session.qk_dim, session.v_dim, torch.bfloat16, session.qk_dim**-0.5, latent)
         sharing = session.devices.count(self.device)
         with torch.cuda.device(self.device):
-            self.attention = GraphAttention(rank, sizes, shape, self.device, num_sharing=sharing, wait_seconds=20.0)
+            self.attention = GraphAttention(
+                rank, sizes, shape, self.device, num_sharing=sharing, wait_seconds=20.0, flash_mla=session.flash_mla
+            )
             self.stream = torch.cuda.Stream()
         like = {"dtype": torch.bfloat16, "device": self.device}
         self.queries = torch.zeros(HOME_ROWS, session.heads, session.qk_dim, **like)
@@ -58,8 +59,10 @@ class Instance:
         self.split = session.v_dim if latent else width
         self.cache = session.caches[rank]
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.token_table = torch.zeros(MOST_LINES, CONTEXT_PAGES * page_size, dtype=torch.int32, device=self.device)
 
     def run(self, guest_rows: int) -> torch.Tensor:
+        self.attention.begin(HOME_ROWS, guest_rows, self.token_table)
         keys, values = self.kv[..., : self.split], self.kv[..., self.split :]
         pools = self.cache.keys, self.cache.keys if self.cache.latent else self.cache.values
         return self.attention.run(HOME_ROWS, guest_rows, (self.queries, None), keys, values, pools)
@@ -75,9 +78,11 @@ class Instance:
 
 
 class GpuSession(Session):
-    """A session in the kernels' sizes, bfloat16. spread: a GPU per instance, else all on one."""
+    """A session in the kernels' sizes, bfloat16. kernel: gqa, mla (both FlashInfer) or flashmla. spread: a GPU per instance, else all on
+    one."""
 
-    def __init__(self, seed: int, num_instances: int, num_pages: int, page_size: int, *, latent: bool, spread: bool) -> None:
+    def __init__(self, seed: int, num_instances: int, num_pages: int, page_size: int, *, kernel: str, spread: bool) -> None:
+        latent, self.flash_mla = kernel != "gqa", kernel == "flashmla"
         super().__init__(seed, num_instances, num_pages, page_size, latent=latent)
         self.heads, self.kv_heads, self.qk_dim, self.v_dim = (16, 1, 576, 512) if latent else (8, 2, 128, 128)
         slots = (num_pages + 1) * page_size
@@ -147,16 +152,17 @@ class GpuSession(Session):
 
     def load_here(self, rank: int) -> None:
         home, instance = self.homes[rank], self.instances[rank]
-        self.engine.plan_step(home.binding, home.batch, [len(other.batch) for other in self.homes])
+        self.engine.plan_step(home.binding, [len(other.batch) for other in self.homes])
         step = home.binding.graph_step
         self.num_advances += step.is_advance
-        table = np.zeros((1 + max(home.rows_by_slot, default=0), CONTEXT_PAGES * self.page_size), dtype=np.int32)
+        table = np.zeros(instance.token_table.shape, dtype=np.int32)
         for line, req in home.rows_by_slot.items():
             table[line, : len(req.pages) * self.page_size : self.page_size] = np.array(req.pages, dtype=np.int32) * self.page_size
+        instance.token_table.copy_(torch.from_numpy(table))
         if step.is_advance:
-            instance.attention.advance(step.step, torch.from_numpy(table).cuda())
+            instance.attention.advance(step.step)
         else:
-            instance.attention.fill(step.step, step.words, step.rows, torch.from_numpy(table).cuda())
+            instance.attention.fill(step.step, step.words, step.rows, instance.token_table)
         instance.attention.plan(HOME_ROWS, home.binding.graph_guest_rows)
         instance.queries.normal_()
         for row, (req, prefix_len, _) in enumerate(home.batch):
@@ -191,11 +197,13 @@ class GpuSession(Session):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("num_instances", "page_size", "latent"), [(2, 16, False), (4, 16, False), (2, 64, True)])
-def test_a_thousand_steps_of_joins_leaves_and_growth(num_instances: int, page_size: int, latent: bool) -> None:
-    if latent and torch.cuda.device_count() < num_instances:
-        pytest.skip("MLA takes a GPU per instance here, see above")
-    session = GpuSession(7, num_instances, 10, page_size, latent=latent, spread=torch.cuda.device_count() >= num_instances)
+@pytest.mark.parametrize(("num_instances", "page_size", "kernel"), [(2, 16, "gqa"), (4, 16, "gqa"), (2, 64, "mla"), (2, 64, "flashmla")])
+def test_a_thousand_steps_of_joins_leaves_and_growth(num_instances: int, page_size: int, kernel: str) -> None:
+    if kernel == "mla" and torch.cuda.device_count() < num_instances:
+        pytest.skip("FlashInfer's MLA takes a GPU per instance here, see above")
+    if kernel == "flashmla":
+        pytest.importorskip("flash_mla")
+    session = GpuSession(7, num_instances, 10, page_size, kernel=kernel, spread=torch.cuda.device_count() >= num_instances)
     target = 1000 if num_instances == 2 else 250
     while session.num_graph_steps < target and session.num_steps < 6000:
         if session.random.random() < 0.2 and sum(len(home.waiting_queue) for home in session.homes) < 5:

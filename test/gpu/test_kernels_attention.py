@@ -8,6 +8,7 @@ import torch
 from sglang_dcp.dataflow.contracts import PartialState
 from sglang_dcp.dataflow.reference import partial_attention
 
+pytestmark = pytest.mark.gpu
 pytest.importorskip("flashinfer")
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("no Hopper GPU on this machine", allow_module_level=True)
@@ -60,6 +61,8 @@ def test_gqa_decode(page_size: int) -> None:
         indices[: len(host_indices)] = host_indices.cuda()
         last.copy_(host_last)
         decode.plan(host_indptr, host_last)
+        decode.mark_empty_rows(indptr.diff())
+        assert decode.serves(host_indptr.diff().numpy())
         queries = torch.randn(8, 64, 128, device="cuda").to(torch.bfloat16)
         state = decode.run(queries, keys, values)
         graph = torch.cuda.CUDAGraph()
@@ -101,7 +104,8 @@ def test_gqa_prefill(causal: bool) -> None:
 @pytest.mark.parametrize("library", ["flashinfer", "flash_mla", "flash_mla in 8 parts"])
 @pytest.mark.parametrize("heads", [64, 128])
 def test_mla_decode(library: str, heads: int) -> None:
-    from sglang_dcp.dataflow.partial_attention_flashinfer import FlashInferMLA, FlashMLADecode
+    from sglang_dcp.dataflow.partial_attention_flashinfer import FlashInferMLA
+    from sglang_dcp.dataflow.partial_attention_flashmla import FlashMLADecode
 
     pytest.importorskip(library.split()[0])
     if library.endswith("parts"):
@@ -123,11 +127,43 @@ def test_mla_decode(library: str, heads: int) -> None:
         queries = torch.randn(8, heads, 576, device="cuda").to(torch.bfloat16)
         if flashinfer is not None:
             flashinfer.plan(host_indptr, host_lengths)
+            flashinfer.mark_empty_rows(lengths_buffer)
             state = flashinfer.run(queries, cache)
         else:
             assert flash_mla is not None
             flash_mla.plan()
             state = flash_mla.run(queries, cache)
+        expected = []
+        for row, tokens in enumerate(lengths):
+            latent = gather(cache, host_indices[host_indptr[row] : host_indptr[row + 1]].cuda(), tokens).unsqueeze(1)
+            expected.append(partial_attention(queries[row : row + 1], latent, latent[..., :512], scale=0.07))
+        check(state, expected)
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_flash_mla_schedules_within_a_graph(heads: int) -> None:
+    """One capture of plan and run serves steps of any lengths, without work of the host."""
+    pytest.importorskip("flash_mla")
+    from sglang_dcp.dataflow.partial_attention_flashmla import FlashMLADecode
+
+    torch.manual_seed(3)
+    lengths_buffer, block_table = static(torch.zeros(8), 8), torch.zeros(8, 64, dtype=torch.int32, device="cuda")
+    decode = FlashMLADecode(heads, 0.07, block_table, lengths_buffer)
+    cache = torch.randn(300, 64, 576, device="cuda").to(torch.bfloat16)
+    queries = torch.randn(8, heads, 576, device="cuda").to(torch.bfloat16)
+    decode.plan()
+    decode.run(queries, cache)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode.plan()
+        decode.run(queries, cache)
+        state = decode.run(queries, cache)
+    for lengths in LENGTHS:
+        host_indptr, host_indices, _, host_table = page_lists(lengths, 64)
+        lengths_buffer.copy_(torch.tensor(lengths, dtype=torch.int32))
+        block_table.copy_(host_table)
+        queries.normal_()
+        graph.replay()
         expected = []
         for row, tokens in enumerate(lengths):
             latent = gather(cache, host_indices[host_indptr[row] : host_indptr[row + 1]].cuda(), tokens).unsqueeze(1)

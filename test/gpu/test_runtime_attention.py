@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from sglang_dcp.dataflow.contracts import PartialState, TokenList
 from sglang_dcp.dataflow.device_plan import plan_on_device
+from sglang_dcp.dataflow.merge import merge_into
 from sglang_dcp.dataflow.paged_attention import PagedPartialAttention
 from sglang_dcp.dataflow.paged_attention_flashinfer import flashinfer_kernel
 from test.unit.dataflow.cluster import Cluster, PoolCache
@@ -17,19 +20,20 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
 
 
 class GpuCluster(Cluster):
-    """bfloat16 on the GPU, in the kernels' sizes."""
+    """On the GPU, in the kernels' sizes."""
 
-    def __init__(self, seed: int, num_instances: int, page_size: int, latent: bool) -> None:
+    def __init__(self, seed: int, num_instances: int, page_size: int, latent: bool, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(seed, num_instances, page_size, latent)
+        self.dtype = dtype
         self.heads, self.kv_heads, self.qk_dim, self.v_dim = (16, 1, 576, 512) if latent else (8, 2, 128, 128)
         self.scale = self.qk_dim**-0.5
         with torch.device("cuda"):
             self.pools = [PoolCache(65 * page_size, self.kv_heads, self.qk_dim, self.v_dim, latent) for _ in range(num_instances)]
         for pool in self.pools:
-            pool.keys, pool.values = pool.keys.bfloat16(), pool.values.bfloat16()
+            pool.keys, pool.values = pool.keys.to(dtype), pool.values.to(dtype)
 
     def randn(self, *shape: int) -> torch.Tensor:
-        return super().randn(*shape).cuda().bfloat16()
+        return super().randn(*shape).cuda().to(self.dtype)
 
     def plan(self, rank: int):
         plan, queries, new_kv = super().plan(rank)
@@ -50,3 +54,35 @@ def test_random_steps(num_instances: int, page_size: int, latent: bool) -> None:
         for rank, output in enumerate(cluster.run(attend)):
             assert not output.isnan().any()
             torch.testing.assert_close(output.float(), cluster.expected(rank).float(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize(("num_instances", "page_size"), [(2, 16), (4, 64)])
+def test_random_steps_in_float32(num_instances: int, page_size: int, latent: bool) -> None:
+    """The kernels take 16-bit elements; plain torch (--attention-backend torch_native) takes any."""
+    for seed in range(3):
+        cluster = GpuCluster(seed, num_instances, page_size, latent, torch.float32)
+        cluster.add_random_rows(int(cluster.rng.integers(1, 6)))
+        for rank, output in enumerate(cluster.run()):
+            torch.testing.assert_close(output, cluster.expected(rank), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("heads", "dim"), [(64, 128), (128, 512), (16, 512), (5, 96)])
+def test_merge_kernel_against_torch(heads: int, dim: int, dtype: torch.dtype) -> None:
+    """Runs and scattered tokens, neutral partials with rubbish in them; other rows keep their bits."""
+    rng = torch.Generator().manual_seed(3)
+    for tokens in (np.arange(3, 40), np.array([7, 0, 30, 12]), np.arange(41)):
+        states = []
+        for rows in (41, len(tokens)):
+            lse = 4 * torch.randn(rows, heads, generator=rng)
+            neutral = torch.rand(rows, heads, generator=rng) < 0.2
+            output = torch.randn(rows, heads, dim, generator=rng).masked_fill(neutral.unsqueeze(-1), float("nan"))
+            states.append(PartialState(output.to(dtype), lse.masked_fill(neutral, float("-inf"))))
+        chosen, part = TokenList.of(tokens), states[1]
+        there = [PartialState(state.output.cuda(), state.lse.cuda()) for state in states]
+        merge_into(there[0], TokenList(chosen.index.cuda(), chosen.first), there[1])
+        merge_into(states[0], chosen, part)
+        tolerance = {"atol": 1e-2, "rtol": 1e-2} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+        torch.testing.assert_close(there[0].output.cpu(), states[0].output, equal_nan=True, **tolerance)
+        torch.testing.assert_close(there[0].lse.cpu(), states[0].lse, atol=1e-5, rtol=1e-5)

@@ -14,12 +14,12 @@ import numpy as np
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.integrity import check_instance
-from sglang_dcp.ledger.messages import Granted, Release, Row
+from sglang_dcp.ledger.messages import Granted, Release
 from sglang_dcp.mutants import install_mutant
 from sglang_dcp.policy.types import Placement
 from sglang_dcp.upstream.admission import _reserved
 from sglang_dcp.upstream.binding import Binding
-from sglang_dcp.upstream.decode import has_room, place_again, secure_next_token
+from sglang_dcp.upstream.decode import has_room, near_page_end, place_again, secure_next_token
 from sglang_dcp.upstream.instance import Instance
 from sglang_dcp.upstream.step_sync import free_pages, sweep_waiting
 
@@ -107,6 +107,7 @@ class ModelScheduler:
         self.chunked_req: ModelRequest | None = None
         self.binding = Binding(self, instance, None, None)  # type: ignore[arg-type]
         self.batch: list[tuple[ModelRequest, int, int]] = []
+        self.decodes = False
         self.rows_by_slot: dict[int, ModelRequest] = {}
         self.req_to_token_pool = self
         self.done: list[ModelRequest] = []
@@ -137,15 +138,20 @@ class ModelScheduler:
         back = [req for req in self.binding.parked if has_room(self.binding, req)]
         self.binding.parked = [req for req in self.binding.parked if req not in back]
         self.running += back
-        self.batch = self._prefill() or self._decode()
+        self.batch = self._prefill()
+        self.decodes = not self.batch
+        if self.decodes:
+            self.batch = self._decode()
         sweep_waiting(self.binding)
 
     def columns(self) -> list[int]:
-        rows = [
-            Row(req.dyncp.handle, prefix_len, num_new, self.instance.route_of(req.dyncp, prefix_len + num_new))
-            for req, prefix_len, num_new in self.batch
-            if req.dyncp is not None and self.instance.is_sharded(req.dyncp, prefix_len + num_new)
-        ]
+        own = self.binding.own_batch
+        if self.decodes:
+            lengths = np.array([prefix_len + 1 for _, prefix_len, _ in self.batch], dtype=np.int64)
+            own.take_decode([req for req, _, _ in self.batch], lengths)
+        else:
+            own.take_extend(self.batch)
+        rows = None if own.steady else own.sharded_rows()
         used = self.instance.num_pages - self.pool.num_givable_pages()
         num_requests = len(self.waiting_queue) + len(self.running)
         return self.instance.build_columns(rows, free_pages(self.binding), used * self.instance.page_size, num_requests)
@@ -236,9 +242,11 @@ class ModelScheduler:
 
     def _decode(self) -> list[tuple[ModelRequest, int, int]]:
         self.pool.settle_decode_claims()
-        stay = [req for req in self.running if secure_next_token(self.binding, req)]
-        self.binding.parked += [req for req in self.running if req not in stay]
-        self.running = stay
+        lengths = np.array([req.kv.kv_allocated_len for req in self.running], dtype=np.int64)
+        near_end = [self.running[i] for i in near_page_end(lengths, self.instance.page_size)]
+        leave = [req for req in near_end if not secure_next_token(self.binding, req)]
+        self.binding.parked += leave
+        self.running = stay = [req for req in self.running if req not in leave]
         self.pool.settle_decode_claims()
         batch = []
         for req in stay:

@@ -14,7 +14,7 @@ import torch
 from sglang_dcp.dataflow.contracts import NewKV, PartialState
 from sglang_dcp.dataflow.merge import merge_partial_states
 from sglang_dcp.dataflow.reference import RouteTables, partial_attention, route_tables
-from sglang_dcp.dataflow.static_tables import TAIL_SHIFT, PageLines, RowsInput, guests_per_instance
+from sglang_dcp.dataflow.static_tables import FROM_TOKEN_TABLE, NO_PAGE, TAIL_SHIFT, PageLines, guests_per_instance
 from sglang_dcp.upstream.graphs import GraphEngine
 from sglang_dcp.upstream.peers import Place
 from test.unit.test_decode_session import CASES, HEADS, Session, drive, take_turns
@@ -26,7 +26,7 @@ NUM_ENTRIES, WIDTH = 24, 40
 class Side:
     """One instance's part of a step: its input, and what its own words say about every home."""
 
-    given: RowsInput
+    rows: np.ndarray
     tables: RouteTables
     queries: torch.Tensor
     new_kv: NewKV
@@ -62,18 +62,24 @@ class GraphSession(Session):
 
     def prepare(self, rank: int) -> Side:
         home = self.homes[rank]
-        self.engine.plan_step(home.binding, home.batch, [len(other.batch) for other in self.homes])
+        self.engine.plan_step(home.binding, [len(other.batch) for other in self.homes])
         step, lines, table = home.binding.graph_step, self.lines[rank], self.page_table[rank]
         self.num_advances += step.is_advance
-        given = lines.advance(step.step) if step.is_advance else lines.fill(step.step, step.rows)
-        for place, line, position in given.singles.T:
-            table.reshape(-1)[place] = home.rows_by_slot[line].pages[position // self.page_size]
-        places, pages = given.writes
-        table.reshape(-1)[places] = pages
-        self.num_written += len(places)
-        for entry, line in given.copies.T:
-            pages = home.rows_by_slot[line].pages[: given.copy_pages]
-            table[entry, : len(pages)] = pages
+        if step.is_advance:
+            lines.advance(step.step)
+        else:
+            given = lines.fill(step.step, step.rows)
+            places, pages = given.writes
+            table.reshape(-1)[places] = pages
+            self.num_written += len(places)
+            for entry, line in given.copies.T:
+                pages = home.rows_by_slot[line].pages[: given.copy_pages]
+                table[entry, : len(pages)] = pages
+        for entry, tokens, new_page, _ in lines.table.tolist():
+            if new_page != NO_PAGE:
+                last = (tokens - 1) // self.page_size
+                table[entry, last] = new_page if new_page >= 0 else home.rows_by_slot[FROM_TOKEN_TABLE - new_page].pages[last]
+                self.num_written += 1
         masks = [[[s for s in range(self.num_instances) if word >> s & 1] for word in words.tolist()] for words in step.words]
         tails = [[(word >> TAIL_SHIFT) - 1 for word in words.tolist()] for words in step.words]
         if home.batch:
@@ -81,7 +87,7 @@ class GraphSession(Session):
         else:
             none = self.randn(0, self.kv_heads, self.qk_dim)
             queries, new_kv = self.randn(0, HEADS, self.qk_dim), NewKV(none, none[..., : self.v_dim], self.latent)
-        return Side(given, route_tables(masks, tails, rank), queries, new_kv)
+        return Side(lines.table.copy(), route_tables(masks, tails, rank), queries, new_kv)
 
     def check_guests(self, sides: list[Side]) -> None:
         routes = [[row.route for row in rows] for rows in self.homes[0].instance.rows_of]
@@ -99,13 +105,13 @@ class GraphSession(Session):
                     owner, slot = rank, page * self.page_size + offset
                 else:
                     owner, arrival = target
-                    arriving = [int(line[3]) for line in sides[owner].given.rows if line[3] >= 0]
+                    arriving = [int(line[3]) for line in sides[owner].rows if line[3] >= 0]
                     slot = arriving[arrival]
                     self.num_travelling += 1
                 one = slice(row, row + 1)
                 self.caches[owner].write(torch.tensor([slot]), NewKV(side.new_kv.keys[one], side.new_kv.values[one], self.latent))
         for side in sides:
-            assert len(side.tables.kv_receive) == sum(line[3] >= 0 for line in side.given.rows)
+            assert len(side.tables.kv_receive) == sum(line[3] >= 0 for line in side.rows)
 
     def attend(self, sides: list[Side]) -> list[list[PartialState]]:
         """Partial state of every attention row of every instance."""
@@ -113,7 +119,7 @@ class GraphSession(Session):
         for rank, side in enumerate(sides):
             keys, values = self.caches[rank].keys_and_values()
             states = []
-            for (home, _), (entry, tokens, _, _) in zip(side.tables.attention, side.given.rows.tolist(), strict=True):
+            for (home, _), (entry, tokens, _, _) in zip(side.tables.attention, side.rows.tolist(), strict=True):
                 query = self.received(sides[home], rank, len(states))
                 pages = self.page_table[rank][entry, : -(-tokens // self.page_size)]
                 assert (pages > 0).all(), "a page that was never filled"

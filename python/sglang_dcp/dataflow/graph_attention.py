@@ -19,6 +19,7 @@ from sglang_dcp.dataflow.device_plan import to_device
 from sglang_dcp.dataflow.paged_attention import AttentionShape
 from sglang_dcp.dataflow.paged_attention_flashinfer import CopyGuard
 from sglang_dcp.dataflow.partial_attention_flashinfer import MLA_LATENT_DIM, FlashInferDecode, FlashInferMLA, KernelBuffers
+from sglang_dcp.dataflow.partial_attention_flashmla import FlashMLADecode, check_flash_mla
 from sglang_dcp.dataflow.static_tables import ListedRow, PageLines, PooledRow, RowsInput
 from sglang_dcp.dataflow.transport.base import TransportError
 
@@ -57,23 +58,45 @@ class GraphSizes:
 class GraphAttention:
     """One instance's static buffers, its end of the exchange, and one attention kernel per captured (home rows, guest rows).
 
-    Instances connect (`exchange.connect_processes`) before the first capture. `fill` and `plan` run once per step ahead of the replay, on
-    the stream of the replay; `run` is captured.
+    Instances connect (`exchange.connect_processes`) before the first capture. `fill` (or `advance`) and `plan` run once per step ahead of
+    the replay, on the stream of the replay; `begin` and, once per layer, `run` are captured. flash_mla: FlashMLA's kernel in place of
+    FlashInfer's (MLA only).
     """
 
-    def __init__(self, rank: int, sizes: GraphSizes, shape: AttentionShape, device: torch.device, *, num_sharing: int, wait_seconds: float):
-        self.rank, self.sizes, self.shape, self.wait_seconds = rank, sizes, shape, wait_seconds
+    def __init__(
+        self,
+        rank: int,
+        sizes: GraphSizes,
+        shape: AttentionShape,
+        device: torch.device,
+        *,
+        num_sharing: int,
+        wait_seconds: float,
+        flash_mla: bool = False,
+    ) -> None:
+        if flash_mla:
+            check_flash_mla(shape.num_heads, sizes.page_size)
+        self.rank, self.sizes, self.shape, self.wait_seconds, self.flash_mla = rank, sizes, shape, wait_seconds, flash_mla
         exchange_shape = sizes.exchange(shape)
         num_entries = 2 * sizes.max_rows
         self.tables = StepTables(sizes.tables(), rank, num_entries, device, exchange_shape.max_return_rows)
-        self.exchange = PeerExchange(rank, exchange_shape, self.tables, num_sharing=num_sharing, wait_limit_seconds=wait_seconds)
+        self.exchange = PeerExchange(
+            rank,
+            exchange_shape,
+            self.tables,
+            num_sharing=num_sharing,
+            wait_limit_seconds=wait_seconds,
+            early_launch=not flash_mla,  # FlashMLA's kernel would not wait for the dispatch
+        )
         self.lines = PageLines(num_entries, sizes.context_pages, sizes.page_size)
         self.merged = torch.zeros(sizes.max_home_rows, shape.num_heads, shape.v_head_dim, dtype=torch.bfloat16, device=device)
-        self._buffers = KernelBuffers.allocate(sizes.max_rows, shape.num_heads, shape.v_head_dim, device)
-        self._kernels: dict[tuple[int, int], FlashInferDecode | FlashInferMLA] = {}
+        self._buffers = None if flash_mla else KernelBuffers.allocate(sizes.max_rows, shape.num_heads, shape.v_head_dim, device)
+        self._kernels: dict[tuple[int, int], FlashInferDecode | FlashInferMLA | FlashMLADecode] = {}
         self._guard = CopyGuard(device)
         self._silent = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        self._token_counts = np.zeros(sizes.max_rows, dtype=np.int32)
+        self._silent_mask = self._silent.numpy()
+        self._pages_changed = True
+        self._planned: tuple[int, int] | None = None
 
     # ---- once per captured size
 
@@ -87,8 +110,10 @@ class GraphAttention:
         self.tables.build()
         self._plan(home_rows, guest_rows, np.ones(rows, dtype=np.int32))
 
-    def _build_kernel(self, rows: int) -> FlashInferDecode | FlashInferMLA:
+    def _build_kernel(self, rows: int) -> FlashInferDecode | FlashInferMLA | FlashMLADecode:
         shape, section, page_size = self.shape, self.tables.section, self.sizes.page_size
+        if self._buffers is None:
+            return FlashMLADecode(shape.num_heads, shape.scale, section("block_table")[:rows], section("kv_length")[:rows])
         indptr, indices, buffers = section("page_indptr")[: rows + 1], section("page_indices"), self._buffers.first(rows)
         if shape.latent:
             return FlashInferMLA(shape.num_heads, page_size, shape.scale, indptr, indices, section("kv_length")[:rows], buffers)
@@ -104,23 +129,23 @@ class GraphAttention:
         self._raise_if_silent(step)
         given = self.lines.fill(step, rows)
         self.tables.upload(StepArrays(words, given.rows))
-        self._finish_fill(given, token_table)
+        self._update_lines(given, token_table)
+        self._pages_changed = True
 
-    def advance(self, step: int, token_table: torch.Tensor) -> None:
+    def advance(self, step: int) -> None:
         """The same for the step that follows, with the same rows and routes."""
         self._raise_if_silent(step)
-        given = self.lines.advance(step)
-        self.tables.upload_rows(given.rows)
-        self._finish_fill(given, token_table)
-
-    def _finish_fill(self, given: RowsInput, token_table: torch.Tensor) -> None:
-        self._update_lines(given, token_table)
-        self.tables.build()
-        self._token_counts[: len(given.rows)] = given.rows[:, 1]
-        self._token_counts[len(given.rows) :] = 0
+        self._pages_changed = self.lines.advance(step)
+        self.tables.upload_rows(self.lines.table, check=False)  # PageLines keeps every row within its line
 
     def plan(self, home_rows: int, guest_rows: int) -> None:
-        self._plan(home_rows, guest_rows, self._token_counts[: home_rows + guest_rows])
+        """Schedules the step's kernel, unless its last schedule serves. GQA's counts pages, MLA's tokens; FlashMLA's is `begin`'s."""
+        if self.flash_mla:
+            return
+        if self.shape.latent or self._pages_changed or self._planned != (home_rows, guest_rows):
+            tokens = np.zeros(home_rows + guest_rows, dtype=np.int32)
+            tokens[: len(self.lines.table)] = self.lines.table[:, 1]
+            self._plan(home_rows, guest_rows, tokens)
 
     def _update_lines(self, given: RowsInput, token_table: torch.Tensor) -> None:
         device, pages = self.tables.buffer.device, self.tables.resident_pages
@@ -132,29 +157,24 @@ class GraphAttention:
             page_size = self.sizes.page_size
             tokens = token_table[:, : given.copy_pages * page_size : page_size].index_select(0, lines)
             pages[:, : given.copy_pages].index_copy_(0, entries, (tokens // page_size).to(torch.int32))
-        if given.singles.shape[1]:
-            places, lines, positions = to_device(torch.from_numpy(given.singles), device)
-            pages.view(-1).index_copy_(0, places, (token_table[lines, positions] // self.sizes.page_size).to(torch.int32))
 
     def _plan(self, home_rows: int, guest_rows: int, tokens: np.ndarray) -> None:
         counts = -(-tokens // self.sizes.page_size)
-        indptr = torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32))
-        self._guard.wait()
         kernel = self._kernels[home_rows, guest_rows]
+        self._planned = home_rows, guest_rows
+        if isinstance(kernel, FlashInferDecode) and kernel.serves(counts):
+            return
+        self._guard.wait()
+        indptr = torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32))
         if isinstance(kernel, FlashInferMLA):
             kernel.plan(indptr, torch.from_numpy(tokens.copy()))
-        else:
+        elif isinstance(kernel, FlashInferDecode):
             last = np.where(tokens > 0, tokens - (counts - 1) * self.sizes.page_size, 0)
             kernel.plan(indptr, torch.from_numpy(last.astype(np.int32)))
         self._guard.mark()
 
-    def after_step(self) -> None:
-        """Behind a replay: asks, without waiting, whether a peer missed a wait. The next `fill` looks at the answer."""
-        offset = self.exchange.layout["silent_mask"]
-        self._silent.copy_(self.exchange.state[offset : offset + 4].view(torch.int32), non_blocking=True)
-
     def _raise_if_silent(self, step: int) -> None:
-        mask = int(self._silent[0])
+        mask = int(self._silent_mask[0])
         if mask:
             peers = [peer for peer in range(self.sizes.num_instances) if mask >> peer & 1]
             raise TransportError(
@@ -162,7 +182,19 @@ class GraphAttention:
                 f"(exchanges {self.exchange.silent_peers()})"
             )
 
-    # ---- once per layer, captured
+    # ---- captured
+
+    def begin(self, home_rows: int, guest_rows: int, token_table: torch.Tensor) -> None:
+        """Ahead of the layers: tables from what `fill` or `advance` sent. And asks, without waiting, whether a peer missed a wait so far:
+        the `fill` after next looks at the answer. token_table: the one that `fill` is given, always the same tensor."""
+        self.tables.build(token_table)
+        kernel = self._kernels[home_rows, guest_rows]
+        if isinstance(kernel, FlashMLADecode):
+            kernel.plan()
+        else:
+            kernel.mark_empty_rows(self.tables.section("kv_length")[: home_rows + guest_rows])
+        offset = self.exchange.layout["silent_mask"]
+        self._silent.copy_(self.exchange.state[offset : offset + 4].view(torch.int32), non_blocking=True)
 
     def run(
         self,
@@ -187,7 +219,9 @@ class GraphAttention:
         )[:rows]
         kernel = self._kernels[home_rows, guest_rows]
         state: PartialState
-        if isinstance(kernel, FlashInferMLA):
+        if isinstance(kernel, FlashMLADecode):
+            state = kernel.run(received, key_pool.squeeze(1).unflatten(0, (-1, page_size)), mark_neutral=False)
+        elif isinstance(kernel, FlashInferMLA):
             state = kernel.run(received, key_pool.squeeze(1).unflatten(0, (-1, page_size)))
         else:
             state = kernel.run(received, key_pool.unflatten(0, (-1, page_size)), value_pool.unflatten(0, (-1, page_size)))

@@ -10,7 +10,7 @@ import torch
 
 from sglang_dcp.dataflow.contracts import AttentionRow, PartialState
 from sglang_dcp.dataflow.device_plan import to_device
-from sglang_dcp.dataflow.row_table import RowTable, row_table
+from sglang_dcp.dataflow.kernel_table import KernelTable, kernel_table
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class AttentionShape:
 class PagedKernel(Protocol):
     """One kernel with its own plan."""
 
-    def plan(self, table: RowTable, page_indices: torch.Tensor, *, causal: bool) -> None:
+    def plan(self, table: KernelTable, page_indices: torch.Tensor, *, causal: bool) -> None:
         """page_indices: the table's, on the device. May run while kernels of the plan before still wait for the device."""
         ...
 
@@ -71,7 +71,7 @@ class PagedPartialAttention:
         self._prepare(queries, keys, values, scale)
         part = self._parts[rows[0].causal]
         if rows is not part.planned_rows:
-            table = row_table(rows, part.page_size)
+            table = kernel_table(rows, part.page_size)
             if table.num_queries != len(queries):
                 raise ValueError(f"attention rows of {table.num_queries} queries were given {len(queries)}")
             part.kernel.plan(table, to_device(torch.from_numpy(table.page_indices), queries.device), causal=rows[0].causal)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from sglang_dcp.dataflow.contracts import PartialState
+from sglang_dcp.dataflow.kernel_table import KernelTable
 from sglang_dcp.dataflow.paged_attention import AttentionShape, PagedKernel
 from sglang_dcp.dataflow.partial_attention_flashinfer import MLA_LATENT_DIM, MLA_ROPE_DIM, WORKSPACE_BYTES, FlashInferPrefill
-from sglang_dcp.dataflow.row_table import RowTable
 
 
 class CopyGuard:
@@ -38,7 +38,7 @@ class FlashInferGqaRows:
         self._kernel = FlashInferPrefill(shape.num_heads, shape.num_kv_heads, shape.qk_head_dim, page_size, shape.scale, device)
         self._guard = CopyGuard(device)
 
-    def plan(self, table: RowTable, page_indices: torch.Tensor, *, causal: bool) -> None:
+    def plan(self, table: KernelTable, page_indices: torch.Tensor, *, causal: bool) -> None:
         self._guard.wait()
         self._kernel.plan(
             torch.from_numpy(table.query_indptr),
@@ -63,7 +63,7 @@ class FlashInferMlaRows:
         self._wrapper: Any = BatchMLAPagedAttentionWrapper(torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device), backend="fa3")
         self._guard = CopyGuard(device)
 
-    def plan(self, table: RowTable, page_indices: torch.Tensor, *, causal: bool) -> None:
+    def plan(self, table: KernelTable, page_indices: torch.Tensor, *, causal: bool) -> None:
         from flashinfer.mla import MLAPlanMetadata
 
         self._guard.wait()

@@ -1,4 +1,5 @@
-"""Partial attention of a step's rows in plain torch: the CPU path. CUDA adapters sit beside it and return the same type."""
+"""Partial attention of a step's rows in plain torch: the CPU path, and float32 on a GPU. CUDA adapters sit beside it and return the same
+type."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Protocol
 import torch
 
 from sglang_dcp.dataflow.contracts import AttentionRow, PartialState
+from sglang_dcp.dataflow.device_plan import to_device
 
 
 class PartialAttention(Protocol):
@@ -44,7 +46,8 @@ def torch_partial_attention(
     start = 0
     for row in rows:
         span = slice(start, start + row.num_queries)
-        out.output[span], out.lse[span] = _attend(queries[span], keys[row.kv_slots], values[row.kv_slots], row, scale)
+        slots = to_device(row.kv_slots, keys.device)
+        out.output[span], out.lse[span] = _attend(queries[span], keys[slots], values[slots], row, scale)
         start += row.num_queries
     return out
 

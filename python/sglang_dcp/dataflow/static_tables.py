@@ -16,7 +16,8 @@ import numpy as np
 from sglang_dcp.ledger.routes import shard_mask, travelling_tail
 
 TAIL_SHIFT = 16  # sgl_kernel_dcp.tables.ROUTE_TAIL_SHIFT; a test holds the two together
-NO_SLOT = -1
+NO_SLOT = NO_PAGE = -1
+FROM_TOKEN_TABLE = -2  # sgl_kernel_dcp.tables.FROM_TOKEN_TABLE, likewise
 
 HeldPages = Sequence[tuple[int, int]]
 """(sequence page index, page number) of one request on one shard, ascending."""
@@ -50,16 +51,15 @@ class PooledRow:
 class RowsInput:
     """This instance's attention rows in a step, and what is new in the page table.
 
-    rows int32 [n, 4]: entry, tokens, -1, K/V slot of each attention row. writes int64 [2, w]: flat places of the page table and the pages
-    to put there. copies int64 [2, c]: entries to fill from lines of SGLang's token table; copy_pages: how many pages of each, at most.
-    singles int64 [3, s]: flat places to fill with the page of one token, by line and position in that table.
+    rows int32 [n, 4]: entry, tokens, new page, K/V slot of each attention row. The new page is that of the row's last token, by number,
+    or FROM_TOKEN_TABLE - line where SGLang's token table (on the device) has it. writes int64 [2, w]: flat places of the page table and the
+    pages to put there. copies int64 [2, c]: entries to fill from lines of the token table; copy_pages: how many pages of each, at most.
     """
 
     rows: np.ndarray
     writes: np.ndarray
     copies: np.ndarray
     copy_pages: int
-    singles: np.ndarray
 
 
 def shard_tokens(held: HeldPages, length: int, page_size: int) -> int:
@@ -132,6 +132,7 @@ class PageLines:
     _table: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int32))
     _grows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     _arrives: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    _appended: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._free = list(range(self.num_entries - 1, -1, -1))
@@ -144,59 +145,67 @@ class PageLines:
         if step != self._step + 1:
             self._forget(pooled_before)
         self._step, self._rows = step, rows
-        table = np.full((len(rows), 4), NO_SLOT, dtype=np.int32)
+        self._table = table = np.full((len(rows), 4), NO_SLOT, dtype=np.int32)
         places: list[int] = []
         pages: list[int] = []
         copies: list[tuple[int, int]] = []
-        copy_pages = 0
+        self._appended, copy_pages = [], 0
         for index, row in enumerate(rows):
             line = self._line(row.key)
-            if isinstance(row, PooledRow):
-                tokens, needed = row.length, -(-row.length // self.page_size)
-                if needed > line.num_pages:
-                    copies.append((line.entry, row.line))
-                    copy_pages = max(copy_pages, needed)
-            else:
-                tokens = shard_tokens(row.held, row.length, self.page_size)
-                needed = -(-tokens // self.page_size)
+            tokens = row.length if isinstance(row, PooledRow) else shard_tokens(row.held, row.length, self.page_size)
+            needed = -(-tokens // self.page_size)
+            table[index, 0], table[index, 1] = line.entry, tokens
+            if needed == line.num_pages + 1:
+                self._append(index, needed)
+            elif needed > line.num_pages and isinstance(row, PooledRow):
+                copies.append((line.entry, row.line))
+                copy_pages = max(copy_pages, needed)
+            elif isinstance(row, ListedRow):
                 begin = line.entry * self.width
                 places += range(begin + line.num_pages, begin + needed)
                 pages += [number for _, number in row.held[line.num_pages : needed]]
-                if row.arrives:
-                    table[index, 3] = slot_of(row.held, row.length - 1, self.page_size)
+            if isinstance(row, ListedRow) and row.arrives:
+                table[index, 3] = slot_of(row.held, row.length - 1, self.page_size)
             line.num_pages = max(line.num_pages, needed)
-            table[index, 0], table[index, 1] = line.entry, tokens
-        self._table = table
         self._grows = np.array([isinstance(row, PooledRow) or row.grows for row in rows], dtype=np.int32)
         self._arrives = np.array([isinstance(row, ListedRow) and row.arrives for row in rows], dtype=np.int32)
         self._forget(pooled_before - _pooled_keys(rows))
-        return RowsInput(table, _pairs([places, pages]), _pairs(list(zip(*copies, strict=True)) or [[], []]), copy_pages, _pairs([[]] * 3))
+        return RowsInput(table, _pairs([places, pages]), _pairs(list(zip(*copies, strict=True)) or [[], []]), copy_pages)
 
-    def advance(self, step: int) -> RowsInput:
-        """The step after the last one, of the same rows: each has one token more, wherever its tail is."""
+    def advance(self, step: int) -> bool:
+        """The step after the last one, of the same rows: each has one token more, wherever its tail is. Whether a row began a page.
+
+        The input is `table` alone.
+        """
         if step != self._step + 1:
             raise ValueError(f"step {step} does not follow step {self._step}")
         self._step = step
         table = self._table
+        if self._appended:
+            table[self._appended, 2] = NO_PAGE
+            self._appended = []
         table[:, 1] += self._grows
         table[:, 3] += self._arrives
-        places: list[int] = []
-        pages: list[int] = []
-        singles: list[tuple[int, int, int]] = []
         for index in np.flatnonzero(self._grows & (table[:, 1] % self.page_size == 1)).tolist():
             row, needed = self._rows[index], -(-int(table[index, 1]) // self.page_size)
-            line = self._lines[row.key]
-            place = line.entry * self.width + needed - 1
-            if isinstance(row, PooledRow):
-                singles.append((place, row.line, int(table[index, 1]) - 1))
-            else:
-                number = row.held[needed - 1][1]
-                places.append(place)
-                pages.append(number)
-                if row.arrives:
-                    table[index, 3] = number * self.page_size
-            line.num_pages = needed
-        return RowsInput(table, _pairs([places, pages]), _pairs([[], []]), 0, _pairs(list(zip(*singles, strict=True)) or [[]] * 3))
+            self._append(index, needed)
+            self._lines[row.key].num_pages = needed
+            if isinstance(row, ListedRow) and row.arrives:
+                table[index, 3] = row.held[needed - 1][1] * self.page_size
+        return bool(self._appended)
+
+    @property
+    def table(self) -> np.ndarray:
+        """`RowsInput.rows` of the last step."""
+        return self._table
+
+    def _append(self, index: int, needed: int) -> None:
+        """The row's last page, its `needed`-th here, is new in this step."""
+        row = self._rows[index]
+        if needed > self.width:
+            raise ValueError(f"{row.key} has {needed} pages here, a line of the page table holds {self.width} (--context-length)")
+        self._table[index, 2] = FROM_TOKEN_TABLE - row.line if isinstance(row, PooledRow) else row.held[needed - 1][1]
+        self._appended.append(index)
 
     def _line(self, key: Hashable) -> _Line:
         line = self._lines.get(key)

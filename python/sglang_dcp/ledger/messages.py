@@ -156,16 +156,3 @@ def decode(words: Sequence[int]) -> Iterator[Message]:
         except (TypeError, ValueError) as error:
             raise MessageError(f"message of kind {kind} at word {position}: {error}") from error
         position = end
-
-
-def advance(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """The rows of the next step when nothing joined or left: every request decodes one token."""
-    return tuple(Row(row.handle, row.prefix_len + row.num_new, 1, row.route) for row in rows)
-
-
-def checksum(rows: Iterable[Row]) -> int:
-    """Detects a row table that went apart between instances; fits one control column."""
-    value = 0
-    for row in rows:
-        value = (value * 1_000_003 + row.handle * 8191 + row.prefix_len * 31 + row.num_new + row.route * 127) % 2_147_483_647
-    return value

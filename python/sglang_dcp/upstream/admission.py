@@ -8,6 +8,7 @@ from typing import Any
 
 from sglang_dcp.ledger.homes import HomeRequest
 from sglang_dcp.upstream.binding import Binding, current
+from sglang_dcp.upstream.instance import is_managed
 from sglang_dcp.upstream.placement_hint import read_placement
 
 
@@ -25,10 +26,6 @@ def keep_out_of_prefix_cache(req: Any) -> None:
     """Remote page ids must not enter the tree, and a prefix found there would not fit the reservation."""
     req.skip_radix_cache_insert = True
     req.extra_key = f"dyncp:{req.rid}"
-
-
-def is_managed(req: Any) -> bool:
-    return getattr(req, "dyncp", None) is not None
 
 
 def add_one_req(original: Callable[..., Any], adder: Any, req: Any, has_chunked_req: bool, truncation_align_size: int | None) -> Any:

@@ -46,8 +46,10 @@ class PoolLayer:
         return KVWriteLoc(slots, physical=True)
 
 
-def make_backend_class(stock: type) -> type:
-    """The stock backend, whose `forward` is entered once per layer, with ours for steps with sharded rows, eager or captured."""
+def make_backend_class(stock: type, *, flash_mla: bool = False) -> type:
+    """The stock backend, whose `forward` is entered once per layer, with ours for steps with sharded rows, eager or captured.
+
+    flash_mla: captured ones run FlashMLA's kernel."""
 
     class DynCpBackend(stock):
         dyncp_runner: Any = None
@@ -56,7 +58,7 @@ def make_backend_class(stock: type) -> type:
             super().init_cuda_graph_state(max_bs, max_num_tokens, *args, **kwargs)
             graphs = engine()
             if graphs is not None:
-                graphs.build(self.dyncp_runner, max_bs)
+                graphs.build(self.dyncp_runner, max_bs, flash_mla=flash_mla)
 
         def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
             graphs, binding = engine(), current()
@@ -73,7 +75,8 @@ def make_backend_class(stock: type) -> type:
         def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
             graphs = engine()
             if graphs is not None and captured_guest_rows():
-                graphs.keep_own_slots(forward_batch, self.token_to_kv_pool.size + self.token_to_kv_pool.page_size)
+                pool, token_table = self.token_to_kv_pool, self.dyncp_runner.req_to_token_pool.req_to_token
+                graphs.begin_captured(forward_batch, captured_guest_rows(), token_table, pool.size + pool.page_size)
                 return
             super().init_forward_metadata_in_graph(forward_batch)
 
@@ -164,7 +167,7 @@ def plan_of_step(binding: Binding, num_tokens: int) -> StepPlan:
     """The step's plan, built by its first layer (the padded token count is known there)."""
     instance = binding.instance
     if instance.plan is None:
-        with binding.host_clock.measure():
+        with binding.host_clock:
             instance.build_plan(binding.pending_rows, num_tokens)
             assert instance.plan is not None
             instance.plan = plan_on_device(instance.plan, binding.device)
@@ -183,12 +186,18 @@ def register_backends() -> None:
 
     register_attention_backend("torch_native")(create_torch_native)
     register_attention_backend("flashinfer")(create_flashinfer)
+    register_attention_backend("flashmla")(create_flashmla)
 
 
 def create_torch_native(runner: Any) -> Any:
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-    return make_backend_class(TorchNativeAttnBackend)(runner)
+    class TorchNativeBackend(TorchNativeAttnBackend):
+        def get_cuda_graph_seq_len_fill_value(self) -> int:
+            """ForwardBatch pads with it, also where no graph is captured; stock's torch_native has none. A row needs a key at least."""
+            return 1
+
+    return make_backend_class(TorchNativeBackend)(runner)
 
 
 def create_flashinfer(runner: Any) -> Any:
@@ -202,19 +211,32 @@ def create_flashinfer(runner: Any) -> Any:
     return _for_runner(make_backend_class(FlashInferAttnBackend)(runner, init_new_workspace=runner.init_new_workspace), runner)
 
 
+def create_flashmla(runner: Any) -> Any:
+    """FlashMLA decodes; prefills are FlashInfer's, which it inherits."""
+    if not runner.use_mla_backend:
+        raise ValueError("--attention-backend flashmla serves models with latent attention (MLA) alone; use flashinfer")
+    from sglang.srt.layers.attention.flashmla_backend import FlashMLABackend
+
+    return _for_runner(make_backend_class(FlashMLABackend, flash_mla=True)(runner), runner)
+
+
 def _for_runner(backend: Any, runner: Any) -> Any:
     backend.dyncp_runner = runner
     return backend
 
 
 def register_mla_form() -> None:
-    """MLA's form on FlashInfer: absorbed in a step with sharded rows, in prefill too, because shards hold latents. Else stock's choice."""
+    """MLA's form on a GPU: absorbed in a step with sharded rows, in prefill too, because shards hold latents. Else stock's choice."""
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
-    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 
-    stock = AttentionBackendRegistry.get_handler("flashinfer")
+    for name in ("flashinfer", "flashmla"):
+        AttentionBackendRegistry.register(name, _absorbed_when_sharded(AttentionBackendRegistry.get_handler(name)))
+
+
+def _absorbed_when_sharded(stock: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 
     def choose(attention: Any, forward_batch: Any) -> Any:
         return AttnForwardMethod.MLA if step_is_sharded() else stock(attention, forward_batch)
 
-    AttentionBackendRegistry.register("flashinfer", choose)
+    return choose

@@ -13,15 +13,16 @@ from sglang_dcp.observe.request_log import RequestLog
 from sglang_dcp.upstream.host_clock import HostClock
 from sglang_dcp.upstream.instance import Instance
 from sglang_dcp.upstream.metrics import StepMetrics
+from sglang_dcp.upstream.own_batch import OwnBatch
 
 
 @dataclass
 class Binding:
     """parked: requests that sit out decode steps for want of a tail page. waiting: those with an open reservation, by handle.
-    local_batch: the batch of the step being synchronised. metrics: None without --enable-metrics. graph_guest_rows: guest rows of the
-    graph that the step runs as, 0 for none or SGLang's own; graph_step: its rows. graph_steps, eager_steps: forward passes that this
-    instance ran as a CUDA graph (sharded_graph_steps: those of them with sharded rows), and otherwise. step_ran: the last step had rows on
-    some instance.
+    local_batch: the batch of the step being synchronised; own_batch: its rows, beside those of the step before. metrics: None without
+    --enable-metrics. graph_guest_rows: guest rows of the graph that the step runs as, 0 for none or SGLang's own; graph_step: its rows.
+    graph_steps, eager_steps: forward passes that this instance ran as a CUDA graph (sharded_graph_steps: those of them with sharded
+    rows), and otherwise. step_ran: the last step had rows on some instance.
     """
 
     scheduler: Any
@@ -45,6 +46,10 @@ class Binding:
     metrics: StepMetrics | None = None
     host_clock: HostClock = field(default_factory=HostClock)
     step_ran: bool = False
+    own_batch: OwnBatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.own_batch = OwnBatch(self.instance)
 
 
 _binding: Binding | None = None

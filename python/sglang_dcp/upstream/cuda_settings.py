@@ -9,6 +9,9 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 BACKEND = "flashinfer"
+PLAIN_BACKEND = "torch_native"
+"""Serves GQA of any element type, slowly and without graphs: what float32 is compared with."""
+BACKENDS = (BACKEND, "flashmla", PLAIN_BACKEND)
 BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 CUDA_TRANSPORTS = ("auto", "peer", "nccl", "gloo")
 CPU_TRANSPORTS = ("auto", "gloo")
@@ -32,11 +35,9 @@ def complete_prefill_graph(values: Callable[[str], Any]) -> dict[str, bool]:
 
 def find_cuda_refusal(values: Callable[[str], Any]) -> str | None:
     """The message for the first thing of a GPU server that is not served, or None. `values(field)` reads a resolved setting."""
-    for field in BACKEND_FIELDS:
-        value = values(field)
-        if value not in (None, BACKEND):
-            flag = "--" + field.replace("_", "-")
-            return f"{flag} {value} does not work with --enable-dyncp on a GPU: sharded steps need {BACKEND}"
+    refused = _find_backend_refusal(values)
+    if refused is not None:
+        return refused
     graphs = values("cuda_graph_config")
     if graphs is not None and graphs.prefill.backend != "disabled":
         return (
@@ -48,6 +49,18 @@ def find_cuda_refusal(values: Callable[[str], Any]) -> str | None:
         if value not in ("none", None, False):
             flag = "--" + field.replace("_", "-")
             return f"{flag} {value} does not work with --enable-dyncp on a GPU: it was not run with sharded rows"
+    return None
+
+
+def _find_backend_refusal(values: Callable[[str], Any]) -> str | None:
+    """One backend for prefill and decode alike, of those whose place ours can take."""
+    backend = values("attention_backend") or BACKEND
+    for field in BACKEND_FIELDS:
+        value, flag = values(field), "--" + field.replace("_", "-")
+        if value not in (None, *BACKENDS):
+            return f"{flag} {value} does not work with --enable-dyncp on a GPU: sharded steps need {' or '.join(BACKENDS)}"
+        if value not in (None, backend):
+            return f"{flag} {value} does not work with --enable-dyncp beside --attention-backend {backend}: give one for both"
     return None
 
 

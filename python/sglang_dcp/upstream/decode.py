@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from sglang_dcp.dataflow.device_plan import to_device
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.policy.types import Placement
-from sglang_dcp.upstream.admission import is_managed, keep_out_of_prefix_cache, keep_place_in_order
+from sglang_dcp.upstream.admission import keep_out_of_prefix_cache, keep_place_in_order
 from sglang_dcp.upstream.binding import Binding, current
+from sglang_dcp.upstream.instance import is_managed
 from sglang_dcp.upstream.page_audit import check_when_due
 
 GROW_AHEAD_TOKENS = 8
@@ -43,18 +45,23 @@ def update_running_batch(original: Callable[..., Any], scheduler: Any, batch: An
     binding = current()
     if binding is None or batch.is_empty():
         return original(scheduler, batch)
-    with binding.host_clock.measure():
+    with binding.host_clock:
         binding.instance.pool.settle_decode_claims()
         finishing = set(scheduler._reqs_finishing_inflight(batch))
-        stay = [i for i, req in enumerate(batch.reqs) if req in finishing or secure_next_token(binding, req)]
-    if len(stay) < len(batch.reqs):
-        staying = set(stay)
-        binding.parked += [req for i, req in enumerate(batch.reqs) if i not in staying]
-        batch.filter_batch(keep_indices=stay)
+        near_end = near_page_end(batch.seq_lens_cpu.numpy(), binding.instance.page_size)
+        leave = {i for i in near_end if batch.reqs[i] not in finishing and not secure_next_token(binding, batch.reqs[i])}
+    if leave:
+        binding.parked += [req for i, req in enumerate(batch.reqs) if i in leave]
+        batch.filter_batch(keep_indices=[i for i in range(len(batch.reqs)) if i not in leave])
         if batch.is_empty():
             batch.batch_is_full = False
             return batch
     return original(scheduler, batch)
+
+
+def near_page_end(lengths: np.ndarray, page_size: int) -> list[int]:
+    """Which requests `secure_next_token` has something to do for: all others have room on the page of their last token."""
+    return np.flatnonzero(-lengths % page_size <= GROW_AHEAD_TOKENS).tolist()
 
 
 def secure_next_token(binding: Binding, req: Any) -> bool:
@@ -247,28 +254,36 @@ def alloc_extend(original: Callable[..., Any], tree_cache: Any, *args: Any, **kw
     return torch.cat([parts[i] for i in range(len(batch.reqs))])
 
 
-def alloc_decode(original: Callable[..., Any], tree_cache: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """AROUND alloc_paged_token_slots_decode."""
-    call = _bind_arguments(original, tree_cache, *args, **kwargs)
-    batch, binding = call["batch"], current()
-    if binding is None:
-        return original(tree_cache, *args, **kwargs)
-    binding.instance.pool.settle_decode_claims()
-    if batch is None or not any(is_managed(req) for req in batch.reqs):
-        return original(tree_cache, *args, **kwargs)
-    local = [i for i, req in enumerate(batch.reqs) if not is_managed(req)]
-    managed = {i: req.dyncp for i, req in enumerate(batch.reqs) if is_managed(req)}
-    lengths = call["seq_lens_cpu"].tolist()
-    ids = [binding.instance.token_id(request, lengths[i] - 1) for i, request in managed.items()]
-    # One copy for all lists: each of its own would wait for the device.
-    lists = to_device(torch.tensor([*local, *managed, *ids], dtype=torch.int64), binding.device)
-    local_rows, managed_rows, token_ids = lists.split([len(local), len(managed), len(ids)])
-    out = torch.empty(len(batch.reqs), dtype=torch.int64, device=batch.device)
-    if local:
-        subset = {name: call[name].index_select(0, local_rows) for name in ("seq_lens", "last_loc")}
-        subset["seq_lens_cpu"] = call["seq_lens_cpu"][local]
-        out.index_copy_(0, local_rows, original(**{**call, **subset, "req_pool_indices": None}))
-    return out.index_copy_(0, managed_rows, token_ids)
+def alloc_decode(
+    original: Callable[..., Any],
+    tree_cache: Any,
+    seq_lens: torch.Tensor,
+    seq_lens_cpu: torch.Tensor,
+    last_loc: torch.Tensor,
+    token_per_req: int = 1,
+    req_pool_indices: torch.Tensor | None = None,
+    batch: Any = None,
+) -> torch.Tensor:
+    """AROUND alloc_paged_token_slots_decode: a managed request's next page is not taken from the pool here.
+
+    Within a page a token follows the last one, wherever the page lies, and stock counts on from the last token's id. So only managed
+    requests that begin a page are ours: stock is told that they do not begin one, and their token ids are put in afterwards.
+    """
+    binding = current()
+    ours: list[int] = []
+    if binding is not None and batch is not None:
+        with binding.host_clock:
+            instance = binding.instance
+            instance.pool.settle_decode_claims()
+            begin = np.flatnonzero(seq_lens_cpu.numpy() % instance.page_size == 1).tolist()
+            ours = [i for i in begin if is_managed(batch.reqs[i])]
+            if ours:
+                ids = [instance.token_id(batch.reqs[i].dyncp, int(seq_lens_cpu[i]) - 1) for i in ours]
+                rows, token_ids = to_device(torch.tensor([ours, ids], dtype=torch.int64), binding.device)
+                seq_lens = seq_lens.index_add(0, rows, seq_lens.new_ones(len(ours)))
+                seq_lens_cpu = seq_lens_cpu.index_add(0, torch.tensor(ours), seq_lens_cpu.new_ones(len(ours)))
+    out = original(tree_cache, seq_lens, seq_lens_cpu, last_loc, token_per_req, req_pool_indices, batch)
+    return out.index_copy_(0, rows, token_ids) if ours else out
 
 
 def _bind_arguments(original: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ after a step's all-gather; a step that fits none, or extends anywhere, runs eage
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.paged_attention import AttentionShape
 from sglang_dcp.dataflow.static_tables import ListedRow, PooledRow, guests_per_instance, route_word32, route_words
 from sglang_dcp.ledger.routes import shard_mask, travelling_tail
-from sglang_dcp.upstream.admission import is_managed
 from sglang_dcp.upstream.binding import Binding, current
+from sglang_dcp.upstream.instance import is_managed
 from sglang_dcp.upstream.peers import Place, find_obstacle, num_sharing, own_place, tell_everybody
 
 logger = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ class GraphEngine:
     def variants(self) -> SizeVariants:
         return SizeVariants((STOCK_LABEL, *(label_of(rows) for rows in self.guest_rows)))
 
-    def build(self, runner: Any, max_batch: int) -> None:
+    def build(self, runner: Any, max_batch: int, *, flash_mla: bool = False) -> None:
         """Buffers for batches of up to max_batch, connected to all peers. Every instance calls it."""
         from sglang_dcp.dataflow.graph_attention import GraphAttention, GraphSizes
 
@@ -92,12 +91,16 @@ class GraphEngine:
             context_pages=-(-runner.model_config.context_len // page_size),
         )
         wait = WAIT_SECONDS if sharing == 1 else WAIT_SECONDS_SHARED
-        self.attention = GraphAttention(self.rank, sizes, attention_shape(runner), device, num_sharing=sharing, wait_seconds=wait)
+        self.attention = GraphAttention(
+            self.rank, sizes, attention_shape(runner), device, num_sharing=sharing, wait_seconds=wait, flash_mla=flash_mla
+        )
         self.attention.exchange.connect_processes(tell_everybody(self.attention.exchange.ipc_handle(), self._group))
         self.max_home_rows = max_batch
         self._own_slots = torch.zeros(max_batch, dtype=torch.int64, device=device)
         logger.info(
-            "dyncp: decode graphs for up to %d home rows with 0, %s guest rows; buffers of %.2f GiB, peer memory, %d instances on this GPU",
+            "dyncp: decode graphs (%s) for up to %d home rows with 0, %s guest rows; buffers of %.2f GiB, peer memory, "
+            "%d instances on this GPU",
+            "FlashMLA" if flash_mla else "FlashInfer",
             max_batch,
             ", ".join(map(str, self.guest_rows)),
             (free_before - torch.cuda.mem_get_info()[0]) / 2**30,
@@ -113,34 +116,37 @@ class GraphEngine:
         needed = max(guests_per_instance(row_routes, len(self.places)))
         return next((rows for rows in self.guest_rows if rows >= needed), 0)
 
-    def plan_step(self, binding: Binding, spans: Sequence[tuple[Any, int, int]], batch_sizes: list[int]) -> None:
-        """Decides what the binding's decode step runs as, and collects its rows where it is a graph. Most steps are the last one's, one
-        token on."""
+    def plan_step(self, binding: Binding, batch_sizes: list[int]) -> None:
+        """Decides what the binding's decode step runs as, and collects its rows where it is a graph. batch_sizes: of all instances.
+
+        Most steps are the last one's, one token on: no home told others of its rows, and here nobody joined or left.
+        """
         last, instance = binding.graph_step, binding.instance
-        if last is not None and last.is_followed_by(instance, spans, batch_sizes):
-            binding.graph_step = dataclasses.replace(last, step=instance.step, is_advance=True)
+        steady = instance.rows_steady and binding.own_batch.steady
+        if last is not None and steady and instance.step == last.step + 1 and batch_sizes == last.batch_sizes:
+            last.step, last.is_advance = instance.step, True
             return
         binding.graph_step = None
         binding.graph_guest_rows = self.choose([[row.route for row in rows] for rows in instance.rows_of], batch_sizes)
         if binding.graph_guest_rows:
-            binding.graph_step = collect_step(binding, spans, batch_sizes)
+            binding.graph_step = collect_step(binding, batch_sizes)
 
     def load(self, binding: Binding, home_rows: int) -> None:
         """Fills the step's tables and plans its kernel, for the graph of `home_rows`. On the stream of the replay."""
         step: GraphStep | None = binding.graph_step
         assert step is not None
-        with binding.host_clock.measure():
-            token_table = binding.scheduler.req_to_token_pool.req_to_token
+        with binding.host_clock:
             if step.is_advance:
-                self.attention.advance(step.step, token_table)
+                self.attention.advance(step.step)
             else:
-                self.attention.fill(step.step, step.words, step.rows, token_table)
+                self.attention.fill(step.step, step.words, step.rows, binding.scheduler.req_to_token_pool.req_to_token)
             self.attention.plan(home_rows, binding.graph_guest_rows)
 
     # ---- while capturing
 
-    def keep_own_slots(self, forward_batch: Any, pool_slots: int) -> None:
-        """Recorded once per graph: where each new token's K/V goes here; slot 0 (padding) for those that travel."""
+    def begin_captured(self, forward_batch: Any, guest_rows: int, token_table: torch.Tensor, pool_slots: int) -> None:
+        """Recorded once per graph: the step's tables, and where each new token's K/V goes here; slot 0 (padding) for those that travel."""
+        self.attention.begin(forward_batch.batch_size, guest_rows, token_table)
         slots = forward_batch.out_cache_loc
         here = torch.where(slots < pool_slots, slots, torch.zeros_like(slots))
         self._own_slots[: len(slots)].copy_(here)
@@ -149,40 +155,29 @@ class GraphEngine:
         return self._own_slots[:num_tokens]
 
 
-@dataclass(frozen=True)
+@dataclass
 class GraphStep:
     """A decode step as the tables want it: route words of every home, and this instance's attention rows.
 
-    is_advance: the rows are those of the step before, one token on. reqs, batch_sizes: by which that is seen.
+    is_advance: the rows are those of the step before, one token on. batch_sizes: of all instances.
     """
 
     step: int
     words: list[np.ndarray]
     rows: list[ListedRow | PooledRow]
-    reqs: list[Any]
     batch_sizes: list[int]
     is_advance: bool = False
 
-    def is_followed_by(self, instance: Any, spans: Sequence[tuple[Any, int, int]], batch_sizes: list[int]) -> bool:
-        """Whether the instance's step now has the same rows and routes: no home told others, and nobody joined or left here."""
-        return (
-            instance.rows_steady
-            and instance.step == self.step + 1
-            and batch_sizes == self.batch_sizes
-            and len(spans) == len(self.reqs)
-            and all(span[0] is req for span, req in zip(spans, self.reqs, strict=True))
-        )
 
-
-def collect_step(binding: Binding, spans: Sequence[tuple[Any, int, int]], batch_sizes: Sequence[int]) -> GraphStep:
-    """The step that all instances agreed on. spans: (request, prefix_len, 1) of the own batch; batch_sizes of all instances."""
+def collect_step(binding: Binding, batch_sizes: Sequence[int]) -> GraphStep:
+    """The step that all instances agreed on."""
     instance = binding.instance
     words: list[np.ndarray] = []
     rows: list[ListedRow | PooledRow] = []
     for home, told in enumerate(instance.rows_of):
         if home == instance.rank:
             own_words = []
-            for req, prefix_len, _ in spans:
+            for req, prefix_len, _ in binding.own_batch.spans:
                 word, row = _own_row(binding, req, prefix_len + 1)
                 own_words.append(word)
                 rows += [row] if row is not None else []
@@ -193,7 +188,7 @@ def collect_step(binding: Binding, spans: Sequence[tuple[Any, int, int]], batch_
             if shard_mask(guest.route) >> instance.rank & 1:
                 held, arrives = instance.guests.pages_of(home, guest.handle), travelling_tail(guest.route) == instance.rank
                 rows.append(ListedRow((home, guest.handle), guest.prefix_len + 1, held, grows=arrives, arrives=arrives))
-    return GraphStep(instance.step, words, rows, [span[0] for span in spans], list(batch_sizes))
+    return GraphStep(instance.step, words, rows, list(batch_sizes))
 
 
 def _own_row(binding: Binding, req: Any, length: int) -> tuple[int, ListedRow | PooledRow | None]:

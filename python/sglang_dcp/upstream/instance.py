@@ -24,6 +24,7 @@ from sglang_dcp.ledger.messages import AskAdmission, AskGrowth, Granted, Message
 from sglang_dcp.ledger.page_ids import Page, PageIds
 from sglang_dcp.ledger.reservations import Decision, Grant, Key, ReservationTable
 from sglang_dcp.ledger.routes import route_word
+from sglang_dcp.ledger.row_table import RowTable, advance, checksum
 from sglang_dcp.policy.growth import predicted_level
 from sglang_dcp.upstream import columns as col
 from sglang_dcp.upstream.placement_request import cost_model_of, node_of
@@ -36,6 +37,11 @@ logger = logging.getLogger(__name__)
 
 class ProtocolError(RuntimeError):
     """Instances disagree about a step. Serving on would give wrong answers, so the process ends."""
+
+
+def is_managed(req: Any) -> bool:
+    """Whether the pages of SGLang's request come from the ledger."""
+    return getattr(req, "dyncp", None) is not None
 
 
 class Instance:
@@ -55,9 +61,8 @@ class Instance:
         self.cost_model = cost_model_of(config, num_instances)
         self.step = 0
         self.outbox: list[Message] = []
-        self.rows_of: list[tuple[Row, ...]] = [()] * num_instances
+        self.rows_of = [RowTable() for _ in range(num_instances)]
         self.rows_steady = False
-        self.own_rows: tuple[Row, ...] = ()
         self.promised = (0,) * num_instances
         self.kv_tokens = np.zeros(num_instances, dtype=np.int64)
         self.home_requests = np.zeros(num_instances, dtype=np.int64)
@@ -130,18 +135,20 @@ class Instance:
 
     # ---- one step: columns out, messages, grants, plan
 
-    def build_columns(self, rows: Sequence[Row], free_pages: int, kv_tokens: int, num_requests: int) -> list[int]:
-        """This instance's control columns. Decides whether the rows need a message."""
-        self.own_rows = tuple(rows)
-        steady = self.own_rows == messages.advance(self.rows_of[self.rank])
-        if not steady:
-            self.outbox.append(Rows(self.own_rows))
+    def build_columns(self, rows: Sequence[Row] | None, free_pages: int, kv_tokens: int, num_requests: int) -> list[int]:
+        """This instance's control columns. rows: its sharded rows, None for those of the step before, one token on. Decides whether
+        they need a message."""
+        table = self.rows_of[self.rank]
+        num_rows, rows_checksum = len(table), table.next_checksum()
+        if rows is not None and (own_rows := tuple(rows)) != advance(table):
+            num_rows, rows_checksum = len(own_rows), checksum(own_rows)
+            self.outbox.append(Rows(own_rows))
         self._words = messages.encode(self.outbox)
         self.outbox = []
         return [
             len(self._words),
-            len(self.own_rows),
-            messages.checksum(self.own_rows),
+            num_rows,
+            rows_checksum,
             free_pages,
             self.guests.num_pages,
             kv_tokens,
@@ -168,16 +175,16 @@ class Instance:
         for home, stream in enumerate(words):
             for message in messages.decode(stream):
                 if isinstance(message, Rows):
-                    self.rows_of[home] = message.rows
+                    self.rows_of[home].tell(message.rows)
                     told_rows.add(home)
                 else:
                     self._take(home, message)
         self.rows_steady = not told_rows
-        for home in range(self.num_instances):
+        for home, table in enumerate(self.rows_of):
             if home not in told_rows:
-                self.rows_of[home] = messages.advance(self.rows_of[home])
-            if messages.checksum(self.rows_of[home]) != self._columns[home][col.ROWS_CHECKSUM]:
-                raise ProtocolError(f"rank {self.rank}, step {self.step}: row table of home {home} went apart: {self.rows_of[home]}")
+                table.advance()
+            if table.checksum != self._columns[home][col.ROWS_CHECKSUM]:
+                raise ProtocolError(f"rank {self.rank}, step {self.step}: row table of home {home} went apart: {table.rows}")
         decision = Decision((), (0,) * self.num_instances, ())
         if len(self.table):
             most_guests = int(self.config.max_guest_fraction * self.num_pages)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from sglang_dcp.ledger.integrity import check_instance
-from sglang_dcp.upstream.admission import is_managed
 from sglang_dcp.upstream.binding import Binding
+from sglang_dcp.upstream.instance import is_managed
 
 CHECK_VARIABLE = "SGLANG_DYNCP_CHECK_EVERY_STEP"
 """Set to 1 by the tests."""

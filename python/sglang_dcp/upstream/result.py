@@ -8,8 +8,8 @@ from typing import Any
 
 from sglang_dcp.observe.report_client import ROUTE
 from sglang_dcp.observe.request_log import merge_requests
-from sglang_dcp.upstream.admission import is_managed
 from sglang_dcp.upstream.binding import Binding, current
+from sglang_dcp.upstream.instance import is_managed
 
 KEY = "dyncp"
 REPORT_RID = "dyncp/report"

@@ -13,9 +13,8 @@ from sglang_dcp.dataflow.transport.gloo import create_gloo_group
 from sglang_dcp.mutants import install_mutant
 from sglang_dcp.upstream import binding as bindings
 from sglang_dcp.upstream import synthetic_prefill
-from sglang_dcp.upstream.admission import is_managed
 from sglang_dcp.upstream.install import verify_installed
-from sglang_dcp.upstream.instance import Instance
+from sglang_dcp.upstream.instance import Instance, is_managed
 from sglang_dcp.upstream.kv_pool import LedgerAllocator
 from sglang_dcp.upstream.metrics import attach_metrics
 from sglang_dcp.upstream.models import check_model
@@ -49,14 +48,14 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
     instance = Instance(config.resolve(num_instances), rank, num_instances, pool.num_pages, pool.page_size, pool)
     pool.bind(instance, scheduler.tree_cache)
     group = create_gloo_group(EXCHANGE_TIMEOUT_SECONDS)
-    device = torch.device(scheduler.tp_worker.model_runner.device)
+    runner = scheduler.tp_worker.model_runner
+    device = torch.device(runner.device)
     transport = choose_transport(config.transport, device, group, EXCHANGE_TIMEOUT_SECONDS)
-    binding = bindings.Binding(
-        scheduler, instance, transport, group, device=device, partial_attention=choose_partial_attention(device, pool.page_size)
-    )
-    prepare_merge(scheduler.tp_worker.model_runner, device)
+    attention = choose_partial_attention(device, pool.page_size, runner)
+    binding = bindings.Binding(scheduler, instance, transport, group, device=device, partial_attention=attention)
+    prepare_merge(runner, device)
     if synthetic_prefill.is_enabled():
-        synthetic_prefill.fill_pool(scheduler.tp_worker.model_runner.token_to_kv_pool, rank)
+        synthetic_prefill.fill_pool(runner.token_to_kv_pool, rank)
     attach_metrics(binding)
     bindings.bind(binding)
     logger.info(

@@ -12,6 +12,7 @@ from sglang_dcp.dataflow.partial_attention import PartialAttention, torch_partia
 from sglang_dcp.dataflow.transport.base import Transport
 from sglang_dcp.dataflow.transport.gloo import GlooTransport
 from sglang_dcp.upstream.binding import current
+from sglang_dcp.upstream.cuda_settings import PLAIN_BACKEND
 from sglang_dcp.upstream.graphs import GraphError, attention_shape, engine
 
 logger = logging.getLogger(__name__)
@@ -39,9 +40,16 @@ def choose_transport(name: str, device: torch.device, gloo_group: dist.ProcessGr
     return HostStagedTransport(host)
 
 
-def choose_partial_attention(device: torch.device, page_size: int) -> PartialAttention:
-    """FlashInfer on a GPU, plain torch elsewhere."""
+def choose_partial_attention(device: torch.device, page_size: int, runner: Any) -> PartialAttention:
+    """FlashInfer on a GPU; plain torch on a CPU, and for SGLang's torch_native backend. ValueError for MLA on a GPU with the latter.
+
+    runner: SGLang's ModelRunner.
+    """
     if device.type == "cpu":
+        return torch_partial_attention
+    if runner.decode_attention_backend_str == PLAIN_BACKEND:
+        if runner.use_mla_backend:
+            raise ValueError(f"--attention-backend {PLAIN_BACKEND} with --enable-dyncp serves no MLA model on a GPU: it was not run there")
         return torch_partial_attention
     from sglang_dcp.dataflow.paged_attention import PagedPartialAttention
     from sglang_dcp.dataflow.paged_attention_flashinfer import flashinfer_kernel
@@ -64,15 +72,12 @@ def prepare_merge(runner: Any, device: torch.device) -> None:
 
 
 def count_forward(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER TpModelWorker.forward_batch_generation: which share of the steps runs as a graph, and whether a peer was silent in one."""
+    """AFTER TpModelWorker.forward_batch_generation: which share of the steps runs as a graph."""
     binding = current()
     if binding is None:
         return
     if result.can_run_cuda_graph:
         binding.graph_steps += 1
-        graphs = engine()
-        if binding.graph_guest_rows and graphs is not None:
-            binding.sharded_graph_steps += 1
-            graphs.attention.after_step()
+        binding.sharded_graph_steps += binding.graph_guest_rows > 0
     else:
         binding.eager_steps += 1

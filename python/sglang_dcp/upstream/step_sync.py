@@ -11,11 +11,10 @@ import torch.distributed as dist
 
 from sglang_dcp.dataflow.contracts import HomeRow
 from sglang_dcp.dataflow.transport.base import TransportError
-from sglang_dcp.ledger.messages import Row
 from sglang_dcp.upstream import columns as col
-from sglang_dcp.upstream.admission import is_managed
 from sglang_dcp.upstream.binding import Binding, current
 from sglang_dcp.upstream.graphs import engine
+from sglang_dcp.upstream.instance import is_managed
 
 
 def remember_batch(original: Callable[..., Any], adapter: Any, local_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -35,13 +34,14 @@ def local_columns(result: torch.Tensor, info: Any, device: Any, dtype: torch.dty
     binding = current()
     if binding is None:
         return result
-    with binding.host_clock.measure():
+    with binding.host_clock:
         instance = binding.instance
         sweep_waiting(binding)
-        num_requests = count_home_requests(binding)
-        own = instance.build_columns(
-            sharded_rows(binding), free_pages(binding), instance.num_pages * instance.page_size - free_tokens(binding), num_requests
-        )
+        batch = binding.own_batch
+        batch.take(binding.local_batch)
+        rows = None if batch.steady else batch.sharded_rows()
+        used_tokens = instance.num_pages * instance.page_size - free_tokens(binding)
+        own = instance.build_columns(rows, free_pages(binding), used_tokens, count_home_requests(binding))
         return torch.cat([result, torch.tensor(own, dtype=result.dtype, device=result.device)])
 
 
@@ -65,7 +65,7 @@ def after_gather(result: Any, info: Any, *args: Any, **kwargs: Any) -> None:
     binding = current()
     if binding is None:
         return
-    with binding.host_clock.measure():
+    with binding.host_clock:
         settle_step(binding, info)
 
 
@@ -99,7 +99,7 @@ def plan_graph(binding: Binding, info: Any) -> None:
     if graphs is None or not binding.instance.num_sharded_rows or not info.can_run_decode_cuda_graph:
         binding.graph_guest_rows, binding.graph_step = 0, None
         return
-    graphs.plan_step(binding, batch_spans(binding.local_batch), info.global_num_tokens)
+    graphs.plan_step(binding, info.global_num_tokens)
 
 
 def exchange_words(binding: Binding, counts: np.ndarray, most: int) -> list[list[int]]:
@@ -115,28 +115,10 @@ def exchange_words(binding: Binding, counts: np.ndarray, most: int) -> list[list
     return [stream[:count].tolist() for stream, count in zip(everybody, counts.tolist(), strict=True)]
 
 
-def batch_spans(batch: Any) -> list[tuple[Any, int, int]]:
-    """(request, prefix_len, num_new) of a batch, in token order."""
-    if batch is None or batch.forward_mode.is_idle() or not batch.reqs:
-        return []
-    if batch.forward_mode.is_decode():
-        return [(req, int(length) - 1, 1) for req, length in zip(batch.reqs, batch.seq_lens_cpu.tolist(), strict=True)]
-    return [(req, int(prefix), int(new)) for req, prefix, new in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)]
-
-
-def sharded_rows(binding: Binding) -> list[Row]:
-    instance = binding.instance
-    return [
-        Row(req.dyncp.handle, prefix_len, num_new, instance.route_of(req.dyncp, prefix_len + num_new))
-        for req, prefix_len, num_new in batch_spans(binding.local_batch)
-        if is_managed(req) and instance.is_sharded(req.dyncp, prefix_len + num_new)
-    ]
-
-
 def home_rows(binding: Binding) -> list[HomeRow]:
     """Every request of the own batch, sharded or not: in a step with sharded rows ours attends them all."""
     instance, rows, start = binding.instance, [], 0
-    spans = batch_spans(binding.local_batch)
+    spans = binding.own_batch.spans
     local_pages = read_local_pages(binding, [(req, prefix_len + num_new) for req, prefix_len, num_new in spans if not is_managed(req)])
     for req, prefix_len, num_new in spans:
         if is_managed(req):

@@ -13,7 +13,8 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kMaxGrouped = 8;  // instances in one launch
 constexpr int kDispatchRegisters = 64;  // kBlocksPerMultiprocessor blocks fit
 
-enum ExchangePhase : int { kSend = 1, kReceive = 2 };
+// kAnnounce is no phase: the kernel lets its successor start early. It must not where a successor may be launched early without waiting.
+enum ExchangePhase : int { kSend = 1, kReceive = 2, kAnnounce = 4 };
 
 // A row as heads of up to two parts that lie in different tensors (MLA: latent and rotary), all in units of 16 bytes.
 // One part: num_vectors[1] is 0. Strides in bytes.
@@ -214,7 +215,8 @@ __device__ __forceinline__ void dispatch_rows(const Group<DispatchParams, kMaxMe
   QueryPiece piece = find_piece<kTwoParts>(group, pieces, warp, lane);
   QueryFlag flag = find_flag(group, flags, from_end, lane);
   wait_for_predecessor();
-  let_successor_start();  // takes effect once every block runs, so a successor never takes the place of a block that is waited for
+  // Takes effect once every block runs, so a successor never takes the place of a block that is waited for.
+  if (group.members[0].phases & kAnnounce) let_successor_start();
   for (int item = from_end; item < kv_sends.size(); item += num_warps) {
     int row = item;
     const int member = kv_sends.member_of(row);

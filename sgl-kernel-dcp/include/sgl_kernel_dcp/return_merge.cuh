@@ -253,7 +253,7 @@ __device__ __forceinline__ void return_and_merge(const Group<ReturnParams, kMaxM
   ReturnPiece sent = find_return(group, pieces, warp, lane);
   MergePiece merged = find_merge(group, merges, warp, lane);
   wait_for_predecessor();
-  let_successor_start();  // as in dispatch_rows
+  if (group.members[0].phases & kAnnounce) let_successor_start();  // as in dispatch_rows
   for (int member = num_warps - 1 - warp; member < size; member += num_warps) acknowledge(group.members[member], lane);
   for (int item = warp; item < pieces.size(); item += num_warps) {
     send_return(group.members[sent.member], sent, lane);

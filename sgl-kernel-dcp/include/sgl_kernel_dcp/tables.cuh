@@ -11,10 +11,14 @@ namespace dcp {
 constexpr int kTableThreads = 1024;
 constexpr int kTableWarps = kTableThreads / 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kFromTokenTable = -2;  // new_page = kFromTokenTable - line of the token table
 
 struct TablesParams {
   int32_t* tables;          // TableLayout
   int32_t* resident_pages;  // [num_entries, max_pages_per_row], kept over steps
+  const int32_t* token_table;  // [token_lines, token_width]: token ids of the requests whose pages the host does not know
+  int32_t token_lines;
+  int64_t token_width;
   TableShape shape;
   TableLayout layout;
   int32_t rank;
@@ -221,6 +225,14 @@ __device__ __forceinline__ int scan_pages(const TablesParams& params, int num_ro
   return num_pages;
 }
 
+// The page that holds a row's last token: what its line of the message names, or where SGLang put the page's first token, or as before.
+__device__ __forceinline__ int last_page(const TablesParams& params, int new_page, int index, int resident) {
+  if (new_page >= -1) return new_page >= 0 ? new_page : resident;
+  const int64_t line = kFromTokenTable - int64_t{new_page}, position = int64_t{index} * params.shape.page_size;
+  if (line >= params.token_lines || position >= params.token_width) return resident;
+  return params.token_table[line * params.token_width + position] / params.shape.page_size;
+}
+
 __device__ __forceinline__ void build_pages(const TablesParams& params) {
   extern __shared__ int indptr[];
   __shared__ int warp_sums[kTableWarps + 1];
@@ -237,10 +249,9 @@ __device__ __forceinline__ void build_pages(const TablesParams& params) {
     const int index = page - indptr[low];
     if (index >= width) continue;
     const int4 line = lines[low];
-    const bool appended = line.z >= 0 && page + 1 == indptr[low + 1];
     int32_t* resident = params.resident_pages + int64_t{line.x} * width + index;
-    const int id = appended ? line.z : *resident;
-    if (appended) *resident = id;
+    const int id = page + 1 == indptr[low + 1] ? last_page(params, line.z, index, *resident) : *resident;
+    if (id != *resident) *resident = id;
     params.tables[params.layout.page_indices + page] = id;
     params.tables[params.layout.block_table + int64_t{low} * width + index] = id;
   }

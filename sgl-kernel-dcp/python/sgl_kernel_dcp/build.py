@@ -59,7 +59,8 @@ def build_library() -> Path:
     if library.is_file() and (target / "complete").is_file():
         return library
     target.mkdir(parents=True, exist_ok=True)
-    with (target / "lock").open("w") as lock:  # ranks of a server come here together; one compiles
+    # Ranks of a server come here together; one compiles. tvm-ffi takes a lock of its own, the file "lock" in this folder.
+    with (target / "ranks.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (target / "complete").is_file():
             tvm_ffi.cpp.build(

@@ -47,8 +47,10 @@ class PeerExchange:
 
     num_sharing: instances that share this GPU. Their waiting kernels together take at most one block per multiprocessor, and their
     waits last up to 60 s instead of 2 s, because processes on one GPU are time-sliced.
-    early_launch: let a kernel of ours be set up while its predecessor ends (programmatic dependent launch). Instances that share a GPU
-    do so only in `launch_together`: by itself a successor could take the place of a peer's kernel that it waits for.
+    early_launch: let a kernel of ours be set up while its predecessor ends, and its successor while it ends (programmatic dependent
+    launch). Instances that share a GPU do the former only in `launch_together`: by itself a successor could take the place of a peer's
+    kernel that it waits for. Off where the attention kernel is launched early and does not wait, as FlashMLA's: it would read queries
+    that are still on their way.
     """
 
     def __init__(

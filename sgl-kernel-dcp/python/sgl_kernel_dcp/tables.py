@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 ROUTE_TAIL_SHIFT = 16
+FROM_TOKEN_TABLE = -2
+"""`RowLine.new_page` of FROM_TOKEN_TABLE - line: the page is where that line of the token table has its first token."""
 TARGET_SLOT_BITS = 24
 SECTION_EXTENTS = {
     "header": "header",
@@ -37,7 +39,7 @@ class RowLine(NamedTuple):
 
     entry: int  # line of the resident page table
     tokens: int  # tokens that this shard holds after the step's new one; 0 for an empty shard
-    new_page: int = -1  # page appended by this step
+    new_page: int = -1  # page appended by this step, for the row's last token; from FROM_TOKEN_TABLE downwards: known to the device alone
     kv_slot: int = -1  # where the arriving K/V row goes; -1: none arrives (own home, or tail elsewhere)
 
 
@@ -93,36 +95,47 @@ class StepTables:
         self._host = torch.zeros(self.layout["input_size"], dtype=torch.int32, pin_memory=True)
         self._copied = torch.cuda.Event()
         self._expects = np.zeros(0, dtype=bool)
+        self._rows_copy = self._copy_of(self.layout["input_rows"], 0)
+        self._no_token_table = torch.zeros(0, 0, dtype=torch.int32, device=device)
 
     def upload(self, message: StepMessage | StepArrays) -> None:
         """Checks the message against the capacities and starts its copy on the current stream."""
-        host = self._host.numpy()
         packed = self.pack(message)
-        self._expects = packed[self.layout["input_rows"] :].reshape(-1, 4)[:, 3] >= 0
-        self._copied.synchronize()
-        host[: len(packed)] = packed
-        self.buffer[: len(packed)].copy_(self._host[: len(packed)], non_blocking=True)
-        self._copied.record()
+        rows = packed[self.layout["input_rows"] :].reshape(-1, 4)
+        self._expects = rows[:, 3] >= 0
+        self._rows_copy = self._copy_of(self.layout["input_rows"], rows.size)
+        self._send(packed, self._copy_of(0, len(packed)))
 
-    def upload_rows(self, rows: np.ndarray) -> None:
-        """Likewise for a step that keeps the routes of the one before: token counts and K/V slots of the same rows (`StepArrays`)."""
+    def upload_rows(self, rows: np.ndarray, *, check: bool = True) -> None:
+        """Likewise for a step that keeps the routes and entries of the one before: token counts, new pages and K/V slots of the same rows
+        (`StepArrays`). check=False: the caller has kept the counts within the capacities."""
         if len(rows) != len(self._expects):
             raise ValueError(f"{len(rows)} rows, the routes uploaded last give {len(self._expects)}")
-        _check_rows(rows, self.shape, self.num_entries, self._expects)
-        begin = self.layout["input_rows"]
-        end = begin + rows.size
+        if check:
+            _check_rows(rows, self.shape, self.num_entries, self._expects)
+        self._send(rows.reshape(-1), self._rows_copy)
+
+    def _copy_of(self, begin: int, count: int) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+        """Views of these words of the message: to write on the host, to copy from there, and to copy to."""
+        host = self._host[begin : begin + count]
+        return host.numpy(), host, self.buffer[begin : begin + count]
+
+    def _send(self, words: np.ndarray, copy: tuple[np.ndarray, torch.Tensor, torch.Tensor]) -> None:
+        to_write, source, target = copy
         self._copied.synchronize()
-        self._host.numpy()[begin:end] = rows.reshape(-1)
-        self.buffer[begin:end].copy_(self._host[begin:end], non_blocking=True)
+        to_write[:] = words
+        target.copy_(source, non_blocking=True)
         self._copied.record()
 
     def pack(self, message: StepMessage | StepArrays) -> np.ndarray:
         """The message as int32 words; raises ValueError naming the value and its limit."""
         return pack_message(message, self.shape, self.rank, self.num_entries, self.max_return_rows, self.layout)
 
-    def build(self) -> None:
-        """One kernel on the current stream; reads the uploaded message, writes every table."""
-        self._library.build_tables(self.buffer, self.resident_pages, self.shape.numbers(), self.rank)
+    def build(self, token_table: torch.Tensor | None = None) -> None:
+        """One kernel on the current stream; reads the uploaded message, writes every table. token_table int32 [lines, width]: token ids
+        of requests by position, for rows whose new page only the device knows. May be captured, then both stay where they are."""
+        table = self._no_token_table if token_table is None else token_table
+        self._library.build_tables(self.buffer, self.resident_pages, table, self.shape.numbers(), self.rank)
 
     def section(self, name: str) -> torch.Tensor:
         """A view of one table, shaped."""
@@ -200,9 +213,7 @@ def _check_rows(rows: np.ndarray, shape: TableShape, num_entries: int, expects: 
     wrong = (kv_slots >= 0) != expects
     if wrong.any():
         row = int(wrong.argmax())
-        raise ValueError(
-            f"attention row {row}: kv_slot {int(kv_slots[row])}, but K/V {'arrives' if expects[row] else 'does not arrive'}"
-        )
+        raise ValueError(f"attention row {row}: kv_slot {int(kv_slots[row])}, but K/V {'arrives' if expects[row] else 'does not arrive'}")
     wrong = (tokens < 0) | ((tokens > 0) & ((entries < 0) | (entries >= num_entries)))
     if wrong.any():
         row = int(wrong.argmax())

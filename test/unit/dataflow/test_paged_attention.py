@@ -12,9 +12,9 @@ from sglang_dcp.dataflow import device_plan
 from sglang_dcp.dataflow import paged_attention_flashinfer as adapters
 from sglang_dcp.dataflow.contracts import AttentionRow, PartialState, StepPlan, TokenList
 from sglang_dcp.dataflow.device_plan import index_lists, plan_on_device
+from sglang_dcp.dataflow.kernel_table import kernel_table
 from sglang_dcp.dataflow.paged_attention import AttentionShape, PagedPartialAttention
 from sglang_dcp.dataflow.partial_attention import torch_partial_attention
-from sglang_dcp.dataflow.row_table import row_table
 from sglang_dcp.dataflow.step_plan import chunk_row, pool_row
 from test.unit.dataflow.cluster import Cluster
 from test.unit.dataflow.fake_flashinfer import FakeMla, FakePrefill
@@ -75,10 +75,10 @@ def test_a_query_sees_every_earlier_token_once(seed):
 
 def test_tables_hold_only_pages_that_are_seen():
     rows = [pool_row(1, 8, np.array([0, 2, 5]), np.array([11, 12, 13]), 4), pool_row(3, 6, np.array([0, 1]), np.array([7, 8]), 4)]
-    table = row_table(rows, 4)
+    table = kernel_table(rows, 4)
     assert table.page_indices.tolist() == [11, 12, 7, 8] and table.page_indptr.tolist() == [0, 2, 4]
     assert table.last_page_length.tolist() == [1, 2] and table.num_keys.tolist() == [5, 6] and table.query_indptr.tolist() == [0, 1, 4]
-    chunk = row_table([chunk_row(np.arange(2, 5))], 1)
+    chunk = kernel_table([chunk_row(np.arange(2, 5))], 1)
     assert chunk.page_indices.tolist() == [2, 3, 4] and chunk.last_page_length.tolist() == [1] and chunk.num_queries == 3
 
 

@@ -12,8 +12,6 @@ from sglang_dcp.ledger.messages import (
     Release,
     Row,
     Rows,
-    advance,
-    checksum,
     decode,
     encode,
 )
@@ -76,19 +74,3 @@ def test_any_words_are_messages_or_refused(words):
 def test_refusals_name_the_word(words, text):
     with pytest.raises(MessageError, match=text):
         list(decode(words))
-
-
-def test_steady_rows_advance_by_one_token():
-    assert advance([Row(1, 0, 24), Row(2, 40, 1)]) == (Row(1, 24, 1), Row(2, 41, 1))
-
-
-@given(rows, st.data())
-def test_checksum_sees_a_changed_row(table, data):
-    if not table:
-        assert checksum(table) == 0
-        return
-    i = data.draw(st.integers(0, len(table) - 1))
-    row = table[i]
-    for other in (Row(row.handle + 1, row.prefix_len, row.num_new), Row(row.handle, row.prefix_len + 1, row.num_new)):
-        assert checksum((*table[:i], other, *table[i + 1 :])) != checksum(table)
-    assert checksum(table) < 2**31

@@ -34,6 +34,9 @@ def refusal(**changes: Any) -> str | None:
 
 def test_what_was_run_is_served() -> None:
     assert refusal() is None
+    for backend in ("flashmla", "torch_native"):
+        assert refusal(attention_backend=backend) is None
+        assert refusal(attention_backend=backend, prefill_attention_backend=backend, decode_attention_backend=backend) is None
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,10 @@ def test_what_was_run_is_served() -> None:
         ({"attention_backend": "fa3"}, "--attention-backend fa3"),
         ({"decode_attention_backend": "trtllm_mha"}, "--decode-attention-backend trtllm_mha"),
         ({"prefill_attention_backend": "fa3"}, "--prefill-attention-backend fa3"),
+        ({"decode_attention_backend": "flashmla"}, "--decode-attention-backend flashmla"),
+        ({"attention_backend": "flashmla", "prefill_attention_backend": "flashinfer"}, "--prefill-attention-backend flashinfer"),
+        ({"decode_attention_backend": "torch_native"}, "--decode-attention-backend torch_native"),
+        ({"attention_backend": "torch_native", "prefill_attention_backend": "fa3"}, "--prefill-attention-backend fa3"),
         ({"cuda_graph_config": graphs("breakable")}, "--cuda-graph-backend-prefill breakable"),
         ({"moe_a2a_backend": "deepep"}, "--moe-a2a-backend deepep"),
         ({"enable_torch_compile": True}, "--enable-torch-compile True"),
@@ -56,6 +63,7 @@ def test_what_was_not_run_is_refused(changes: dict[str, Any], flag: str) -> None
 def test_completions_leave_what_the_user_said() -> None:
     assert complete_attention_backend({}.get) == {"attention_backend": "flashinfer"}
     assert complete_attention_backend({"attention_backend": "fa3"}.get) == {}
+    assert complete_attention_backend({"attention_backend": "flashmla"}.get) == {}
     assert complete_attention_backend({"decode_attention_backend": "fa3"}.get) == {}
     assert complete_prefill_graph({}.get) == {"disable_prefill_cuda_graph": True}
     assert complete_prefill_graph({"disable_prefill_cuda_graph": True}.get) == {}

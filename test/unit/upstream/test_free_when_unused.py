@@ -68,8 +68,10 @@ def test_no_second_exchange_and_no_floor_without_sharded_rows(binding, exchanges
 def test_a_steady_sharded_row_needs_no_second_exchange_either(binding, exchanges, monkeypatch):
     """Rows travel when they change; while a request just decodes on, every instance advances its table alone."""
     monkeypatch.setattr(step_sync, "home_rows", lambda binding: [])
-    monkeypatch.setattr(step_sync, "sharded_rows", lambda binding: [Row(1, 40 + binding.instance.step, 1)])
-    for _ in range(6):
+    monkeypatch.setattr(binding.own_batch, "take", lambda batch: None)
+    monkeypatch.setattr(binding.own_batch, "sharded_rows", lambda: [Row(1, 40 + binding.instance.step, 1)])
+    for number in range(6):
+        binding.own_batch.steady = number > 3
         info = step(binding)
         assert info.global_num_tokens == [3, 1], "an instance without tokens takes part when a row is sharded"
     assert len(exchanges) == 1

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_dcp.dataflow.partial_attention import torch_partial_attention
 from sglang_dcp.upstream import attention_backend, binding, graphs, step_path, step_sync
 from sglang_dcp.upstream.host_clock import HostClock
 
@@ -68,6 +69,64 @@ def test_a_process_without_an_instance_is_stock() -> None:
     assert attention_backend.make_backend_class(Stock)().forward(None, None, None, None, None) is STOCK_OUTPUT
 
 
+class CapturingStock(Stock):
+    """What our backend class needs of a stock backend while graphs are captured."""
+
+    token_to_kv_pool = SimpleNamespace(size=128, page_size=64)  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.stock_calls: list[str] = []
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        self.stock_calls.append("state")
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        self.stock_calls.append("out_graph")
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        self.stock_calls.append("in_graph")
+
+
+@pytest.mark.parametrize("flash_mla", [False, True])
+def test_a_captured_step_begins_with_what_its_layers_share(monkeypatch: pytest.MonkeyPatch, flash_mla: bool) -> None:
+    """Stock's variant is stock's; what the layers of ours share is recorded once, ahead of them."""
+    seen: list[Any] = []
+    attention = SimpleNamespace(prepare=lambda *rows: seen.append(("prepare", *rows)), begin=lambda *rows: seen.append(("begin", *rows)))
+    engine = graphs.GraphEngine((4,), [], 0, None)
+    engine.attention, engine._own_slots = attention, torch.zeros(8, dtype=torch.int64)
+    monkeypatch.setattr(engine, "build", lambda runner, max_bs, *, flash_mla=False: seen.append(("build", runner, max_bs, flash_mla)))
+    monkeypatch.setattr(attention_backend, "engine", lambda: engine)
+    backend: Any = attention_backend.make_backend_class(CapturingStock, flash_mla=flash_mla)()
+    backend.dyncp_runner = runner = SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token="token table"))
+    backend.init_cuda_graph_state(8, 8)
+    batch = SimpleNamespace(batch_size=3, out_cache_loc=torch.tensor([70, 191, 192]))
+    for guest_rows in (0, 4):
+        monkeypatch.setattr(attention_backend, "captured_guest_rows", lambda guest_rows=guest_rows: guest_rows)
+        backend.init_forward_metadata_out_graph(batch, in_capture=True)
+        backend.init_forward_metadata_in_graph(batch)
+    assert backend.stock_calls == ["state", "out_graph", "in_graph"]
+    assert seen == [("build", runner, 8, flash_mla), ("prepare", 3, 4), ("begin", 3, 4, "token table")]
+    assert engine.own_slots(3).tolist() == [70, 191, 0], "K/V that travels goes to the slot of padding here"
+
+
+def test_flashmla_is_for_latent_attention() -> None:
+    with pytest.raises(ValueError, match="--attention-backend flashmla serves models with latent attention"):
+        attention_backend.create_flashmla(SimpleNamespace(use_mla_backend=False))
+
+
+@pytest.mark.parametrize("name", ["flashinfer", "flashmla"])
+def test_latent_attention_is_absorbed_where_rows_are_sharded(bound: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    handlers = pytest.importorskip("sglang.srt.models.deepseek_common.attention_backend_handler").AttentionBackendRegistry
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+
+    monkeypatch.setattr(handlers, "_handlers", dict(handlers._handlers))
+    handlers.register(name, lambda attention, forward_batch: "stock's")
+    attention_backend.register_mla_form()
+    assert handlers.get_handler(name)(None, None) == "stock's"
+    bound.pending_rows = []
+    assert handlers.get_handler(name)(None, None) is AttnForwardMethod.MLA
+
+
 def test_rotary_parts_are_joined_behind_the_latent() -> None:
     """FlashInfer's MLA gets q [T, heads, latent] and q_rope [T, heads, rotary] apart."""
     q, k = torch.randn(3, 4, 8), torch.randn(3, 1, 8)
@@ -96,6 +155,23 @@ def test_auto_is_gloo_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     assert type(step_path.choose_transport("auto", cuda, None, 1.0)).__name__ == "NcclTransport"  # type: ignore[arg-type]
     with pytest.raises(graphs.GraphError, match="--dyncp-transport peer"):
         step_path.choose_transport("peer", cuda, None, 1.0)  # type: ignore[arg-type]
+
+
+def test_plain_torch_on_a_gpu_serves_torch_native_and_no_mla() -> None:
+    def chosen(device: str, backend: str, mla: bool = False) -> Any:
+        runner = SimpleNamespace(decode_attention_backend_str=backend, use_mla_backend=mla)
+        return step_path.choose_partial_attention(torch.device(device), 16, runner)
+
+    assert chosen("cpu", "torch_native", mla=True) is torch_partial_attention
+    assert chosen("cuda", "torch_native") is torch_partial_attention
+    assert type(chosen("cuda", "flashinfer", mla=True)).__name__ == "PagedPartialAttention"
+    with pytest.raises(ValueError, match="torch_native with --enable-dyncp serves no MLA model on a GPU"):
+        chosen("cuda", "torch_native", mla=True)
+
+
+def test_torch_native_can_pad_a_batch_on_a_gpu() -> None:
+    runner = SimpleNamespace(device="cpu", req_to_token_pool=None, token_to_kv_pool=None)
+    assert attention_backend.create_torch_native(runner).get_cuda_graph_seq_len_fill_value() == 1
 
 
 def test_a_graph_step_never_runs_eagerly(bound: Any) -> None:

@@ -11,7 +11,7 @@ from sglang_dcp.dataflow.contracts import AttentionRow
 
 
 @dataclass(frozen=True)
-class RowTable:
+class KernelTable:
     """Rows as int32 host arrays of a paged kernel's plan. n rows, p pages.
 
     query_indptr [n + 1], page_indptr [n + 1], page_indices [p], last_page_length [n], num_keys [n].
@@ -28,11 +28,11 @@ class RowTable:
         return int(self.query_indptr[-1])
 
 
-def row_table(rows: Sequence[AttentionRow], page_size: int) -> RowTable:
+def kernel_table(rows: Sequence[AttentionRow], page_size: int) -> KernelTable:
     num_keys = np.array([row.num_keys for row in rows], dtype=np.int32)
     num_pages = -(-num_keys // page_size)
     pages = [row.page_numbers[:count] for row, count in zip(rows, num_pages, strict=True)]
-    return RowTable(
+    return KernelTable(
         query_indptr=_indptr([row.num_queries for row in rows]),
         page_indptr=_indptr(num_pages),
         page_indices=np.concatenate([np.zeros(0, dtype=np.int64), *pages]).astype(np.int32),

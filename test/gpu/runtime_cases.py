@@ -1,0 +1,162 @@
+"""What the runtime check serves: names of cases, sizes of prompts and pools, bounds, and the servers of each case."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_servers import GpuServer
+
+CASE_NAME = re.compile(r"(gqa|mla)(4?)(?:_(nccl|gloo|f32|flashmla))?")
+NEW_TOKENS = 24
+CHUNK_TOKENS = 512
+"""Prefill tokens of one instance in one step."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """pool: of an instance. lengths: prompts that fit one, and have a page for every shard. longs: prompts longer than one pool, than two
+    ... growing: (shards at the start, prompt that fits them, output that does not)."""
+
+    pool: int
+    lengths: tuple[int, ...]
+    longs: tuple[int, ...]
+    growing: tuple[tuple[int, int, int], ...]
+    soak_requests: int
+    soak_new_tokens: int
+    new_tokens: int = NEW_TOKENS
+
+
+SIZES = {
+    "cuda": Sizes(4096, (40, 150, 333, 800, 1500, 2600, 3300), (6000,), ((1, 4020, 120),), 40, 40),
+    "cpu": Sizes(1024, (40, 150, 333, 800), (1500,), ((1, 1000, 40),), 10, 40),
+}
+"""Of two instances."""
+FOUR_SIZES = {
+    "cuda": Sizes(2048, (80, 333, 800, 1500), (3000, 5000), ((1, 2010, 56), (2, 4060, 50)), 24, 16, new_tokens=12),
+    "cpu": Sizes(512, (80, 150, 333), (700, 1200), ((1, 490, 40), (2, 985, 60)), 8, 16, new_tokens=12),
+}
+"""Less of everything: a GPU that four processes share runs them in turns, and an exchange of a layer takes a turn of each."""
+FLOAT32_SIZES = Sizes(2048, (40, 333, 800, 1500), (3000,), ((1, 2000, 80),), 16, 16)
+
+BOUNDS: dict[str, float] = {"mean_factor": 2.0, "mean_slack": 5e-3, "p99_factor": 2.0, "p99_slack": 5e-2, "tie_gap": 0.25}
+"""bfloat16: sharded <= factor * unsharded + slack, because a partial result is rounded to bfloat16 once more than an unsharded one.
+
+tie_gap: where stock's best two tokens are closer than this, either may be chosen.
+"""
+FLOAT32_BOUNDS: dict[str, float] = {"mean": 2e-5, "max": 2e-4, "tie_gap": 1e-3}
+"""float32: of every log-probability, whatever the unsharded server does. This model in float32 differs from itself in float64 by 4.6e-6 on
+average and 2.5e-5 at most over 1,500 tokens (transformers, CPU); two servers may differ by twice that, and sum in other orders."""
+PLAIN_TORCH = {"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pair of servers, by name: gqa or mla (two instances over peer memory), gqa4 or mla4 (four), with _nccl or _gloo (that transport)
+    or _f32 (float32 in plain torch over NCCL, GQA alone) or _flashmla (that backend, MLA alone)."""
+
+    name: str
+    model: str
+    instances: int
+    kind: str | None
+
+    @classmethod
+    def parse(cls, name: str) -> Case:
+        """ValueError for a name that is no case."""
+        found = CASE_NAME.fullmatch(name)
+        if found is None:
+            raise ValueError(f"{name!r} is no case: gqa or mla, with 4 for four instances, then _nccl, _gloo, _f32 or _flashmla")
+        model, four, kind = found.groups()
+        if kind == "f32" and model == "mla":
+            raise ValueError("mla_f32: float32 on a GPU is served for GQA alone")
+        if kind == "flashmla" and model == "gqa":
+            raise ValueError("gqa_flashmla: FlashMLA serves MLA alone")
+        return cls(name, model, 4 if four else 2, kind)
+
+    @property
+    def is_float32(self) -> bool:
+        return self.kind == "f32"
+
+    @property
+    def num_layers(self) -> int | None:
+        """Of the random model; None: as many as it has."""
+        return 2 if self.instances == 4 else None
+
+    def sizes(self, device: str) -> Sizes:
+        if self.instances == 4:
+            return FOUR_SIZES[device]
+        return FLOAT32_SIZES if self.is_float32 and device == "cuda" else SIZES[device]
+
+    def bounds(self, device: str) -> Mapping[str, float]:
+        return FLOAT32_BOUNDS if self.is_float32 and device == "cuda" else BOUNDS
+
+    def flags(self, device: str, *, dyncp: bool) -> tuple[str, ...]:
+        flags: tuple[str, ...] = ()
+        if self.model == "mla" and device == "cuda":
+            flags += ("--flashinfer-mla-disable-ragged",)
+        if self.is_float32 and device == "cuda":
+            flags += ("--dtype", "float32", "--attention-backend", "torch_native")
+        if not dyncp:
+            return flags
+        if self.kind == "flashmla" and device == "cuda":
+            flags += ("--attention-backend", "flashmla", "--page-size", "64")
+        if self.kind in ("nccl", "gloo"):
+            flags += ("--dyncp-transport", self.kind)
+        elif self.is_float32:
+            flags += ("--dyncp-transport", "nccl" if device == "cuda" else "gloo")
+        if self.kind == "gloo":
+            flags += ("--disable-overlap-schedule",)
+        return flags
+
+    def server(self, path: Path, device: str, *, dyncp: bool, one_gpu: bool) -> GpuServer:
+        """Ours, or stock: one instance whose pool holds what all of ours do, and more."""
+        pool = self.sizes(device).pool
+        plain = self.is_float32 and device == "cuda"
+        return GpuServer(
+            self.name if dyncp else f"{self.stock_name}_stock",
+            path,
+            self.instances if dyncp else 1,
+            pool if dyncp else 4 * pool,
+            dyncp,
+            self.flags(device, dyncp=dyncp),
+            chunk_tokens=CHUNK_TOKENS if dyncp and device == "cuda" else None,
+            one_gpu=one_gpu,
+            device=device,
+            environment=dict(PLAIN_TORCH) if plain else {},
+            plugins=("plain_ops",) if plain else (),
+        )
+
+    @property
+    def stock_name(self) -> str:
+        """Cases of the same name share a stock server."""
+        return self.name.removesuffix("_nccl").removesuffix("_gloo").removesuffix("_flashmla")
+
+
+def build_servers(
+    cases: Sequence[Case], models: Mapping[str, Path], device: str, *, one_gpu: bool, with_stock: bool
+) -> dict[str, tuple[GpuServer, GpuServer | None]]:
+    """Name of the case -> (ours, stock). models: by case.stock_name."""
+    pairs: dict[str, tuple[GpuServer, GpuServer | None]] = {}
+    stock: dict[str, GpuServer] = {}
+    for case in cases:
+        path = models[case.stock_name]
+        if with_stock and case.stock_name not in stock:
+            stock[case.stock_name] = case.server(path, device, dyncp=False, one_gpu=one_gpu)
+        pairs[case.name] = case.server(path, device, dyncp=True, one_gpu=one_gpu), stock.get(case.stock_name)
+    return pairs
+
+
+def within_bounds(sharded: dict[str, Any], unsharded: dict[str, Any], bounds: Mapping[str, float] = BOUNDS) -> bool:
+    """Whether a summary of differences from stock holds. unsharded: of the same server without sharded requests."""
+    ours, base = sharded["all"], unsharded["all"]
+    if sharded["parted_without_tie"]:
+        return False
+    if "max" in bounds:
+        return bool(ours["count"] and ours["mean"] <= bounds["mean"] and ours["max"] <= bounds["max"])
+    return bool(
+        ours["mean"] <= bounds["mean_factor"] * base["mean"] + bounds["mean_slack"]
+        and ours["p99"] <= bounds["p99_factor"] * base["p99"] + bounds["p99_slack"]
+    )
