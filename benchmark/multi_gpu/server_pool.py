@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from benchmark.multi_gpu.open_arrivals import PLACEMENTS
 from benchmark.multi_gpu.servers import (
     START_LIMIT_S,
     SYNTHETIC_VARIABLE,
@@ -20,6 +21,7 @@ from benchmark.multi_gpu.servers import (
     wait_ready,
 )
 from benchmark.multi_gpu.settings import ROOT, Settings
+from sglang_dcp.observe.placement_log import LOG_VARIABLE
 
 import random_models  # isort: skip - found through benchmark.multi_gpu.servers
 from gpu_servers import port_range  # isort: skip
@@ -62,6 +64,9 @@ def build_server(name: str, settings: Settings) -> GpuServer:
     server = layered_server(settings, name, dyncp=name != STOCK, pool=pool)
     if name == SYNTHETIC and has_synthetic_prefill():
         server.environment[SYNTHETIC_VARIABLE] = "1"
+    if name == DYNCP:
+        (settings.work / PLACEMENTS).unlink(missing_ok=True)
+        server.environment[LOG_VARIABLE] = str((settings.work / PLACEMENTS).resolve())
     return server
 
 
