@@ -12,6 +12,8 @@ from gpu_servers import GpuServer
 
 CASE_NAME = re.compile(r"(gqa|mla)(4?)(?:_(nccl|gloo|f32|flashmla))?")
 NEW_TOKENS = 24
+COST_MODEL = "cpu"
+"""Constants of the tiny models, on a GPU too: what does not fit one pool is spread over as many as are asked for here."""
 CHUNK_TOKENS = 512
 """Prefill tokens of one instance in one step."""
 
@@ -101,6 +103,7 @@ class Case:
             flags += ("--dtype", "float32", "--attention-backend", "torch_native")
         if not dyncp:
             return flags
+        flags += ("--dyncp-cost-model", COST_MODEL)
         if self.kind == "flashmla" and device == "cuda":
             flags += ("--attention-backend", "flashmla", "--page-size", "64")
         if self.kind in ("nccl", "gloo"):
