@@ -53,6 +53,7 @@ def build_settings(arguments: argparse.Namespace, work: Path) -> Settings:
     common: dict[str, Any] = {"out": arguments.out.resolve(), "work": work, "model": arguments.model, "num_layers": arguments.layers}
     common |= {"tpot_ms": arguments.tpot_ms, "kill_rank": arguments.kill_rank, "letters": tuple(arguments.parts.split(","))}
     common |= {"seconds": (QUICK if arguments.quick else {}) | seconds, "rate_seconds": QUICK_RATE_S if arguments.quick else RATE_S}
+    common["cost_model"] = arguments.cost_model
     if total := arguments.total or (QUICK_TOTAL_S if arguments.quick else None):
         common["deadline"] = time.monotonic() + total
     if arguments.dry:

@@ -259,17 +259,14 @@ class Instance:
             for row in rows:
                 held = self.guests.pages_of(home, row.handle)
                 if held and holds_active_page(held[0][0], self.page_size, row.prefix_len + row.num_new):
-                    book = np.array(held, dtype=np.int64)
-                    guests.append(GuestRow(home, row.num_new, row.prefix_len, book[:, 0], book[:, 1]))
+                    guests.append(GuestRow(home, row.num_new, row.prefix_len, *self.guests.arrays_of(home, row.handle)))
         plan = build_step_plan(self.step, self.rank, self.num_instances, self.page_size, num_tokens, home_rows, guests)
         # From the rows of all homes, which every instance knows alike: a collective may depend on nothing else.
         anybody_asks = any(asks(row.num_new, row.prefix_len) for rows in self.rows_of for row in rows)
         self.plan = dataclasses.replace(plan, anybody_asks=anybody_asks)
 
     def managed_row(self, request: HomeRequest, token_start: int, num_new: int, prefix_len: int) -> HomeRow:
-        pages = [page for page in request.pages if page is not None]
-        owners, numbers = [page.owner for page in pages], [page.number for page in pages]
-        return HomeRow(token_start, num_new, prefix_len, np.array(owners, dtype=np.int64), np.array(numbers, dtype=np.int64))
+        return HomeRow(token_start, num_new, prefix_len, *request.page_arrays())
 
     def is_sharded(self, request: HomeRequest, sequence_len: int) -> bool:
         """Whether a remote instance takes part in the row."""

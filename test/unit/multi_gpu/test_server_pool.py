@@ -201,3 +201,12 @@ def test_what_a_server_places_by_is_noted() -> None:
     ours.log = lambda: "[07:00:00] dyncp: cost model a.h200, 94 layers there, 4 here\nmore"  # type: ignore[method-assign]
     assert cost_model_notes(ours, DYNCP) == {"dyncp, cost model": "a.h200, 94 layers there, 4 here"}  # type: ignore[arg-type]
     assert cost_model_notes(stock, STOCK) == {}  # type: ignore[arg-type]
+
+
+def test_constants_are_given_to_ours_alone(tmp_path: Path) -> None:
+    given = settings(tmp_path, cost_model="cpu")
+    for name in (DYNCP, SYNTHETIC):
+        command = build_server(name, given).command()
+        assert command[command.index("--dyncp-cost-model") + 1] == "cpu"
+        assert "--dyncp-cost-model" not in build_server(name, settings(tmp_path)).command()
+    assert "--dyncp-cost-model" not in build_server(STOCK, given).command()
