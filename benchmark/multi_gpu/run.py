@@ -51,7 +51,8 @@ def build_settings(arguments: argparse.Namespace, work: Path) -> Settings:
     if arguments.servers and not arguments.dry:
         raise SystemExit("--servers belongs to --dry; on GPUs servers are always started")
     common: dict[str, Any] = {"out": arguments.out.resolve(), "work": work, "model": arguments.model, "num_layers": arguments.layers}
-    common |= {"tpot_ms": arguments.tpot_ms, "kill_rank": arguments.kill_rank, "letters": tuple(arguments.parts.split(","))}
+    common |= {"tpot_ms": arguments.tpot_ms, "kill_rank": arguments.kill_rank, "deepep_mode": arguments.deepep_mode}
+    common |= {"letters": tuple(arguments.parts.split(","))}
     common |= {"seconds": (QUICK if arguments.quick else {}) | seconds, "rate_seconds": QUICK_RATE_S if arguments.quick else RATE_S}
     common["cost_model"] = arguments.cost_model
     if total := arguments.total or (QUICK_TOTAL_S if arguments.quick else None):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from benchmark.multi_gpu.model_shapes import LONGEST_CONTEXT, model_flags, write_shape
-from benchmark.multi_gpu.settings import ROOT, PartFailed, Settings, Skipped
+from benchmark.multi_gpu.settings import ROOT, Settings
 
 sys.path[:0] = [path for path in (str(ROOT / "test"), str(ROOT / "test" / "gpu")) if path not in sys.path]
 
@@ -33,27 +33,28 @@ class ServerRefused(RuntimeError):
 
 
 @contextmanager
-def serving(settings: Settings, *servers: GpuServer) -> Iterator[tuple[GpuServer, ...]]:
-    """Starts the servers and waits until all are ready; ServerRefused if one is not. Stops them in the end, whatever happens."""
+def started(settings: Settings, *servers: GpuServer, limit_s: float = START_LIMIT_S) -> Iterator[None]:
+    """Starts the servers and waits until each answers (its ready_s tells), has ended, or shows its stacks because it hangs.
+
+    Stops them in the end, whatever happens.
+    """
     settings.work.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         if settings.dry:
             stack.enter_context(machine_lock())
         stack.callback(stop_all, list(servers))
         start_all(list(servers), settings.work)
-        wait_ready(list(servers), time.monotonic() + START_LIMIT_S)
+        wait_ready(list(servers), time.monotonic() + limit_s)
         for server in servers:
             if server.ready_s is None:
-                raise ServerRefused(server)
-        yield servers
+                server.dump_stacks()
+        yield
 
 
-def layered_server(
-    settings: Settings, name: str, *, dyncp: bool, pool: int, flags: tuple[str, ...] = (), num_layers: int | None = None
-) -> GpuServer:
+def layered_server(settings: Settings, name: str, *, dyncp: bool, pool: int) -> GpuServer:
     """A server with real layer shapes on all GPUs: ours, or stock data parallelism with SGLang's balancing by tokens.
 
-    In the dry form: the tiny test model. Flags given later win over the class's own.
+    In the dry form: the tiny test model. Flags given here win over the class's own.
     """
     n = settings.num_gpus
     stock = ("--attn-dp-size", str(n), "--ep-size", str(n), "--load-balance-method", "total_tokens")
@@ -61,8 +62,8 @@ def layered_server(
     common = given if dyncp else stock
     if settings.dry:
         path = ROOT / "test" / "models" / "qwen3moe"
-        return GpuServer(name, path, n, pool, dyncp, (*common, *flags), device="cpu")
-    path = write_shape(settings.model, num_layers or settings.num_layers, settings.work / "models")
+        return GpuServer(name, path, n, pool, dyncp, common, device="cpu")
+    path = write_shape(settings.model, settings.num_layers, settings.work / "models")
     sizes = ("--context-length", str(LONGEST_CONTEXT), "--page-size", "64", "--chunked-prefill-size", str(8192 * n))
     # The pool is given in tokens; the fraction only has to allow it beside the other servers on the GPU.
     sizes += ("--load-format", "dummy", "--mem-fraction-static", "0.9")
@@ -70,15 +71,10 @@ def layered_server(
     sizes += ("--max-running-requests", str(GRAPH_SIZES[-1] * n), "--cuda-graph-max-bs-decode", str(GRAPH_SIZES[-1]))
     # One message in four tokens: steps of few layers are faster than SGLang's front end writes a message per token and request.
     sizes += ("--cuda-graph-bs-decode", *map(str, GRAPH_SIZES), "--stream-interval", "4")
-    return GpuServer(name, path, n, pool, dyncp, (*sizes, *model_flags(settings.model), *common, *flags))
+    return GpuServer(name, path, n, pool, dyncp, (*sizes, *model_flags(settings.model), *common))
 
 
 def has_synthetic_prefill() -> bool:
     """Whether the runtime here can fill KV with noise for benchmarks."""
     package = ROOT / "python" / "sglang_dcp"
     return any(SYNTHETIC_VARIABLE in path.read_text() for path in package.rglob("*.py"))
-
-
-def skip_or_fail(error: ServerRefused) -> Exception:
-    """A setting that we refuse by name is a reason to skip; anything else is a failure."""
-    return Skipped(error.refusal) if error.refusal else PartFailed(str(error))

@@ -24,7 +24,7 @@ PARTS = {
     "f": ("cost model", 30.0),
 }
 """Letter -> (title, seconds that it may take)."""
-QUICK = {"a": 110.0, "b": 120.0, "c": 10.0, "d": 200.0, "e": 330.0, "f": 15.0}
+QUICK = {"a": 110.0, "b": 120.0, "c": 170.0, "d": 200.0, "e": 330.0, "f": 15.0}
 """Limits of --quick, together with QUICK_TOTAL_S for everything."""
 QUICK_TOTAL_S = 540.0
 QUICK_RATE_S, RATE_S = 12.0, 20.0
@@ -36,7 +36,13 @@ DRY_RANKS = 4
 MULTICAST_OFF = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 """NVLink multicast stays off: a program that fails while it uses it can take the GPUs out of service for others."""
 
-ONE_HOST = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+ONE_HOST = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "NCCL_IB_DISABLE": "1",
+    "NVSHMEM_REMOTE_TRANSPORT": "none",
+    "NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME": "lo",
+}
 """All ranks are on this host, which may have no other network; GPUs talk over NVLink all the same."""
 
 FACTS = """
@@ -60,8 +66,8 @@ class PartFailed(RuntimeError):
 class Settings:
     """num_gpus: instances, one GPU each (processes in the dry form). model: a name of model_shapes.SHAPES, for the parts with real layer
     shapes. kill_rank: this rank of part (a) ends itself, for the test of this report. seconds: limits that replace those of PARTS.
-    deadline: time.monotonic() at which the whole report ends. letters: the parts asked for. pool: servers that parts share.
-    cost_model: what our servers with real layers are given to place by.
+    deadline: time.monotonic() at which the whole report ends. letters: the parts asked for. pool: servers that parts share. deepep_mode:
+    the only one of part (c). cost_model: what our servers with real layers are given to place by.
     """
 
     num_gpus: int
@@ -78,6 +84,7 @@ class Settings:
     deadline: float = float("inf")
     rate_seconds: float = RATE_S
     letters: tuple[str, ...] = ()
+    deepep_mode: str | None = None
     pool: ServerPool | None = None
     cost_model: str | None = None
 

@@ -78,7 +78,15 @@ MLA: dict[str, Any] = COMMON | {
         "beta_slow": 1,
     },
 }
-MODELS = {"gqa": GQA, "mla": MLA}
+GQA_WIDE: dict[str, Any] = GQA | {
+    # DeepEP's low-latency kernels know few hidden sizes, of which this is the smallest.
+    "hidden_size": 2048,
+    "moe_intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 8,
+}
+MODELS = {"gqa": GQA, "mla": MLA, "gqa_wide": GQA_WIDE}
 KEY_SCALE = 2.0
 """Of query and key norms: attention over random keys is flat without it, and a lost shard would hardly show."""
 

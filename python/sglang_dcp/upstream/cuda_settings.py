@@ -13,6 +13,8 @@ PLAIN_BACKEND = "torch_native"
 """Serves GQA of any element type, slowly and without graphs: what float32 is compared with."""
 BACKENDS = (BACKEND, "flashmla", PLAIN_BACKEND)
 BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+EXPERT_BACKENDS = ("none", "deepep")
+"""Expert all-to-all backends that take an instance's own rows and no others: ours changes attention, and rows stay at their home for it."""
 CUDA_TRANSPORTS = ("auto", "peer", "nccl", "gloo")
 CPU_TRANSPORTS = ("auto", "gloo")
 
@@ -44,11 +46,28 @@ def find_cuda_refusal(values: Callable[[str], Any]) -> str | None:
             f"--cuda-graph-backend-prefill {graphs.prefill.backend} does not work with --enable-dyncp: "
             "a captured prefill cannot tell a sharded step"
         )
-    for field in ("moe_a2a_backend", "enable_torch_compile", "enable_deterministic_inference"):
-        value = values(field)
-        if value not in ("none", None, False):
+    experts = _find_experts_refusal(values)
+    if experts is not None:
+        return experts
+    for field in ("enable_torch_compile", "enable_deterministic_inference"):
+        if values(field):
             flag = "--" + field.replace("_", "-")
-            return f"{flag} {value} does not work with --enable-dyncp on a GPU: it was not run with sharded rows"
+            return f"{flag} {values(field)} does not work with --enable-dyncp on a GPU: it was not run with sharded rows"
+    return None
+
+
+def _find_experts_refusal(values: Callable[[str], Any]) -> str | None:
+    """The message for an expert all-to-all that is not served, or None."""
+    backend = values("moe_a2a_backend")
+    if backend is None or backend == "none":
+        return None
+    if backend not in EXPERT_BACKENDS:
+        return f"--moe-a2a-backend {backend} does not work with --enable-dyncp on a GPU: it was not run with sharded rows"
+    if values("moe_dense_tp_size") is not None and values("enable_dp_lm_head"):
+        return (
+            f"--moe-dense-tp-size with --enable-dp-lm-head does not work with --enable-dyncp and --moe-a2a-backend {backend}: every "
+            "instance would choose its decode graph by its own batch alone, and sharded steps were run with one batch size for all"
+        )
     return None
 
 

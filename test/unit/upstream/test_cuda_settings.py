@@ -23,6 +23,8 @@ WORKING: dict[str, Any] = {
     "attention_backend": "flashinfer",
     "cuda_graph_config": graphs("disabled"),
     "moe_a2a_backend": "none",
+    "moe_dense_tp_size": None,
+    "enable_dp_lm_head": False,
     "enable_torch_compile": False,
     "enable_deterministic_inference": False,
 }
@@ -50,7 +52,8 @@ def test_what_was_run_is_served() -> None:
         ({"decode_attention_backend": "torch_native"}, "--decode-attention-backend torch_native"),
         ({"attention_backend": "torch_native", "prefill_attention_backend": "fa3"}, "--prefill-attention-backend fa3"),
         ({"cuda_graph_config": graphs("breakable")}, "--cuda-graph-backend-prefill breakable"),
-        ({"moe_a2a_backend": "deepep"}, "--moe-a2a-backend deepep"),
+        ({"moe_a2a_backend": "deepep_v2"}, "--moe-a2a-backend deepep_v2"),
+        ({"moe_a2a_backend": "mooncake"}, "--moe-a2a-backend mooncake"),
         ({"enable_torch_compile": True}, "--enable-torch-compile True"),
         ({"enable_deterministic_inference": True}, "--enable-deterministic-inference True"),
     ],
@@ -58,6 +61,27 @@ def test_what_was_run_is_served() -> None:
 def test_what_was_not_run_is_refused(changes: dict[str, Any], flag: str) -> None:
     message = refusal(**changes)
     assert message is not None and message.startswith(f"{flag} does not work with --enable-dyncp")
+
+
+def test_deepep_is_served_while_all_instances_replay_one_batch_size() -> None:
+    deepep = {"moe_a2a_backend": "deepep"}
+    assert refusal(**deepep) is None
+    assert refusal(**deepep, moe_dense_tp_size=1) is None and refusal(**deepep, enable_dp_lm_head=True) is None
+    message = refusal(**deepep, moe_dense_tp_size=1, enable_dp_lm_head=True)
+    assert message is not None and message.startswith("--moe-dense-tp-size with --enable-dp-lm-head does not work with --enable-dyncp")
+    assert refusal(moe_dense_tp_size=1, enable_dp_lm_head=True) is None
+
+
+def test_stock_takes_one_batch_size_where_the_refusal_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's own rule (which instances' batches decide a decode graph's size) is what the refusal stands on."""
+    from sglang.srt.utils import common
+
+    for dense, lm_head in ((None, False), (None, True), (1, False), (1, True)):
+        parallel = SimpleNamespace(attn_dp_enabled=True, num_dp_ranks=2, tp_size=2, moe_dense_tp_size=dense, enable_dp_lm_head=lm_head)
+        monkeypatch.setattr(common, "get_parallel", lambda parallel=parallel: parallel)
+        monkeypatch.setattr(common, "get_exec", lambda: SimpleNamespace(moe=SimpleNamespace(elastic_ep_backend=None)))
+        served = refusal(moe_a2a_backend="deepep", moe_dense_tp_size=dense, enable_dp_lm_head=lm_head) is None
+        assert common.require_mlp_tp_gather(moe_a2a_backend="deepep") == served, (dense, lm_head)
 
 
 def test_completions_leave_what_the_user_said() -> None:
