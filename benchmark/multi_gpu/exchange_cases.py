@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
-from sglang_dcp.dataflow.contracts import StepPlan
+from sglang_dcp.dataflow.contracts import StepPlan, TokenList
 
 NANOCP_FIXED_US = 15.8
 NANOCP_GB_PER_S = 361.0
@@ -88,22 +88,17 @@ def step_plan(case: ExchangeCase, rank: int) -> StepPlan:
     n, rows = case.num_instances, case.home_rows[rank]
     targets = [d for d in case.shards(rank) if d != rank] if rows else []
     receive = case.guest_rows(rank)
-    none = torch.zeros(0, dtype=torch.int64)
-    own = torch.arange(rows)
+    none, own = TokenList.of(np.zeros(0, dtype=np.int64)), TokenList.of(np.arange(rows))
     return StepPlan(
         step=0,
         num_tokens=max(1, rows),
-        send_queries=own.repeat(len(targets)),
-        send_query_splits=tuple(rows if d in targets else 0 for d in range(n)),
+        send_queries=tuple(own if d in targets else none for d in range(n)),
         receive_query_splits=tuple(receive),
-        send_kv=none,
-        send_kv_splits=(0,) * n,
-        receive_kv_splits=(0,) * n,
-        receive_kv_slots=none,
-        write_tokens=none,
-        write_slots=none,
-        attention_rows=(),
-        merge_depth=torch.arange(1, len(targets) + 1).repeat_interleave(rows),
-        num_partials=1 + len(targets),
-        num_guest_rows=sum(receive),
+        send_kv=(none,) * n,
+        receive_kv_slots=(none.index,) * n,
+        write_slots=none.index,
+        pool_rows=(),
+        pool_tokens=none,
+        chunk_rows=(),
+        chunk_tokens=none,
     )

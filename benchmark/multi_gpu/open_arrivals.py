@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ def load_dataset(*_arguments, **_keywords):
     raise ImportError("Hugging Face's datasets is not installed here")
 """
 TRACE_LONGEST = 131_072
+PLACEMENTS = "placements.jsonl"
+"""What our server writes its placements to (SGLANG_DYNCP_PLACEMENT_LOG), in the work folder."""
 
 
 class OutOfTime(Exception):
@@ -109,12 +112,20 @@ def search_rate(
     )
 
 
+def placed_degrees(work: Path) -> list[int]:
+    """Degree of every request that our server of real prefills has placed so far."""
+    path = work / PLACEMENTS
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [len(entry["placement"][1]) for entry in map(json.loads, lines) if "placement" in entry]
+
+
 def try_rate(server: GpuServer, name: str, rate: float, settings: Settings, figures: dict[str, Any], *, seconds: float) -> str | None:
     count = round(min(600, max(8 if settings.dry else 32, rate * settings.rate_seconds)))
     out, dataset = settings.work / f"bench_{name}_{rate:g}.jsonl", settings.work / f"arrivals_{count}.jsonl"
     mean_tokens = write_dataset(dataset, count, 400 if settings.dry else TRACE_LONGEST)
     out.unlink(missing_ok=True)
     server.client.flush_cache()
+    placed_before = len(placed_degrees(settings.work))
     command = bench_command(server.port, server.model_path, dataset, rate, count, out)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=client_environment(settings.work))
@@ -125,8 +136,10 @@ def try_rate(server: GpuServer, name: str, rate: float, settings: Settings, figu
     if done.returncode != 0 or not out.is_file():
         raise PartFailed(f"bench_serving ended with {done.returncode}: {done.stderr[-600:]}")
     result = json.loads(out.read_text().splitlines()[-1])
+    degrees = Counter(placed_degrees(settings.work)[placed_before:])
     keys = ("completed", "duration", "concurrency", "mean_tpot_ms", "p99_tpot_ms", "mean_ttft_ms", "p99_ttft_ms", "output_throughput")
     entry = {"server": name, "rate": rate, "requests": count, "mean_tokens": mean_tokens} | {key: result[key] for key in keys}
+    entry["degrees"] = {str(degree): count for degree, count in sorted(degrees.items())} if server.dyncp else None
     entry["not_held"] = judge(result, rate, count, settings.tpot_ms)
     figures["open"].append(entry)
     shown = {key: round(result[key], 2) for key in ("mean_tpot_ms", "p99_tpot_ms", "p99_ttft_ms", "output_throughput")}

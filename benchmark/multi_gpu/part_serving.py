@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmark.multi_gpu.open_arrivals import search_rate
 from benchmark.multi_gpu.report import FAILURES
-from benchmark.multi_gpu.server_pool import DYNCP, STOCK, SYNTHETIC, settled_counts
+from benchmark.multi_gpu.server_pool import DYNCP, STOCK, SYNTHETIC, cost_model_notes, settled_counts
 from benchmark.multi_gpu.servers import GpuServer, has_synthetic_prefill
 from benchmark.multi_gpu.settings import ROOT, PartFailed, Settings
 from benchmark.multi_gpu.streams import decode_window, placement, stream_all
@@ -52,6 +52,7 @@ def run(settings: Settings, figures: dict[str, Any], save: Callable[[], None]) -
     for name in (SYNTHETIC, STOCK):
         try:
             with pool.using(name) as server:
+                figures["notes"] |= cost_model_notes(server, name)
                 problems += closed_populations(server, name, settings, figures, save)
         except FAILURES as error:
             problems.append(f"e1, {name}: {type(error).__name__}: {error}"[:1500])
@@ -62,6 +63,7 @@ def run(settings: Settings, figures: dict[str, Any], save: Callable[[], None]) -
     for name in (DYNCP, STOCK):
         try:
             with pool.using(name) as server:
+                figures["notes"] |= cost_model_notes(server, name)
                 search_rate(server, name, settings, figures, save, seconds=seconds)
         except FAILURES as error:
             problems.append(f"e2, {name}: {type(error).__name__}: {error}"[:1500])

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmark.multi_gpu.predictions import predicted_step_ms
 from benchmark.multi_gpu.report import FAILURES
-from benchmark.multi_gpu.server_pool import DRY_POOL, SERVED_POOL, STOCK, SYNTHETIC, settled_counts
+from benchmark.multi_gpu.server_pool import DRY_POOL, SERVED_POOL, STOCK, SYNTHETIC, cost_model_notes, settled_counts
 from benchmark.multi_gpu.servers import SYNTHETIC_VARIABLE, GpuServer, has_synthetic_prefill
 from benchmark.multi_gpu.settings import PartFailed, Settings
 from benchmark.multi_gpu.streams import Streamed, stream
@@ -36,6 +36,7 @@ def run(settings: Settings, figures: dict[str, Any], save: Callable[[], None]) -
     for name in (SYNTHETIC, STOCK):
         try:
             with pool.using(name) as server:
+                figures.setdefault("notes", {}).update(cost_model_notes(server, name))
                 problems += measure(server, name, settings, figures, save)
         except FAILURES as error:
             problems.append(f"{name}: {type(error).__name__}: {error}"[:1500])

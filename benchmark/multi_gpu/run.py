@@ -54,6 +54,7 @@ def build_settings(arguments: argparse.Namespace, work: Path) -> Settings:
     common |= {"tpot_ms": arguments.tpot_ms, "kill_rank": arguments.kill_rank, "deepep_mode": arguments.deepep_mode}
     common |= {"letters": tuple(arguments.parts.split(","))}
     common |= {"seconds": (QUICK if arguments.quick else {}) | seconds, "rate_seconds": QUICK_RATE_S if arguments.quick else RATE_S}
+    common["cost_model"] = arguments.cost_model
     if total := arguments.total or (QUICK_TOTAL_S if arguments.quick else None):
         common["deadline"] = time.monotonic() + total
     if arguments.dry:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from benchmark.multi_gpu.open_arrivals import PLACEMENTS
 from benchmark.multi_gpu.servers import (
     START_LIMIT_S,
     SYNTHETIC_VARIABLE,
@@ -19,6 +21,7 @@ from benchmark.multi_gpu.servers import (
     wait_ready,
 )
 from benchmark.multi_gpu.settings import ROOT, Settings
+from sglang_dcp.observe.placement_log import LOG_VARIABLE
 
 import random_models  # isort: skip - found through benchmark.multi_gpu.servers
 from gpu_servers import port_range  # isort: skip
@@ -61,6 +64,9 @@ def build_server(name: str, settings: Settings) -> GpuServer:
     server = layered_server(settings, name, dyncp=name != STOCK, pool=pool)
     if name == SYNTHETIC and has_synthetic_prefill():
         server.environment[SYNTHETIC_VARIABLE] = "1"
+    if name == DYNCP:
+        (settings.work / PLACEMENTS).unlink(missing_ok=True)
+        server.environment[LOG_VARIABLE] = str((settings.work / PLACEMENTS).resolve())
     return server
 
 
@@ -146,6 +152,12 @@ def warm_up(server: GpuServer, settings: Settings) -> None:
     for degree in degrees:
         sampling = pinned(degree, 0) if server.dyncp else {"ignore_eos": True}
         server.client.generate(prompt(length, 90 + degree), max_new_tokens=8, sampling=sampling)
+
+
+def cost_model_notes(server: GpuServer, name: str) -> dict[str, str]:
+    """What the server says it places by; nothing for stock."""
+    found = re.search(r"dyncp: cost model (.*)", server.log())
+    return {f"{name}, cost model": found[1]} if found else {}
 
 
 def settled_counts(server: GpuServer) -> dict[str, float]:

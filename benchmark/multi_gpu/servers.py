@@ -58,7 +58,8 @@ def layered_server(settings: Settings, name: str, *, dyncp: bool, pool: int) -> 
     """
     n = settings.num_gpus
     stock = ("--attn-dp-size", str(n), "--ep-size", str(n), "--load-balance-method", "total_tokens")
-    common = () if dyncp else stock
+    given = ("--dyncp-cost-model", settings.cost_model) if settings.cost_model else ()
+    common = given if dyncp else stock
     if settings.dry:
         path = ROOT / "test" / "models" / "qwen3moe"
         return GpuServer(name, path, n, pool, dyncp, common, device="cpu")

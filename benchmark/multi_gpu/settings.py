@@ -67,7 +67,7 @@ class Settings:
     """num_gpus: instances, one GPU each (processes in the dry form). model: a name of model_shapes.SHAPES, for the parts with real layer
     shapes. kill_rank: this rank of part (a) ends itself, for the test of this report. seconds: limits that replace those of PARTS.
     deadline: time.monotonic() at which the whole report ends. letters: the parts asked for. pool: servers that parts share. deepep_mode:
-    the only one of part (c).
+    the only one of part (c). cost_model: what our servers with real layers are given to place by.
     """
 
     num_gpus: int
@@ -86,6 +86,7 @@ class Settings:
     letters: tuple[str, ...] = ()
     deepep_mode: str | None = None
     pool: ServerPool | None = None
+    cost_model: str | None = None
 
     @property
     def device(self) -> str:

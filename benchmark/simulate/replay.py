@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmark.serving.provenance import provenance
 from benchmark.simulate.cluster import Cluster, SimulatedRequest
-from sglang_dcp.policy.cost_model import load_cost_model
+from sglang_dcp.policy.cost_model import CostModel, load_cost_model
 from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementPolicy, PlacementRequest
 
@@ -101,8 +101,9 @@ class RecordedRun:
 
     def policy(self) -> PlacementPolicy:
         """The policy of the server, with a state of its own."""
-        options = {key: value for key, value in self.cluster.items() if key not in ("policy", "cost_model")}
-        cost = load_cost_model(self.cluster["cost_model"], self.cluster["num_instances"])
+        options = {key: value for key, value in self.cluster.items() if key not in ("policy", "cost_model", "constants")}
+        constants = self.cluster.get("constants")
+        cost = CostModel(**constants) if constants else load_cost_model(self.cluster["cost_model"], self.cluster["num_instances"])
         return make_policy(self.cluster["policy"], cost_model=cost, **options)
 
 

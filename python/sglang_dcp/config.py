@@ -7,8 +7,11 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from sglang_dcp.policy.cost_model import available_cost_models
+from sglang_dcp.policy.served_model import ServedModel
 
 POLICIES = ("dual-balance", "length-buckets", "fixed", "local")
 TRANSPORTS = ("auto", "gloo", "nccl", "peer")
@@ -23,7 +26,10 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class DynCpConfig:
-    """Settings of one server. `None` stands for "number of instances" and is resolved by `resolve`."""
+    """Settings of one server. `None` stands for "number of instances" and is resolved by `resolve`.
+
+    cost_model None: the constants that fit the served model best. served_model: no setting; read off the model by the main process.
+    """
 
     policy: str = "dual-balance"
     degree: int | None = None
@@ -32,6 +38,7 @@ class DynCpConfig:
     cost_model: str | None = None
     transport: str = "auto"
     max_rows: int = 64
+    served_model: ServedModel | None = field(default=None, metadata={"flag": False})
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -47,8 +54,9 @@ class DynCpConfig:
                 raise ConfigError(f"{flag} must be at least 1, got {value}")
         if not 0.0 <= self.max_guest_fraction <= 1.0:
             raise ConfigError(f"--dyncp-max-guest-fraction must lie in [0, 1], got {self.max_guest_fraction}")
-        if self.cost_model is not None and not os.path.isfile(self.cost_model):
-            raise ConfigError(f"--dyncp-cost-model {self.cost_model!r} is not a file")
+        if self.cost_model is not None and self.cost_model not in available_cost_models() and not os.path.isfile(self.cost_model):
+            known = ", ".join(available_cost_models())
+            raise ConfigError(f"--dyncp-cost-model {self.cost_model!r} is not a file, and none of those that ship: {known}")
 
     def resolve(self, num_instances: int) -> DynCpConfig:
         """Fills in what depends on the number of instances, and checks it."""
@@ -65,7 +73,9 @@ class DynCpConfig:
 
     @classmethod
     def from_json(cls, text: str) -> DynCpConfig:
-        return cls(**json.loads(text))
+        values = json.loads(text)
+        served = values.pop("served_model", None)
+        return cls(**values, served_model=None if served is None else ServedModel(**served))
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> DynCpConfig | None:
@@ -76,7 +86,8 @@ class DynCpConfig:
     @classmethod
     def from_namespace(cls, args: argparse.Namespace) -> DynCpConfig | None:
         """The parsed flags, or None without --enable-dyncp. A --dyncp-* flag without it is refused."""
-        given: dict[str, Any] = {field.name: getattr(args, f"dyncp_{field.name}", None) for field in dataclasses.fields(cls)}
+        names = [item.name for item in dataclasses.fields(cls) if item.metadata.get("flag", True)]
+        given: dict[str, Any] = {name: getattr(args, f"dyncp_{name}", None) for name in names}
         given = {name: value for name, value in given.items() if value is not None}
         if not getattr(args, "enable_dyncp", False):
             if given:
@@ -98,6 +109,11 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="Most of an instance's KV pool that new guests may take; growth of a guest already there is not bounded. Default: 1.0.",
     )
-    group.add_argument("--dyncp-cost-model", metavar="FILE", help="Step-time constants (JSON, see `sglang-dcp calibrate`).")
+    group.add_argument(
+        "--dyncp-cost-model",
+        metavar="FILE|NAME",
+        help="Step-time constants: a JSON file (see `sglang-dcp calibrate`) or some that ship, per layer. Default: those that ship, "
+        "scaled to the served model.",
+    )
     group.add_argument("--dyncp-transport", choices=TRANSPORTS, help="How rows travel between instances. Default: auto.")
     group.add_argument("--dyncp-max-rows", type=int, metavar="S", help="Most guest rows per instance of a decode graph. Default: 64.")

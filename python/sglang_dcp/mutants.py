@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from sglang_dcp.dataflow import attention_step, contracts, step_plan
-from sglang_dcp.dataflow.contracts import AttentionRow, GuestRow, HomeRow, PartialState, StepPlan
+from sglang_dcp.dataflow.contracts import AttentionRow, GuestRow, HomeRow, PartialState, StepPlan, TokenList
 
 MUTANT_VARIABLE = "SGLANG_DYNCP_MUTANT"
 TESTING_VARIABLE = "SGLANG_DYNCP_TESTING"
@@ -61,46 +61,53 @@ def _replace(module: Any, name: str, wrap: Callable[[Any], Any], *, everywhere: 
 # ---- what comes back from the shards, and the merge
 
 
-def _with_returned_lse(change: Callable[[torch.Tensor, StepPlan], torch.Tensor]) -> None:
-    def wrap(original: Any) -> Any:
-        def return_partials(state: PartialState, plan: StepPlan, *args: Any, **kwargs: Any) -> PartialState:
-            returned = original(state, plan, *args, **kwargs)
-            return PartialState(returned.output, change(returned.lse, plan))
-
-        return return_partials
-
-    _replace(attention_step, "return_partials", wrap)
+def _with_returned(change: Callable[[list[PartialState]], list[PartialState]]) -> None:
+    _replace(attention_step, "return_partials", lambda original: lambda *args, **kwargs: change(original(*args, **kwargs)))
 
 
-def _drop_last_shard(lse: torch.Tensor, plan: StepPlan) -> torch.Tensor:
-    last = next((count for count in reversed(plan.send_query_splits) if count), 0)
-    lse = lse.clone()
-    lse[lse.shape[0] - last :] = float("-inf")
-    return lse
+def _drop_last_shard(returned: list[PartialState]) -> list[PartialState]:
+    last = max((rank for rank, state in enumerate(returned) if len(state.lse)), default=-1)
+    return [
+        PartialState(state.output, torch.full_like(state.lse, float("-inf"))) if rank == last else state
+        for rank, state in enumerate(returned)
+    ]
 
 
 def _shard_dropped() -> None:
     """The partial results of one shard are lost on the way home."""
-    _with_returned_lse(_drop_last_shard)
+    _with_returned(_drop_last_shard)
 
 
 def _lse_base_2() -> None:
     """Shards return base-2 logarithms."""
-    _with_returned_lse(lambda lse, plan: lse / math.log(2.0))
+    _with_returned(lambda returned: [PartialState(state.output, state.lse / math.log(2.0)) for state in returned])
 
 
-def _with_merge_inputs(change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
-    _replace(attention_step, "merge_partial_states", lambda original: lambda outputs, lses: original(*change(outputs, lses)))
+def _with_merge(change: Callable[[Callable[..., None], PartialState, TokenList, PartialState], None]) -> None:
+    _replace(attention_step, "merge_into", lambda original: lambda *args: change(original, *args))
 
 
 def _shard_read_twice() -> None:
-    """One shard's partial result enters the merge twice."""
-    _with_merge_inputs(lambda outputs, lses: (torch.cat([outputs, outputs[-1:]]), torch.cat([lses, lses[-1:]])))
+    """A partial result enters the merge twice."""
+
+    def change(merge: Callable[..., None], state: PartialState, tokens: TokenList, part: PartialState) -> None:
+        merge(state, tokens, part)
+        merge(state, tokens, part)
+
+    _with_merge(change)
 
 
 def _lse_ignored() -> None:
     """Partial results are averaged instead of weighed."""
-    _with_merge_inputs(lambda outputs, lses: (outputs, torch.where(lses == float("-inf"), lses, torch.zeros_like(lses))))
+
+    def flat(lse: torch.Tensor) -> torch.Tensor:
+        return torch.where(lse == float("-inf"), lse, torch.zeros_like(lse))
+
+    def change(merge: Callable[..., None], state: PartialState, tokens: TokenList, part: PartialState) -> None:
+        state.lse.copy_(flat(state.lse))
+        merge(state, tokens, PartialState(part.output, flat(part.lse)))
+
+    _with_merge(change)
 
 
 def _neutral_zero() -> None:
@@ -127,14 +134,13 @@ def _tail_row_written_twice() -> None:
         build: Any, step: int, rank: int, num_instances: int, page_size: int, num_tokens: int, home_rows: Any, guests: Any
     ) -> StepPlan:
         plan: StepPlan = build(step, rank, num_instances, page_size, num_tokens, home_rows, guests)
-        tokens, slots = [plan.write_tokens], [plan.write_slots]
+        slots = plan.write_slots.clone()
         for row in home_rows:
             positions = np.arange(row.prefix_len, row.prefix_len + row.num_new)
             remote = np.flatnonzero(row.page_owners[positions // page_size] != rank)
             numbers = row.page_numbers[positions[remote] // page_size]
-            tokens.append(torch.from_numpy(row.token_start + remote))
-            slots.append(torch.from_numpy(numbers * page_size + positions[remote] % page_size))
-        return dataclasses.replace(plan, write_tokens=torch.cat(tokens), write_slots=torch.cat(slots))
+            slots[row.token_start + remote] = torch.from_numpy(numbers * page_size + positions[remote] % page_size)
+        return dataclasses.replace(plan, write_slots=slots)
 
     _with_plan(change)
 
@@ -144,7 +150,7 @@ def _tail_row_not_written() -> None:
 
     def change(build: Any, *args: Any) -> StepPlan:
         plan: StepPlan = build(*args)
-        return dataclasses.replace(plan, receive_kv_slots=torch.zeros_like(plan.receive_kv_slots))
+        return dataclasses.replace(plan, receive_kv_slots=tuple(map(torch.zeros_like, plan.receive_kv_slots)))
 
     _with_plan(change)
 
@@ -203,13 +209,13 @@ def _chunk_not_causal() -> None:
     """The tokens of a chunk see the whole chunk."""
 
     def wrap(original: Any) -> Any:
-        def attention_row(*args: Any) -> AttentionRow:
+        def chunk_row(*args: Any) -> AttentionRow:
             row: AttentionRow = original(*args)
-            return dataclasses.replace(row, num_unmasked=len(row.kv_slots), key_offsets=row.key_offsets[:0])
+            return dataclasses.replace(row, causal=False)
 
-        return attention_row
+        return chunk_row
 
-    _replace(step_plan, "attention_row", wrap)
+    _replace(step_plan, "chunk_row", wrap)
 
 
 # ---- the ledger

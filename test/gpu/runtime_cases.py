@@ -13,6 +13,8 @@ from gpu_servers import GpuServer
 CASE_NAME = re.compile(r"(gqa|mla)(4?)(?:_(nccl|gloo|f32|flashmla))?")
 PAGE_SIZE, FLASH_MLA_PAGE_SIZE = 16, 64
 NEW_TOKENS = 24
+COST_MODEL = "cpu"
+"""Constants of the tiny models, on a GPU too: what does not fit one pool is spread over as many as are asked for here."""
 CHUNK_TOKENS = 512
 """Prefill tokens of one instance in one step."""
 
@@ -108,6 +110,7 @@ class Case:
             flags += ("--dtype", "float32", "--attention-backend", "torch_native")
         if not dyncp:
             return flags
+        flags += ("--dyncp-cost-model", COST_MODEL)
         if self.kind == "flashmla" and device == "cuda":
             flags += ("--attention-backend", "flashmla", "--page-size", str(self.page_size))
         if self.kind in ("nccl", "gloo"):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_dcp.dataflow.contracts import NewKV
 from sglang_dcp.dataflow.paged_attention import AttentionShape
 from sglang_dcp.dataflow.reference import partial_attention
 from sglang_dcp.dataflow.static_tables import guests_per_instance
@@ -166,7 +167,9 @@ class GpuSession(Session):
         instance.attention.plan(HOME_ROWS, home.binding.graph_guest_rows)
         instance.queries.normal_()
         for row, (req, prefix_len, _) in enumerate(home.batch):
-            instance.kv[row, 0] = self.kv_rows(req)[prefix_len]
+            keys, values = self.kv_of(req)
+            parts = [keys[prefix_len].flatten()] if self.latent else [keys[prefix_len].flatten(), values[prefix_len].flatten()]
+            instance.kv[row, 0] = torch.cat(parts)
 
     def write_kv(self, is_graph: bool) -> None:
         """New tokens' K/V where their pages lie, but for those that travel in a graph step: the exchange writes them."""
@@ -176,9 +179,10 @@ class GpuSession(Session):
                     index, offset = divmod(position, self.page_size)
                     owner, number = (rank, req.pages[index]) if req.dyncp is None else self.page_of(req, index)
                     travels = is_graph and owner != rank
-                    row = self.kv_rows(req)[position : position + 1]
+                    rows = [part[position : position + 1].to(self.devices[owner]) for part in self.kv_of(req)]
                     slot = torch.tensor([number * self.page_size + offset], device=self.devices[owner])
-                    self.caches[owner].write(slot, (torch.full_like(row, 7.0) if travels else row).to(self.devices[owner]))
+                    rows = [torch.full_like(row, 7.0) for row in rows] if travels else rows
+                    self.caches[owner].write(slot, NewKV(*rows, self.latent))
 
     @staticmethod
     def page_of(req, index: int) -> tuple[int, int]:

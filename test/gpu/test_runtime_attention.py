@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from sglang_dcp.dataflow.contracts import PartialState, TokenList
 from sglang_dcp.dataflow.device_plan import plan_on_device
+from sglang_dcp.dataflow.merge import merge_into
 from sglang_dcp.dataflow.paged_attention import PagedPartialAttention
 from sglang_dcp.dataflow.paged_attention_flashinfer import flashinfer_kernel
-from sglang_dcp.dataflow.partial_attention import torch_partial_attention
 from test.unit.dataflow.cluster import Cluster, PoolCache
 
 pytestmark = pytest.mark.gpu
@@ -34,8 +36,8 @@ class GpuCluster(Cluster):
         return super().randn(*shape).cuda().to(self.dtype)
 
     def plan(self, rank: int):
-        plan, queries, kv = super().plan(rank)
-        return plan_on_device(plan, queries.device), queries, kv
+        plan, queries, new_kv = super().plan(rank)
+        return plan_on_device(plan, queries.device), queries, new_kv
 
     def expected(self, rank: int) -> torch.Tensor:
         with torch.device("cuda"):
@@ -49,12 +51,7 @@ def test_random_steps(num_instances: int, page_size: int, latent: bool) -> None:
     for seed in range(5):
         cluster = GpuCluster(seed, num_instances, page_size, latent)
         cluster.add_random_rows(int(cluster.rng.integers(1, 6)))
-        ranks = {pool.keys.data_ptr(): rank for rank, pool in enumerate(cluster.pools)}
-
-        def attention(queries, keys, values, rows, scale, ranks=ranks):
-            return attend[ranks[keys.data_ptr()]](queries, keys, values, rows, scale)
-
-        for rank, output in enumerate(cluster.run(attention)):
+        for rank, output in enumerate(cluster.run(attend)):
             assert not output.isnan().any()
             torch.testing.assert_close(output.float(), cluster.expected(rank).float(), atol=2e-2, rtol=2e-2)
 
@@ -66,5 +63,26 @@ def test_random_steps_in_float32(num_instances: int, page_size: int, latent: boo
     for seed in range(3):
         cluster = GpuCluster(seed, num_instances, page_size, latent, torch.float32)
         cluster.add_random_rows(int(cluster.rng.integers(1, 6)))
-        for rank, output in enumerate(cluster.run(torch_partial_attention)):
+        for rank, output in enumerate(cluster.run()):
             torch.testing.assert_close(output, cluster.expected(rank), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("heads", "dim"), [(64, 128), (128, 512), (16, 512), (5, 96)])
+def test_merge_kernel_against_torch(heads: int, dim: int, dtype: torch.dtype) -> None:
+    """Runs and scattered tokens, neutral partials with rubbish in them; other rows keep their bits."""
+    rng = torch.Generator().manual_seed(3)
+    for tokens in (np.arange(3, 40), np.array([7, 0, 30, 12]), np.arange(41)):
+        states = []
+        for rows in (41, len(tokens)):
+            lse = 4 * torch.randn(rows, heads, generator=rng)
+            neutral = torch.rand(rows, heads, generator=rng) < 0.2
+            output = torch.randn(rows, heads, dim, generator=rng).masked_fill(neutral.unsqueeze(-1), float("nan"))
+            states.append(PartialState(output.to(dtype), lse.masked_fill(neutral, float("-inf"))))
+        chosen, part = TokenList.of(tokens), states[1]
+        there = [PartialState(state.output.cuda(), state.lse.cuda()) for state in states]
+        merge_into(there[0], TokenList(chosen.index.cuda(), chosen.first), there[1])
+        merge_into(states[0], chosen, part)
+        tolerance = {"atol": 1e-2, "rtol": 1e-2} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+        torch.testing.assert_close(there[0].output.cpu(), states[0].output, equal_nan=True, **tolerance)
+        torch.testing.assert_close(there[0].lse.cpu(), states[0].lse, atol=1e-5, rtol=1e-5)

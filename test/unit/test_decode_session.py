@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sglang_dcp.dataflow.attention_step import attention_step
-from sglang_dcp.dataflow.contracts import HomeRow
+from sglang_dcp.dataflow.contracts import HomeRow, NewKV
 from sglang_dcp.dataflow.partial_attention import torch_partial_attention
 from sglang_dcp.dataflow.reference import partial_attention
 from test.support.protocol_model import ModelRequest, ModelScheduler, ProtocolModel
@@ -33,7 +33,7 @@ class Session(ProtocolModel):
         self.torch_rng = torch.Generator().manual_seed(seed)
         self.keys: dict[str, torch.Tensor] = {}
         self.values: dict[str, torch.Tensor] = {}
-        self.num_sharded_steps = self.num_rows = self.num_mixed_steps = 0
+        self.num_sharded_steps = self.num_rows = self.num_mixed_steps = self.num_steps_without_return = 0
 
     def close(self) -> None:
         self.threads.shutdown()
@@ -49,26 +49,29 @@ class Session(ProtocolModel):
         self.num_mixed_steps += instances[0].num_sharded_rows > 0 and len(modes) == 2
         inputs = [self.tokens_of(home) for home in self.homes]
         outputs = list(self.threads.map(self.run_layer, range(self.num_instances), inputs))
+        asked = {home.instance.plan.anybody_asks for home in self.homes}
+        assert len(asked) == 1, "instances disagree about a collective"
+        self.num_steps_without_return += instances[0].num_sharded_rows > 0 and not asked.pop()
         for home, (queries, _), output in zip(self.homes, inputs, outputs, strict=True):
             self.compare(home, queries, output)
 
-    def tokens_of(self, home: ModelScheduler) -> tuple[torch.Tensor, torch.Tensor]:
+    def tokens_of(self, home: ModelScheduler) -> tuple[torch.Tensor, NewKV]:
         """Queries and K/V rows of the batch; a home without tokens takes part with a dummy one."""
-        rows = [self.kv_rows(req)[prefix_len : prefix_len + num_new] for req, prefix_len, num_new in home.batch]
-        width = self.kv_heads * (self.qk_dim + (0 if self.latent else self.v_dim))
-        kv = torch.cat(rows) if rows else self.randn(1, width)
-        return self.randn(len(kv), HEADS, self.qk_dim), kv
+        rows = [[part[prefix_len : prefix_len + num_new] for part in self.kv_of(req)] for req, prefix_len, num_new in home.batch]
+        rows = rows or [[self.randn(1, self.kv_heads, self.qk_dim), self.randn(1, self.kv_heads, self.v_dim)]]
+        keys, values = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        new_kv = NewKV(keys, keys[..., : self.v_dim] if self.latent else values, self.latent)
+        return self.randn(len(keys), HEADS, self.qk_dim), new_kv
 
-    def kv_rows(self, req: ModelRequest) -> torch.Tensor:
+    def kv_of(self, req: ModelRequest) -> tuple[torch.Tensor, torch.Tensor]:
         if req.rid not in self.keys:
             length = len(req.origin_input_ids) + req.max_new_tokens
             self.keys[req.rid] = self.randn(length, self.kv_heads, self.qk_dim)
             self.values[req.rid] = self.keys[req.rid][..., : self.v_dim] if self.latent else self.randn(length, self.kv_heads, self.v_dim)
-        keys, values = self.keys[req.rid].flatten(1), self.values[req.rid].flatten(1)
-        return keys if self.latent else torch.cat([keys, values], dim=1)
+        return self.keys[req.rid], self.values[req.rid]
 
-    def run_layer(self, rank: int, tokens: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        home, (queries, kv) = self.homes[rank], tokens
+    def run_layer(self, rank: int, tokens: tuple[torch.Tensor, NewKV]) -> torch.Tensor:
+        home, (queries, new_kv) = self.homes[rank], tokens
         rows, start = [], 0
         for req, prefix_len, num_new in home.batch:
             if req.dyncp is not None:
@@ -80,7 +83,7 @@ class Session(ProtocolModel):
         plan = home.instance.plan
         assert plan is not None
         return attention_step(
-            queries, kv, plan, self.caches[rank], torch_partial_attention, self.transport.of(rank), scale=self.qk_dim**-0.5, layer=0
+            queries, new_kv, plan, self.caches[rank], torch_partial_attention, self.transport.of(rank), scale=self.qk_dim**-0.5, layer=0
         )
 
     def compare(self, home: ModelScheduler, queries: torch.Tensor, output: torch.Tensor) -> None:
@@ -142,6 +145,7 @@ def test_session_of_random_requests(num_instances, num_pages, page_size, latent)
     drive(session)
     assert session.num_sharded_steps > 100
     assert session.num_mixed_steps > 10
+    assert session.num_steps_without_return >= 3
     assert sum(home.instance.num_growths for home in session.homes) > 5
 
 

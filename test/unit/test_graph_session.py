@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_dcp.dataflow.contracts import PartialState
+from sglang_dcp.dataflow.contracts import NewKV, PartialState
 from sglang_dcp.dataflow.merge import merge_partial_states
 from sglang_dcp.dataflow.reference import RouteTables, partial_attention, route_tables
 from sglang_dcp.dataflow.static_tables import FROM_TOKEN_TABLE, NO_PAGE, TAIL_SHIFT, PageLines, guests_per_instance
@@ -29,7 +29,7 @@ class Side:
     rows: np.ndarray
     tables: RouteTables
     queries: torch.Tensor
-    kv: torch.Tensor
+    new_kv: NewKV
 
 
 class GraphSession(Session):
@@ -83,10 +83,11 @@ class GraphSession(Session):
         masks = [[[s for s in range(self.num_instances) if word >> s & 1] for word in words.tolist()] for words in step.words]
         tails = [[(word >> TAIL_SHIFT) - 1 for word in words.tolist()] for words in step.words]
         if home.batch:
-            queries, kv = self.tokens_of(home)
+            queries, new_kv = self.tokens_of(home)
         else:
-            queries, kv = self.randn(0, HEADS, self.qk_dim), self.randn(0, 1)
-        return Side(lines.table.copy(), route_tables(masks, tails, rank), queries, kv)
+            none = self.randn(0, self.kv_heads, self.qk_dim)
+            queries, new_kv = self.randn(0, HEADS, self.qk_dim), NewKV(none, none[..., : self.v_dim], self.latent)
+        return Side(lines.table.copy(), route_tables(masks, tails, rank), queries, new_kv)
 
     def check_guests(self, sides: list[Side]) -> None:
         routes = [[row.route for row in rows] for rows in self.homes[0].instance.rows_of]
@@ -107,7 +108,8 @@ class GraphSession(Session):
                     arriving = [int(line[3]) for line in sides[owner].rows if line[3] >= 0]
                     slot = arriving[arrival]
                     self.num_travelling += 1
-                self.caches[owner].write(torch.tensor([slot]), side.kv[row : row + 1])
+                one = slice(row, row + 1)
+                self.caches[owner].write(torch.tensor([slot]), NewKV(side.new_kv.keys[one], side.new_kv.values[one], self.latent))
         for side in sides:
             assert len(side.tables.kv_receive) == sum(line[3] >= 0 for line in side.rows)
 

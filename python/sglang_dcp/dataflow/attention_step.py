@@ -1,25 +1,26 @@
 """One attention layer of one step: the place to start reading.
 
-dispatch queries (and K/V rows whose tail is remote) -> write K/V -> partial attention -> return partials -> merge at home.
+dispatch queries and K/V whose pages are remote -> write K/V -> partial attention -> return partials -> merge at home.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
-from sglang_dcp.dataflow.contracts import PartialState, StepPlan
-from sglang_dcp.dataflow.dispatch import dispatch, return_partials
-from sglang_dcp.dataflow.merge import merge_partial_states
+from sglang_dcp.dataflow.contracts import NewKV, PartialState, StepPlan
+from sglang_dcp.dataflow.dispatch import dispatch, joined, return_partials
+from sglang_dcp.dataflow.merge import merge_into
 from sglang_dcp.dataflow.partial_attention import PartialAttention
 from sglang_dcp.dataflow.transport.base import Transport
 
 
 class LayerCache(Protocol):
-    """K/V of one layer in this instance's pool. A K/V row is what travels for one token: [kv_width] elements."""
+    """K/V of one layer in this instance's pool. Slot 0 lies in the padding page: what is written there is never read."""
 
-    def write(self, slots: torch.Tensor, rows: torch.Tensor) -> None: ...
+    def write(self, slots: torch.Tensor, new_kv: NewKV) -> None: ...
 
     def keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """keys [slots, kv_heads, qk_head_dim], values [slots, kv_heads, v_head_dim]."""
@@ -28,7 +29,7 @@ class LayerCache(Protocol):
 
 def attention_step(
     queries: torch.Tensor,
-    kv_rows: torch.Tensor,
+    new_kv: NewKV,
     plan: StepPlan,
     cache: LayerCache,
     partial_attention: PartialAttention,
@@ -39,27 +40,64 @@ def attention_step(
 ) -> torch.Tensor:
     """Attention output [T, heads, v_head_dim] of the instance's own tokens, in queries' dtype.
 
-    queries [T, heads, qk_head_dim], kv_rows [T, kv_width]: the instance's own tokens. Every instance calls this once per layer, also
+    queries [T, heads, qk_head_dim] (contiguous) and new_kv: the instance's own tokens. Every instance calls this once per layer, also
     with no token of its own; the layers' calls pair up across instances in order. Tokens that no row covers get zeros.
     """
-    received = dispatch(queries, kv_rows, plan, transport, layer=layer)
-    cache.write(plan.write_slots, kv_rows[plan.write_tokens])
-    cache.write(plan.receive_kv_slots, received.kv_rows)
-    keys, values = cache.keys_and_values()
-    state = partial_attention(torch.cat([queries, received.queries]), keys, values, plan.attention_rows, scale)
-    returned = return_partials(state, plan, transport, layer=layer, dtype=queries.dtype)
-    return merge_at_home(state, returned, plan).to(queries.dtype)
+    received = dispatch(queries, new_kv, plan, transport, layer=layer)
+    cache.write(plan.write_slots, new_kv)
+    for slots, arrived in zip(plan.receive_kv_slots, received.new_kv, strict=True):
+        if slots.numel():
+            cache.write(slots, arrived)
+    merged = attend_chunks(queries, new_kv, plan, partial_attention, scale)
+    own, guests = attend_pool(queries, received.queries, plan, cache, partial_attention, scale, like=merged)
+    if plan.anybody_asks:
+        merge_returned(merged, return_partials(guests, plan, transport, layer=layer, dtype=queries.dtype), plan)
+    if len(plan.pool_tokens):
+        merge_into(merged, plan.pool_tokens, own)
+    return merged.output
 
 
-def merge_at_home(state: PartialState, returned: PartialState, plan: StepPlan) -> torch.Tensor:
-    """Merges each own token's local partial with those that came back. [T, heads, v_head_dim], float32."""
-    own = PartialState(state.output[: plan.num_tokens], state.lse[: plan.num_tokens])
-    if plan.merge_depth.numel() == 0:
-        return own.output
-    tokens, heads, v_head_dim = own.output.shape
-    shape, device = (plan.num_partials, tokens, heads), own.output.device
-    stacked = PartialState.neutral(*shape, v_head_dim=v_head_dim, dtype=own.output.dtype, device=device)
-    stacked.output[0], stacked.lse[0] = own.output, own.lse
-    stacked.output[plan.merge_depth, plan.send_queries] = returned.output.to(own.output.dtype)
-    stacked.lse[plan.merge_depth, plan.send_queries] = returned.lse
-    return merge_partial_states(stacked.output, stacked.lse).output
+def attend_chunks(queries: torch.Tensor, new_kv: NewKV, plan: StepPlan, partial_attention: PartialAttention, scale: float) -> PartialState:
+    """The own tokens over the chunk that each is part of, [T, heads]: what all other partials are merged into."""
+    tokens, v_head_dim = plan.chunk_tokens, new_kv.values.shape[-1]
+    shape = (plan.num_tokens, queries.shape[1])
+    if tokens.first == 0 and len(tokens) == plan.num_tokens:
+        state = PartialState(queries.new_empty(*shape, v_head_dim), queries.new_empty(shape, dtype=torch.float32))
+    else:
+        state = PartialState.neutral(*shape, v_head_dim=v_head_dim, dtype=queries.dtype, device=queries.device)
+    if not len(tokens):
+        return state
+    keys_and_values = new_kv.keys, new_kv.values
+    if tokens.first is not None:
+        own = slice(tokens.first, tokens.first + len(tokens))
+        partial_attention(queries[own], *keys_and_values, plan.chunk_rows, scale, out=PartialState(state.output[own], state.lse[own]))
+    else:
+        merge_into(state, tokens, partial_attention(tokens.take(queries), *keys_and_values, plan.chunk_rows, scale))
+    return state
+
+
+def attend_pool(
+    queries: torch.Tensor,
+    received: torch.Tensor,
+    plan: StepPlan,
+    cache: LayerCache,
+    partial_attention: PartialAttention,
+    scale: float,
+    *,
+    like: PartialState,
+) -> tuple[PartialState, PartialState]:
+    """Partials of (`pool_tokens`, received queries) over what this instance's pool holds."""
+    if not plan.pool_rows:
+        nothing = PartialState(like.output[:0], like.lse[:0])
+        return nothing, nothing
+    asking = [part for part in (plan.pool_tokens.take(queries) if len(plan.pool_tokens) else received[:0], received) if len(part)]
+    state = partial_attention(joined(asking, queries), *cache.keys_and_values(), plan.pool_rows, scale)
+    count = len(plan.pool_tokens)
+    return PartialState(state.output[:count], state.lse[:count]), PartialState(state.output[count:], state.lse[count:])
+
+
+def merge_returned(merged: PartialState, returned: Sequence[PartialState], plan: StepPlan) -> None:
+    """Merges what came back from the shards, in place. Rows that nobody else attended are not touched."""
+    for tokens, part in zip(plan.send_queries, returned, strict=True):
+        if len(tokens):
+            merge_into(merged, tokens, part)

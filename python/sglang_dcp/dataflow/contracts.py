@@ -65,56 +65,99 @@ class GuestRow:
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """One (request, shard) pair to compute: queries query_start .. + num_queries of [own tokens, received queries].
+    """One request's queries over one list of keys: the first num_keys tokens of `page_numbers`, in order of position.
 
-    page_numbers:   int64 numpy, this shard's pages of the sequence in order; the row's keys are the first num_keys tokens in them.
-    num_unmasked:   leading keys that every query of the row sees (positions before the chunk).
-    key_offsets:    int64 [num_keys - num_unmasked]: position of the remaining keys relative to the row's first query.
+    The queries of a step's rows follow one another. causal: the queries are the last of the keys, each sees those up to itself; else
+    every query sees every key. page_numbers: int64 numpy. There is at least one key.
     """
 
-    query_start: int
     num_queries: int
     page_numbers: np.ndarray
     page_size: int
     num_keys: int
-    num_unmasked: int
-    key_offsets: torch.Tensor
+    causal: bool = False
 
     @cached_property
     def kv_slots(self) -> torch.Tensor:
-        """int64 [num_keys], token slots in this instance's pool, ascending in position."""
+        """int64 [num_keys], token slots, ascending in position."""
         slots = self.page_numbers[:, None] * self.page_size + np.arange(self.page_size)
         return torch.from_numpy(slots.ravel()[: self.num_keys].astype(np.int64))
+
+
+@dataclass(frozen=True)
+class TokenList:
+    """Some of an instance's tokens. Where they follow one another (first is not None) taking them is a view, else a gather by `index`."""
+
+    index: torch.Tensor
+    first: int | None
+
+    @staticmethod
+    def of(tokens: np.ndarray) -> TokenList:
+        is_run = len(tokens) > 0 and int(tokens[-1]) - int(tokens[0]) == len(tokens) - 1 and bool((np.diff(tokens) == 1).all())
+        return TokenList(torch.from_numpy(tokens), int(tokens[0]) if is_run else None)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.first is not None:
+            return rows[self.first : self.first + len(self)]
+        return rows.index_select(0, self.index)
+
+    def take_into(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        """One launch; `out` is contiguous."""
+        if self.first is not None:
+            out.copy_(self.take(rows))
+        else:
+            torch.index_select(rows, 0, self.index, out=out)
+
+
+@dataclass(frozen=True)
+class NewKV:
+    """K/V of some tokens: keys [T, kv_heads, qk_head_dim], values [T, kv_heads, v_head_dim], contiguous.
+
+    latent (MLA in absorbed form): values are the leading elements of keys, which alone travel.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    latent: bool
+
+    @property
+    def travelling(self) -> tuple[torch.Tensor, ...]:
+        return (self.keys,) if self.latent else (self.keys, self.values)
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """Everything the layers of one step need to know; constant over the layers, known on both sides before they start.
 
-    Lengths are counts of rows; *_splits have one entry per instance. T = own tokens, R = received queries.
-    send_queries [sum(send_query_splits)]: own token of each query row sent, grouped by destination.
-    send_kv      [sum(send_kv_splits)]:    own token of each K/V row sent, grouped by destination.
-    write_tokens, write_slots:             own tokens whose K/V stays here, and their slots.
-    receive_kv_slots [sum(receive_kv_splits)]: slots of received K/V rows, grouped by source.
-    merge_depth [sum(send_query_splits)]:  1, 2, ...: which of the partials of its token each returned row is (0 is the own one).
-    num_partials:                          most partials of one token, the own one included.
+    Tuples have one entry per instance. A *chunk* is a row of several tokens; its tokens see each other at home, where all of their K/V
+    is (chunk_rows over the step's new K/V), and those before it on every shard that holds some (pool_rows). A row of one token (decode)
+    sees itself on its tail.
+
+    send_queries:          own tokens whose query goes to that instance, and whose partial comes back.
+    receive_query_splits:  queries that come from there.
+    send_kv:               own tokens whose K/V goes there.
+    receive_kv_slots:      slots of the K/V rows that come from there.
+    write_slots [T]:       slot of each own token's K/V; 0 (the padding page) where it travels, or for padding.
+    pool_rows:             rows over this instance's pool: first the own tokens `pool_tokens`, then the received queries, all of them.
+    chunk_rows:            causal rows of the own tokens `chunk_tokens`, over the own tokens (pages of one token).
+    anybody_asks:          whether any instance sends a query; all know alike. If none does, nothing is returned and no call made for it.
     """
 
     step: int
     num_tokens: int
-    send_queries: torch.Tensor
-    send_query_splits: tuple[int, ...]
+    send_queries: tuple[TokenList, ...]
     receive_query_splits: tuple[int, ...]
-    send_kv: torch.Tensor
-    send_kv_splits: tuple[int, ...]
-    receive_kv_splits: tuple[int, ...]
-    receive_kv_slots: torch.Tensor
-    write_tokens: torch.Tensor
+    send_kv: tuple[TokenList, ...]
+    receive_kv_slots: tuple[torch.Tensor, ...]
     write_slots: torch.Tensor
-    attention_rows: tuple[AttentionRow, ...]
-    merge_depth: torch.Tensor
-    num_partials: int
-    num_guest_rows: int
+    pool_rows: tuple[AttentionRow, ...]
+    pool_tokens: TokenList
+    chunk_rows: tuple[AttentionRow, ...]
+    chunk_tokens: TokenList
+    anybody_asks: bool = True
 
     @property
     def num_received(self) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from sglang_dcp.dataflow.contracts import StepPlan
+from sglang_dcp.dataflow.contracts import StepPlan, TokenList
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -14,14 +14,28 @@ def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
-INDEX_FIELDS = ("send_queries", "send_kv", "write_tokens", "write_slots", "receive_kv_slots", "merge_depth")
-
-
 def plan_on_device(plan: StepPlan, device: torch.device) -> StepPlan:
     """The same plan with its index lists on `device`. Attention rows stay on the host, where their kernels are planned."""
     if device.type == "cpu":
         return plan
-    lists = [getattr(plan, name) for name in INDEX_FIELDS]
-    together = to_device(torch.cat(lists), device)
-    parts = together.split([part.numel() for part in lists])
-    return dataclasses.replace(plan, **dict(zip(INDEX_FIELDS, parts, strict=True)))
+    lists = index_lists(plan)
+    moved = iter(to_device(torch.cat(lists), device).split([part.numel() for part in lists]))
+
+    def move(tokens: TokenList) -> TokenList:
+        return TokenList(next(moved), tokens.first)
+
+    # In the order of index_lists.
+    return dataclasses.replace(
+        plan,
+        send_queries=tuple(map(move, plan.send_queries)),
+        send_kv=tuple(map(move, plan.send_kv)),
+        pool_tokens=move(plan.pool_tokens),
+        chunk_tokens=move(plan.chunk_tokens),
+        receive_kv_slots=tuple(next(moved) for _ in plan.receive_kv_slots),
+        write_slots=next(moved),
+    )
+
+
+def index_lists(plan: StepPlan) -> list[torch.Tensor]:
+    token_lists = [*plan.send_queries, *plan.send_kv, plan.pool_tokens, plan.chunk_tokens]
+    return [*(tokens.index for tokens in token_lists), *plan.receive_kv_slots, plan.write_slots]

@@ -1,54 +1,93 @@
-"""Moves rows between instances: queries and K/V to the shards, partial results home."""
+"""Moves rows between instances: queries and K/V to the shards, partial results home.
+
+A message holds, per destination, each kind of row whole: queries, keys, values; or outputs, LSEs. So what arrived is read where it lies.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from sglang_dcp.dataflow.contracts import PartialState, StepPlan
+from sglang_dcp.dataflow.contracts import NewKV, PartialState, StepPlan, TokenList
 from sglang_dcp.dataflow.transport.base import Transport
 
 
 @dataclass(frozen=True)
 class Received:
-    """What came from remote homes, grouped by home: queries [R, heads, qk_head_dim], kv_rows [K, kv_width]."""
+    """What came from remote homes: queries [R, heads, qk_head_dim] grouped by home, K/V rows per home."""
 
     queries: torch.Tensor
-    kv_rows: torch.Tensor
+    new_kv: tuple[NewKV, ...]
 
 
-def dispatch(queries: torch.Tensor, kv_rows: torch.Tensor, plan: StepPlan, transport: Transport, *, layer: int) -> Received:
-    """Sends each query row, and each K/V row whose tail is remote, in one message per destination."""
-    query_width, kv_width = queries[0].numel(), kv_rows.shape[1]
-    sent_queries = queries[plan.send_queries].reshape(-1, query_width).split(plan.send_query_splits)
-    sent_kv = kv_rows[plan.send_kv].split(plan.send_kv_splits)
-    message = torch.cat([part.reshape(-1) for pair in zip(sent_queries, sent_kv, strict=True) for part in pair])
-    send_splits = _elements(plan.send_query_splits, query_width, plan.send_kv_splits, kv_width)
-    receive_splits = _elements(plan.receive_query_splits, query_width, plan.receive_kv_splits, kv_width)
+def dispatch(queries: torch.Tensor, new_kv: NewKV, plan: StepPlan, transport: Transport, *, layer: int) -> Received:
+    """Sends each query row, and each K/V row whose page is remote, in one message per destination."""
+    travelling = new_kv.travelling
+    pieces: list[tuple[TokenList, torch.Tensor]] = []
+    send_splits = []
+    for asked, written in zip(plan.send_queries, plan.send_kv, strict=True):
+        group = [(asked, queries), *((written, rows) for rows in travelling)]
+        pieces += [piece for piece in group if len(piece[0])]
+        send_splits.append(sum(len(tokens) * rows[0].numel() for tokens, rows in group))
+    query_width, kv_widths = queries[0].numel(), [rows[0].numel() for rows in travelling]
+    receive_splits = [
+        num_queries * query_width + slots.numel() * sum(kv_widths)
+        for num_queries, slots in zip(plan.receive_query_splits, plan.receive_kv_slots, strict=True)
+    ]
+    message = _message(pieces, sum(send_splits), queries)
     arrived = transport.all_to_all(message, send_splits, receive_splits, step=plan.step, layer=layer, stage="dispatch")
     got_queries, got_kv = [], []
-    for part, num_queries in zip(arrived.split(receive_splits), plan.receive_query_splits, strict=True):
-        got_queries.append(part[: num_queries * query_width])
-        got_kv.append(part[num_queries * query_width :])
-    return Received(torch.cat(got_queries).view(-1, *queries.shape[1:]), torch.cat(got_kv).view(-1, kv_width))
+    for part, num_queries, slots in zip(arrived.split(receive_splits), plan.receive_query_splits, plan.receive_kv_slots, strict=True):
+        asked_rows, *written_rows = part.split([num_queries * query_width, *(slots.numel() * width for width in kv_widths)])
+        got_queries += [asked_rows.view(-1, *queries.shape[1:])] if num_queries else []
+        keys = written_rows[0].view(-1, *new_kv.keys.shape[1:])
+        values = keys[..., : new_kv.values.shape[-1]] if new_kv.latent else written_rows[1].view(-1, *new_kv.values.shape[1:])
+        got_kv.append(NewKV(keys, values, new_kv.latent))
+    return Received(joined(got_queries, queries), tuple(got_kv))
 
 
-def return_partials(state: PartialState, plan: StepPlan, transport: Transport, *, layer: int, dtype: torch.dtype) -> PartialState:
-    """Sends the partials of received queries home, output (in `dtype`) and LSE side by side; returns those of the own queries, in send
-    order. The LSE stays float32: where outputs are narrower it travels as several of their words."""
+def return_partials(state: PartialState, plan: StepPlan, transport: Transport, *, layer: int, dtype: torch.dtype) -> list[PartialState]:
+    """Sends the partials of the received queries, `state`, home; returns those of the own queries, per shard.
+
+    Outputs travel in `dtype`. The LSE stays float32: where outputs are narrower it travels as several of their words.
+    """
     heads, v_head_dim = state.output.shape[1:]
-    guests = slice(plan.num_tokens, plan.num_tokens + plan.num_received)
-    lse = state.lse[guests].float().unsqueeze(-1).view(dtype)
-    width = v_head_dim + lse.shape[-1]
-    message = torch.cat([state.output[guests].to(dtype), lse], dim=-1).reshape(-1)
-    send_splits = [count * heads * width for count in plan.receive_query_splits]
-    receive_splits = [count * heads * width for count in plan.send_query_splits]
+    words = torch.float32.itemsize // dtype.itemsize
+    width = heads * (v_head_dim + words)
+    message = torch.empty(plan.num_received * width, dtype=dtype, device=state.output.device)
+    send_splits = [count * width for count in plan.receive_query_splits]
+    receive_splits = [len(tokens) * width for tokens in plan.send_queries]
+    first = 0
+    for part, count in zip(message.split(send_splits), plan.receive_query_splits, strict=True):
+        if count:
+            outputs, lses = part.split([count * heads * v_head_dim, count * heads * words])
+            outputs.view(count, heads, v_head_dim).copy_(state.output[first : first + count])
+            lses.view(torch.float32).view(count, heads).copy_(state.lse[first : first + count])
+            first += count
     arrived = transport.all_to_all(message, send_splits, receive_splits, step=plan.step, layer=layer, stage="return")
-    rows = arrived.view(-1, heads, width)
-    return PartialState(rows[..., :v_head_dim], rows[..., v_head_dim:].contiguous().view(torch.float32).squeeze(-1))
+    returned = []
+    for part, tokens in zip(arrived.split(receive_splits), plan.send_queries, strict=True):
+        outputs, lses = part.split([len(tokens) * heads * v_head_dim, len(tokens) * heads * words])
+        returned.append(PartialState(outputs.view(-1, heads, v_head_dim), lses.view(torch.float32).view(-1, heads)))
+    return returned
 
 
-def _elements(first: Sequence[int], first_width: int, second: Sequence[int], second_width: int) -> list[int]:
-    return [a * first_width + b * second_width for a, b in zip(first, second, strict=True)]
+def joined(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Rows of all parts. A single part is not copied."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else like[:0]
+
+
+def _message(pieces: list[tuple[TokenList, torch.Tensor]], num_elements: int, like: torch.Tensor) -> torch.Tensor:
+    """Rows of all pieces, one after the other: a single run is sent from where it lies."""
+    if len(pieces) == 1 and pieces[0][0].first is not None:
+        return pieces[0][0].take(pieces[0][1]).reshape(-1)
+    message = like.new_empty(num_elements)
+    first = 0
+    for tokens, rows in pieces:
+        size = len(tokens) * rows[0].numel()
+        tokens.take_into(rows, message[first : first + size].view(-1, *rows.shape[1:]))
+        first += size
+    return message

@@ -1,4 +1,4 @@
-"""FlashInfer kernels for a step's spans, planned with host arrays, so that planning does not wait for the device. bfloat16.
+"""FlashInfer kernels for a step's rows, planned with host arrays, so that planning does not wait for the device. bfloat16.
 
 A plan writes its schedule to pinned memory of the library and copies it from there. Planning the next step must not overwrite what an
 earlier copy has yet to read, so a plan waits for the copies of the one before (they lie a whole step back).
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from sglang_dcp.dataflow.attention_spans import SpanTable
 from sglang_dcp.dataflow.contracts import PartialState
+from sglang_dcp.dataflow.kernel_table import KernelTable
 from sglang_dcp.dataflow.paged_attention import AttentionShape, PagedKernel
 from sglang_dcp.dataflow.partial_attention_flashinfer import MLA_LATENT_DIM, MLA_ROPE_DIM, WORKSPACE_BYTES, FlashInferPrefill
 
@@ -31,14 +31,14 @@ class CopyGuard:
             self._event.record()
 
 
-class FlashInferGqaSpans:
+class FlashInferGqaRows:
     """GQA: decode rows (one query) and chunks alike, tensor-core kernels."""
 
     def __init__(self, shape: AttentionShape, page_size: int, device: torch.device) -> None:
         self._kernel = FlashInferPrefill(shape.num_heads, shape.num_kv_heads, shape.qk_head_dim, page_size, shape.scale, device)
         self._guard = CopyGuard(device)
 
-    def plan(self, table: SpanTable, page_indices: torch.Tensor, *, causal: bool) -> None:
+    def plan(self, table: KernelTable, page_indices: torch.Tensor, *, causal: bool) -> None:
         self._guard.wait()
         self._kernel.plan(
             torch.from_numpy(table.query_indptr),
@@ -49,11 +49,11 @@ class FlashInferGqaSpans:
         )
         self._guard.mark()
 
-    def run(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> PartialState:
-        return self._kernel.run(queries, keys, values)
+    def run(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: PartialState | None) -> PartialState:
+        return self._kernel.run(queries, keys, values, out)
 
 
-class FlashInferMlaSpans:
+class FlashInferMlaRows:
     """MLA in absorbed form: queries [q, heads, 512 + 64] over a latent cache [pages, page_size, 1, 512 + 64]."""
 
     def __init__(self, shape: AttentionShape, page_size: int, device: torch.device) -> None:
@@ -63,7 +63,7 @@ class FlashInferMlaSpans:
         self._wrapper: Any = BatchMLAPagedAttentionWrapper(torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device), backend="fa3")
         self._guard = CopyGuard(device)
 
-    def plan(self, table: SpanTable, page_indices: torch.Tensor, *, causal: bool) -> None:
+    def plan(self, table: KernelTable, page_indices: torch.Tensor, *, causal: bool) -> None:
         from flashinfer.mla import MLAPlanMetadata
 
         self._guard.wait()
@@ -86,8 +86,9 @@ class FlashInferMlaSpans:
         )
         self._guard.mark()
 
-    def run(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> PartialState:
-        output, lse = self._wrapper.run(query=queries, kv_cache=keys.squeeze(2), return_lse=True, return_lse_base_on_e=True)
+    def run(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: PartialState | None) -> PartialState:
+        given = {} if out is None else {"out": out.output, "lse": out.lse}
+        output, lse = self._wrapper.run(query=queries, kv_cache=keys.squeeze(2), return_lse=True, return_lse_base_on_e=True, **given)
         return PartialState(output, lse)
 
 
@@ -96,8 +97,8 @@ def flashinfer_kernel(shape: AttentionShape, page_size: int, device: torch.devic
     if shape.dtype != torch.bfloat16:
         raise ValueError(f"sharded attention on a GPU serves bfloat16, this model has {shape.dtype} (--dtype bfloat16)")
     if not shape.latent:
-        return FlashInferGqaSpans(shape, page_size, device)
+        return FlashInferGqaRows(shape, page_size, device)
     dims = (shape.v_head_dim, shape.qk_head_dim - shape.v_head_dim)
     if dims != (MLA_LATENT_DIM, MLA_ROPE_DIM):
         raise ValueError(f"sharded MLA on a GPU serves latents of {MLA_LATENT_DIM} + {MLA_ROPE_DIM}, this model has {dims[0]} + {dims[1]}")
-    return FlashInferMlaSpans(shape, page_size, device)
+    return FlashInferMlaRows(shape, page_size, device)

@@ -13,32 +13,43 @@ from sglang_dcp.dataflow.device_plan import to_device
 
 
 class PartialAttention(Protocol):
-    """Computes every attention row of a step in one layer.
+    """Computes a step's attention rows (at least one, all causal or none) in one layer.
 
-    queries [T + R, heads, qk_head_dim]; keys [slots, kv_heads, qk_head_dim]; values [slots, kv_heads, v_head_dim].
-    Returns a state of leading shape [T + R, heads]; queries that no row covers are neutral.
+    queries [q, heads, qk_head_dim] of the rows, one row after the other, contiguous; keys [slots, kv_heads, qk_head_dim]; values
+    [slots, kv_heads, v_head_dim]. Returns a contiguous state of leading shape [q, heads], in `out` where that is given (output in any
+    element type, LSE float32); it belongs to the caller.
     """
 
     def __call__(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: Sequence[AttentionRow], scale: float
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rows: Sequence[AttentionRow],
+        scale: float,
+        out: PartialState | None = None,
     ) -> PartialState: ...
 
 
 def torch_partial_attention(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: Sequence[AttentionRow], scale: float
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: Sequence[AttentionRow],
+    scale: float,
+    out: PartialState | None = None,
 ) -> PartialState:
     """One row after the other, float32."""
     num_queries, heads, _ = queries.shape
-    state = PartialState.neutral(num_queries, heads, v_head_dim=values.shape[-1], dtype=torch.float32, device=queries.device)
+    if out is None:
+        out = PartialState.neutral(num_queries, heads, v_head_dim=values.shape[-1], dtype=torch.float32, device=queries.device)
+    start = 0
     for row in rows:
-        if row.kv_slots.numel() == 0:
-            continue
-        span = slice(row.query_start, row.query_start + row.num_queries)
+        span = slice(start, start + row.num_queries)
         slots = to_device(row.kv_slots, keys.device)
-        output, lse = _attend(queries[span], keys[slots], values[slots], row, scale)
-        state.output[span] = output
-        state.lse[span] = lse
-    return state
+        out.output[span], out.lse[span] = _attend(queries[span], keys[slots], values[slots], row, scale)
+        start += row.num_queries
+    return out
 
 
 def _attend(
@@ -48,9 +59,9 @@ def _attend(
     kv_heads = keys.shape[1]
     grouped = query.float().view(tokens, kv_heads, heads // kv_heads, -1).permute(1, 2, 0, 3)
     logits = torch.matmul(grouped, keys.float().permute(1, 2, 0).unsqueeze(1)).mul_(scale)
-    if row.key_offsets.numel():
-        hidden = to_device(row.key_offsets, query.device)[None, :] > torch.arange(tokens, device=query.device)[:, None]
-        logits[..., row.num_unmasked :].masked_fill_(hidden, float("-inf"))
+    if row.causal:
+        last_seen = torch.arange(tokens, device=query.device)[:, None] + row.num_keys - tokens
+        logits.masked_fill_(torch.arange(row.num_keys, device=query.device)[None, :] > last_seen, float("-inf"))
     lse = torch.logsumexp(logits, dim=-1)
     weights = logits.sub_(torch.where(lse == float("-inf"), 0.0, lse).unsqueeze(-1)).exp_()
     output = torch.matmul(weights, values.float().permute(1, 0, 2).unsqueeze(1))

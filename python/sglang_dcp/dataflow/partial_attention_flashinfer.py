@@ -168,12 +168,15 @@ class FlashInferPrefill:
         empty = (page_indptr.diff() == 0).repeat_interleave(query_indptr.diff())
         self._empty_tokens = empty.to(page_indices.device, non_blocking=True).unsqueeze(-1) if bool(empty.any()) else None
 
-    def run(self, queries: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> PartialState:
-        """queries [tokens, heads, head_dim]; caches [pages, page_size, kv_heads, head_dim]."""
-        output, lse = self._wrapper.run(queries, (key_cache, value_cache), return_lse=True)
-        lse = lse * LN_2
+    def run(
+        self, queries: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, out: PartialState | None = None
+    ) -> PartialState:
+        """queries [tokens, heads, head_dim]; caches [pages, page_size, kv_heads, head_dim]. The result lies in `out`, where given."""
+        given = None if out is None else out.output
+        output, lse = self._wrapper.run(queries, (key_cache, value_cache), out=given, return_lse=True)
+        lse = torch.mul(lse, LN_2, out=None if out is None else out.lse)
         if self._empty_tokens is not None:
-            lse = lse.masked_fill(self._empty_tokens, float("-inf"))
+            lse.masked_fill_(self._empty_tokens, float("-inf"))
         return PartialState(output, lse)
 
 

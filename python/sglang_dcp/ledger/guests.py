@@ -5,6 +5,8 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from sglang_dcp.ledger.reservations import Key
 
 
@@ -13,6 +15,7 @@ class GuestBook:
 
     def __init__(self) -> None:
         self._pages: dict[Key, list[tuple[int, int]]] = {}
+        self._arrays: dict[Key, tuple[np.ndarray, np.ndarray]] = {}
         self.num_pages = 0
 
     def __len__(self) -> int:
@@ -21,6 +24,7 @@ class GuestBook:
     def lend(self, home: int, handle: int, first_index: int, pages: Sequence[int]) -> None:
         """Adds pages for sequence indices first_index, first_index + 1, ... of `home`'s `handle`."""
         held = self._pages.setdefault((home, handle), [])
+        self._arrays.pop((home, handle), None)
         for page_index, page in enumerate(pages, first_index):
             entry = (page_index, page)
             position = bisect.bisect_left(held, (page_index, -1))
@@ -32,12 +36,22 @@ class GuestBook:
     def take_back(self, home: int, handle: int) -> list[int]:
         """Removes the handle and returns its pages (none when it held none here)."""
         held = self._pages.pop((home, handle), [])
+        self._arrays.pop((home, handle), None)
         self.num_pages -= len(held)
         return [page for _, page in held]
 
     def pages_of(self, home: int, handle: int) -> Sequence[tuple[int, int]]:
         """(sequence page index, page) in ascending order."""
         return self._pages.get((home, handle), ())
+
+    def arrays_of(self, home: int, handle: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same as int64 (sequence page indices, pages). Made anew only when pages came or went; not to be written to. KeyError
+        for a request of which nothing is here."""
+        key = home, handle
+        if key not in self._arrays:
+            pairs = np.array(self._pages[key], dtype=np.int64)
+            self._arrays[key] = pairs[:, 0].copy(), pairs[:, 1].copy()
+        return self._arrays[key]
 
     def all_pages(self) -> Iterator[int]:
         for held in self._pages.values():

@@ -6,6 +6,8 @@ import bisect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from sglang_dcp.ledger.messages import Granted
 from sglang_dcp.ledger.page_ids import Page, PageIds
 from sglang_dcp.ledger.reservations import Grant
@@ -34,6 +36,7 @@ class HomeRequest:
     starts: dict[int, int] = field(default_factory=dict)
     own_pages: list[tuple[int, int]] = field(default_factory=list)
     num_missing: int = 0
+    _arrays: tuple[np.ndarray, np.ndarray] | None = field(default=None, compare=False, repr=False)
 
     @property
     def ready(self) -> bool:
@@ -48,6 +51,19 @@ class HomeRequest:
     def active_shards(self, num_tokens: int, page_size: int) -> Iterator[int]:
         """Owners of the first num_tokens tokens, in any order."""
         return (owner for owner, start in self.starts.items() if start * page_size < num_tokens)
+
+    def page_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 (owners, numbers) of the pages that are known. A page that is known stays: only new ones are looked at. Not to be written
+        to."""
+        known = (np.zeros(0, dtype=np.int64),) * 2 if self._arrays is None else self._arrays
+        new = self.pages[len(known[0]) :]
+        if not new:
+            return known
+        pairs = np.array([(page.owner, page.number) for page in new if page is not None], dtype=np.int64).reshape(-1, 2)
+        arrays = np.concatenate([known[0], pairs[:, 0]]), np.concatenate([known[1], pairs[:, 1]])
+        if len(pairs) == len(new):
+            self._arrays = arrays
+        return arrays
 
     def pages_per_shard(self) -> dict[int, int]:
         counts: dict[int, int] = {}

@@ -3,7 +3,7 @@
 Inside a layer the MoE exchange is a barrier, so a layer lasts as long as its slowest instance, twice:
 
     layer = max_i(attention_i + exchange_i + dispatch_i) + experts(mean batch) + max_i(combine_i) + constant part
-    step  = num_layers * layer + host part
+    step  = num_layers * layer + host part (which grows with the sharded rows, where a model says so)
 
 attention_i follows the KV tokens that instance i reads, dispatch_i and combine_i the batch it is home to. Constants come from a
 data file per (model, GPU); each carries its source. All times are microseconds.
@@ -34,7 +34,11 @@ class InstanceWork:
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Constants of one model on one kind of GPU at one expert-parallel size; microseconds per layer unless the name says otherwise."""
+    """Constants of one model on one kind of GPU at one expert-parallel size; microseconds per layer unless the name says otherwise.
+
+    sharded_step_*: host time that a step with routed rows takes more, and that each of them adds. The constants that ship have none, so
+    the simulator does not know it; those that a server takes do (served_model.py).
+    """
 
     name: str
     num_instances: int
@@ -58,6 +62,8 @@ class CostModel:
     step_fixed_us: float
     prefill_us_per_token: float
     prefill_attention_us_per_token_context: float
+    sharded_step_fixed_us: float = 0.0
+    sharded_step_us_per_row: float = 0.0
     pool_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -77,6 +83,16 @@ class CostModel:
     def request_us(self) -> float:
         """What one more home request adds to its instance's layer."""
         return self.dispatch_us_per_request + self.combine_us_per_request
+
+    @property
+    def sharded_fixed_us(self) -> float:
+        """The host's part of a first sharded row, spread over the layers."""
+        return self.sharded_step_fixed_us / self.num_layers
+
+    @property
+    def sharded_row_us(self) -> float:
+        """The host's part of one more routed row, spread over the layers."""
+        return self.sharded_step_us_per_row / self.num_layers
 
     def instance_us(self, work: InstanceWork) -> float:
         """Attention, exchange beyond its fixed part, and dispatch of one instance in one layer."""
@@ -117,7 +133,12 @@ class CostModel:
 
     def step_us(self, work: Sequence[InstanceWork]) -> float:
         """One decode step; the slowest instance ends it."""
-        return self.num_layers * self.layer_us(work) + self.step_fixed_us
+        return self.num_layers * self.layer_us(work) + self.step_fixed_us + self.sharded_host_us(work)
+
+    def sharded_host_us(self, work: Sequence[InstanceWork]) -> float:
+        """What the host of the busiest instance does for its routed rows."""
+        rows = max(max(item.routed_out, item.routed_in) for item in work)
+        return self.sharded_step_fixed_us + self.sharded_step_us_per_row * rows if rows else 0.0
 
     def scaled(self, constant: str, factor: float) -> CostModel:
         """The same model with one constant multiplied: for sensitivity runs."""
@@ -135,22 +156,34 @@ def load_cost_model(name_or_path: str, num_instances: int) -> CostModel:
     The expert-parallel constants are those of the largest tabulated size <= `num_instances`, else the smallest. Raises
     ValueError naming the file and the key when something is missing, FileNotFoundError listing the known names.
     """
+    path, data = read_constants(name_or_path)
+    return build_cost_model(path, data, num_instances)
+
+
+def read_constants(name_or_path: str) -> tuple[Path, dict]:
+    """(file, content). Raises as `load_cost_model`."""
     path = Path(name_or_path)
     if not name_or_path.endswith(".json"):
         path = DATA_FOLDER / f"{name_or_path}.json"
     if not path.is_file():
         raise FileNotFoundError(f"cost model {name_or_path!r}: no such file; known names: {', '.join(available_cost_models())}")
     try:
-        return _parse(json.loads(path.read_text(encoding="utf-8")), num_instances)
-    except KeyError as error:
-        raise ValueError(f"cost model {path}: key {error} is missing") from error
-    except TypeError as error:
-        raise ValueError(f"cost model {path}: {error}") from error
+        return path, json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"cost model {path}: not JSON: {error}") from error
 
 
-def _parse(data: dict, num_instances: int) -> CostModel:
+def build_cost_model(path: Path, data: dict, num_instances: int, *, serving: bool = False) -> CostModel:
+    """serving: with the constants of this runtime, where the file has some (`serving`), in place of the authors'."""
+    try:
+        return _parse(data, num_instances, data.get("serving", {}) if serving else {})
+    except KeyError as error:
+        raise ValueError(f"cost model {path}: key {error} is missing") from error
+    except TypeError as error:
+        raise ValueError(f"cost model {path}: {error}") from error
+
+
+def _parse(data: dict, num_instances: int, replaced: dict) -> CostModel:
     sizes = sorted(int(size) for size in data["expert_parallel"])
     size = max((size for size in sizes if size <= num_instances), default=sizes[0])
     return CostModel(
@@ -159,7 +192,7 @@ def _parse(data: dict, num_instances: int) -> CostModel:
         num_layers=data["num_layers"],
         gpus_per_node=data["gpus_per_node"],
         pool_tokens=_pool_tokens(data, num_instances),
-        **{key: float(entry["value"]) for key, entry in data["constants"].items()},
+        **{key: float(entry["value"]) for key, entry in (data["constants"] | replaced).items()},
         **{key: float(value) for key, value in data["expert_parallel"][str(size)].items()},
     )
 

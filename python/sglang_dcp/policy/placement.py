@@ -57,7 +57,8 @@ class DualBalance:
         self._cost = cost_model
         self._max_degree = max_degree
         self._max_guest_fraction = max_guest_fraction
-        self._small_tokens = MIN_SPLIT_ROWS * cost_model.exchange_us_per_row / max(cost_model.attention_us_per_token, 1e-12)
+        row_us = cost_model.exchange_us_per_row + cost_model.sharded_row_us
+        self._small_tokens = MIN_SPLIT_ROWS * row_us / max(cost_model.attention_us_per_token, 1e-12)
         self._nodes: list[Sequence[int]] = []
         self._turn = 0
 

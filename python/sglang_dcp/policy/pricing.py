@@ -124,11 +124,14 @@ def cheapest_split(
     """
     cost, a, b, free = levels.cost, levels.attention, levels.batches, levels.free
     row_us = cost.attention_us_per_row + (cost.remote_exchange_us_per_row if is_remote else cost.exchange_us_per_row)
-    fixed_us = 0.0 if levels.is_exchanging() else cost.exchange_fixed_us + (cost.remote_exchange_fixed_us if is_remote else 0.0)
+    fixed_us = 0.0
+    if not levels.is_exchanging():
+        fixed_us = cost.exchange_fixed_us + (cost.remote_exchange_fixed_us if is_remote else 0.0) + cost.sharded_fixed_us
     column, room, home, headroom = levels.request_us(total_tokens), 0, -1, 0
     best_price, best_degree, best_home = cheaper_than, 0, -1
     highest, most, combine_us, own = levels.highest_attention, levels.highest_batch, cost.combine_us_per_request, OWN_WEIGHT
     batch, batch_us, double_us, may_change = 0, 0.0, 2 * row_us, pinned_home is None
+    row_us += cost.sharded_row_us
     for entry, position in enumerate(ordered):
         lowest = a[position]
         column += lowest

@@ -8,29 +8,28 @@ from typing import Any
 import torch
 
 from sglang_dcp.dataflow.attention_step import attention_step
-from sglang_dcp.dataflow.contracts import StepPlan
+from sglang_dcp.dataflow.contracts import NewKV, StepPlan
 from sglang_dcp.dataflow.device_plan import plan_on_device
 from sglang_dcp.upstream.binding import Binding, current
 from sglang_dcp.upstream.graphs import GraphError, captured_guest_rows, engine
 
 
 class PoolLayer:
-    """One layer of SGLang's KV pool. GQA rows are K then V; MLA rows are the latent and the rotary part, of which V is a view."""
+    """One layer of SGLang's KV pool. MLA keeps the latent and the rotary part in one row, of which V is a view."""
 
     def __init__(self, pool: Any, layer: Any, latent: bool) -> None:
         self._pool, self._layer, self.latent = pool, layer, latent
         self._kv_heads, self._key_dim, self._value_dim = layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim
 
-    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """K/V rows [T, kv_width] of what the model hands to attention."""
-        keys = keys.reshape(keys.shape[0], -1)
-        return keys if self.latent else torch.cat([keys, values.reshape(values.shape[0], -1)], dim=1)
+    def new_kv(self, keys: torch.Tensor, values: torch.Tensor) -> NewKV:
+        """What the model hands to attention: K/V [T, kv_heads, dim] or flat, or views of a joined projection."""
+        keys = keys.reshape(-1, self._kv_heads, self._key_dim).contiguous()
+        if self.latent:
+            return NewKV(keys, keys[..., : self._value_dim], latent=True)
+        return NewKV(keys, values.reshape(-1, self._kv_heads, self._value_dim).contiguous(), latent=False)
 
-    def write(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
-        if not slots.numel():
-            return
-        keys, values = rows[:, : self._kv_heads * self._key_dim], rows[:, self._kv_heads * self._key_dim :]
-        self.write_tokens(slots, keys, keys[:, : self._value_dim] if self.latent else values)
+    def write(self, slots: torch.Tensor, new_kv: NewKV) -> None:
+        self.write_tokens(slots, new_kv.keys, new_kv.values)
 
     def write_tokens(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """K/V [T, kv_heads, dim] or flat, as the model hands them over."""
@@ -127,10 +126,10 @@ def forward_sharded(binding: Binding, pool: Any, q: torch.Tensor, k: torch.Tenso
     """Attention of a step with sharded rows. Returns [T, heads * v_head_dim]."""
     plan = plan_of_step(binding, q.shape[0])
     cache = PoolLayer(pool, layer, latent=layer.tp_k_head_num == 1 and layer.qk_head_dim != layer.v_head_dim)
-    queries = q.reshape(q.shape[0], layer.tp_q_head_num, layer.qk_head_dim)
+    queries = q.reshape(q.shape[0], layer.tp_q_head_num, layer.qk_head_dim).contiguous()
     output = attention_step(
         queries,
-        cache.pack(k, v),
+        cache.new_kv(k, v),
         plan,
         cache,
         binding.partial_attention,

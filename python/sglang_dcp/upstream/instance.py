@@ -6,6 +6,7 @@ about SGLang's objects itself beyond reading them.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import numpy as np
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.contracts import GuestRow, HomeRow, StepPlan
-from sglang_dcp.dataflow.step_plan import build_step_plan, holds_active_page
+from sglang_dcp.dataflow.step_plan import asks, build_step_plan, holds_active_page
 from sglang_dcp.ledger import messages
 from sglang_dcp.ledger.guests import GuestBook
 from sglang_dcp.ledger.homes import HomeBook, HomeRequest
@@ -24,10 +25,9 @@ from sglang_dcp.ledger.page_ids import Page, PageIds
 from sglang_dcp.ledger.reservations import Decision, Grant, Key, ReservationTable
 from sglang_dcp.ledger.routes import route_word
 from sglang_dcp.ledger.row_table import RowTable, advance, checksum
-from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.growth import predicted_level
 from sglang_dcp.upstream import columns as col
-from sglang_dcp.upstream.placement_request import DEFAULT_COST_MODEL, node_of
+from sglang_dcp.upstream.placement_request import cost_model_of, node_of
 
 if TYPE_CHECKING:
     from sglang_dcp.upstream.kv_pool import LedgerAllocator
@@ -58,7 +58,7 @@ class Instance:
         self.homes = HomeBook(self.ids)
         self.guests = GuestBook()
         self.table = ReservationTable(num_instances, [node_of(rank) for rank in range(num_instances)])
-        self.cost_model = load_cost_model(config.cost_model or DEFAULT_COST_MODEL, num_instances)
+        self.cost_model = cost_model_of(config, num_instances)
         self.step = 0
         self.outbox: list[Message] = []
         self.rows_of = [RowTable() for _ in range(num_instances)]
@@ -259,14 +259,14 @@ class Instance:
             for row in rows:
                 held = self.guests.pages_of(home, row.handle)
                 if held and holds_active_page(held[0][0], self.page_size, row.prefix_len + row.num_new):
-                    book = np.array(held, dtype=np.int64)
-                    guests.append(GuestRow(home, row.num_new, row.prefix_len, book[:, 0], book[:, 1]))
-        self.plan = build_step_plan(self.step, self.rank, self.num_instances, self.page_size, num_tokens, home_rows, guests)
+                    guests.append(GuestRow(home, row.num_new, row.prefix_len, *self.guests.arrays_of(home, row.handle)))
+        plan = build_step_plan(self.step, self.rank, self.num_instances, self.page_size, num_tokens, home_rows, guests)
+        # From the rows of all homes, which every instance knows alike: a collective may depend on nothing else.
+        anybody_asks = any(asks(row.num_new, row.prefix_len) for rows in self.rows_of for row in rows)
+        self.plan = dataclasses.replace(plan, anybody_asks=anybody_asks)
 
     def managed_row(self, request: HomeRequest, token_start: int, num_new: int, prefix_len: int) -> HomeRow:
-        pages = [page for page in request.pages if page is not None]
-        owners, numbers = [page.owner for page in pages], [page.number for page in pages]
-        return HomeRow(token_start, num_new, prefix_len, np.array(owners, dtype=np.int64), np.array(numbers, dtype=np.int64))
+        return HomeRow(token_start, num_new, prefix_len, *request.page_arrays())
 
     def is_sharded(self, request: HomeRequest, sequence_len: int) -> bool:
         """Whether a remote instance takes part in the row."""

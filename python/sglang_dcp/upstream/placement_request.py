@@ -6,16 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang_dcp.config import DynCpConfig
+from sglang_dcp.policy.cost_model import CostModel
+from sglang_dcp.policy.served_model import served_cost
 from sglang_dcp.policy.types import PlacementRequest
 
 GPUS_PER_NODE = 8
-DEFAULT_COST_MODEL = "cpu"
 EXPECTED_NEW_TOKENS = 256
 """Output length that placement assumes, at most what the request allows: no policy knows the true one."""
 
 
 def node_of(rank: int) -> int:
     return rank // GPUS_PER_NODE
+
+
+def cost_model_of(config: DynCpConfig, num_instances: int) -> CostModel:
+    """The same in every process."""
+    return served_cost(config.cost_model, config.served_model, num_instances).model
 
 
 def most_pools(config: DynCpConfig, num_instances: int) -> int:

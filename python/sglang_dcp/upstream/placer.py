@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -10,10 +11,9 @@ from typing import Any
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.observe.placement_log import PlacementLog
-from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementPolicy
-from sglang_dcp.upstream.placement_request import DEFAULT_COST_MODEL, describe_request, most_pools, node_of
+from sglang_dcp.upstream.placement_request import cost_model_of, describe_request, most_pools, node_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Placer:
         """Builds the policy; called once the page size is known."""
         num_instances = len(self._homes)
         self._page_size = page_size
-        cost_model = self._config.cost_model or DEFAULT_COST_MODEL
+        cost_model = cost_model_of(self._config, num_instances)
         settings: dict[str, Any] = {
             "num_instances": num_instances,
             "page_size": page_size,
@@ -61,9 +61,9 @@ class Placer:
             "max_degree": self._config.max_degree or num_instances,
             "max_guest_fraction": self._config.max_guest_fraction,
         }
-        self._policy = make_policy(self._config.policy, cost_model=load_cost_model(cost_model, num_instances), **settings)
+        self._policy = make_policy(self._config.policy, cost_model=cost_model, **settings)
         if self._log is not None:
-            self._log.begin(policy=self._config.policy, cost_model=cost_model, **settings)
+            self._log.begin(policy=self._config.policy, cost_model=cost_model.name, constants=dataclasses.asdict(cost_model), **settings)
 
     def update(self, snapshots: Sequence[Any]) -> None:
         """Takes in SGLang's LoadSnapshot of every instance."""

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_dcp.config import DynCpConfig
-from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.types import InstanceLoad, PlacementPolicy
-from sglang_dcp.upstream.placement_request import DEFAULT_COST_MODEL, describe_request, most_pools
+from sglang_dcp.upstream.placement_request import cost_model_of, describe_request, most_pools
 
 PIN_KEYS = ("degree", "home")
 
@@ -87,7 +86,7 @@ class RequestLimits:
             self.config.policy,
             num_instances=self.num_instances,
             page_size=self.page_size,
-            cost_model=load_cost_model(self.config.cost_model or DEFAULT_COST_MODEL, self.num_instances),
+            cost_model=cost_model_of(self.config, self.num_instances),
             degree=self.config.degree,
             max_degree=self.config.max_degree or self.num_instances,
             max_guest_fraction=self.config.max_guest_fraction,

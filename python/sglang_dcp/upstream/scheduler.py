@@ -18,7 +18,7 @@ from sglang_dcp.upstream.instance import Instance, is_managed
 from sglang_dcp.upstream.kv_pool import LedgerAllocator
 from sglang_dcp.upstream.metrics import attach_metrics
 from sglang_dcp.upstream.models import check_model
-from sglang_dcp.upstream.step_path import choose_partial_attention, choose_transport
+from sglang_dcp.upstream.step_path import choose_partial_attention, choose_transport, prepare_merge
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +53,20 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
     transport = choose_transport(config.transport, device, group, EXCHANGE_TIMEOUT_SECONDS)
     attention = choose_partial_attention(device, pool.page_size, runner)
     binding = bindings.Binding(scheduler, instance, transport, group, device=device, partial_attention=attention)
+    prepare_merge(runner, device)
     if synthetic_prefill.is_enabled():
         synthetic_prefill.fill_pool(runner.token_to_kv_pool, rank)
     attach_metrics(binding)
     bindings.bind(binding)
     logger.info(
-        "dyncp: instance %d of %d, policy %s, %d pages of %d tokens", rank, num_instances, config.policy, pool.num_pages, pool.page_size
+        "dyncp: instance %d of %d, policy %s, cost model %s for %d layers, %d pages of %d tokens",
+        rank,
+        num_instances,
+        config.policy,
+        instance.cost_model.name,
+        instance.cost_model.num_layers,
+        pool.num_pages,
+        pool.page_size,
     )
 
 

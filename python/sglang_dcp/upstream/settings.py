@@ -12,6 +12,7 @@ from sglang_dcp.upstream.cuda_settings import (
     find_cuda_refusal,
     find_transport_refusal,
 )
+from sglang_dcp.upstream.served_model import learn_served_model
 
 SOURCE = "dyncp"
 
@@ -130,6 +131,7 @@ def register_resolution() -> None:
             message = find_cuda_refusal(values)
         if message is not None:
             raise SystemExit(f"sglang_dcp: {message}")
+        learn_served_model(server_args, view.device)
 
     _register_cuda_completions()
 

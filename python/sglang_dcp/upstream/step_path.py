@@ -13,7 +13,7 @@ from sglang_dcp.dataflow.transport.base import Transport
 from sglang_dcp.dataflow.transport.gloo import GlooTransport
 from sglang_dcp.upstream.binding import current
 from sglang_dcp.upstream.cuda_settings import PLAIN_BACKEND
-from sglang_dcp.upstream.graphs import GraphError, engine
+from sglang_dcp.upstream.graphs import GraphError, attention_shape, engine
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,20 @@ def choose_partial_attention(device: torch.device, page_size: int, runner: Any) 
     from sglang_dcp.dataflow.paged_attention_flashinfer import flashinfer_kernel
 
     return PagedPartialAttention(page_size, flashinfer_kernel)
+
+
+def prepare_merge(runner: Any, device: torch.device) -> None:
+    """Compiles what eager sharded steps merge with, ahead of the first of them."""
+    if device.type == "cpu":
+        return
+    from sglang_dcp.dataflow.merge_kernel import prepare
+
+    try:
+        shape = attention_shape(runner)
+    except GraphError as error:
+        logger.info("dyncp: the first sharded steps compile their merge: %s", error)
+        return
+    prepare(shape.num_heads, shape.v_head_dim, device)
 
 
 def count_forward(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,10 +11,10 @@ import numpy as np
 import torch
 
 from sglang_dcp.dataflow.attention_step import attention_step
-from sglang_dcp.dataflow.contracts import GuestRow, HomeRow, StepPlan
+from sglang_dcp.dataflow.contracts import GuestRow, HomeRow, NewKV, StepPlan
 from sglang_dcp.dataflow.partial_attention import torch_partial_attention
 from sglang_dcp.dataflow.reference import partial_attention
-from sglang_dcp.dataflow.step_plan import build_step_plan
+from sglang_dcp.dataflow.step_plan import asks, build_step_plan
 from sglang_dcp.mutants import install_mutant
 
 
@@ -64,11 +65,10 @@ class PoolCache:
         self.values = torch.full((slots, kv_heads, v_dim), float("nan"))
         self.qk_dim, self.v_dim, self.latent = qk_dim, v_dim, latent
 
-    def write(self, slots, rows):
-        kv_heads = self.keys.shape[1]
-        self.keys[slots] = rows[:, : kv_heads * self.qk_dim].view(-1, kv_heads, self.qk_dim)
+    def write(self, slots, new_kv):
+        self.keys[slots] = new_kv.keys
         if not self.latent:
-            self.values[slots] = rows[:, kv_heads * self.qk_dim :].view(-1, kv_heads, self.v_dim)
+            self.values[slots] = new_kv.values
 
     def keys_and_values(self):
         return self.keys, self.keys[..., : self.v_dim] if self.latent else self.values
@@ -101,7 +101,7 @@ class Cluster:
         for position in range(prefix_len):
             page = position // self.page_size
             slot = numbers[page] * self.page_size + position % self.page_size
-            self.pools[owners[page]].write(torch.tensor([slot]), self.kv_rows(request)[position : position + 1])
+            self.pools[owners[page]].write(torch.tensor([slot]), self.new_kv(request, slice(position, position + 1)))
         self.requests.append(request)
         return request
 
@@ -114,11 +114,11 @@ class Cluster:
             owners = [int(o) for o in self.rng.integers(0, self.num_instances, num_pages)]
             self.add(int(self.rng.integers(0, self.num_instances)), prefix_len, num_new, owners)
 
-    def kv_rows(self, request: Request) -> torch.Tensor:
-        keys = request.keys.flatten(1)
-        return keys if self.latent else torch.cat([keys, request.values.flatten(1)], dim=1)
+    def new_kv(self, request: Request, span: slice) -> NewKV:
+        keys = request.keys[span]
+        return NewKV(keys, keys[..., : self.v_dim] if self.latent else request.values[span], self.latent)
 
-    def plan(self, rank: int) -> tuple[StepPlan, torch.Tensor, torch.Tensor]:
+    def plan(self, rank: int) -> tuple[StepPlan, torch.Tensor, NewKV]:
         own = [r for r in self.requests if r.home == rank]
         guests = []
         for home in range(self.num_instances):
@@ -132,17 +132,21 @@ class Cluster:
             start += r.num_new
         padding = 1 if not own else 0
         queries = torch.cat([r.query for r in own] + [self.randn(padding, self.heads, self.qk_dim)])
-        width = self.kv_heads * (self.qk_dim + (0 if self.latent else self.v_dim))
-        kv = torch.cat([self.kv_rows(r)[r.prefix_len :] for r in own] + [self.randn(padding, width)])
+        keys = torch.cat([r.keys[r.prefix_len :] for r in own] + [self.randn(padding, self.kv_heads, self.qk_dim)])
+        values = torch.cat([r.values[r.prefix_len :] for r in own] + [self.randn(padding, self.kv_heads, self.v_dim)])
+        kv = NewKV(keys, keys[..., : self.v_dim] if self.latent else values, self.latent)
         plan = build_step_plan(0, rank, self.num_instances, self.page_size, len(queries), rows, guests)
-        return plan, queries, kv
+        asking = any(asks(r.num_new, r.prefix_len) for r in self.requests)
+        return dataclasses.replace(plan, anybody_asks=asking), queries, kv
 
-    def run(self, attend=torch_partial_attention) -> list[torch.Tensor]:
+    def run(self, attend=None) -> list[torch.Tensor]:
+        """Every instance's output. attend: an attention per instance; plain torch by default."""
+        attend = attend or [torch_partial_attention] * self.num_instances
         transport = ThreadTransport(self.num_instances)
 
         def work(rank: int) -> torch.Tensor:
             plan, queries, kv = self.plan(rank)
-            return attention_step(queries, kv, plan, self.pools[rank], attend, transport.of(rank), scale=self.scale, layer=0)
+            return attention_step(queries, kv, plan, self.pools[rank], attend[rank], transport.of(rank), scale=self.scale, layer=0)
 
         with ThreadPoolExecutor(self.num_instances) as pool:
             return list(pool.map(work, range(self.num_instances)))

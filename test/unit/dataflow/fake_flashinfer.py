@@ -30,6 +30,15 @@ def attend(query, keys, values, scale: float, causal: bool):
     return torch.einsum("thn,nhd->thd", torch.softmax(logits, dim=-1), values.float()), lse
 
 
+def into(arguments: dict, output: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The results, in the caller's tensors where those are given."""
+    for name, result in (("out", output), ("lse", lse)):
+        given = arguments.get(name)
+        assert given is None or (given.shape == result.shape and given.dtype == result.dtype and given.is_contiguous()), name
+    given = arguments.get("out"), arguments.get("lse")
+    return tuple(result if place is None else place.copy_(result) for place, result in zip(given, (output, lse), strict=True))
+
+
 class FakePrefill:
     """BatchPrefillWithPagedKVCacheWrapper: page lists, base-2 LSE."""
 
@@ -62,7 +71,7 @@ class FakePrefill:
             outputs.append(output.to(queries.dtype))
             lses.append(lse / math.log(2.0))
         assert arguments["return_lse"]
-        return torch.cat(outputs), torch.cat(lses)
+        return into(arguments, torch.cat(outputs), torch.cat(lses))
 
 
 class FakeMla:
@@ -92,4 +101,4 @@ class FakeMla:
             outputs.append(output.to(queries.dtype))
             lses.append(lse)
         assert arguments["return_lse"] and arguments["return_lse_base_on_e"]
-        return torch.cat(outputs), torch.cat(lses)
+        return into(arguments, torch.cat(outputs), torch.cat(lses))

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_dcp.dataflow import device_plan
 from sglang_dcp.dataflow import paged_attention_flashinfer as adapters
-from sglang_dcp.dataflow.attention_spans import row_spans, span_tables
-from sglang_dcp.dataflow.device_plan import INDEX_FIELDS, plan_on_device
+from sglang_dcp.dataflow.contracts import AttentionRow, PartialState, StepPlan, TokenList
+from sglang_dcp.dataflow.device_plan import index_lists, plan_on_device
+from sglang_dcp.dataflow.kernel_table import kernel_table
 from sglang_dcp.dataflow.paged_attention import AttentionShape, PagedPartialAttention
 from sglang_dcp.dataflow.partial_attention import torch_partial_attention
-from sglang_dcp.dataflow.step_plan import attention_row
+from sglang_dcp.dataflow.step_plan import chunk_row, pool_row
 from test.unit.dataflow.cluster import Cluster
 from test.unit.dataflow.fake_flashinfer import FakeMla, FakePrefill
 
@@ -50,49 +52,56 @@ def test_random_steps(kernels, num_instances, page_size, latent):
     for seed in range(6):
         cluster = HalfCluster(seed, num_instances, page_size, latent)
         cluster.add_random_rows(int(cluster.rng.integers(1, 6)))
-        plans = {id(pool): rank for rank, pool in enumerate(cluster.pools)}
-
-        def attention(queries, keys, values, rows, scale, plans=plans, cluster=cluster):
-            rank = next(plans[id(pool)] for pool in cluster.pools if pool.keys is keys)
-            return attend[rank](queries, keys, values, rows, scale)
-
-        for rank, output in enumerate(cluster.run(attention)):
+        for rank, output in enumerate(cluster.run(attend)):
             assert not output.isnan().any()
             expected = cluster.expected(rank).float()
             torch.testing.assert_close(output.float(), expected, atol=3e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_spans_cover_what_rows_see(seed):
-    """Every query that sees a key is in exactly one span, and sees there as many keys as the row's mask says."""
+def test_a_query_sees_every_earlier_token_once(seed):
+    """Over all shards, and in the chunk at home: a chunk's pool rows hold what came before it, a single token's the token too."""
     rng = np.random.default_rng(seed)
-    page_size, prefix_len, num_new = 4, int(rng.integers(0, 30)), int(rng.integers(1, 25))
-    mine = np.flatnonzero(rng.random(-(-(prefix_len + num_new) // page_size) + 1) < 0.5)
-    row = attention_row(7, num_new, prefix_len, mine, rng.permutation(100)[: len(mine)] + 1, page_size)
-    positions = (mine[:, None] * page_size + np.arange(page_size)).ravel()
-    positions = positions[positions < prefix_len + num_new]
-    assert row.num_keys == len(positions) == len(row.kv_slots)
-    seen = {7 + i: int((positions <= prefix_len + i).sum()) for i in range(num_new)}
-    told: dict[int, int] = {}
-    for span in row_spans(row):
-        for i in range(span.num_queries):
-            assert span.query_start + i not in told
-            told[span.query_start + i] = span.num_keys - (span.num_queries - 1 - i if span.causal else 0)
-    assert told == {query: count for query, count in seen.items() if count}
+    page_size, prefix_len, num_new = 4, int(rng.integers(0, 30)), int(rng.integers(1, 25)) if seed % 3 else 1
+    owners = rng.integers(0, 3, -(-(prefix_len + num_new) // page_size) + 1)
+    seen = []
+    for owner in range(3):
+        mine = np.flatnonzero(owners == owner)
+        row = pool_row(num_new, prefix_len, mine, mine, page_size)
+        seen += row.kv_slots.tolist()
+        assert len(row.kv_slots) == row.num_keys and not row.causal
+    assert sorted(seen) == list(range(prefix_len + (num_new == 1)))
 
 
 def test_tables_hold_only_pages_that_are_seen():
-    row = attention_row(0, 1, 9, np.array([0, 2, 5]), np.array([11, 12, 13]), 4)
-    unmasked, causal = span_tables([row], 4)
-    assert unmasked.page_indices.tolist() == [11, 12] and unmasked.last_page_length.tolist() == [2] and unmasked.num_keys.tolist() == [6]
-    assert len(causal) == 0 and causal.query_indptr.tolist() == [0]
+    rows = [pool_row(1, 8, np.array([0, 2, 5]), np.array([11, 12, 13]), 4), pool_row(3, 6, np.array([0, 1]), np.array([7, 8]), 4)]
+    table = kernel_table(rows, 4)
+    assert table.page_indices.tolist() == [11, 12, 7, 8] and table.page_indptr.tolist() == [0, 2, 4]
+    assert table.last_page_length.tolist() == [1, 2] and table.num_keys.tolist() == [5, 6] and table.query_indptr.tolist() == [0, 1, 4]
+    chunk = kernel_table([chunk_row(np.arange(2, 5))], 1)
+    assert chunk.page_indices.tolist() == [2, 3, 4] and chunk.last_page_length.tolist() == [1] and chunk.num_queries == 3
 
 
-def test_a_step_without_rows_here_is_neutral(kernels):
+@pytest.mark.parametrize("latent", [False, True])
+def test_results_lie_where_they_are_wanted(kernels, latent):
+    attend = PagedPartialAttention(4, adapters.flashinfer_kernel)
+    keys = torch.randn(6, 1, 24).bfloat16() if latent else torch.randn(6, 2, 16).bfloat16()
+    values = keys[..., :16]
+    queries, rows = torch.randn(3, 4, keys.shape[-1]).bfloat16(), (chunk_row(np.arange(2, 5)),)
+    expected = torch_partial_attention(queries, keys, values, rows, 0.25)
+    place = PartialState.neutral(5, 4, v_head_dim=16, dtype=torch.bfloat16, device="cpu")
+    given = PartialState(place.output[1:4], place.lse[1:4])
+    attend(queries, keys, values, rows, 0.25, out=given)
+    torch.testing.assert_close(place.output[1:4].float(), expected.output, atol=3e-2, rtol=2e-2)
+    torch.testing.assert_close(place.lse[1:4], expected.lse, atol=1e-2, rtol=1e-2)
+    assert not place.output[0].any() and not place.output[4].any() and torch.isneginf(place.lse[[0, 4]]).all()
+
+
+def test_rows_and_queries_must_agree(kernels):
     attend = PagedPartialAttention(4, adapters.flashinfer_kernel)
     keys = torch.zeros(8, 2, 16, dtype=torch.bfloat16)
-    state = attend(torch.zeros(3, 4, 16, dtype=torch.bfloat16), keys, keys, (), 0.25)
-    assert torch.isneginf(state.lse).all() and not state.output.any()
+    with pytest.raises(ValueError, match="of 1 queries were given 3"):
+        attend(torch.zeros(3, 4, 16, dtype=torch.bfloat16), keys, keys, (AttentionRow(1, np.array([1]), 4, 2),), 0.25)
 
 
 def test_one_plan_per_step(kernels):
@@ -101,12 +110,12 @@ def test_one_plan_per_step(kernels):
     keys = torch.randn(16, 2, 16).bfloat16()
     queries = torch.randn(1, 4, 16).bfloat16()
     plans = []
-    original = adapters.FlashInferGqaSpans.plan
+    original = adapters.FlashInferGqaRows.plan
     adapters_plan = lambda self, table, *args, **kwargs: (plans.append(table), original(self, table, *args, **kwargs))  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapters.FlashInferGqaSpans, "plan", adapters_plan)
+        patch.setattr(adapters.FlashInferGqaRows, "plan", adapters_plan)
         for length in (5, 9):
-            rows = (attention_row(0, 1, length - 1, np.array([0, 1, 2]), np.array([1, 2, 3]), 4),)
+            rows = (pool_row(1, length - 1, np.array([0, 1, 2]), np.array([1, 2, 3]), 4),)
             for _ in range(3):
                 got = attend(queries, keys, keys, rows, 0.25)
                 expected = torch_partial_attention(queries, keys, keys, rows, 0.25)
@@ -123,16 +132,25 @@ def test_other_layers_and_types_are_refused(kernels):
         adapters.flashinfer_kernel(other, 4, torch.device("cpu"))
     attend = PagedPartialAttention(4, adapters.flashinfer_kernel)
     keys = torch.zeros(8, 2, 16, dtype=torch.bfloat16)
-    attend(torch.zeros(1, 4, 16, dtype=torch.bfloat16), keys, keys, (), 0.25)
+    attend(torch.zeros(1, 4, 16, dtype=torch.bfloat16), keys, keys, (AttentionRow(1, np.array([1]), 4, 2),), 0.25)
     with pytest.raises(ValueError, match="layers differ"):
-        attend(torch.zeros(1, 4, 16, dtype=torch.bfloat16), keys, keys, (), 0.5)
+        attend(torch.zeros(1, 4, 16, dtype=torch.bfloat16), keys, keys, (AttentionRow(1, np.array([1]), 4, 2),), 0.5)
 
 
-def test_plan_on_device_moves_every_index_list():
+def test_plan_on_device_moves_every_index_list(monkeypatch):
+    """Each list comes back where it was; "moved" lists are marked by being one higher."""
     cluster = Cluster(5, 2, 4, False)
     cluster.add_random_rows(4)
     plan = cluster.plan(0)[0]
     assert plan_on_device(plan, torch.device("cpu")) is plan
-    lists = {f.name for f in dataclasses.fields(plan) if isinstance(getattr(plan, f.name), torch.Tensor)}
-    assert lists == set(INDEX_FIELDS)
-    assert plan.num_partials == 1 + int(plan.merge_depth.max())
+    monkeypatch.setattr(device_plan, "to_device", lambda host, device: host + 1)
+    moved = plan_on_device(plan, torch.device("meta"))
+    assert all(new.equal(old + 1) for new, old in zip(index_lists(moved), index_lists(plan), strict=True))
+    everywhere = sum(count_indices(getattr(plan, field.name)) for field in dataclasses.fields(StepPlan))
+    assert sum(part.numel() for part in index_lists(plan)) == everywhere
+
+
+def count_indices(value) -> int:
+    if isinstance(value, tuple):
+        return sum(map(count_indices, value))
+    return value.numel() if isinstance(value, torch.Tensor) else len(value) if isinstance(value, TokenList) else 0

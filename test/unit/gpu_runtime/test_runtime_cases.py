@@ -16,13 +16,13 @@ from benchmark.multi_gpu.servers import GpuServer  # puts test/gpu on the path
 
 import random_models  # isort: skip
 import runtime_check  # isort: skip
-from runtime_cases import BOUNDS, FLOAT32_BOUNDS, Case, build_servers, within_bounds  # isort: skip
+from runtime_cases import BOUNDS, COST_MODEL, FLOAT32_BOUNDS, Case, build_servers, within_bounds  # isort: skip
 from support.client import Answer, Token  # isort: skip
 
 from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.types import InstanceLoad
-from sglang_dcp.upstream.placement_request import DEFAULT_COST_MODEL, describe_request
+from sglang_dcp.upstream.placement_request import describe_request
 
 CASES = ("gqa", "gqa_nccl", "mla", "gqa4", "mla4", "gqa_f32")
 DEVICES = ("cuda", "cpu")
@@ -69,7 +69,7 @@ def test_prompts_do_what_the_stages_claim(name: str, device: str) -> None:
         "dual-balance",
         num_instances=instances,
         page_size=16,
-        cost_model=load_cost_model(DEFAULT_COST_MODEL, instances),
+        cost_model=load_cost_model(COST_MODEL, instances),
         degree=None,
         max_degree=instances,
         max_guest_fraction=1.0,

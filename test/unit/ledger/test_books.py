@@ -113,3 +113,31 @@ def test_a_page_has_one_request(homes):
     homes.append(first, Page(1, 4))
     with pytest.raises(ValueError, match="belongs to handle 1 already, not to 2"):
         homes.append(second, Page(1, 4))
+
+
+def test_arrays_of_a_request_follow_its_pages(homes):
+    """Pages that are still on their way are left out; those that came stay as they are."""
+    request = homes.open(0)
+    assert [part.tolist() for part in request.page_arrays()] == [[], []]
+    homes.expect(request, grant(request.handle, (1, 0, 2), (0, 2, 1)))
+    homes.fill(1, Granted(0, request.handle, 0, (4, 5)))
+    assert [part.tolist() for part in request.page_arrays()] == [[1, 1], [4, 5]]
+    homes.fill(0, Granted(0, request.handle, 2, (7,)))
+    assert [part.tolist() for part in request.page_arrays()] == [[1, 1, 0], [4, 5, 7]]
+    assert request.page_arrays()[0] is request.page_arrays()[0]
+    homes.append(request, Page(0, 9))
+    assert [part.tolist() for part in request.page_arrays()] == [[1, 1, 0, 0], [4, 5, 7, 9]]
+
+
+def test_arrays_of_a_guest_follow_its_pages():
+    book = GuestBook()
+    book.lend(1, 7, 4, [30])
+    assert [part.tolist() for part in book.arrays_of(1, 7)] == [[4], [30]]
+    assert book.arrays_of(1, 7)[0] is book.arrays_of(1, 7)[0]
+    book.lend(1, 7, 0, [9])
+    assert [part.tolist() for part in book.arrays_of(1, 7)] == [[0, 4], [9, 30]]
+    book.take_back(1, 7)
+    with pytest.raises(KeyError):
+        book.arrays_of(1, 7)
+    book.lend(1, 7, 2, [8])
+    assert [part.tolist() for part in book.arrays_of(1, 7)] == [[2], [8]]

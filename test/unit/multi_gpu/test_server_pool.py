@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from benchmark.multi_gpu import open_arrivals, part_step_time, server_pool
-from benchmark.multi_gpu.open_arrivals import OutOfTime, client_environment, search_rate, try_rate
+from benchmark.multi_gpu.open_arrivals import PLACEMENTS, OutOfTime, client_environment, placed_degrees, search_rate, try_rate
 from benchmark.multi_gpu.report import Report
-from benchmark.multi_gpu.server_pool import DYNCP, LONG_POOL, SERVED_POOL, STOCK, SYNTHETIC, ServerPool, build_server
+from benchmark.multi_gpu.server_pool import DYNCP, LONG_POOL, SERVED_POOL, STOCK, SYNTHETIC, ServerPool, build_server, cost_model_notes
 from benchmark.multi_gpu.servers import GRAPH_SIZES, SYNTHETIC_VARIABLE, ServerRefused
 from benchmark.multi_gpu.settings import Settings, Skipped
 from benchmark.multi_gpu.streams import Streamed
+from sglang_dcp.observe.placement_log import LOG_VARIABLE, PlacementLog
+from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementRequest
 
 
 def settings(tmp_path: Path, **changes: Any) -> Settings:
@@ -103,7 +105,7 @@ def test_only_the_server_without_prefill_gets_the_variable_and_the_longest_reque
     for name in (STOCK, SYNTHETIC, DYNCP):
         server = build_server(name, settings(tmp_path, num_layers=2))
         synthetic = name == SYNTHETIC
-        assert server.environment == ({SYNTHETIC_VARIABLE: "1"} if synthetic else {})
+        assert server.environment.get(SYNTHETIC_VARIABLE) == ("1" if synthetic else None)
         assert server.pool_tokens == (LONG_POOL if synthetic else SERVED_POOL) and server.dyncp == (name != STOCK)
         command = server.command()
         first = command.index("--cuda-graph-bs-decode") + 1
@@ -178,3 +180,33 @@ def test_a_rate_that_ran_out_of_time_is_no_verdict(tmp_path: Path, monkeypatch: 
     search_rate(server, DYNCP, settings(tmp_path), figures, lambda: None, seconds=45.0)
     assert "had 45 s only" in figures["notes"][f"{DYNCP}, open"]
     assert figures["rows"] == []
+
+
+def test_placements_of_open_arrivals_are_counted(tmp_path: Path) -> None:
+    """The server writes them down as the router does; what an earlier server wrote is gone when one is built."""
+    (tmp_path / PLACEMENTS).write_text("of another run")
+    server = build_server(DYNCP, settings(tmp_path))
+    assert server.environment[LOG_VARIABLE] == str(tmp_path / PLACEMENTS) and placed_degrees(tmp_path) == []
+    assert LOG_VARIABLE not in build_server(STOCK, settings(tmp_path)).environment
+    log = PlacementLog(tmp_path / PLACEMENTS)
+    log.begin(policy="dual-balance")
+    loads = [InstanceLoad(rank, 0, 0, 1000) for rank in range(2)]
+    for placement in (Placement(0, (0,), (100,)), Placement(1, (0, 1), (64, 36))):
+        log.add(1.0, "r", PlacementRequest(100, 1, 1), loads, placement)
+    assert placed_degrees(tmp_path) == [1, 2]
+
+
+def test_what_a_server_places_by_is_noted() -> None:
+    ours, stock = FakeServer(DYNCP, []), FakeServer(STOCK, [])
+    ours.log = lambda: "[07:00:00] dyncp: cost model a.h200, 94 layers there, 4 here\nmore"  # type: ignore[method-assign]
+    assert cost_model_notes(ours, DYNCP) == {"dyncp, cost model": "a.h200, 94 layers there, 4 here"}  # type: ignore[arg-type]
+    assert cost_model_notes(stock, STOCK) == {}  # type: ignore[arg-type]
+
+
+def test_constants_are_given_to_ours_alone(tmp_path: Path) -> None:
+    given = settings(tmp_path, cost_model="cpu")
+    for name in (DYNCP, SYNTHETIC):
+        command = build_server(name, given).command()
+        assert command[command.index("--dyncp-cost-model") + 1] == "cpu"
+        assert "--dyncp-cost-model" not in build_server(name, settings(tmp_path)).command()
+    assert "--dyncp-cost-model" not in build_server(STOCK, given).command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from math import exp
 
 import pytest
@@ -114,13 +115,13 @@ class PlainBalance(DualBalance):
         row_us = cost.attention_us_per_row + (cost.remote_exchange_us_per_row if is_remote else cost.exchange_us_per_row)
         fixed_us = 0.0
         if not any(load.guest_tokens for load in call.loads):
-            fixed_us = cost.exchange_fixed_us + (cost.remote_exchange_fixed_us if is_remote else 0.0)
+            fixed_us = cost.exchange_fixed_us + (cost.remote_exchange_fixed_us if is_remote else 0.0) + cost.sharded_fixed_us
         column = levels.request_us(call.total_tokens)
         for i in prefix:
             column += levels.attention[i]
         level = max((column + (degree - 1) * (2 * row_us)) / degree, levels.attention[prefix[-1]])
         batch = levels.batches[home] + 1
-        price = max(0.0, level - levels.highest_attention) + OWN_WEIGHT * level + (degree - 1) * row_us + fixed_us
+        price = max(0.0, level - levels.highest_attention) + OWN_WEIGHT * level + (degree - 1) * (row_us + cost.sharded_row_us) + fixed_us
         price += cost.combine_us_per_request * (max(0, batch - levels.highest_batch) + OWN_WEIGHT * batch)
         return Split(price, home, tuple(i for i in prefix if i != home))
 
@@ -151,10 +152,12 @@ def random_loads(draw: random.Random, count: int, pool: int) -> list[InstanceLoa
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_served_placement_decides_as_the_plain_one(seed: int):
-    draw, degrees = random.Random(seed), []
+    draw, host, degrees = random.Random(seed), random.Random(1000 + seed), []
     for _ in range(400):
         count, page_size, pool = draw.choice((1, 2, 8, 16, 32, 144)), draw.choice((16, 64)), draw.choice((2_000, 50_000, 1_100_000))
         cost = load_cost_model(draw.choice(MODELS), count)
+        if host.random() < 0.3:
+            cost = replace(cost, sharded_step_fixed_us=host.uniform(0, 500), sharded_step_us_per_row=host.uniform(0, 50))
         arguments = (cost, draw.choice((count, count, count, min(2, count), 1)), draw.choice((1.0, 1.0, 1.0, 0.3, 0.0)))
         policies, loads = (DualBalance(*arguments), PlainBalance(*arguments)), random_loads(draw, count, pool)
         for _ in range(3):

@@ -223,3 +223,20 @@ def test_pages_of_local_requests_come_in_one_read() -> None:
     requests = [(SimpleNamespace(kv=SimpleNamespace(req_pool_idx=line)), length) for line, length in ((0, 9), (2, 4))]
     assert [numbers.tolist() for numbers in step_sync.read_local_pages(found, requests)] == [[5, 2, 7], [9]]
     assert list(step_sync.read_local_pages(found, [])) == []
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_new_kv_of_a_layer_is_contiguous(latent: bool) -> None:
+    """Models hand over views of a joined projection; MLA's values are a view of its keys."""
+    layer: Any = SimpleNamespace(tp_k_head_num=1 if latent else 2, qk_head_dim=6 if latent else 4, v_head_dim=4)
+    written: list[Any] = []
+    pool: Any = SimpleNamespace(set_kv_buffer=lambda *args: written.append(args))
+    cache = attention_backend.PoolLayer(pool, layer, latent=latent)
+    joined = torch.randn(3, 20)
+    new_kv = cache.new_kv(joined[:, 2:8].unflatten(1, (1, 6)) if latent else joined[:, 2:10], joined[:, 10:18])
+    assert new_kv.keys.is_contiguous() and new_kv.keys.flatten(1).equal(joined[:, 2:8] if latent else joined[:, 2:10])
+    assert new_kv.values.equal(new_kv.keys[..., :4]) if latent else new_kv.values.flatten(1).equal(joined[:, 10:18])
+    assert len(new_kv.travelling) == (1 if latent else 2)
+    slots = torch.tensor([0, 5, 6])
+    cache.write(slots, new_kv)
+    assert written[0][0] is layer and written[0][2].equal(new_kv.keys) and written[0][3].equal(new_kv.values)

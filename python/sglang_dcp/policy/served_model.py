@@ -1,0 +1,140 @@
+"""The cost model of what a server serves: constants that ship, brought to the served model's layers and row sizes.
+
+What a step costs per layer follows from few sizes: attention from K/V bytes per token (MLA in absorbed form: from the number of heads,
+it is bound by arithmetic), the exchange from bytes per row, MoE's own exchange from hidden size and experts per token. Standard library
+only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sglang_dcp.policy.cost_model import CostModel, available_cost_models, build_cost_model, load_cost_model, read_constants
+
+CPU_MODEL = "cpu"
+FAR_APART = 2.0
+"""Beyond this factor a server warns that constants are carried over."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What constants depend on. device: "cpu", or the card as its driver names it. Bytes are of one layer, in bfloat16."""
+
+    device: str
+    num_layers: int
+    num_heads: int
+    latent: bool
+    kv_bytes_per_token: int
+    exchange_bytes_per_row: int
+    hidden_size: int
+    experts_per_token: int
+
+    @classmethod
+    def of_config(cls, config: Any, device: str) -> ServedModel:
+        """From a Hugging Face text configuration. AttributeError for one without attention heads or layers."""
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        latent_width = getattr(config, "kv_lora_rank", None)
+        if latent_width:
+            key, value, kv_width = latent_width + config.qk_rope_head_dim, latent_width, latent_width + config.qk_rope_head_dim
+        else:
+            key = value = getattr(config, "head_dim", None) or hidden // heads
+            kv_width = (getattr(config, "num_key_value_heads", None) or heads) * (key + value)
+        return cls(
+            device=device,
+            num_layers=config.num_hidden_layers,
+            num_heads=heads,
+            latent=bool(latent_width),
+            kv_bytes_per_token=2 * kv_width,
+            exchange_bytes_per_row=heads * (2 * (key + value) + 4),
+            hidden_size=hidden,
+            experts_per_token=getattr(config, "num_experts_per_tok", None) or 1,
+        )
+
+    @property
+    def attention_size(self) -> int:
+        """What a token of attention costs, up to a factor of the card."""
+        return self.num_heads if self.latent else self.kv_bytes_per_token
+
+
+@dataclass(frozen=True, slots=True)
+class ServedCost:
+    """The cost model of a served model, how it came about (for the log), and what an operator should know of it."""
+
+    model: CostModel
+    description: str
+    warnings: tuple[str, ...]
+
+
+def served_cost(given: str | None, served: ServedModel | None, num_instances: int) -> ServedCost:
+    """`given`: what --dyncp-cost-model names; its constants are taken as they are, with the served model's number of layers. Without it
+    the nearest constants that ship for the card are scaled to the served model's sizes; on a CPU, those of the tiny test models are
+    taken. served None: nothing is known of the model, and nothing is adapted."""
+    if served is None:
+        return ServedCost(load_cost_model(given or CPU_MODEL, num_instances), given or CPU_MODEL, ())
+    name = given or nearest_constants(served)
+    path, data = read_constants(name)
+    model = build_cost_model(path, data, num_instances, serving=True)
+    layers = f"{model.num_layers} layers there, {served.num_layers} here"
+    warnings = []
+    if _ratio(model.num_layers, served.num_layers) > FAR_APART:
+        warnings.append(f"cost model {name} is of {model.num_layers} layers, the served model has {served.num_layers}: taken per layer")
+    adapted = with_layers(model, served.num_layers)
+    if given is not None or "layer" not in data:
+        return ServedCost(adapted, f"{name}, {layers}, constants per layer as given", tuple(warnings))
+    size = _attention_size(data)
+    if _ratio(size, served.attention_size) > FAR_APART:
+        warnings.append(f"cost model {name}: attention of a token is scaled by {served.attention_size / size:.3g} to the served model's")
+    if "h100" not in served.device.lower() and "h200" not in served.device.lower():
+        warnings.append(f"cost model {name}: no constants for {served.device}")
+    return ServedCost(_scaled(adapted, data, served), f"{name}, {layers}, scaled to the served model's sizes", tuple(warnings))
+
+
+def with_layers(model: CostModel, num_layers: int) -> CostModel:
+    """The same constants per layer, for another number of layers. What is of the whole model is brought along."""
+    if num_layers == model.num_layers:
+        return model
+    factor = num_layers / model.num_layers
+    return replace(
+        model,
+        num_layers=num_layers,
+        prefill_us_per_token=model.prefill_us_per_token * factor,
+        prefill_attention_us_per_token_context=model.prefill_attention_us_per_token_context * factor,
+        pool_tokens=None,
+    )
+
+
+def nearest_constants(served: ServedModel) -> str:
+    """Name of the constants that ship for the card (H100's for an unknown one) and are nearest in size, of the same kind of attention."""
+    if served.device == CPU_MODEL:
+        return CPU_MODEL
+    card = "h200" if "h200" in served.device.lower() else "h100"
+    found: list[tuple[float, str]] = []
+    for name in available_cost_models():
+        _, data = read_constants(name)
+        if data["gpu"] == card and data.get("layer", {}).get("latent") == served.latent:
+            found.append((_ratio(_attention_size(data), served.attention_size), name))
+    return min(found)[1]
+
+
+def _scaled(model: CostModel, data: dict, served: ServedModel) -> CostModel:
+    layer = data["layer"]
+    attention = served.attention_size / _attention_size(data)
+    row = served.exchange_bytes_per_row / layer["exchange_bytes_per_row"]
+    expert_row = served.hidden_size * served.experts_per_token / (layer["hidden_size"] * layer["experts_per_token"])
+    return replace(
+        model,
+        attention_us_per_token=model.attention_us_per_token * attention,
+        exchange_us_per_row=model.exchange_us_per_row * row,
+        remote_exchange_us_per_row=model.remote_exchange_us_per_row * row,
+        dispatch_us_per_request=model.dispatch_us_per_request * expert_row,
+        combine_us_per_request=model.combine_us_per_request * expert_row,
+    )
+
+
+def _attention_size(data: dict) -> int:
+    return int(data["layer"]["num_heads"] if data["layer"]["latent"] else data["kv_bytes_per_token_layer"])
+
+
+def _ratio(one: float, other: float) -> float:
+    return max(one, other) / min(one, other)

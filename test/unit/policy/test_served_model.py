@@ -1,0 +1,144 @@
+"""Constants of a served model: which ones, how they are brought to its size, and what they make of short and long requests."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmark.multi_gpu.model_shapes import SHAPES, WITHOUT_COST_MODEL
+from sglang_dcp.policy.cost_model import DATA_FOLDER, CostModel, InstanceWork, available_cost_models, load_cost_model
+from sglang_dcp.policy.placement import DualBalance
+from sglang_dcp.policy.served_model import ServedModel, nearest_constants, served_cost
+from sglang_dcp.policy.types import InstanceLoad, PlacementRequest
+
+H200 = "NVIDIA H200"
+FULL_LAYERS = {"qwen3-235b-a22b": 94, "deepseek-v3": 61}
+
+
+def served(shape: str, num_layers: int, device: str = H200, **changes: Any) -> ServedModel:
+    config = (SHAPES | WITHOUT_COST_MODEL)[shape] | {"num_hidden_layers": num_layers} | changes
+    return ServedModel.of_config(SimpleNamespace(**config), device)
+
+
+TINY = ServedModel("cpu", 2, 4, False, 512, 1040, 128, 2)
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize(("device", "card"), [(H200, "h200"), ("NVIDIA H100 80GB HBM3", "h100")])
+def test_a_model_that_ships_gets_its_own_constants(shape: str, device: str, card: str) -> None:
+    cost = served_cost(None, served(shape, FULL_LAYERS[shape], device), 2)
+    shipped = load_cost_model(f"{shape}.{card}", 2)
+    exchange = {name: getattr(cost.model, name) for name in ("exchange_fixed_us", "exchange_us_per_row")}
+    host = {"sharded_step_fixed_us": cost.model.sharded_step_fixed_us, "sharded_step_us_per_row": cost.model.sharded_step_us_per_row}
+    assert dataclasses.replace(shipped, **exchange, **host) == cost.model and not cost.warnings
+    assert cost.model.exchange_fixed_us < shipped.exchange_fixed_us and min(host.values()) > 0
+
+
+def test_sizes_of_a_layer_are_those_of_the_exchange_that_was_measured() -> None:
+    """The bytes of one routed row, as in benchmark/results/multi_gpu.json."""
+    assert served("qwen3-235b-a22b", 4).exchange_bytes_per_row == 33_024 and served("deepseek-v3", 4).exchange_bytes_per_row == 279_040
+    for name in available_cost_models():
+        data = json.loads((DATA_FOLDER / f"{name}.json").read_text())
+        if data["model"] in SHAPES:
+            model = served(data["model"], 1)
+            assert data["layer"]["exchange_bytes_per_row"] == model.exchange_bytes_per_row
+            assert data["kv_bytes_per_token_layer"] == model.kv_bytes_per_token
+
+
+def test_fewer_layers_make_the_hosts_part_dearer() -> None:
+    full, few = (served_cost(None, served("qwen3-235b-a22b", layers), 2) for layers in (94, 4))
+    assert full.model.attention_us_per_token == few.model.attention_us_per_token
+    assert few.model.sharded_row_us == pytest.approx(full.model.sharded_row_us * 94 / 4)
+    assert not full.warnings and few.warnings == (
+        "cost model qwen3-235b-a22b.h200 is of 94 layers, the served model has 4: taken per layer",
+    )
+    assert few.description == "qwen3-235b-a22b.h200, 94 layers there, 4 here, scaled to the served model's sizes"
+
+
+def test_other_models_are_scaled_from_the_nearest() -> None:
+    """Half the heads of Qwen3-235B over the same K/V, half of its hidden size."""
+    base, small = (served_cost(None, served(shape, 48), 2).model for shape in ("qwen3-235b-a22b", "qwen3-30b-a3b"))
+    assert small.attention_us_per_token == base.attention_us_per_token
+    assert small.exchange_us_per_row == pytest.approx(base.exchange_us_per_row / 2)
+    assert small.combine_us_per_request == pytest.approx(base.combine_us_per_request / 2)
+    assert nearest_constants(served("deepseek-v3", 61, num_attention_heads=64)) == "kimi-k2.h200"
+    wide = served_cost(None, served("qwen3-235b-a22b", 94, num_key_value_heads=16), 2)
+    assert wide.model.attention_us_per_token == pytest.approx(4 * base.attention_us_per_token)
+    assert "attention of a token is scaled by 4" in wide.warnings[0]
+
+
+def test_an_unknown_card_is_warned_of() -> None:
+    assert served_cost(None, served("qwen3-235b-a22b", 94, "NVIDIA B200"), 2).warnings == (
+        "cost model qwen3-235b-a22b.h100: no constants for NVIDIA B200",
+    )
+
+
+def test_given_constants_stay_as_they_are_per_layer(tmp_path: Path) -> None:
+    data = json.loads((DATA_FOLDER / "qwen3-235b-a22b.h200.json").read_text())
+    data["constants"]["attention_us_per_token"]["value"] = 0.0123
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(data))
+    cost = served_cost(str(path), served("deepseek-v3", 40), 2)
+    assert (cost.model.attention_us_per_token, cost.model.num_layers) == (0.0123, 40)
+    assert "40 layers" not in str(cost.warnings) and "is of 94 layers, the served model has 40" in cost.warnings[0]
+    assert served_cost("deepseek-v3.h200", served("deepseek-v3", 61), 2).warnings == ()
+
+
+def test_on_a_cpu_placement_is_what_it_was() -> None:
+    """The tiny models' constants, whatever the number of layers."""
+    cost, shipped = served_cost(None, TINY, 4).model, load_cost_model("cpu", 4)
+    assert dataclasses.replace(cost, num_layers=4, prefill_us_per_token=100.0, prefill_attention_us_per_token_context=1.0) == shipped
+    for prompt in (10, 100, 300, 900):
+        assert place(cost, prompt, [0, 40, 80, 500], 16) == place(shipped, prompt, [0, 40, 80, 500], 16)
+    assert served_cost(None, None, 4).model == shipped
+
+
+@pytest.mark.parametrize("name", available_cost_models())
+def test_what_the_simulator_loads_has_no_host_part(name: str) -> None:
+    model = load_cost_model(name, 8)
+    assert model.sharded_step_fixed_us == model.sharded_step_us_per_row == model.sharded_row_us == model.sharded_fixed_us == 0
+    data = json.loads((DATA_FOLDER / f"{name}.json").read_text())
+    assert model.exchange_fixed_us == data["constants"]["exchange_fixed_us"]["value"]
+    assert all(entry["source"].strip() for entry in data.get("serving", {}).values())
+
+
+def test_host_part_of_a_step() -> None:
+    model = dataclasses.replace(load_cost_model("cpu", 2), sharded_step_fixed_us=100.0, sharded_step_us_per_row=10.0)
+    quiet = [InstanceWork(10, 1, 1), InstanceWork(10, 1, 1)]
+    routed = [InstanceWork(10, 1, 1, routed_out=3), InstanceWork(10, 1, 1, routed_in=5)]
+    plain = load_cost_model("cpu", 2)
+    assert model.step_us(quiet) == plain.step_us(quiet)
+    assert model.step_us(routed) == pytest.approx(plain.step_us(routed) + 100 + 5 * 10)
+
+
+def place(cost: CostModel, prompt: int, held: list[int], page_size: int = 64, guests: int = 0) -> Any:
+    loads = [InstanceLoad(rank, 0, tokens, 700_000, guests, home_requests=4, attention_rows=4) for rank, tokens in enumerate(held)]
+    return DualBalance(cost, len(held)).place(PlacementRequest(prompt, 256, 400), loads, page_size)
+
+
+@pytest.mark.parametrize("layers", [4, 94])
+@pytest.mark.parametrize("guests", [0, 1000])
+@pytest.mark.parametrize("prompt", [128, 866, 1314, 2048, 5000])
+def test_short_requests_stay_whole(layers: int, guests: int, prompt: int) -> None:
+    """Level instances, with and without an exchange that runs already. By the tiny models' constants each of these was spread."""
+    cost = served_cost(None, served("qwen3-235b-a22b", layers), 2).model
+    assert place(cost, prompt, [50_000, 50_000], guests=guests).degree == 1
+    if prompt > 500:
+        assert place(load_cost_model("cpu", 2), prompt, [50_000, 50_000], guests=guests).degree == 2
+
+
+def test_a_request_is_spread_when_that_saves_more_than_the_host_costs() -> None:
+    """By how much depends on the layers: 100 us of host time are 25 us a layer of 4, and 1 us a layer of 94."""
+    few, full = (served_cost(None, served("qwen3-235b-a22b", layers), 2).model for layers in (4, 94))
+    assert place(full, 65_536, [50_000, 50_000]).degree == 2 and place(few, 65_536, [50_000, 50_000]).degree == 1
+    assert place(few, 262_144, [50_000, 50_000]).degree == 2
+
+
+def test_a_config_without_heads_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError):
+        ServedModel.of_config(SimpleNamespace(num_hidden_layers=2), "cpu")
