@@ -23,7 +23,8 @@ from benchmark.multi_gpu.streams import stream
 
 import random_models  # isort: skip - found through benchmark.multi_gpu.servers
 from runtime_cases import SIZES  # isort: skip
-from runtime_check import PAGE_SIZE, pinned, prompt  # isort: skip
+from runtime_cases import PAGE_SIZE  # isort: skip
+from runtime_check import pinned, prompt  # isort: skip
 
 PACKAGES = {"deep_ep": "sgl-deep-ep", "deep_gemm": "sgl-deep-gemm"}
 MODEL = "gqa_wide"

@@ -12,7 +12,8 @@ from benchmark.multi_gpu.servers import GpuServer
 from benchmark.multi_gpu.settings import PartFailed, Settings
 
 from runtime_cases import NEW_TOKENS, SIZES, within_bounds  # isort: skip
-from runtime_check import PAGE_SIZE, ask, differences, pinned, prompt, summary  # isort: skip
+from runtime_cases import PAGE_SIZE  # isort: skip
+from runtime_check import ask, differences, pinned, prompt, summary  # isort: skip
 
 AT_ONCE = 3
 

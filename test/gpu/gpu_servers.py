@@ -117,8 +117,10 @@ class GpuServer:
 
 
 def port_range(index: int) -> tuple[int, int]:
-    """Where the index-th server's port is looked for: SGLang draws further ones from the 1,000 above it."""
-    return 15000 + 1200 * index, 16200 + 1200 * index
+    """Where the index-th server's port is looked for: SGLang draws further ones from the 1,000 above it. DYNCP_FIRST_PORT: of the first
+    one, where two programs start servers side by side."""
+    first = int(os.environ.get("DYNCP_FIRST_PORT", "15000"))
+    return first + 1200 * index, first + 1200 * (index + 1)
 
 
 def start_all(servers: list[GpuServer], log_folder: Path, first: int = 0) -> None:
