@@ -20,12 +20,19 @@ T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 
 @dataclass(frozen=True)
 class Load:
-    """home_rows requests on every instance; the first `sharded` of each lie half on the next one. Lengths in tokens."""
+    """home_rows requests on every instance; the first `sharded` of each lie half on the next one. Lengths in tokens.
+
+    spread: outputs are up to this much shorter than new_tokens, evenly, so that requests end one after the other.
+    """
 
     home_rows: int
     sharded: int
     prompt: int
     new_tokens: int
+    spread: int = 0
+
+    def output_tokens(self, index: int) -> int:
+        return self.new_tokens - index * self.spread // self.home_rows
 
     def jobs(self, num_instances: int, seed: int, *, dyncp: bool) -> list[tuple[list[int], dict[str, Any], dict[str, Any]]]:
         """(prompt, sampling parameters, further fields) of every request; a stock server is told the rank instead of a pin."""
@@ -42,8 +49,9 @@ def run_load(client: Any, load: Load, num_instances: int, seed: int, *, dyncp: b
     """decode_window of the load: step_ms while every request decodes."""
     jobs = load.jobs(num_instances, seed, dyncp=dyncp)
     with ThreadPoolExecutor(len(jobs)) as pool:
-        answers = list(pool.map(lambda job: stream(client, job[0], load.new_tokens, job[1], **job[2]), jobs))
-    return decode_window(answers, least_tokens=load.new_tokens // 4)
+        lengths = [load.output_tokens(index) for _ in range(num_instances) for index in range(load.home_rows)]
+        answers = list(pool.map(lambda job, length: stream(client, job[0], length, job[1], **job[2]), jobs, lengths))
+    return decode_window(answers, least_tokens=min(lengths) // 4)
 
 
 def ratio_interval(ours: Sequence[float], stock: Sequence[float]) -> dict[str, float]:

@@ -33,7 +33,8 @@ from support.server import find_free_port  # isort: skip
 
 INSTANCES, PAGE, CONTEXT, POOL = 2, 64, 131_072, 200_000
 MAX_BATCH, REAL_LAYERS, PROFILED_STEPS = 192, 61, 8
-HOST_LOAD = Load(home_rows=128, sharded=32, prompt=512, new_tokens=160)
+HOST_LOAD = Load(home_rows=128, sharded=32, prompt=256, new_tokens=1100)
+CHANGING_LOAD = Load(home_rows=128, sharded=32, prompt=256, new_tokens=1100, spread=1000)
 LOADS = {"s0": Load(32, 0, 1024, 320), "s16": Load(32, 16, 1024, 320), "s32": Load(32, 32, 1024, 320)}
 """By sharded rows of every instance: each of them is a guest row on the other one."""
 TRACED_LOADS = {name: Load(32, load.sharded, 256, 1200) for name, load in LOADS.items()}
@@ -58,7 +59,9 @@ class Bench:
         stock = ("--attn-dp-size", str(INSTANCES), "--ep-size", str(INSTANCES))
         make = lambda name, dyncp, *flags: GpuServer(name, path, INSTANCES, POOL, dyncp, (*sizes, *flags), one_gpu=args.one_gpu)  # noqa: E731
         self.servers = {"stock": make("stock", False, *stock), "graph": make("graph", True)}
-        if args.eager:
+        if args.only_host:
+            del self.servers["stock"]
+        elif args.eager:
             self.servers["eager"] = make("eager", True, "--dyncp-transport", "nccl")
         self.found: dict[str, Any] = provenance(" ".join(["python", "-m", "benchmark.gpu_runtime.run", *sys.argv[1:]]))
         facts = read_device_facts()
@@ -91,11 +94,13 @@ class Bench:
         late = [name for name, server in self.servers.items() if server.ready_s is None]
         if late:
             raise RuntimeError(f"servers not ready: {late}")
-        self.part("graphs", self.graphs)
-        self.part("step_ms", self.step_times)
-        self.part("traces", self.traces)
+        if not self.args.only_host:
+            self.part("graphs", self.graphs)
+            self.part("step_ms", self.step_times)
+            self.part("traces", self.traces)
         self.part("host", self.host)
-        self.part("bars", self.bars)
+        if not self.args.only_host:
+            self.part("bars", self.bars)
 
     # ---- parts
 
@@ -163,11 +168,15 @@ class Bench:
         return rows
 
     def host(self) -> dict[str, Any]:
-        """Microseconds of our code in a scheduler's step, 128 home rows and 32 guest rows per instance."""
+        """Microseconds of our code in a scheduler's step, 128 home rows and 32 guest rows per instance: while all decode on, and while
+        requests of other lengths come and go. Steps of each kind so far are kept, so each load ends with more of them than are kept."""
         client = self.servers["graph"].client
-        window = run_load(client, HOST_LOAD, INSTANCES, 5, dyncp=True)
-        report = client.json("GET", "/dyncp/requests")
-        return {"load": vars(HOST_LOAD), "step_ms": window["step_ms"], "instances": [row["host_us"] for row in report["instances"]]}
+        rows = {}
+        for name, load in (("steady", HOST_LOAD), ("changing", CHANGING_LOAD)):
+            window = run_load(client, load, INSTANCES, 5, dyncp=True)
+            report = client.json("GET", "/dyncp/requests")
+            rows[name] = {"load": vars(load), "step_ms": window["step_ms"], "instances": [row["host_us"] for row in report["instances"]]}
+        return rows
 
     def bars(self) -> dict[str, Any]:
         """The keys that the project's bars name."""
@@ -175,7 +184,7 @@ class Bench:
         return {
             "s0_step_ratio": self.found["step_ms"]["graph_s0"].get("ratio"),
             "s0_same_kernels": not self.found["traces"].get("s0_differences", {"unknown": []}),
-            "host_us_per_step": max(row["sharded"]["p50_us"] for row in host["instances"]),
+            "host_us_per_step": max(row["sharded"]["p50_us"] for row in host["steady"]["instances"]),
             "num_graphs": graphs["graph"]["num_graphs"],
             "stock_num_graphs": graphs["stock"]["num_graphs"],
             "graph_gib": graphs["graph"]["gib_61_layers"],
@@ -191,6 +200,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=420.0, help="seconds for everything")
     parser.add_argument("--eager", action="store_true", help="a third server, whose sharded steps run without graphs (nccl)")
+    parser.add_argument("--only-host", action="store_true", help="host time alone")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

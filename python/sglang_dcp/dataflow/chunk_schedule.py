@@ -9,6 +9,7 @@ checked against the lengths that were planned; a schedule that cannot be read se
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,10 @@ class ChunkSchedule:
     def serves(self, counts: np.ndarray) -> bool:
         """Whether the schedule serves rows of these page counts, as many rows as it was planned for."""
         return self._num_chunks is not None and np.array_equal(_ceil_chunks(counts, self._pages_per_chunk), self._num_chunks)
+
+    def serves_longer(self, begun: Sequence[int]) -> bool:
+        """The same where rows that it serves began a page since, and have these many now."""
+        return self._num_chunks is not None and all((pages - 1) % self._pages_per_chunk for pages in begun)
 
     def _warn(self, what: str) -> None:
         if not self._warned:

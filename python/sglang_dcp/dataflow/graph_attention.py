@@ -95,8 +95,8 @@ class GraphAttention:
         self._guard = CopyGuard(device)
         self._silent = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._silent_mask = self._silent.numpy()
-        self._pages_changed = True
         self._planned: tuple[int, int] | None = None
+        self._begun: list[int] | None = None
 
     # ---- once per captured size
 
@@ -130,22 +130,25 @@ class GraphAttention:
         given = self.lines.fill(step, rows)
         self.tables.upload(StepArrays(words, given.rows))
         self._update_lines(given, token_table)
-        self._pages_changed = True
+        self._begun = None
 
     def advance(self, step: int) -> None:
         """The same for the step that follows, with the same rows and routes."""
         self._raise_if_silent(step)
-        self._pages_changed = self.lines.advance(step)
+        self._begun = self.lines.advance(step)
         self.tables.upload_rows(self.lines.table, check=False)  # PageLines keeps every row within its line
 
     def plan(self, home_rows: int, guest_rows: int) -> None:
         """Schedules the step's kernel, unless its last schedule serves. GQA's counts pages, MLA's tokens; FlashMLA's is `begin`'s."""
         if self.flash_mla:
             return
-        if self.shape.latent or self._pages_changed or self._planned != (home_rows, guest_rows):
-            tokens = np.zeros(home_rows + guest_rows, dtype=np.int32)
-            tokens[: len(self.lines.table)] = self.lines.table[:, 1]
-            self._plan(home_rows, guest_rows, tokens)
+        kernel = self._kernels[home_rows, guest_rows]
+        same_rows = self._begun is not None and self._planned == (home_rows, guest_rows)
+        if same_rows and isinstance(kernel, FlashInferDecode) and kernel.serves_longer(self._begun or ()):
+            return
+        tokens = np.zeros(home_rows + guest_rows, dtype=np.int32)
+        tokens[: len(self.lines.table)] = self.lines.table[:, 1]
+        self._plan(home_rows, guest_rows, tokens)
 
     def _update_lines(self, given: RowsInput, token_table: torch.Tensor) -> None:
         device, pages = self.tables.buffer.device, self.tables.resident_pages

@@ -8,6 +8,7 @@ when an adapter is built.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,6 +106,10 @@ class FlashInferDecode:
     def serves(self, page_counts: np.ndarray) -> bool:
         """Whether the last plan serves rows of these page counts."""
         return self._schedule.serves(page_counts)
+
+    def serves_longer(self, begun: Sequence[int]) -> bool:
+        """The same where rows that it serves began a page since, and have these many now."""
+        return self._schedule.serves_longer(begun)
 
     def plan(self, page_indptr: torch.Tensor, last_page_length: torch.Tensor) -> None:
         """Host copies of the two buffers (int32)."""

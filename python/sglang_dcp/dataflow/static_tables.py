@@ -181,10 +181,10 @@ class PageLines:
         self._grows, self._arrives = np.array(grows, dtype=np.int32), np.array(arrives, dtype=np.int32)
         return RowsInput(table, _pairs([places, pages]), _pairs(list(zip(*copies, strict=True)) or [[], []]), copy_pages)
 
-    def advance(self, step: int) -> bool:
-        """The step after the last one, of the same rows: each has one token more, wherever its tail is. Whether a row began a page.
+    def advance(self, step: int) -> list[int]:
+        """The step after the last one, of the same rows: each has one token more, wherever its tail is. The input is `table` alone.
 
-        The input is `table` alone.
+        Returns how many pages the rows have now that began one.
         """
         if step != self._step + 1:
             raise ValueError(f"step {step} does not follow step {self._step}")
@@ -195,13 +195,15 @@ class PageLines:
             self._appended = []
         table[:, 1] += self._grows
         table[:, 3] += self._arrives
+        begun = []
         for index in np.flatnonzero(self._grows & (table[:, 1] % self.page_size == 1)).tolist():
             row, needed = self._rows[index], -(-int(table[index, 1]) // self.page_size)
+            begun.append(needed)
             self._append(index, needed)
             self._lines[row.key].num_pages = needed
             if isinstance(row, ListedRow) and row.arrives:
                 table[index, 3] = row.held[needed - 1][1] * self.page_size
-        return bool(self._appended)
+        return begun
 
     @property
     def table(self) -> np.ndarray:

@@ -167,7 +167,7 @@ def plan_of_step(binding: Binding, num_tokens: int) -> StepPlan:
     """The step's plan, built by its first layer (the padded token count is known there)."""
     instance = binding.instance
     if instance.plan is None:
-        with binding.host_clock:
+        with binding.host_clock.part("plan"):
             instance.build_plan(binding.pending_rows, num_tokens)
             assert instance.plan is not None
             instance.plan = plan_on_device(instance.plan, binding.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -45,10 +46,12 @@ def update_running_batch(original: Callable[..., Any], scheduler: Any, batch: An
     binding = current()
     if binding is None or batch.is_empty():
         return original(scheduler, batch)
-    with binding.host_clock:
+    with binding.host_clock.part("secure"):
         binding.instance.pool.settle_decode_claims()
-        finishing = set(scheduler._reqs_finishing_inflight(batch))
         near_end = near_page_end(batch.seq_lens_cpu.numpy(), binding.instance.page_size)
+        # Who ends with the step in flight needs no page more. Only these few are asked about: the question costs by the request.
+        few = SimpleNamespace(reqs=[batch.reqs[i] for i in near_end])
+        finishing = set(scheduler._reqs_finishing_inflight(few)) if near_end else ()
         leave = {i for i in near_end if batch.reqs[i] not in finishing and not secure_next_token(binding, batch.reqs[i])}
     if leave:
         binding.parked += [req for i, req in enumerate(batch.reqs) if i in leave]
@@ -272,7 +275,7 @@ def alloc_decode(
     binding = current()
     ours: list[int] = []
     if binding is not None and batch is not None:
-        with binding.host_clock:
+        with binding.host_clock.part("allocate"):
             instance = binding.instance
             instance.pool.settle_decode_claims()
             begin = np.flatnonzero(seq_lens_cpu.numpy() % instance.page_size == 1).tolist()

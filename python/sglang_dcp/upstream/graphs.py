@@ -135,7 +135,7 @@ class GraphEngine:
         """Fills the step's tables and plans its kernel, for the graph of `home_rows`. On the stream of the replay."""
         step: GraphStep | None = binding.graph_step
         assert step is not None
-        with binding.host_clock:
+        with binding.host_clock.part("tables"):
             if step.is_advance:
                 self.attention.advance(step.step)
             else:

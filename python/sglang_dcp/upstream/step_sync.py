@@ -34,7 +34,7 @@ def local_columns(result: torch.Tensor, info: Any, device: Any, dtype: torch.dty
     binding = current()
     if binding is None:
         return result
-    with binding.host_clock:
+    with binding.host_clock.part("columns"):
         instance = binding.instance
         sweep_waiting(binding)
         batch = binding.own_batch
@@ -65,7 +65,7 @@ def after_gather(result: Any, info: Any, *args: Any, **kwargs: Any) -> None:
     binding = current()
     if binding is None:
         return
-    with binding.host_clock:
+    with binding.host_clock.part("settle"):
         settle_step(binding, info)
 
 

@@ -36,6 +36,16 @@ def test_serves_until_a_row_has_another_number_of_chunks() -> None:
     assert not schedule.serves(counts[:-1])
 
 
+def test_rows_that_begin_a_page_begin_a_chunk_now_and_then() -> None:
+    counts = np.array([1, 7, 8, 15])
+    schedule = ChunkSchedule(PAGE_SIZE)
+    assert not schedule.serves_longer([])
+    schedule.read(planned(counts, 8), counts)
+    assert schedule.serves_longer([]) and schedule.serves_longer([2, 8, 16])
+    for begun in ([9], [2, 17], [25, 3]):
+        assert not schedule.serves_longer(begun)
+
+
 @pytest.mark.parametrize("change", ["fields moved", "no fields", "no buffer", "other chunks", "part of a page"])
 def test_a_schedule_that_cannot_be_read_serves_nothing(change: str, caplog: pytest.LogCaptureFixture) -> None:
     counts = np.array([10, 20, 30])

@@ -35,7 +35,8 @@ def test_a_pooled_row_that_begins_a_page_takes_that_one_alone() -> None:
     for step in range(5):
         copied(table, step, [PooledRow("a", 3, 28 + step)])
     assert copied(table, 5, [PooledRow("a", 3, 33)]) == [3] and table.table[0, 2] == FROM_TOKEN_TABLE - 3
-    assert not table.advance(6) and table.table[0, 2] == NO_PAGE
+    assert table.advance(6) == [] and table.table[0, 2] == NO_PAGE
+    assert [table.advance(step) for step in range(7, 22)] == [[]] * 14 + [[4]]
 
 
 def test_listed_pages_are_written_once_and_lines_are_reused() -> None:
