@@ -56,19 +56,21 @@ Map<String, int64_t> table_layout(Shape numbers) {
           {"total_size", int64_t{layout.total_size}}};
 }
 
-void build_tables(TensorView tables, TensorView resident_pages, TensorView token_table, Shape numbers, int64_t rank) {
+void build_tables(TensorView tables, TensorView resident_pages, TensorView token_table, int64_t pool_pages, Shape numbers, int64_t rank) {
   TablesParams params;
   params.shape = table_shape(numbers);
   params.layout = TableLayout::make(params.shape);
   check_tensor("tables", tables, kDLInt, 32, {params.layout.total_size});
   check_tensor("resident_pages", resident_pages, kDLInt, 32, {-1, params.shape.max_pages_per_row});
   check_tensor("token_table", token_table, kDLInt, 32, {-1, -1});
+  check_limit("pool_pages", pool_pages, 1, INT32_MAX);
   check_limit("rank", rank, 0, params.shape.num_instances - 1);
   params.tables = static_cast<int32_t*>(tables.data_ptr());
   params.resident_pages = static_cast<int32_t*>(resident_pages.data_ptr());
   params.token_table = static_cast<const int32_t*>(token_table.data_ptr());
   params.token_lines = static_cast<int32_t>(std::min<int64_t>(token_table.size(0), INT32_MAX));
   params.token_width = token_table.size(1);
+  params.pool_pages = static_cast<int32_t>(pool_pages);
   params.rank = static_cast<int32_t>(rank);
   const int device = tables.device().device_id;
   const DeviceGuard guard(device);

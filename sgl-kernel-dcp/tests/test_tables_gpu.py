@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from random_steps import PATTERNS, random_messages
-from sgl_kernel_dcp import StepMessage, StepTables, TableShape
+from sgl_kernel_dcp import RowLine, StepMessage, StepTables, TableShape
 from sgl_kernel_dcp.tables import FROM_TOKEN_TABLE
 
 from sglang_dcp.dataflow.reference import route_tables
@@ -103,16 +103,24 @@ def test_pages_that_only_the_device_knows(library) -> None:
     for seed in range(10):
         message = random_messages(random.Random(seed), shape, 64, 64, "mixed")[2]
         lines = [line._replace(new_page=FROM_TOKEN_TABLE - rng.randrange(8)) if rng.random() < 0.6 else line for line in message.rows]
-        message = StepMessage(message.routes, message.tails, lines)
+        message = message_with(message, lines)
         tables.upload(message)
-        tables.build(token_table.cuda())
+        tables.build(token_table.cuda(), 1 << 20)
         check_pages(tables, message, resident, token_table)
         tables.build()
         check_pages(tables, message, resident)
     beyond = [line._replace(new_page=FROM_TOKEN_TABLE - 8) for line in message.rows]
-    tables.upload(StepMessage(message.routes, message.tails, beyond))
-    tables.build(token_table.cuda())
+    tables.upload(message_with(message, beyond))
+    tables.build(token_table.cuda(), 1 << 20)
     assert torch.equal(tables.resident_pages.cpu(), resident)
+    elsewhere = [line._replace(new_page=FROM_TOKEN_TABLE) for line in message.rows]
+    tables.upload(message_with(message, elsewhere))
+    tables.build(token_table.cuda(), 1)
+    check_pages(tables, message_with(message, elsewhere), resident, torch.zeros_like(token_table))
+
+
+def message_with(message: StepMessage, rows: list[RowLine]) -> StepMessage:
+    return StepMessage(message.routes, message.tails, rows)
 
 
 def test_one_graph_follows_the_steps(library) -> None:

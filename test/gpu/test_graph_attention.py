@@ -44,7 +44,7 @@ class Instance:
         from sglang_dcp.dataflow.graph_attention import GraphAttention, GraphSizes
 
         latent, page_size, self.device = session.latent, session.page_size, session.devices[rank]
-        sizes = GraphSizes(session.num_instances, HOME_ROWS, GUEST_ROWS, page_size, CONTEXT_PAGES)
+        sizes = GraphSizes(session.num_instances, HOME_ROWS, GUEST_ROWS, page_size, CONTEXT_PAGES, session.num_pages + 1)
         shape = AttentionShape(session.heads, session.kv_heads, session.qk_dim, session.v_dim, torch.bfloat16, session.qk_dim**-0.5, latent)
         sharing = session.devices.count(self.device)
         with torch.cuda.device(self.device):

@@ -26,13 +26,15 @@ from sglang_dcp.dataflow.transport.base import TransportError
 
 @dataclass(frozen=True)
 class GraphSizes:
-    """Capacities of an instance's graphs. guest_rows: the captured numbers, ascending; context_pages: most pages of one request."""
+    """Capacities of an instance's graphs. guest_rows: the captured numbers, ascending; context_pages: most pages of one request;
+    pool_pages: of this instance's pool, with the padding page."""
 
     num_instances: int
     max_home_rows: int
     guest_rows: tuple[int, ...]
     page_size: int
     context_pages: int
+    pool_pages: int
 
     @property
     def max_rows(self) -> int:
@@ -159,7 +161,10 @@ class GraphAttention:
             entries, lines = to_device(torch.from_numpy(given.copies), device)
             page_size = self.sizes.page_size
             tokens = token_table[:, : given.copy_pages * page_size : page_size].index_select(0, lines)
-            pages[:, : given.copy_pages].index_copy_(0, entries, (tokens // page_size).to(torch.int32))
+            numbers = tokens // page_size
+            # As in the tables' kernel: a line may be another request's by now.
+            numbers.masked_fill_(numbers >= self.sizes.pool_pages, 0)
+            pages[:, : given.copy_pages].index_copy_(0, entries, numbers.to(torch.int32))
 
     def _plan(self, home_rows: int, guest_rows: int, tokens: np.ndarray) -> None:
         counts = -(-tokens // self.sizes.page_size)
@@ -190,7 +195,7 @@ class GraphAttention:
     def begin(self, home_rows: int, guest_rows: int, token_table: torch.Tensor) -> None:
         """Ahead of the layers: tables from what `fill` or `advance` sent. And asks, without waiting, whether a peer missed a wait so far:
         the `fill` after next looks at the answer. token_table: the one that `fill` is given, always the same tensor."""
-        self.tables.build(token_table)
+        self.tables.build(token_table, self.sizes.pool_pages)
         kernel = self._kernels[home_rows, guest_rows]
         if isinstance(kernel, FlashMLADecode):
             kernel.plan()

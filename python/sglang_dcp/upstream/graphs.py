@@ -88,6 +88,7 @@ class GraphEngine:
             guest_rows=self.guest_rows,
             page_size=page_size,
             context_pages=-(-runner.model_config.context_len // page_size),
+            pool_pages=1 + runner.token_to_kv_pool.size // page_size,
         )
         wait = WAIT_SECONDS if sharing == 1 else WAIT_SECONDS_SHARED
         self.attention = GraphAttention(

@@ -19,6 +19,7 @@ struct TablesParams {
   const int32_t* token_table;  // [token_lines, token_width]: token ids of the requests whose pages the host does not know
   int32_t token_lines;
   int64_t token_width;
+  int32_t pool_pages;  // pages below this one exist
   TableShape shape;
   TableLayout layout;
   int32_t rank;
@@ -226,11 +227,14 @@ __device__ __forceinline__ int scan_pages(const TablesParams& params, int num_ro
 }
 
 // The page that holds a row's last token: what its line of the message names, or where SGLang put the page's first token, or as before.
+// A line of the token table may be another request's by now, whose tokens can lie in other pools: only the row of one that has ended reads
+// it then, and nobody reads that row's result, but it must read pages that exist.
 __device__ __forceinline__ int last_page(const TablesParams& params, int new_page, int index, int resident) {
   if (new_page >= -1) return new_page >= 0 ? new_page : resident;
   const int64_t line = kFromTokenTable - int64_t{new_page}, position = int64_t{index} * params.shape.page_size;
   if (line >= params.token_lines || position >= params.token_width) return resident;
-  return params.token_table[line * params.token_width + position] / params.shape.page_size;
+  const int page = params.token_table[line * params.token_width + position] / params.shape.page_size;
+  return page < params.pool_pages ? page : 0;
 }
 
 __device__ __forceinline__ void build_pages(const TablesParams& params) {

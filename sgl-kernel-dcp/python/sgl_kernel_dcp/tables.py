@@ -126,11 +126,12 @@ class StepTables:
         """The message as int32 words; raises ValueError naming the value and its limit."""
         return pack_message(message, self.shape, self.rank, self.num_entries, self.max_return_rows, self.layout)
 
-    def build(self, token_table: torch.Tensor | None = None) -> None:
+    def build(self, token_table: torch.Tensor | None = None, pool_pages: int = 1) -> None:
         """One kernel on the current stream; reads the uploaded message, writes every table. token_table int32 [lines, width]: token ids
-        of requests by position, for rows whose new page only the device knows. May be captured, then both stay where they are."""
+        of requests by position, for rows whose new page only the device knows; a page there that is not below pool_pages becomes page 0.
+        May be captured, then both stay where they are."""
         table = self._no_token_table if token_table is None else token_table
-        self._library.build_tables(self.buffer, self.resident_pages, table, self.shape.numbers(), self.rank)
+        self._library.build_tables(self.buffer, self.resident_pages, table, pool_pages, self.shape.numbers(), self.rank)
 
     def section(self, name: str) -> torch.Tensor:
         """A view of one table, shaped."""

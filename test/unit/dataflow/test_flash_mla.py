@@ -75,7 +75,7 @@ class FakeTables:
     def upload_rows(self, rows: np.ndarray, *, check: bool = True) -> None:
         self._rows = rows.copy()
 
-    def build(self, token_table: torch.Tensor | None = None) -> None:
+    def build(self, token_table: torch.Tensor | None = None, pool_pages: int = 1) -> None:
         self._sections["kv_length"].zero_()
         for row, (entry, tokens, new_page, _) in enumerate(self._rows.tolist()):
             pages = -(-tokens // PAGE_SIZE)
@@ -122,7 +122,7 @@ def build(heads: int, page_size: int) -> Any:
     from sglang_dcp.dataflow.graph_attention import GraphAttention, GraphSizes
 
     shape = AttentionShape(heads, 1, 576, 512, torch.bfloat16, SCALE, latent=True)
-    sizes = GraphSizes(num_instances=2, max_home_rows=3, guest_rows=(2,), page_size=page_size, context_pages=WIDTH)
+    sizes = GraphSizes(num_instances=2, max_home_rows=3, guest_rows=(2,), page_size=page_size, context_pages=WIDTH, pool_pages=9)
     return GraphAttention(0, sizes, shape, torch.device("cpu"), num_sharing=1, wait_seconds=1.0, flash_mla=True)
 
 
