@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.multi_gpu.deepep_rank import GEMMS, try_gemm, try_kernels
-from benchmark.multi_gpu.part_tokens import ask_all, compare_degrees
+from benchmark.multi_gpu.part_tokens import ask_all, compare_degrees, prompts_for_all
 from benchmark.multi_gpu.ranks import run_ranks
 from benchmark.multi_gpu.report import FAILURES
-from benchmark.multi_gpu.servers import GpuServer, ServerRefused, started
+from benchmark.multi_gpu.servers import GpuServer, ServerRefused, started, stock_flags
 from benchmark.multi_gpu.settings import PartFailed, Settings, Skipped
 from benchmark.multi_gpu.streams import stream
 
 import random_models  # isort: skip - found through benchmark.multi_gpu.servers
 from runtime_cases import SIZES  # isort: skip
-from runtime_cases import PAGE_SIZE  # isort: skip
 from runtime_check import pinned, prompt  # isort: skip
 
 PACKAGES = {"deep_ep": "sgl-deep-ep", "deep_gemm": "sgl-deep-gemm"}
@@ -107,20 +106,18 @@ def build_servers(settings: Settings, mode: str) -> tuple[GpuServer, GpuServer]:
     n = settings.num_gpus
     path = random_models.write_model(MODEL, settings.work / "models")
     flags = (*FLAGS, "--deepep-mode", mode)
-    stock_flags = ("--attn-dp-size", str(n), "--ep-size", str(n), "--load-balance-method", "total_tokens")
     pool = SIZES[settings.device].pool
     # Else DeepGEMM compiles for every batch size that there may be.
     environment = {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0", "SGLANG_DG_CACHE_DIR": str(compiled(settings))}
     ours = GpuServer(f"c_{mode}", path, n, pool, True, flags, environment=environment)
-    stock = GpuServer(f"c_{mode}_stock", path, n, pool, False, (*stock_flags, *flags), environment=environment)
+    stock = GpuServer(f"c_{mode}_stock", path, n, pool, False, (*stock_flags(n), *flags), environment=environment)
     return ours, stock
 
 
 def serve_and_compare(settings: Settings, mode: str) -> list[dict[str, Any]]:
     """Rows of one mode. Skipped where stock does not serve it, PartFailed where stock does and ours does not, or answers otherwise."""
     ours, stock = build_servers(settings, mode)
-    least = settings.num_gpus * PAGE_SIZE  # a page for every shard
-    prompts = [prompt(length, seed) for seed, length in enumerate(SIZES[settings.device].lengths) if length >= least]
+    prompts = prompts_for_all(settings)
     with started(settings, ours, stock, limit_s=settings.limit_s("c") / 2):
         try:
             if stock.ready_s is None:

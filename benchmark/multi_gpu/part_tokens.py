@@ -11,8 +11,7 @@ from benchmark.multi_gpu.server_pool import STOCK, SYNTHETIC, ServerPool, settle
 from benchmark.multi_gpu.servers import GpuServer
 from benchmark.multi_gpu.settings import PartFailed, Settings
 
-from runtime_cases import NEW_TOKENS, SIZES, within_bounds  # isort: skip
-from runtime_cases import PAGE_SIZE  # isort: skip
+from runtime_cases import NEW_TOKENS, PAGE_SIZE, SIZES, within_bounds  # isort: skip
 from runtime_check import ask, differences, pinned, prompt, summary  # isort: skip
 
 AT_ONCE = 3
@@ -43,12 +42,17 @@ def run(settings: Settings, figures: dict[str, Any], save: Callable[[], None]) -
 
 
 def compare_model(pool: ServerPool, model: str, settings: Settings) -> list[dict[str, Any]]:
-    least = settings.num_gpus * PAGE_SIZE  # a page for every shard
-    prompts = [prompt(length, seed) for seed, length in enumerate(SIZES[settings.device].lengths) if length >= least]
+    prompts = prompts_for_all(settings)
     with pool.using(f"b_{model}_stock") as stock:
         expected = ask_all(stock, prompts, [None] * len(prompts))
     with pool.using(f"b_{model}") as ours:
         return compare_degrees(ours, prompts, expected, model)
+
+
+def prompts_for_all(settings: Settings) -> list[list[int]]:
+    """The runtime check's prompts that have a page for every shard."""
+    least = settings.num_gpus * PAGE_SIZE
+    return [prompt(length, seed) for seed, length in enumerate(SIZES[settings.device].lengths) if length >= least]
 
 
 def ask_all(server: GpuServer, prompts: Sequence[list[int]], pins: Sequence[dict[str, Any] | None]) -> list[Any]:

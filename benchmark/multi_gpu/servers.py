@@ -51,15 +51,19 @@ def started(settings: Settings, *servers: GpuServer, limit_s: float = START_LIMI
         yield
 
 
+def stock_flags(num_gpus: int) -> tuple[str, ...]:
+    """Stock data parallelism over all GPUs with SGLang's balancing by tokens; ours sets its own sizes."""
+    return "--attn-dp-size", str(num_gpus), "--ep-size", str(num_gpus), "--load-balance-method", "total_tokens"
+
+
 def layered_server(settings: Settings, name: str, *, dyncp: bool, pool: int) -> GpuServer:
     """A server with real layer shapes on all GPUs: ours, or stock data parallelism with SGLang's balancing by tokens.
 
     In the dry form: the tiny test model. Flags given here win over the class's own.
     """
     n = settings.num_gpus
-    stock = ("--attn-dp-size", str(n), "--ep-size", str(n), "--load-balance-method", "total_tokens")
     given = ("--dyncp-cost-model", settings.cost_model) if settings.cost_model else ()
-    common = given if dyncp else stock
+    common = given if dyncp else stock_flags(n)
     if settings.dry:
         path = ROOT / "test" / "models" / "qwen3moe"
         return GpuServer(name, path, n, pool, dyncp, common, device="cpu")

@@ -145,8 +145,8 @@ class GraphAttention:
         if self.flash_mla:
             return
         kernel = self._kernels[home_rows, guest_rows]
-        same_rows = self._begun is not None and self._planned == (home_rows, guest_rows)
-        if same_rows and isinstance(kernel, FlashInferDecode) and kernel.serves_longer(self._begun or ()):
+        begun = self._begun if self._planned == (home_rows, guest_rows) else None
+        if begun is not None and isinstance(kernel, FlashInferDecode) and kernel.serves_longer(begun):
             return
         tokens = np.zeros(home_rows + guest_rows, dtype=np.int32)
         tokens[: len(self.lines.table)] = self.lines.table[:, 1]
@@ -162,7 +162,7 @@ class GraphAttention:
             page_size = self.sizes.page_size
             tokens = token_table[:, : given.copy_pages * page_size : page_size].index_select(0, lines)
             numbers = tokens // page_size
-            # As in the tables' kernel: a line may be another request's by now.
+            # As in the tables' kernel.
             numbers.masked_fill_(numbers >= self.sizes.pool_pages, 0)
             pages[:, : given.copy_pages].index_copy_(0, entries, numbers.to(torch.int32))
 

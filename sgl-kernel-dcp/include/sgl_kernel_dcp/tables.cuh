@@ -227,8 +227,8 @@ __device__ __forceinline__ int scan_pages(const TablesParams& params, int num_ro
 }
 
 // The page that holds a row's last token: what its line of the message names, or where SGLang put the page's first token, or as before.
-// A line of the token table may be another request's by now, whose tokens can lie in other pools: only the row of one that has ended reads
-// it then, and nobody reads that row's result, but it must read pages that exist.
+// SGLang keeps the writes of its next step behind this one's reads of the token table. Token ids of other pools stand there too, so what is
+// read is held to pages that exist, should a line be another request's after all.
 __device__ __forceinline__ int last_page(const TablesParams& params, int new_page, int index, int resident) {
   if (new_page >= -1) return new_page >= 0 ? new_page : resident;
   const int64_t line = kFromTokenTable - int64_t{new_page}, position = int64_t{index} * params.shape.page_size;
