@@ -3,6 +3,7 @@
 
 #include "checks.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include <tvm/ffi/container/map.h>
@@ -81,28 +82,33 @@ void build_tables(TensorView tables, TensorView resident_pages, TensorView token
   check_cuda(cudaGetLastError(), "step_tables_kernel");
 }
 
-int64_t create_event() {
-  cudaEvent_t event = nullptr;
-  check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
-  return reinterpret_cast<int64_t>(event);
+constexpr int kWordsPerLaunch = 1000;  // with the rest below the 4 KB that every driver passes
+
+struct Words {
+  int32_t values[kWordsPerLaunch];
+};
+
+__global__ void __launch_bounds__(1024, 1) store_words_kernel(int32_t* to, int count, const __grid_constant__ Words words) {
+  if (static_cast<int>(threadIdx.x) < count) to[threadIdx.x] = words.values[threadIdx.x];
 }
 
-void destroy_event(int64_t event) { cudaEventDestroy(reinterpret_cast<cudaEvent_t>(event)); }
-
-// `count` words to tables[begin ...] by way of the pinned `staging`, both laid out alike: waits until the copy before has left staging,
-// writes it, and starts the next copy. One call, because a step pays for each.
-void send_words(TensorView tables, int64_t staging, int64_t words, int64_t begin, int64_t count, int64_t event) {
+// `count` words of the host to tables[begin ...], in the order of the stream. They travel as a launch's parameters, which the driver has
+// taken in when the launch returns: no pinned buffer that would have to be guarded from step to step.
+void send_words(TensorView tables, int64_t words, int64_t begin, int64_t count) {
   check_tensor("tables", tables, kDLInt, 32, {-1});
   check_limit("begin", begin, 0, tables.size(0));
   check_limit("count", count, 0, tables.size(0) - begin);
   const DeviceGuard guard(tables.device().device_id);
   const cudaStream_t stream = current_stream(tables);
-  int32_t* host = reinterpret_cast<int32_t*>(staging) + begin;
-  const size_t bytes = sizeof(int32_t) * static_cast<size_t>(count);
-  check_cuda(cudaEventSynchronize(reinterpret_cast<cudaEvent_t>(event)), "the copy before");
-  std::memcpy(host, reinterpret_cast<const void*>(words), bytes);
-  check_cuda(cudaMemcpyAsync(static_cast<int32_t*>(tables.data_ptr()) + begin, host, bytes, cudaMemcpyHostToDevice, stream), "send_words");
-  check_cuda(cudaEventRecord(reinterpret_cast<cudaEvent_t>(event), stream), "cudaEventRecord");
+  const auto* from = reinterpret_cast<const int32_t*>(words);
+  int32_t* to = static_cast<int32_t*>(tables.data_ptr()) + begin;
+  for (int64_t done = 0; done < count; done += kWordsPerLaunch) {
+    const int part = static_cast<int>(std::min<int64_t>(count - done, kWordsPerLaunch));
+    Words block;
+    std::memcpy(block.values, from + done, sizeof(int32_t) * static_cast<size_t>(part));
+    store_words_kernel<<<1, 1024, 0, stream>>>(to + done, part, block);
+    check_cuda(cudaGetLastError(), "store_words_kernel");
+  }
 }
 
 }  // namespace
@@ -110,6 +116,4 @@ void send_words(TensorView tables, int64_t staging, int64_t words, int64_t begin
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(table_layout, dcp::table_layout);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(build_tables, dcp::build_tables);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_event, dcp::create_event);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_event, dcp::destroy_event);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(send_words, dcp::send_words);

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from sglang_dcp.mutants import install_mutant
 from sglang_dcp.policy.types import Placement
 from sglang_dcp.upstream.admission import _reserved
 from sglang_dcp.upstream.binding import Binding
-from sglang_dcp.upstream.decode import has_room, near_page_end, place_again, secure_next_token
+from sglang_dcp.upstream.decode import find_leavers, has_room, place_again
 from sglang_dcp.upstream.instance import Instance
 from sglang_dcp.upstream.step_sync import free_pages, sweep_waiting
 
@@ -152,14 +153,16 @@ class ModelScheduler:
     def columns(self) -> list[int]:
         own = self.binding.own_batch
         if self.decodes:
-            lengths = np.array([prefix_len + 1 for _, prefix_len, _ in self.batch], dtype=np.int64)
+            lengths: Any = np.array([prefix_len + 1 for _, prefix_len, _ in self.batch], dtype=np.int64)
             own.take_decode([req for req, _, _ in self.batch], lengths)
+            assert [prefix_len for _, prefix_len, _ in own.spans] == [prefix_len for _, prefix_len, _ in self.batch]
         else:
             own.take_extend(self.batch)
         rows = None if own.steady else own.sharded_rows()
-        used = self.instance.num_pages - self.pool.num_givable_pages()
+        givable = self.pool.num_givable_pages()
+        used = (self.instance.num_pages - givable) * self.instance.page_size
         num_requests = len(self.waiting_queue) + len(self.running)
-        return self.instance.build_columns(rows, free_pages(self.binding), used * self.instance.page_size, num_requests)
+        return self.instance.build_columns(rows, free_pages(self.binding, givable), used, num_requests)
 
     def complete_batch(self) -> None:
         """The step's tokens are sampled."""
@@ -247,18 +250,25 @@ class ModelScheduler:
 
     def _decode(self) -> list[tuple[ModelRequest, int, int]]:
         self.pool.settle_decode_claims()
-        lengths = np.array([req.kv.kv_allocated_len for req in self.running], dtype=np.int64)
-        near_end = [self.running[i] for i in near_page_end(lengths, self.instance.page_size)]
-        leave = [req for req in near_end if not secure_next_token(self.binding, req)]
+        places = find_leavers(self.binding, SimpleNamespace(reqs=self.running, seq_lens_cpu=self._lengths()))
+        leave = [req for i, req in enumerate(self.running) if i in places]
         self.binding.parked += leave
         self.running = stay = [req for req in self.running if req not in leave]
         self.pool.settle_decode_claims()
-        batch = []
+        lengths, batch = self._lengths() + 1, []
+        begin = np.flatnonzero(lengths % self.instance.page_size == 1 % self.instance.page_size).tolist()
+        assert list(self.binding.own_batch.beginning_page(stay, lengths)) == begin
         for req in stay:
             length = req.kv.kv_allocated_len
             self._allocate(req, length + 1)
             batch.append((req, length, 1))
         return batch
+
+    def _lengths(self) -> Any:
+        return np.array([req.kv.kv_allocated_len for req in self.running], dtype=np.int64)
+
+    def _reqs_finishing_inflight(self, batch: Any) -> list[ModelRequest]:
+        return []
 
     def _allocate(self, req: ModelRequest, length: int) -> None:
         start, page_size = req.kv.kv_allocated_len, self.instance.page_size
@@ -337,7 +347,7 @@ class ProtocolModel:
         homes = self.homes
         for home in homes:
             home.schedule()
-        columns = np.array([home.columns() for home in homes], dtype=np.int64)
+        columns = [home.columns() for home in homes]
         words = [home.instance.own_words for home in homes]
         anybody_runs = any(home.batch for home in homes)
         for home in homes:

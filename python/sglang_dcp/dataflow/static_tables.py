@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sglang_dcp.ledger.page_phases import PagePhases
 from sglang_dcp.ledger.routes import shard_mask, travelling_tail
 
 TAIL_SHIFT = 16  # sgl_kernel_dcp.tables.ROUTE_TAIL_SHIFT; a test holds the two together
@@ -133,8 +134,9 @@ class PageLines:
     _rows: Sequence[ListedRow | PooledRow] = ()
     _keys: set[Hashable] = field(default_factory=set)
     _table: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int32))
-    _grows: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
-    _arrives: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    _growth: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int32))
+    _phases: PagePhases | None = None
+    _age: int = 0
     _appended: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -148,8 +150,7 @@ class PageLines:
         places: list[int] = []
         pages: list[int] = []
         copies: list[tuple[int, int]] = []
-        grows, arrives = [1] * len(rows), [0] * len(rows)
-        self._appended, copy_pages, page_size = [], 0, self.page_size
+        self._appended, self._phases, copy_pages, page_size = [], None, 0, self.page_size
         entries, counts = [], []
         for index, row in enumerate(rows):
             line = self._lines.get(row.key) or self._new_line(row.key)
@@ -164,7 +165,6 @@ class PageLines:
             else:
                 tokens = shard_tokens(row.held, row.length, page_size)
                 needed = -(-tokens // page_size)
-                grows[index], arrives[index] = row.grows, row.arrives
                 if needed == line.num_pages + 1:
                     self._append(index, needed)
                 elif needed > line.num_pages:
@@ -178,7 +178,6 @@ class PageLines:
             entries.append(line.entry)
             counts.append(tokens)
         table[:, 0], table[:, 1] = entries, counts
-        self._grows, self._arrives = np.array(grows, dtype=np.int32), np.array(arrives, dtype=np.int32)
         return RowsInput(table, _pairs([places, pages]), _pairs(list(zip(*copies, strict=True)) or [[], []]), copy_pages)
 
     def advance(self, step: int) -> list[int]:
@@ -189,14 +188,15 @@ class PageLines:
         if step != self._step + 1:
             raise ValueError(f"step {step} does not follow step {self._step}")
         self._step = step
+        phases = self._phases or self._begin_growth()
+        self._age += 1
         table = self._table
-        if self._appended:
-            table[self._appended, 2] = NO_PAGE
-            self._appended = []
-        table[:, 1] += self._grows
-        table[:, 3] += self._arrives
+        for index in self._appended:
+            table[index, 2] = NO_PAGE
+        self._appended = []
+        table += self._growth
         begun = []
-        for index in np.flatnonzero(self._grows & (table[:, 1] % self.page_size == 1)).tolist():
+        for index in phases.beginning(self._age):
             row, needed = self._rows[index], -(-int(table[index, 1]) // self.page_size)
             begun.append(needed)
             self._append(index, needed)
@@ -204,6 +204,17 @@ class PageLines:
             if isinstance(row, ListedRow) and row.arrives:
                 table[index, 3] = row.held[needed - 1][1] * self.page_size
         return begun
+
+    def _begin_growth(self) -> PagePhases:
+        """What a step adds to the table, and which rows begin a page when. Made where a first step follows: many tables serve but one."""
+        grows = [isinstance(row, PooledRow) or row.grows for row in self._rows]
+        self._growth = np.zeros_like(self._table)
+        self._growth[:, 1] = grows
+        self._growth[:, 3] = [isinstance(row, ListedRow) and row.arrives for row in self._rows]
+        tokens = self._table[:, 1].tolist()
+        self._age = 0
+        self._phases = PagePhases([(index, tokens[index]) for index, one in enumerate(grows) if one], self.page_size)
+        return self._phases
 
     @property
     def table(self) -> np.ndarray:

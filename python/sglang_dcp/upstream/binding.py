@@ -10,6 +10,7 @@ import torch
 from sglang_dcp.dataflow.partial_attention import PartialAttention, torch_partial_attention
 from sglang_dcp.dataflow.transport.base import Transport
 from sglang_dcp.observe.request_log import RequestLog
+from sglang_dcp.upstream.columns import WidenedRow
 from sglang_dcp.upstream.host_clock import HostClock
 from sglang_dcp.upstream.instance import Instance
 from sglang_dcp.upstream.metrics import StepMetrics
@@ -22,7 +23,7 @@ class Binding:
     local_batch: the batch of the step being synchronised; own_batch: its rows, beside those of the step before. metrics: None without
     --enable-metrics. graph_guest_rows: guest rows of the graph that the step runs as, 0 for none or SGLang's own; graph_step: its rows.
     graph_steps, eager_steps: forward passes that this instance ran as a CUDA graph (sharded_graph_steps: those of them with sharded
-    rows), and otherwise. step_ran: the last step had rows on some instance.
+    rows), and otherwise. step_ran: the last step had rows on some instance. own_row, fallback_row: what SGLang's all-gather gets of us.
     """
 
     scheduler: Any
@@ -46,6 +47,8 @@ class Binding:
     metrics: StepMetrics | None = None
     host_clock: HostClock = field(default_factory=HostClock)
     step_ran: bool = False
+    own_row: WidenedRow = field(default_factory=WidenedRow)
+    fallback_row: WidenedRow = field(default_factory=WidenedRow)
     own_batch: OwnBatch = field(init=False)
 
     def __post_init__(self) -> None:

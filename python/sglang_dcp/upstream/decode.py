@@ -6,10 +6,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 
-from sglang_dcp.dataflow.device_plan import to_device
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.policy.types import Placement
 from sglang_dcp.upstream.admission import keep_out_of_prefix_cache, keep_place_in_order
@@ -48,11 +46,7 @@ def update_running_batch(original: Callable[..., Any], scheduler: Any, batch: An
         return original(scheduler, batch)
     with binding.host_clock.part("secure"):
         binding.instance.pool.settle_decode_claims()
-        near_end = near_page_end(batch.seq_lens_cpu.numpy(), binding.instance.page_size)
-        # Who ends with the step in flight needs no page more. Only these few are asked about: the question costs by the request.
-        few = SimpleNamespace(reqs=[batch.reqs[i] for i in near_end])
-        finishing = set(scheduler._reqs_finishing_inflight(few)) if near_end else ()
-        leave = {i for i in near_end if batch.reqs[i] not in finishing and not secure_next_token(binding, batch.reqs[i])}
+        leave = find_leavers(binding, batch)
     if leave:
         binding.parked += [req for i, req in enumerate(batch.reqs) if i in leave]
         batch.filter_batch(keep_indices=[i for i in range(len(batch.reqs)) if i not in leave])
@@ -62,9 +56,19 @@ def update_running_batch(original: Callable[..., Any], scheduler: Any, batch: An
     return original(scheduler, batch)
 
 
-def near_page_end(lengths: np.ndarray, page_size: int) -> list[int]:
-    """Which requests `secure_next_token` has something to do for: all others have room on the page of their last token."""
-    return np.flatnonzero(-lengths % page_size <= GROW_AHEAD_TOKENS).tolist()
+def find_leavers(binding: Binding, batch: Any) -> set[int]:
+    """Places in the batch of those that have no page for their next token.
+
+    Asked are those that `secure_next_token` has something to do for: who ends a page now, and who will soon while the pool is full. All
+    others have room on the page of their last token.
+    """
+    ahead = 0 if binding.instance.pool.num_givable_pages() else GROW_AHEAD_TOKENS
+    near_end = binding.own_batch.near_page_end(batch.reqs, batch.seq_lens_cpu, ahead)
+    if not near_end:
+        return set()
+    # Who ends with the step in flight needs no page more. Only these few are asked about: the question costs by the request.
+    finishing = set(binding.scheduler._reqs_finishing_inflight(SimpleNamespace(reqs=[batch.reqs[i] for i in near_end])))
+    return {i for i in near_end if batch.reqs[i] not in finishing and not secure_next_token(binding, batch.reqs[i])}
 
 
 def secure_next_token(binding: Binding, req: Any) -> bool:
@@ -267,26 +271,22 @@ def alloc_decode(
     req_pool_indices: torch.Tensor | None = None,
     batch: Any = None,
 ) -> torch.Tensor:
-    """AROUND alloc_paged_token_slots_decode: a managed request's next page is not taken from the pool here.
+    """AROUND alloc_paged_token_slots_decode: a managed request's next page is not taken from the pool.
 
-    Within a page a token follows the last one, wherever the page lies, and stock counts on from the last token's id. So only managed
-    requests that begin a page are ours: stock is told that they do not begin one, and their token ids are put in afterwards.
+    Within a page a token follows the last one, wherever the page lies, and stock counts on from the last token's id. So stock allocates
+    every step but those in which a managed request begins a page.
     """
     binding = current()
-    ours: list[int] = []
     if binding is not None and batch is not None:
         with binding.host_clock.part("allocate"):
-            instance = binding.instance
+            instance, reqs = binding.instance, batch.reqs
             instance.pool.settle_decode_claims()
-            begin = np.flatnonzero(seq_lens_cpu.numpy() % instance.page_size == 1).tolist()
-            ours = [i for i in begin if is_managed(batch.reqs[i])]
+            begin = binding.own_batch.beginning_page(reqs, seq_lens_cpu)
+            ours = [i for i in begin if is_managed(reqs[i])]
             if ours:
-                ids = [instance.token_id(batch.reqs[i].dyncp, int(seq_lens_cpu[i]) - 1) for i in ours]
-                rows, token_ids = to_device(torch.tensor([ours, ids], dtype=torch.int64), binding.device)
-                seq_lens = seq_lens.index_add(0, rows, seq_lens.new_ones(len(ours)))
-                seq_lens_cpu = seq_lens_cpu.index_add(0, torch.tensor(ours), seq_lens_cpu.new_ones(len(ours)))
-    out = original(tree_cache, seq_lens, seq_lens_cpu, last_loc, token_per_req, req_pool_indices, batch)
-    return out.index_copy_(0, rows, token_ids) if ours else out
+                told = [(i, instance.token_id(reqs[i].dyncp, reqs[i].kv.kv_allocated_len)) for i in ours]
+                return instance.pool.alloc_decode_beside(last_loc, told, [i for i in begin if not is_managed(reqs[i])])
+    return original(tree_cache, seq_lens, seq_lens_cpu, last_loc, token_per_req, req_pool_indices, batch)
 
 
 def _bind_arguments(original: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
+from collections import deque
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 KEPT_STEPS = 1000
 
 
-class _Kind:
-    """The last steps of one kind: all of our code in each, and the sum of each part over them."""
-
-    def __init__(self) -> None:
-        self.totals: deque[float] = deque(maxlen=KEPT_STEPS)
-        self.parts: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT_STEPS))
+Parts = dict[str, float]
+"""Seconds by part."""
 
 
 class HostClock:
@@ -22,8 +20,8 @@ class HostClock:
 
     def __init__(self) -> None:
         self._name, self._began = "", 0.0
-        self._parts: dict[str, float] = {}
-        self._kinds = {"plain": _Kind(), "sharded": _Kind()}
+        self._parts: Parts = {}
+        self._kinds: dict[str, deque[Parts]] = {kind: deque(maxlen=KEPT_STEPS) for kind in ("plain", "sharded")}
 
     def part(self, name: str) -> HostClock:
         self._name = name
@@ -38,19 +36,20 @@ class HostClock:
     def end_step(self, *, ran: bool, sharded: bool) -> None:
         """Called where the next step's part begins: what was measured since belongs to the step that ends."""
         if ran:
-            kind = self._kinds["sharded" if sharded else "plain"]
-            kind.totals.append(sum(self._parts.values()) * 1e6)
-            for name, seconds in self._parts.items():
-                kind.parts[name].append(seconds * 1e6)
+            self._kinds["sharded" if sharded else "plain"].append(self._parts)
         self._parts = {}
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """p50 and p90 of the steps kept, by kind, and the p50 of every part of them. Microseconds."""
-        return {name: _spread(kind) for name, kind in self._kinds.items() if kind.totals}
+        return {kind: _spread(steps) for kind, steps in self._kinds.items() if steps}
 
 
-def _spread(kind: _Kind) -> dict[str, Any]:
-    totals = sorted(kind.totals)
-    parts = {name: round(sorted(values)[len(values) // 2], 1) for name, values in kind.parts.items()}
-    p50, p90 = totals[len(totals) // 2], totals[int(0.9 * len(totals))]
-    return {"steps": len(totals), "p50_us": round(p50, 1), "p90_us": round(p90, 1), "parts_p50_us": parts}
+def _spread(steps: Sequence[Parts]) -> dict[str, Any]:
+    totals = sorted(sum(parts.values()) * 1e6 for parts in steps)
+    by_part = {name: sorted(parts[name] * 1e6 for parts in steps if name in parts) for name in sorted({*chain(*steps)})}
+    return {
+        "steps": len(totals),
+        "p50_us": round(totals[len(totals) // 2], 1),
+        "p90_us": round(totals[int(0.9 * len(totals))], 1),
+        "parts_p50_us": {name: round(values[len(values) // 2], 1) for name, values in by_part.items()},
+    }

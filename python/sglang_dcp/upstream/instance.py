@@ -45,7 +45,10 @@ def is_managed(req: Any) -> bool:
 
 
 class Instance:
-    """State of one instance. `pool` is its page allocator; requests are SGLang's Req objects, tied to a HomeRequest by `req.dyncp`."""
+    """State of one instance. `pool` is its page allocator; requests are SGLang's Req objects, tied to a HomeRequest by `req.dyncp`.
+
+    num_sharded_rows: of the step, over all instances; 0 means that nothing of ours runs in the layers.
+    """
 
     def __init__(self, config: DynCpConfig, rank: int, num_instances: int, num_pages: int, page_size: int, pool: LedgerAllocator) -> None:
         self.config = config
@@ -63,9 +66,11 @@ class Instance:
         self.outbox: list[Message] = []
         self.rows_of = [RowTable() for _ in range(num_instances)]
         self.rows_steady = False
-        self.promised = (0,) * num_instances
-        self.kv_tokens = np.zeros(num_instances, dtype=np.int64)
-        self.home_requests = np.zeros(num_instances, dtype=np.int64)
+        self._nothing_decided = Decision((), (0,) * num_instances, ())
+        self.promised = self._nothing_decided.promised
+        self.kv_tokens: tuple[int, ...] = (0,) * num_instances
+        self.home_requests: tuple[int, ...] = (0,) * num_instances
+        self.num_sharded_rows = 0
         self.victims: list[HomeRequest] = []
         self.plan: StepPlan | None = None
         self.num_growths = 0
@@ -143,7 +148,7 @@ class Instance:
         if rows is not None and (own_rows := tuple(rows)) != advance(table):
             num_rows, rows_checksum = len(own_rows), checksum(own_rows)
             self.outbox.append(Rows(own_rows))
-        self._words = messages.encode(self.outbox)
+        self._words = messages.encode(self.outbox) if self.outbox else []
         self.outbox = []
         return [
             len(self._words),
@@ -160,19 +165,18 @@ class Instance:
     def own_words(self) -> list[int]:
         return self._words
 
-    def read_columns(self, columns: np.ndarray) -> int:
+    def read_columns(self, columns: list[list[int]]) -> int:
         """Takes in all instances' columns. Returns the most message words of any instance (0: no second exchange)."""
-        told: list[list[int]] = columns.tolist()
-        if any(row[col.STEP] != self.step for row in told):
-            raise ProtocolError(f"rank {self.rank} is at step {self.step}, the others at {[row[col.STEP] for row in told]}")
-        self._columns = told
-        self.kv_tokens, self.home_requests = columns[:, col.KV_TOKENS], columns[:, col.HOME_REQUESTS]
-        return max(row[col.WORDS] for row in told)
+        told = list(zip(*columns, strict=True))
+        if told[col.STEP].count(self.step) != self.num_instances:
+            raise ProtocolError(f"rank {self.rank} is at step {self.step}, the others at {list(told[col.STEP])}")
+        self._columns, self.kv_tokens, self.home_requests = columns, told[col.KV_TOKENS], told[col.HOME_REQUESTS]
+        return max(told[col.WORDS])
 
-    def finish_step(self, words: Sequence[Sequence[int]], anybody_runs: bool) -> Decision:
-        """Processes every instance's messages, then decides grants. Same inputs, same outcome everywhere."""
+    def finish_step(self, words: Sequence[Sequence[int]] | None, anybody_runs: bool) -> Decision:
+        """Processes every instance's messages (None: there are none), then decides grants. Same inputs, same outcome everywhere."""
         told_rows: set[int] = set()
-        for home, stream in enumerate(words):
+        for home, stream in enumerate(words or ()):
             for message in messages.decode(stream):
                 if isinstance(message, Rows):
                     self.rows_of[home].tell(message.rows)
@@ -185,7 +189,9 @@ class Instance:
                 table.advance()
             if table.checksum != self._columns[home][col.ROWS_CHECKSUM]:
                 raise ProtocolError(f"rank {self.rank}, step {self.step}: row table of home {home} went apart: {table.rows}")
-        decision = Decision((), (0,) * self.num_instances, ())
+        if told_rows:
+            self.num_sharded_rows = sum(map(len, self.rows_of))
+        decision = self._nothing_decided
         if len(self.table):
             most_guests = int(self.config.max_guest_fraction * self.num_pages)
             room = [max(0, most_guests - row[col.GUEST_PAGES]) for row in self._columns]
@@ -245,11 +251,6 @@ class Instance:
             self.num_retractions += home == self.rank
 
     # ---- the plan of the step
-
-    @property
-    def num_sharded_rows(self) -> int:
-        """Sharded rows of the step, over all instances: 0 means that nothing of ours runs in the layers."""
-        return sum(len(rows) for rows in self.rows_of)
 
     def build_plan(self, home_rows: Sequence[HomeRow], num_tokens: int) -> None:
         guests = []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+
+from sglang_dcp.dataflow.device_plan import to_device
 
 if TYPE_CHECKING:
     from sglang_dcp.upstream.instance import Instance
@@ -42,15 +45,36 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
 
     def take_pages(self, count: int) -> list[int] | None:
         """Takes `count` physical pages out of the pool, evicting cached prefixes when short. None when they are not there."""
+        taken = self._take(count)
+        return None if taken is None else taken.tolist()
+
+    def _take(self, count: int) -> torch.Tensor | None:
         count_and_claims = count + self._claimed_pages
         self.evict_to_free_tokens(self.tree_cache, count_and_claims * self.page_size)
         if count_and_claims > len(self.free_pages):
             self.merge_and_sort_free()
         if count_and_claims > len(self.free_pages):
             return None
-        taken = self.free_pages[:count].tolist()
+        taken = self.free_pages[:count]
         self.free_pages = self.free_pages[count:]
         return taken
+
+    def alloc_decode_beside(self, last_loc: torch.Tensor, told: Sequence[tuple[int, int]], local: Sequence[int]) -> torch.Tensor:
+        """Token ids [rows] int64 of a decode step's new tokens, one behind `last_loc` [rows] within a page.
+
+        told: (row, token id) of the ledger's rows that begin a page; local: the other rows that do, which get one of the pool each.
+        RuntimeError when it has too few, which `claim_decode_page` has ruled out.
+        """
+        ids, rows = last_loc.to(torch.int64) + 1, [row for row, _ in told]
+        words = to_device(torch.tensor([*rows, *(token_id for _, token_id in told), *local]), ids.device)
+        rows_told, ids_told, rows_local = words.split([len(rows), len(rows), len(local)])
+        ids.index_copy_(0, rows_told, ids_told)
+        if local:
+            pages = self._take(len(local))
+            if pages is None:
+                raise RuntimeError(f"a decode step needs {len(local)} pages, {self.num_givable_pages()} can be had (--max-total-tokens)")
+            ids.index_copy_(0, rows_local, pages * self.page_size)
+        return ids
 
     def return_pages(self, pages: list[int]) -> None:
         if pages:

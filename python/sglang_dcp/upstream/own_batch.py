@@ -1,13 +1,19 @@
-"""The batch of this instance's step beside that of the step before: most steps decode the same requests, one token on."""
+"""The batch of this instance's step beside that of the step before: most steps decode the same requests, one token on.
+
+Such a step is told from the list of requests and one length. SGLang moves a batch's lengths on together (`seq_lens_cpu + 1`), so nothing is
+read of tensors, and of the rows only those that begin or end a page are looked at: our code runs once per step, on caches that the step
+has filled with other things, where each operation costs several times what it does in a loop.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+import torch
 
 from sglang_dcp.ledger.messages import Row
+from sglang_dcp.ledger.page_phases import PagePhases
 from sglang_dcp.upstream.instance import Instance, is_managed
 
 Span = tuple[Any, int, int]
@@ -15,7 +21,7 @@ Span = tuple[Any, int, int]
 
 
 class OwnBatch:
-    """Taken in once per step. A step like the last one, one token on, looks only at the rows that begin a page.
+    """Taken in once per step.
 
     steady: the same requests decode as in the step before, over the same routes. routes: of the sharded rows, by place in the batch.
     """
@@ -23,24 +29,27 @@ class OwnBatch:
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
         self._reqs: list[Any] = []
-        self._lengths = np.zeros(0, dtype=np.int64)
-        self.routes: dict[int, int] = {}
+        self._lengths: list[int] = []
+        self._age = 0
+        self._phases: PagePhases | None = None
         self._decodes = False
         self._spans: list[Span] | None = []
+        self.routes: dict[int, int] = {}
         self.steady = False
 
     @property
     def spans(self) -> list[Span]:
         if self._spans is None:
-            self._spans = [(req, length - 1, 1) for req, length in zip(self._reqs, self._lengths.tolist(), strict=True)]
+            before = self._age - 1
+            self._spans = [(req, length + before, 1) for req, length in zip(self._reqs, self._lengths, strict=True)]
         return self._spans
 
     def take(self, batch: Any) -> None:
         """batch: SGLang's of the step, None or idle where this instance has no tokens."""
         if batch is None or batch.forward_mode.is_idle() or not batch.reqs:
-            self.take_decode([], np.zeros(0, dtype=np.int64))
+            self.take_decode([], None)
         elif batch.forward_mode.is_decode():
-            self.take_decode(batch.reqs, batch.seq_lens_cpu.numpy())
+            self.take_decode(batch.reqs, batch.seq_lens_cpu)
         else:
             self.take_extend([(req, int(p), int(n)) for req, p, n in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)])
 
@@ -50,26 +59,60 @@ class OwnBatch:
         ends = ((index, req, prefix_len + num_new) for index, (req, prefix_len, num_new) in enumerate(spans))
         self.routes = {index: route for index, req, end in ends if (route := self._route(req, end)) is not None}
 
-    def take_decode(self, reqs: Sequence[Any], lengths: np.ndarray) -> None:
-        """lengths: tokens of each sequence, the new one included."""
-        before, self._lengths, self._spans = self._lengths, lengths.copy(), None
-        # Lists of the same objects compare by identity.
-        if self._decodes and self._reqs == reqs and bool((lengths == before + 1).all()) and self._same_routes():
-            self.steady = True
-            return
-        self._decodes, self.steady, self._reqs = True, False, list(reqs)
-        ends = enumerate(zip(reqs, lengths.tolist(), strict=True))
-        self.routes = {index: route for index, (req, end) in ends if (route := self._route(req, end)) is not None}
+    def take_decode(self, reqs: Sequence[Any], lengths: torch.Tensor | None) -> None:
+        """lengths: tokens of each sequence, the new one included, on the host."""
+        self._spans = None
+        if self._is_on(reqs, 1):
+            self._age += 1
+            self.steady = self._same_routes()
+            if self.steady:
+                return
+        else:
+            self._reqs, self._lengths = list(reqs), [] if lengths is None else lengths.tolist()
+            self._decodes, self.steady, self._phases, self._age = True, False, None, 0
+        ends = enumerate(zip(self._reqs, self._lengths, strict=True))
+        self.routes = {index: route for index, (req, told) in ends if (route := self._route(req, told + self._age)) is not None}
 
     def sharded_rows(self) -> list[Row]:
         spans = self.spans
         return [Row(spans[i][0].dyncp.handle, spans[i][1], spans[i][2], route) for i, route in self.routes.items()]
 
+    # ---- of the next step's batch, before it is taken in
+
+    def near_page_end(self, reqs: Sequence[Any], lengths: torch.Tensor, tokens: int) -> Sequence[int]:
+        """Which requests have room for at most `tokens` more on the page of their last token. lengths: before the step's new one."""
+        known = self._is_on(reqs, 0)
+        phases, age = (self._own_phases(), self._age) if known else (self._phases_of(lengths.tolist()), 0)
+        return phases.near_end(age, tokens)
+
+    def beginning_page(self, reqs: Sequence[Any], lengths: torch.Tensor) -> Sequence[int]:
+        """Which requests begin a page with the step's new token. lengths: with it."""
+        known = self._is_on(reqs, 0)  # SGLang counts a request's token when it is allocated, just behind this question
+        phases, age = (self._own_phases(), self._age + 1) if known else (self._phases_of(lengths.tolist()), 0)
+        return phases.beginning(age)
+
+    # ----
+
+    def _is_on(self, reqs: Sequence[Any], tokens: int) -> bool:
+        """Whether these are the requests that were taken in last and decoded, `tokens` on. One is asked for its length."""
+        if not self._decodes or self._reqs != reqs:  # lists of the same objects compare by identity
+            return False
+        return not reqs or reqs[-1].kv.kv_allocated_len == self._lengths[-1] + self._age + tokens
+
+    def _own_phases(self) -> PagePhases:
+        if self._phases is None:
+            self._phases = self._phases_of(self._lengths)
+        return self._phases
+
+    def _phases_of(self, lengths: Sequence[int]) -> PagePhases:
+        return PagePhases(enumerate(lengths), self._instance.page_size)
+
     def _same_routes(self) -> bool:
         """Routes change where a page begins, and nowhere else."""
-        page_size = self._instance.page_size
-        begin = np.flatnonzero(self._lengths % page_size == 1 % page_size).tolist()
-        return all(self._route(self._reqs[index], int(self._lengths[index])) == self.routes.get(index) for index in begin)
+        for i in self._own_phases().beginning(self._age):
+            if self._route(self._reqs[i], self._lengths[i] + self._age) != self.routes.get(i):
+                return False
+        return True
 
     def _route(self, req: Any, length: int) -> int | None:
         """The route of a row of `length` tokens, None for one that this instance attends alone."""

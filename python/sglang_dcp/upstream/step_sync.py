@@ -40,9 +40,10 @@ def local_columns(result: torch.Tensor, info: Any, device: Any, dtype: torch.dty
         batch = binding.own_batch
         batch.take(binding.local_batch)
         rows = None if batch.steady else batch.sharded_rows()
-        used_tokens = instance.num_pages * instance.page_size - free_tokens(binding)
-        own = instance.build_columns(rows, free_pages(binding), used_tokens, count_home_requests(binding))
-        return torch.cat([result, torch.tensor(own, dtype=result.dtype, device=result.device)])
+        givable = instance.pool.num_givable_pages()
+        used_tokens = (instance.num_pages - givable) * instance.page_size
+        own = instance.build_columns(rows, free_pages(binding, givable), used_tokens, count_home_requests(binding))
+        return binding.own_row.widen(result, own)
 
 
 def count_home_requests(binding: Binding) -> int:
@@ -59,7 +60,7 @@ def fallback_columns(result: torch.Tensor, info: Any, device: Any, dtype: torch.
     if binding is None:
         return result
     with binding.host_clock.part("columns"):
-        return torch.nn.functional.pad(result, (0, col.NUM_COLUMNS))
+        return binding.fallback_row.widen(result, None)
 
 
 def after_gather(result: Any, info: Any, *args: Any, **kwargs: Any) -> None:
@@ -74,9 +75,9 @@ def after_gather(result: Any, info: Any, *args: Any, **kwargs: Any) -> None:
 def settle_step(binding: Binding, info: Any) -> None:
     """What all instances do alike with the step's columns."""
     instance = binding.instance
-    columns = info.tp0_info_cpu[:, -col.NUM_COLUMNS :].numpy()
+    columns = [row[-col.NUM_COLUMNS :] for row in info.tp0_info_cpu.tolist()]
     most_words = instance.read_columns(columns)
-    words = exchange_words(binding, columns[:, col.WORDS], most_words) if most_words else [[]] * instance.num_instances
+    words = exchange_words(binding, [row[col.WORDS] for row in columns], most_words) if most_words else None
     binding.host_clock.end_step(ran=binding.step_ran, sharded=instance.num_sharded_rows > 0)
     binding.step_ran = max(info.global_num_tokens) > 0
     instance.finish_step(words, anybody_runs=binding.step_ran)
@@ -104,7 +105,7 @@ def plan_graph(binding: Binding, info: Any) -> None:
     graphs.plan_step(binding, info.global_num_tokens)
 
 
-def exchange_words(binding: Binding, counts: np.ndarray, most: int) -> list[list[int]]:
+def exchange_words(binding: Binding, counts: Sequence[int], most: int) -> list[list[int]]:
     """All instances' message words. One all-gather, padded to the longest."""
     instance = binding.instance
     own = torch.zeros(most, dtype=torch.int64)
@@ -114,7 +115,7 @@ def exchange_words(binding: Binding, counts: np.ndarray, most: int) -> list[list
         dist.all_gather(everybody, own, group=binding.control_group)
     except RuntimeError as error:
         raise TransportError(f"rank {instance.rank}, step {instance.step}, control messages: peers did not answer ({error})") from error
-    return [stream[:count].tolist() for stream, count in zip(everybody, counts.tolist(), strict=True)]
+    return [stream[:count].tolist() for stream, count in zip(everybody, counts, strict=True)]
 
 
 def home_rows(binding: Binding) -> list[HomeRow]:
@@ -142,19 +143,14 @@ def read_local_pages(binding: Binding, lengths: Sequence[tuple[Any, int]]) -> It
     return (line[: -(-length // page_size)] // page_size for line, (_, length) in zip(first_tokens, lengths, strict=True))
 
 
-def free_tokens(binding: Binding) -> int:
-    pool = binding.instance.pool
-    return int(pool.num_givable_pages()) * binding.instance.page_size
-
-
-def free_pages(binding: Binding) -> int:
-    """Pages that guests may get now. What a local request in the middle of its prefill still needs is not free."""
+def free_pages(binding: Binding, givable: int) -> int:
+    """Pages that guests may get now, of `givable` ones. What a local request in the middle of its prefill still needs is not free."""
     instance, chunked = binding.instance, binding.scheduler.chunked_req
     spoken_for = 0
     if chunked is not None and not is_managed(chunked):
         left = len(chunked.full_untruncated_fill_ids) - chunked.kv.kv_allocated_len
         spoken_for = max(0, -(-left // instance.page_size)) + 1
-    return max(0, instance.pool.num_givable_pages() - spoken_for)
+    return max(0, givable - spoken_for)
 
 
 def sweep_waiting(binding: Binding) -> None:

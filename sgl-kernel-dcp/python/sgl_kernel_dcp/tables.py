@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -80,9 +79,9 @@ class StepArrays:
 class StepTables:
     """Static device buffers of one instance.
 
-    `upload` checks a message and copies it (pinned, asynchronous); `build` launches the one kernel and may be captured.
+    `upload` checks a message and sends it, without a wait; `build` launches the one kernel and may be captured.
     `resident_pages[entry]` lists a request's pages on this shard; its owner fills a line when the request arrives, later pages come
-    with `RowLine.new_page`. An upload may follow the previous one only when that copy has ended, which `upload` waits for.
+    with `RowLine.new_page`. The arrays of an upload may be changed when it returns.
     """
 
     def __init__(self, shape: TableShape, rank: int, num_entries: int, device: torch.device | str, max_return_rows: int) -> None:
@@ -93,15 +92,12 @@ class StepTables:
         self.layout: dict[str, int] = {str(k): int(v) for k, v in self._library.table_layout(shape.numbers()).items()}
         self.buffer = torch.zeros(self.layout["total_size"], dtype=torch.int32, device=device)
         self.resident_pages = torch.zeros(num_entries, shape.max_pages_per_row, dtype=torch.int32, device=device)
-        self._host = torch.zeros(self.layout["input_size"], dtype=torch.int32, pin_memory=True)
-        with torch.cuda.device(device):
-            self._copied = self._library.create_event()
-        weakref.finalize(self, self._library.destroy_event, self._copied)
+        self._sent, self._address = np.zeros(0, dtype=np.int32), 0
         self._expects = np.zeros(0, dtype=bool)
         self._no_token_table = torch.zeros(0, 0, dtype=torch.int32, device=device)
 
     def upload(self, message: StepMessage | StepArrays) -> None:
-        """Checks the message against the capacities and starts its copy on the current stream."""
+        """Checks the message against the capacities and sends it on the current stream."""
         packed = self.pack(message)
         self._expects = packed[self.layout["input_rows"] :].reshape(-1, 4)[:, 3] >= 0
         self._send(packed, 0)
@@ -116,11 +112,12 @@ class StepTables:
         self._send(rows, self.layout["input_rows"])
 
     def _send(self, words: np.ndarray, begin: int) -> None:
-        """words: int32, contiguous."""
-        if words.dtype != np.int32 or not words.flags.c_contiguous:
-            raise ValueError(f"words of the message must be contiguous int32, got {words.dtype} with strides {words.strides}")
-        address = words.__array_interface__["data"][0]
-        self._library.send_words(self.buffer, self._host.data_ptr(), address, begin, words.size, self._copied)
+        """words: int32, contiguous. An array that is sent again, with other values, is not looked at again."""
+        if words is not self._sent:
+            if words.dtype != np.int32 or not words.flags.c_contiguous:
+                raise ValueError(f"words of the message must be contiguous int32, got {words.dtype} with strides {words.strides}")
+            self._sent, self._address = words, words.ctypes.data
+        self._library.send_words(self.buffer, self._address, begin, self._sent.size)
 
     def pack(self, message: StepMessage | StepArrays) -> np.ndarray:
         """The message as int32 words; raises ValueError naming the value and its limit."""

@@ -4,14 +4,15 @@ import random
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
+import torch
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.messages import Row
 from sglang_dcp.ledger.page_ids import Page
+from sglang_dcp.ledger.page_phases import PagePhases
 from sglang_dcp.upstream.binding import Binding
-from sglang_dcp.upstream.decode import GROW_AHEAD_TOKENS, near_page_end, secure_next_token
+from sglang_dcp.upstream.decode import GROW_AHEAD_TOKENS, find_leavers, secure_next_token
 from sglang_dcp.upstream.instance import Instance
 from sglang_dcp.upstream.own_batch import OwnBatch
 
@@ -42,9 +43,16 @@ def make_instance() -> Instance:
     return Instance(DynCpConfig().resolve(3), 0, 3, 50_000, PAGE_SIZE, Pool())  # type: ignore[arg-type]
 
 
+class Request(SimpleNamespace):
+    """Compares by identity, as SGLang's do."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
 def request(instance: Instance, owners: list[int] | None, length: int = 0) -> Any:
     """owners: of its pages in order; None for a local request."""
-    found = SimpleNamespace(rid=object(), dyncp=None, kv=SimpleNamespace(kv_allocated_len=length))
+    found = Request(rid=object(), dyncp=None, kv=SimpleNamespace(kv_allocated_len=length))
     if owners is not None:
         found.dyncp = instance.homes.open(0)
         number = 100 * found.dyncp.handle
@@ -52,9 +60,16 @@ def request(instance: Instance, owners: list[int] | None, length: int = 0) -> An
     return found
 
 
-def rows_afresh(instance: Instance, reqs: list[Any], lengths: np.ndarray) -> list[Row]:
+def take(batch: OwnBatch, reqs: list[Any], lengths: list[int]) -> None:
+    """As SGLang comes to it: the new token is counted, then the batch is taken in."""
+    for req, length in zip(reqs, lengths, strict=True):
+        req.kv.kv_allocated_len = length
+    batch.take_decode(reqs, torch.tensor(lengths))
+
+
+def rows_afresh(instance: Instance, reqs: list[Any], lengths: list[int]) -> list[Row]:
     batch = OwnBatch(instance)
-    batch.take_decode(reqs, lengths)
+    take(batch, reqs, lengths)
     assert not batch.steady or not reqs
     return batch.sharded_rows()
 
@@ -63,14 +78,14 @@ def test_a_step_on_is_steady_until_a_route_changes() -> None:
     """The second request enters its second shard with token 33, the first one's tail moves home with token 49."""
     instance = make_instance()
     reqs = [request(instance, [1, 1, 1, 0]), request(instance, [0, 0, 2]), request(instance, None)]
-    batch, lengths = OwnBatch(instance), np.array([40, 30, 12])
+    batch, lengths = OwnBatch(instance), [40, 30, 12]
     steady = []
     for _ in range(12):
-        batch.take_decode(reqs, lengths)
+        take(batch, reqs, lengths)
         steady.append(batch.steady)
         assert batch.sharded_rows() == rows_afresh(instance, reqs, lengths)
-        assert batch.spans == [(req, length - 1, 1) for req, length in zip(reqs, lengths.tolist(), strict=True)]
-        lengths = lengths + 1
+        assert batch.spans == [(req, length - 1, 1) for req, length in zip(reqs, lengths, strict=True)]
+        lengths = [length + 1 for length in lengths]
     assert steady == [False, True, True, False, True, True, True, True, True, False, True, True]
 
 
@@ -78,13 +93,13 @@ def test_joins_leaves_and_other_lengths_are_changes() -> None:
     instance = make_instance()
     reqs = [request(instance, [1, 0, 0]), request(instance, None)]
     batch = OwnBatch(instance)
-    batch.take_decode(reqs, np.array([20, 5]))
+    take(batch, reqs, [20, 5])
     for changed, lengths in ((reqs[:1], [21]), ([*reqs, request(instance, None)], [22, 7, 3]), (reqs[::-1], [6, 21]), (reqs, [23, 9])):
-        batch.take_decode(changed, np.array(lengths))
+        take(batch, changed, lengths)
         assert not batch.steady
     batch.take_extend([(reqs[0], 0, 24)])
     assert not batch.steady and batch.sharded_rows() == [Row(reqs[0].dyncp.handle, 0, 24, instance.route_of(reqs[0].dyncp, 24))]
-    batch.take_decode(reqs, np.array([25, 11]))
+    take(batch, reqs, [25, 11])
     assert not batch.steady
     batch.take(None)
     assert not batch.steady and batch.spans == []
@@ -96,22 +111,22 @@ def test_a_request_that_the_ledger_took_over_is_a_change() -> None:
     instance = make_instance()
     req = request(instance, None)
     batch = OwnBatch(instance)
-    batch.take_decode([req], np.array([16]))
+    take(batch, [req], [16])
     req.dyncp = request(instance, [0, 1]).dyncp
-    batch.take_decode([req], np.array([17]))
+    take(batch, [req], [17])
     assert not batch.steady and len(batch.sharded_rows()) == 1
 
 
 @pytest.mark.parametrize("empty", [False, True])
 def test_requests_passed_over_had_nothing_to_secure(empty: bool) -> None:
-    """`near_page_end` against asking every request: same answers, same growth, same asks."""
+    """`find_leavers` against asking every request: same answers, same growth, same asks."""
     rng, outcomes = random.Random(3), []
     kinds = [rng.choice(["local", "home", "away", "more"]) for _ in range(200)]
     lengths = [rng.randrange(1, 6 * PAGE_SIZE) for _ in kinds]
     for ask_all in (True, False):
         instance = make_instance()
         instance.pool.empty = empty  # type: ignore[attr-defined]
-        binding = Binding(None, instance, None, None)  # type: ignore[arg-type]
+        binding = Binding(SimpleNamespace(_reqs_finishing_inflight=lambda batch: []), instance, None, None)  # type: ignore[arg-type]
         reqs = []
         for kind, length in zip(kinds, lengths, strict=True):
             pages = -(-length // PAGE_SIZE) + (kind == "more")
@@ -119,10 +134,56 @@ def test_requests_passed_over_had_nothing_to_secure(empty: bool) -> None:
                 length += 1  # would be taken over, which reads SGLang's pools
             owners = None if kind == "local" else [1] * (pages - 1) + [2 if kind == "away" else 0]
             reqs.append(request(instance, owners, length))
-        asked = range(len(reqs)) if ask_all else near_page_end(np.array([req.kv.kv_allocated_len for req in reqs]), PAGE_SIZE)
-        refused = [i for i in asked if not secure_next_token(binding, reqs[i])]
+        if ask_all:
+            refused = [i for i, req in enumerate(reqs) if not secure_next_token(binding, req)]
+        else:
+            asked = torch.tensor([req.kv.kv_allocated_len for req in reqs])
+            refused = sorted(find_leavers(binding, SimpleNamespace(reqs=reqs, seq_lens_cpu=asked)))
         sizes = [len(req.dyncp.pages) for req in reqs if req.dyncp is not None]
         outcomes.append((refused, sizes, [str(message) for message in instance.outbox], len(instance.pool.claims)))  # type: ignore[attr-defined]
-        assert ask_all or len(asked) < len(reqs) * (GROW_AHEAD_TOKENS + 3) / PAGE_SIZE
     assert outcomes[0] == outcomes[1]
     assert bool(outcomes[0][0]) == empty
+
+
+def test_the_next_batch_is_looked_up_where_it_is_known() -> None:
+    """Same answers as from its lengths, which are not read for the requests taken in last."""
+    instance, rng = make_instance(), random.Random(5)
+    reqs, batch = [request(instance, None) for _ in range(50)], OwnBatch(instance)
+    lengths = [rng.randrange(1, 70) for _ in reqs]
+    unread: Any = None
+    for step in range(40):
+        known = step % 10 > 0
+        if not known:
+            rng.shuffle(reqs)
+            lengths = [req.kv.kv_allocated_len or length for req, length in zip(reqs, lengths, strict=True)]
+        for tokens in (0, GROW_AHEAD_TOKENS, 3 * PAGE_SIZE):
+            found = batch.near_page_end(reqs, unread if known else torch.tensor(lengths), tokens)
+            assert list(found) == [i for i, length in enumerate(lengths) if -length % PAGE_SIZE <= tokens]
+        lengths = [length + 1 for length in lengths]
+        found = batch.beginning_page(reqs, unread if known else torch.tensor(lengths))
+        assert list(found) == [i for i, length in enumerate(lengths) if length % PAGE_SIZE == 1]
+        take(batch, reqs, lengths)
+        assert batch.steady == known
+
+
+def test_one_request_tells_that_lengths_went_apart() -> None:
+    """A batch of the same requests that is not one token on is read anew."""
+    instance = make_instance()
+    reqs, batch = [request(instance, None), request(instance, None)], OwnBatch(instance)
+    take(batch, reqs, [15, 7])
+    take(batch, reqs, [18, 10])
+    assert not batch.steady and [prefix_len for _, prefix_len, _ in batch.spans] == [17, 9]
+    assert list(batch.near_page_end(reqs, torch.tensor([18, 10]), 0)) == []
+    reqs[-1].kv.kv_allocated_len = 32
+    assert list(batch.near_page_end(reqs, torch.tensor([18, 32]), 0)) == [1]
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 5])
+def test_phases_of_small_pages(page_size: int) -> None:
+    lengths = [1, 2, 5, 9, 10]
+    phases = PagePhases(enumerate(lengths), page_size)
+    for age in range(12):
+        now = [length + age for length in lengths]
+        assert list(phases.beginning(age)) == [i for i, length in enumerate(now) if length % page_size == 1 % page_size]
+        for tokens in (0, 1, 8):
+            assert list(phases.near_end(age, tokens)) == [i for i, length in enumerate(now) if -length % page_size <= tokens]
