@@ -191,7 +191,19 @@ class Check:
         for request, result in enumerate(found):
             if result["parted"]:
                 result["parted"] |= {"request": request, "prompt_tokens": len(jobs[request][0])}
+                if not result["parted"]["is_tie"]:
+                    result["parted"] |= self._who_repeats(jobs[request], expected[request], answers[request], result["parted"]["place"])
         return summary(found)
+
+    def _who_repeats(self, job: tuple[list[int], int, dict[str, Any] | None], stock: Answer, ours: Answer, place: int) -> dict[str, bool]:
+        """Asks both servers once more, each alone: whoever does not repeat the token at `place` had it wrong."""
+        ids, new_tokens, pin = job
+        servers = {"ours": (self.ours, pin, ours), "stock": (self.stock, None, stock)}
+        return {
+            f"{name}_repeats": ask(server, ids, new_tokens, pin).output_tokens[place].id == first.output_tokens[place].id
+            for name, (server, pin, first) in servers.items()
+            if server is not None
+        }
 
     def _compare_prompts(self, degree: int) -> dict[str, Any]:
         instances, new_tokens = self.ours.instances, self.sizes.new_tokens
