@@ -125,6 +125,7 @@ class Check:
         for pools, length in enumerate(self.sizes.longs, start=1):
             yield f"longer_than_{pools}_pool" + "s" * (pools > 1), partial(self.longer, pools, length), False
         yield "soak", self.soak, True
+        yield "soak_unsharded", self.soak_unsharded, False
         yield "unsharded_again", self.unsharded_again, False
 
     def run(self) -> None:
@@ -231,15 +232,19 @@ class Check:
         found = self._compare([(prompt(length, 110 + pools), self.sizes.new_tokens, None)], 1)
         return {"ok": self._holds(found) and (found["degrees"][0] or 0) > pools, **found}
 
-    def soak(self) -> dict[str, Any]:
+    def soak(self, most_degree: int = 16) -> dict[str, Any]:
         """Requests of random length, degree and home, eight at a time: steps mix prefills, decodes and idleness."""
         rng, jobs = random.Random(5), []
         for index in range(self.sizes.soak_requests):
             length, new_tokens = rng.randrange(20, self.sizes.pool // 4), rng.randrange(1, self.sizes.soak_new_tokens)
-            degree = min(rng.randint(1, self.ours.instances), -(-length // self.page_size))
+            degree = min(rng.randint(1, self.ours.instances), most_degree, -(-length // self.page_size))
             jobs.append((prompt(length, 200 + index), new_tokens, pinned(degree, index % self.ours.instances)))
         found = self._compare(jobs, 8)
         return {"ok": self._holds(found) and self.ours.alive, "requests": len(jobs), **found}
+
+    def soak_unsharded(self) -> dict[str, Any]:
+        """The same requests on SGLang's own path: batches of it beside other processes on the GPU."""
+        return self.soak(most_degree=1)
 
     def unsharded_again(self) -> dict[str, Any]:
         """The pool is whole and steps are graphs again."""

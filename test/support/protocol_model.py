@@ -159,7 +159,7 @@ class ModelScheduler:
         else:
             own.take_extend(self.batch)
         rows = None if own.steady else own.sharded_rows()
-        givable = self.pool.num_givable_pages()
+        self.binding.givable_pages = givable = self.pool.num_givable_pages()
         used = (self.instance.num_pages - givable) * self.instance.page_size
         num_requests = len(self.waiting_queue) + len(self.running)
         return self.instance.build_columns(rows, free_pages(self.binding, givable), used, num_requests)

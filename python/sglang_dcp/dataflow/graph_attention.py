@@ -15,9 +15,9 @@ import torch
 from sgl_kernel_dcp import ExchangeShape, PeerExchange, StepArrays, StepTables, TableShape
 
 from sglang_dcp.dataflow.contracts import PartialState
+from sglang_dcp.dataflow.copy_guard import CopyGuard
 from sglang_dcp.dataflow.device_plan import to_device
 from sglang_dcp.dataflow.paged_attention import AttentionShape
-from sglang_dcp.dataflow.paged_attention_flashinfer import CopyGuard
 from sglang_dcp.dataflow.partial_attention_flashinfer import MLA_LATENT_DIM, FlashInferDecode, FlashInferMLA, KernelBuffers
 from sglang_dcp.dataflow.partial_attention_flashmla import FlashMLADecode, check_flash_mla
 from sglang_dcp.dataflow.static_tables import ListedRow, PageLines, PooledRow, RowsInput
@@ -172,14 +172,13 @@ class GraphAttention:
         self._planned = home_rows, guest_rows
         if isinstance(kernel, FlashInferDecode) and kernel.serves(counts):
             return
-        self._guard.wait()
-        indptr = torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32))
-        if isinstance(kernel, FlashInferMLA):
-            kernel.plan(indptr, torch.from_numpy(tokens.copy()))
-        elif isinstance(kernel, FlashInferDecode):
-            last = np.where(tokens > 0, tokens - (counts - 1) * self.sizes.page_size, 0)
-            kernel.plan(indptr, torch.from_numpy(last.astype(np.int32)))
-        self._guard.mark()
+        with self._guard:
+            indptr = torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32))
+            if isinstance(kernel, FlashInferMLA):
+                kernel.plan(indptr, torch.from_numpy(tokens.copy()))
+            elif isinstance(kernel, FlashInferDecode):
+                last = np.where(tokens > 0, tokens - (counts - 1) * self.sizes.page_size, 0)
+                kernel.plan(indptr, torch.from_numpy(last.astype(np.int32)))
 
     def _raise_if_silent(self, step: int) -> None:
         mask = int(self._silent_mask[0])

@@ -1,8 +1,4 @@
-"""FlashInfer kernels for a step's rows, planned with host arrays, so that planning does not wait for the device. bfloat16.
-
-A plan writes its schedule to pinned memory of the library and copies it from there. Planning the next step must not overwrite what an
-earlier copy has yet to read, so a plan waits for the copies of the one before (they lie a whole step back).
-"""
+"""FlashInfer kernels for a step's rows, planned with host arrays, so that planning does not wait for the device. bfloat16."""
 
 from __future__ import annotations
 
@@ -11,24 +7,10 @@ from typing import Any
 import torch
 
 from sglang_dcp.dataflow.contracts import PartialState
+from sglang_dcp.dataflow.copy_guard import CopyGuard
 from sglang_dcp.dataflow.kernel_table import KernelTable
 from sglang_dcp.dataflow.paged_attention import AttentionShape, PagedKernel
 from sglang_dcp.dataflow.partial_attention_flashinfer import MLA_LATENT_DIM, MLA_ROPE_DIM, WORKSPACE_BYTES, FlashInferPrefill
-
-
-class CopyGuard:
-    """Orders host writes of a plan behind the copies of the plan before. Nothing to do without a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._event = torch.cuda.Event() if device.type == "cuda" else None
-
-    def wait(self) -> None:
-        if self._event is not None:
-            self._event.synchronize()
-
-    def mark(self) -> None:
-        if self._event is not None:
-            self._event.record()
 
 
 class FlashInferGqaRows:
@@ -39,15 +21,14 @@ class FlashInferGqaRows:
         self._guard = CopyGuard(device)
 
     def plan(self, table: KernelTable, page_indices: torch.Tensor, *, causal: bool) -> None:
-        self._guard.wait()
-        self._kernel.plan(
-            torch.from_numpy(table.query_indptr),
-            torch.from_numpy(table.page_indptr),
-            page_indices,
-            torch.from_numpy(table.last_page_length),
-            causal=causal,
-        )
-        self._guard.mark()
+        with self._guard:
+            self._kernel.plan(
+                torch.from_numpy(table.query_indptr),
+                torch.from_numpy(table.page_indptr),
+                page_indices,
+                torch.from_numpy(table.last_page_length),
+                causal=causal,
+            )
 
     def run(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: PartialState | None) -> PartialState:
         return self._kernel.run(queries, keys, values, out)
@@ -66,25 +47,24 @@ class FlashInferMlaRows:
     def plan(self, table: KernelTable, page_indices: torch.Tensor, *, causal: bool) -> None:
         from flashinfer.mla import MLAPlanMetadata
 
-        self._guard.wait()
-        self._wrapper.plan(
-            metadata=MLAPlanMetadata.csr(
-                qo_indptr=torch.from_numpy(table.query_indptr),
-                kv_indptr=torch.from_numpy(table.page_indptr),
-                kv_indices=page_indices,
-                kv_len_arr=torch.from_numpy(table.num_keys),
-            ),
-            num_heads=self._shape.num_heads,
-            head_dim_ckv=MLA_LATENT_DIM,
-            head_dim_kpe=MLA_ROPE_DIM,
-            page_size=self._page_size,
-            causal=causal,
-            sm_scale=self._shape.scale,
-            q_data_type=self._shape.dtype,
-            kv_data_type=self._shape.dtype,
-            lse_mode="basee",
-        )
-        self._guard.mark()
+        with self._guard:
+            self._wrapper.plan(
+                metadata=MLAPlanMetadata.csr(
+                    qo_indptr=torch.from_numpy(table.query_indptr),
+                    kv_indptr=torch.from_numpy(table.page_indptr),
+                    kv_indices=page_indices,
+                    kv_len_arr=torch.from_numpy(table.num_keys),
+                ),
+                num_heads=self._shape.num_heads,
+                head_dim_ckv=MLA_LATENT_DIM,
+                head_dim_kpe=MLA_ROPE_DIM,
+                page_size=self._page_size,
+                causal=causal,
+                sm_scale=self._shape.scale,
+                q_data_type=self._shape.dtype,
+                kv_data_type=self._shape.dtype,
+                lse_mode="basee",
+            )
 
     def run(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: PartialState | None) -> PartialState:
         given = {} if out is None else {"out": out.output, "lse": out.lse}

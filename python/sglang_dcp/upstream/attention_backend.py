@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import torch
 
 from sglang_dcp.dataflow.attention_step import attention_step
 from sglang_dcp.dataflow.contracts import NewKV, StepPlan
+from sglang_dcp.dataflow.copy_guard import CopyGuard
 from sglang_dcp.dataflow.device_plan import plan_on_device
 from sglang_dcp.upstream.binding import Binding, current
 from sglang_dcp.upstream.graphs import GraphError, captured_guest_rows, engine
@@ -53,6 +55,7 @@ def make_backend_class(stock: type, *, flash_mla: bool = False) -> type:
 
     class DynCpBackend(stock):
         dyncp_runner: Any = None
+        dyncp_guard = CopyGuard(torch.device("cpu"))
 
         def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any, **kwargs: Any) -> None:
             super().init_cuda_graph_state(max_bs, max_num_tokens, *args, **kwargs)
@@ -70,7 +73,8 @@ def make_backend_class(stock: type, *, flash_mla: bool = False) -> type:
                 assert graphs is not None
                 graphs.load(binding, forward_batch.batch_size)
                 return
-            super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+            with self.dyncp_guard:
+                super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
 
         def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
             graphs = engine()
@@ -91,7 +95,8 @@ def make_backend_class(stock: type, *, flash_mla: bool = False) -> type:
                 # Stock's metadata would list remote token ids; nobody reads it in such a step.
                 self.forward_metadata = None
                 return
-            super().init_forward_metadata(forward_batch)
+            with self.dyncp_guard:
+                super().init_forward_metadata(forward_batch)
 
         def forward(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any) -> Any:
             binding, guest_rows = current(), captured_guest_rows()
@@ -167,10 +172,11 @@ def plan_of_step(binding: Binding, num_tokens: int) -> StepPlan:
     """The step's plan, built by its first layer (the padded token count is known there)."""
     instance = binding.instance
     if instance.plan is None:
-        with binding.host_clock.part("plan"):
-            instance.build_plan(binding.pending_rows, num_tokens)
-            assert instance.plan is not None
-            instance.plan = plan_on_device(instance.plan, binding.device)
+        began = perf_counter()
+        instance.build_plan(binding.pending_rows, num_tokens)
+        assert instance.plan is not None
+        instance.plan = plan_on_device(instance.plan, binding.device)
+        binding.host_clock.spent("plan", perf_counter() - began)
     assert instance.plan is not None and instance.plan.num_tokens == num_tokens
     return instance.plan
 
@@ -221,7 +227,9 @@ def create_flashmla(runner: Any) -> Any:
 
 
 def _for_runner(backend: Any, runner: Any) -> Any:
-    backend.dyncp_runner = runner
+    """With a guard: FlashInfer plans a step in pinned memory and SGLang does not wait until the plan before has been copied from there.
+    Where other processes share the GPU it is late: answers of stock SGLang then change from run to run (docs/gpu.md)."""
+    backend.dyncp_runner, backend.dyncp_guard = runner, CopyGuard(torch.device(runner.device))
     return backend
 
 

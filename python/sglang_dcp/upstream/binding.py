@@ -24,6 +24,7 @@ class Binding:
     --enable-metrics. graph_guest_rows: guest rows of the graph that the step runs as, 0 for none or SGLang's own; graph_step: its rows.
     graph_steps, eager_steps: forward passes that this instance ran as a CUDA graph (sharded_graph_steps: those of them with sharded
     rows), and otherwise. step_ran: the last step had rows on some instance. own_row, fallback_row: what SGLang's all-gather gets of us.
+    givable_pages: free ones and what eviction would free, when the last step was synchronised.
     """
 
     scheduler: Any
@@ -48,7 +49,8 @@ class Binding:
     host_clock: HostClock = field(default_factory=HostClock)
     step_ran: bool = False
     own_row: WidenedRow = field(default_factory=WidenedRow)
-    fallback_row: WidenedRow = field(default_factory=WidenedRow)
+    fallback_row: torch.Tensor | None = None
+    givable_pages: int = 0
     own_batch: OwnBatch = field(init=False)
 
     def __post_init__(self) -> None:

@@ -18,16 +18,15 @@ class WidenedRow:
         self._row = torch.zeros(NUM_COLUMNS, dtype=torch.int64)
         self._lay_out()
 
-    def widen(self, row: torch.Tensor, columns: Sequence[int] | None) -> torch.Tensor:
-        """row: SGLang's, [width] of integers. columns: ours, None for zeros. Returns [width + NUM_COLUMNS], valid until the next call."""
+    def widen(self, row: torch.Tensor, columns: Sequence[int]) -> torch.Tensor:
+        """row: SGLang's, [width] of integers. columns: ours. Returns [width + NUM_COLUMNS], valid until the next call."""
         if row.device.type != "cpu" or row.dtype != torch.int64:
-            return torch.cat([row, torch.tensor(columns or [0] * NUM_COLUMNS, dtype=row.dtype, device=row.device)])
+            return torch.cat([row, torch.tensor(columns, dtype=row.dtype, device=row.device)])
         if row.numel() != self._stock.numel():
             self._row = row.new_zeros(row.numel() + NUM_COLUMNS)
             self._lay_out()
         self._stock.copy_(row)
-        if columns is not None:
-            _COLUMNS.pack_into(self._own, 0, *columns)
+        _COLUMNS.pack_into(self._own, 0, *columns)
         return self._row
 
     def _lay_out(self) -> None:

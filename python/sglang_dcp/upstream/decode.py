@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,9 +45,10 @@ def update_running_batch(original: Callable[..., Any], scheduler: Any, batch: An
     binding = current()
     if binding is None or batch.is_empty():
         return original(scheduler, batch)
-    with binding.host_clock.part("secure"):
-        binding.instance.pool.settle_decode_claims()
-        leave = find_leavers(binding, batch)
+    began = perf_counter()
+    binding.instance.pool.settle_decode_claims()
+    leave = find_leavers(binding, batch)
+    binding.host_clock.spent("secure", perf_counter() - began)
     if leave:
         binding.parked += [req for i, req in enumerate(batch.reqs) if i in leave]
         batch.filter_batch(keep_indices=[i for i in range(len(batch.reqs)) if i not in leave])
@@ -59,10 +61,10 @@ def update_running_batch(original: Callable[..., Any], scheduler: Any, batch: An
 def find_leavers(binding: Binding, batch: Any) -> set[int]:
     """Places in the batch of those that have no page for their next token.
 
-    Asked are those that `secure_next_token` has something to do for: who ends a page now, and who will soon while the pool is full. All
-    others have room on the page of their last token.
+    Asked are those that `secure_next_token` has something to do for: who ends a page now, and who will soon where the last step left
+    the pool full. All others have room on the page of their last token.
     """
-    ahead = 0 if binding.instance.pool.num_givable_pages() else GROW_AHEAD_TOKENS
+    ahead = 0 if binding.givable_pages else GROW_AHEAD_TOKENS
     near_end = binding.own_batch.near_page_end(batch.reqs, batch.seq_lens_cpu, ahead)
     if not near_end:
         return set()
@@ -277,16 +279,15 @@ def alloc_decode(
     every step but those in which a managed request begins a page.
     """
     binding = current()
-    if binding is not None and batch is not None:
-        with binding.host_clock.part("allocate"):
-            instance, reqs = binding.instance, batch.reqs
-            instance.pool.settle_decode_claims()
-            begin = binding.own_batch.beginning_page(reqs, seq_lens_cpu)
-            ours = [i for i in begin if is_managed(reqs[i])]
-            if ours:
-                told = [(i, instance.token_id(reqs[i].dyncp, reqs[i].kv.kv_allocated_len)) for i in ours]
-                return instance.pool.alloc_decode_beside(last_loc, told, [i for i in begin if not is_managed(reqs[i])])
-    return original(tree_cache, seq_lens, seq_lens_cpu, last_loc, token_per_req, req_pool_indices, batch)
+    if binding is None or batch is None:
+        return original(tree_cache, seq_lens, seq_lens_cpu, last_loc, token_per_req, req_pool_indices, batch)
+    began, instance, reqs = perf_counter(), binding.instance, batch.reqs
+    instance.pool.settle_decode_claims()
+    begin = binding.own_batch.beginning_page(reqs, seq_lens_cpu)
+    told = [(i, instance.token_id(reqs[i].dyncp, reqs[i].kv.kv_allocated_len)) for i in begin if is_managed(reqs[i])]
+    ids = instance.pool.alloc_decode_beside(last_loc, told, [i for i in begin if not is_managed(reqs[i])]) if told else None
+    binding.host_clock.spent("allocate", perf_counter() - began)
+    return original(tree_cache, seq_lens, seq_lens_cpu, last_loc, token_per_req, req_pool_indices, batch) if ids is None else ids
 
 
 def _bind_arguments(original: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from itertools import chain
@@ -10,28 +9,19 @@ from typing import Any
 
 KEPT_STEPS = 1000
 
-
 Parts = dict[str, float]
 """Seconds by part."""
 
 
 class HostClock:
-    """Adds up the parts of a step, each `with clock.part(name):`. Keeps the last steps that had rows. Parts do not nest."""
+    """Adds up the parts of a step, which those measure that run them. Keeps the last steps that had rows."""
 
     def __init__(self) -> None:
-        self._name, self._began = "", 0.0
         self._parts: Parts = {}
         self._kinds: dict[str, deque[Parts]] = {kind: deque(maxlen=KEPT_STEPS) for kind in ("plain", "sharded")}
 
-    def part(self, name: str) -> HostClock:
-        self._name = name
-        return self
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self._parts[self._name] = self._parts.get(self._name, 0.0) + time.perf_counter() - self._began
+    def spent(self, part: str, seconds: float) -> None:
+        self._parts[part] = self._parts.get(part, 0.0) + seconds
 
     def end_step(self, *, ran: bool, sharded: bool) -> None:
         """Called where the next step's part begins: what was measured since belongs to the step that ends."""
@@ -40,7 +30,7 @@ class HostClock:
         self._parts = {}
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """p50 and p90 of the steps kept, by kind, and the p50 of every part of them. Microseconds."""
+        """p50 and p90 of the steps kept, by kind, and of every part of them. Microseconds."""
         return {kind: _spread(steps) for kind, steps in self._kinds.items() if steps}
 
 
@@ -49,7 +39,12 @@ def _spread(steps: Sequence[Parts]) -> dict[str, Any]:
     by_part = {name: sorted(parts[name] * 1e6 for parts in steps if name in parts) for name in sorted({*chain(*steps)})}
     return {
         "steps": len(totals),
-        "p50_us": round(totals[len(totals) // 2], 1),
-        "p90_us": round(totals[int(0.9 * len(totals))], 1),
-        "parts_p50_us": {name: round(values[len(values) // 2], 1) for name, values in by_part.items()},
+        "p50_us": _quantile(totals, 0.5),
+        "p90_us": _quantile(totals, 0.9),
+        "parts_p50_us": {name: _quantile(values, 0.5) for name, values in by_part.items()},
+        "parts_p90_us": {name: _quantile(values, 0.9) for name, values in by_part.items()},
     }
+
+
+def _quantile(ascending: Sequence[float], share: float) -> float:
+    return round(ascending[int(share * len(ascending))], 1)

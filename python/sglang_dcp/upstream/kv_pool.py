@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from sglang_dcp.upstream.instance import Instance
 
 
+PAGES_AHEAD = 32
+"""Free pages whose numbers are read from the device at once: a request that grows takes one, and reading it alone waits for the device."""
+FEW_ROWS = 4
+"""So many token ids are written one by one sooner than their list is sent to the device."""
+
+
 class LedgerAllocator(PagedTokenToKVPoolAllocator):
     """Stock behaviour until an `Instance` is bound to it."""
 
@@ -23,6 +29,7 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
         self.instance: Instance | None = None
         self.tree_cache: Any = None
         self._claimed_pages = 0
+        self._ahead: list[int] = []  # free, but not in free_pages
         super().__init__(*args, **kwargs)
 
     def bind(self, instance: Instance, tree_cache: Any) -> None:
@@ -45,8 +52,15 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
 
     def take_pages(self, count: int) -> list[int] | None:
         """Takes `count` physical pages out of the pool, evicting cached prefixes when short. None when they are not there."""
-        taken = self._take(count)
-        return None if taken is None else taken.tolist()
+        if count < PAGES_AHEAD and len(self.free_pages) >= self._claimed_pages + 2 * PAGES_AHEAD:
+            if len(self._ahead) < count:
+                pages = self._take(PAGES_AHEAD)
+                assert pages is not None
+                self._ahead += pages.tolist()
+            taken, self._ahead = self._ahead[:count], self._ahead[count:]
+            return taken
+        found = self._take(count)
+        return None if found is None else found.tolist()
 
     def _take(self, count: int) -> torch.Tensor | None:
         count_and_claims = count + self._claimed_pages
@@ -65,16 +79,44 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
         told: (row, token id) of the ledger's rows that begin a page; local: the other rows that do, which get one of the pool each.
         RuntimeError when it has too few, which `claim_decode_page` has ruled out.
         """
-        ids, rows = last_loc.to(torch.int64) + 1, [row for row, _ in told]
-        words = to_device(torch.tensor([*rows, *(token_id for _, token_id in told), *local]), ids.device)
-        rows_told, ids_told, rows_local = words.split([len(rows), len(rows), len(local)])
-        ids.index_copy_(0, rows_told, ids_told)
+        ids = last_loc.to(torch.int64) + 1
+        starts: Sequence[torch.Tensor] | torch.Tensor = ()
         if local:
             pages = self._take(len(local))
             if pages is None:
                 raise RuntimeError(f"a decode step needs {len(local)} pages, {self.num_givable_pages()} can be had (--max-total-tokens)")
-            ids.index_copy_(0, rows_local, pages * self.page_size)
-        return ids
+            starts = pages * self.page_size
+        if len(told) + len(local) <= FEW_ROWS:
+            for row, token_id in told:
+                ids[row] = token_id
+            for row, start in zip(local, starts, strict=True):
+                ids[row] = start
+            return ids
+        words = to_device(torch.tensor([*(row for row, _ in told), *(token_id for _, token_id in told), *local]), ids.device)
+        rows_told, ids_told, rows_local = words.split([len(told), len(told), len(local)])
+        ids.index_copy_(0, rows_told, ids_told)
+        return ids.index_copy_(0, rows_local, starts) if isinstance(starts, torch.Tensor) else ids
+
+    # ---- pages read ahead are free pages to everybody else
+
+    def available_size(self) -> int:
+        return int(super().available_size()) + len(self._ahead) * self.page_size
+
+    def get_all_free_pages(self) -> torch.Tensor:
+        return torch.cat([super().get_all_free_pages(), self.free_pages.new_tensor(self._ahead)])
+
+    def merge_and_sort_free(self) -> None:
+        """Called where free_pages are too few."""
+        if self._ahead:
+            self.free_pages = torch.cat([self.free_pages, self.free_pages.new_tensor(self._ahead)])
+            self._ahead = []
+        super().merge_and_sort_free()
+
+    def clear(self) -> None:
+        self._ahead = []
+        super().clear()
+
+    # ----
 
     def return_pages(self, pages: list[int]) -> None:
         if pages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -34,16 +35,17 @@ def local_columns(result: torch.Tensor, info: Any, device: Any, dtype: torch.dty
     binding = current()
     if binding is None:
         return result
-    with binding.host_clock.part("columns"):
-        instance = binding.instance
-        sweep_waiting(binding)
-        batch = binding.own_batch
-        batch.take(binding.local_batch)
-        rows = None if batch.steady else batch.sharded_rows()
-        givable = instance.pool.num_givable_pages()
-        used_tokens = (instance.num_pages - givable) * instance.page_size
-        own = instance.build_columns(rows, free_pages(binding, givable), used_tokens, count_home_requests(binding))
-        return binding.own_row.widen(result, own)
+    began = perf_counter()
+    instance, batch = binding.instance, binding.own_batch
+    sweep_waiting(binding)
+    batch.take(binding.local_batch)
+    rows = None if batch.steady else batch.sharded_rows()
+    binding.givable_pages = givable = instance.pool.num_givable_pages()
+    used_tokens = (instance.num_pages - givable) * instance.page_size
+    own = instance.build_columns(rows, free_pages(binding, givable), used_tokens, count_home_requests(binding))
+    wide = binding.own_row.widen(result, own)
+    binding.host_clock.spent("columns", perf_counter() - began)
+    return wide
 
 
 def count_home_requests(binding: Binding) -> int:
@@ -55,12 +57,14 @@ def count_home_requests(binding: Binding) -> int:
 
 
 def fallback_columns(result: torch.Tensor, info: Any, device: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """AFTER MLPSyncBatchInfo._get_fallback_tensor: the row of a rank that is gone. SGLang makes one in every step."""
+    """AFTER MLPSyncBatchInfo._get_fallback_tensor: the row of a rank that is gone. SGLang makes one in every step, of constants alone; if
+    another release does not, check_upstream.py tells."""
     binding = current()
     if binding is None:
         return result
-    with binding.host_clock.part("columns"):
-        return binding.fallback_row.widen(result, None)
+    if binding.fallback_row is None:
+        binding.fallback_row = torch.nn.functional.pad(result, (0, col.NUM_COLUMNS))
+    return binding.fallback_row
 
 
 def after_gather(result: Any, info: Any, *args: Any, **kwargs: Any) -> None:
@@ -68,8 +72,9 @@ def after_gather(result: Any, info: Any, *args: Any, **kwargs: Any) -> None:
     binding = current()
     if binding is None:
         return
-    with binding.host_clock.part("settle"):
-        settle_step(binding, info)
+    began = perf_counter()
+    settle_step(binding, info)
+    binding.host_clock.spent("settle", perf_counter() - began)
 
 
 def settle_step(binding: Binding, info: Any) -> None:

@@ -128,7 +128,7 @@ def test_every_stage_of_four_instances(monkeypatch: pytest.MonkeyPatch) -> None:
     found = run_check(monkeypatch, "gqa4", {1: 0.03, 2: 0.03, 3: 0.031, 4: 0.032})
     assert list(found["stages"]) == [
         *("unsharded", "degree_2", "degree_3", "degree_4", "degree_4_again", "growth_from_1", "growth_from_2"),
-        *("longer_than_1_pool", "longer_than_2_pools", "soak", "unsharded_again"),
+        *("longer_than_1_pool", "longer_than_2_pools", "soak", "soak_unsharded", "unsharded_again"),
     ]
     assert runtime_check.case_holds(found), found
     assert {1, 2, 3, 4} == set(found["stages"]["soak"]["degrees"])
@@ -142,7 +142,7 @@ def test_every_stage_of_four_instances(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gqa4", {}, 2, {"growth_from_1", "growth_from_2"}),
         ("gqa", {2: 0.2}, 1, {"degree_2", "degree_2_again", "growth_from_1", "longer_than_1_pool", "soak"}),
         ("gqa_f32", {2: 3e-4}, 1, {"degree_2", "degree_2_again", "growth_from_1", "longer_than_1_pool", "soak"}),
-        ("gqa_f32", {1: 3e-4}, 1, {"unsharded", "soak", "unsharded_again"}),
+        ("gqa_f32", {1: 3e-4}, 1, {"unsharded", "soak", "soak_unsharded", "unsharded_again"}),
     ],
 )
 def test_a_wrong_answer_or_degree_fails_its_stages(
@@ -162,6 +162,29 @@ def test_peer_memory_without_a_sharded_graph_fails(monkeypatch: pytest.MonkeyPat
     check.run()
     failed = {stage for stage, entry in check.result["stages"].items() if entry.get("error") == "no step with sharded rows ran as a graph"}
     assert failed == {"degree_2", "degree_2_again", "growth_from_1", "soak"}
+
+
+@pytest.mark.parametrize("wrong", ["ours", "stock"])
+def test_who_erred_is_told_by_who_repeats_itself(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    """A token of one answer is another one the first time: both servers are asked again, once."""
+    case = Case.parse("gqa")
+    ours, stock = case.server(Path(), "cuda", dyncp=True, one_gpu=True), case.server(Path(), "cuda", dyncp=False, one_gpu=True)
+    asked: list[Any] = []
+
+    def ask(server: Any, ids: list[int], new_tokens: int, pin: dict[str, Any] | None) -> Answer:
+        asked.append(server)
+        given = answer(ids, new_tokens, 1, 0.0)
+        if server is {"ours": ours, "stock": stock}[wrong] and asked.count(server) == 1:
+            tokens = list(given.output_tokens)
+            tokens[2] = Token(tokens[2].id + 1, tokens[2].logprob, 1.0)
+            given = Answer("", (), given.meta, given.prompt_tokens, tuple(tokens))
+        return given
+
+    monkeypatch.setattr(runtime_check, "ask", ask)
+    check = runtime_check.Check(case, ours, stock, lambda: None)
+    (parted,) = check._compare([([1, 2, 3], 8, {"pinned": 2})], 1)["parted"]
+    assert parted["place"] == 2 and not parted["is_tie"] and len(asked) == 4
+    assert parted["ours_repeats"] == (wrong == "stock") and parted["stock_repeats"] == (wrong == "ours")
 
 
 def test_an_incomplete_case_does_not_hold() -> None:

@@ -9,11 +9,13 @@ import torch
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.upstream import binding as bindings
+from sglang_dcp.upstream import kv_pool
 from sglang_dcp.upstream.decode import alloc_decode
 from sglang_dcp.upstream.instance import Instance
-from sglang_dcp.upstream.kv_pool import LedgerAllocator
+from sglang_dcp.upstream.kv_pool import PAGES_AHEAD, LedgerAllocator
 
 PAGE_SIZE, NUM_PAGES = 4, 100
+ROOMY = 2 * PAGES_AHEAD
 NO_CACHE = SimpleNamespace(supports_prefix_sharing=lambda: False, evictable_size=lambda: 0)
 
 
@@ -43,10 +45,14 @@ def stock_alloc(instance: Instance) -> Any:
     return lambda tree, lengths, lengths_cpu, last_loc, *rest: instance.pool.alloc_decode(lengths, lengths_cpu, last_loc)
 
 
+@pytest.mark.parametrize("few_rows", [0, 4])
 @pytest.mark.parametrize("staged", [False, True])
-def test_each_row_gets_the_token_id_of_its_own_book(instance: Instance, staged: bool) -> None:
+def test_each_row_gets_the_token_id_of_its_own_book(
+    instance: Instance, staged: bool, few_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A local and a managed row within a page, two local and two managed ones that begin a page, here or elsewhere. staged: freed pages
     that SGLang has not sorted in again are taken too."""
+    monkeypatch.setattr(kv_pool, "FEW_ROWS", few_rows)
     pool = instance.pool
     if staged:
         pool.need_sort = True
@@ -85,3 +91,34 @@ def test_a_pool_without_the_pages_is_an_error_that_says_so(instance: Instance) -
     lengths = torch.tensor([5, 9, 5])
     with pytest.raises(RuntimeError, match="needs 2 pages, 1 can be had"):
         alloc_decode(stock_alloc(instance), None, lengths, lengths, lengths, batch=SimpleNamespace(reqs=reqs))
+
+
+def test_pages_are_read_ahead_where_the_pool_has_room(instance: Instance) -> None:
+    """They stay free pages to everybody: counted, listed, and given out when nothing else is left; each once."""
+    pool, taken = instance.pool, []
+    while pool.num_givable_pages():
+        before = pool.available_size()
+        found = pool.take_pages(1)
+        assert found is not None and pool.available_size() == before - PAGE_SIZE
+        taken += found
+        left = pool.get_all_free_pages().tolist()
+        assert len(left) * PAGE_SIZE == pool.available_size() and sorted(taken + left) == list(range(1, NUM_PAGES + 1))
+    assert pool.take_pages(1) is None
+
+
+def test_pages_read_ahead_come_back_when_free_ones_are_short(instance: Instance) -> None:
+    pool = instance.pool
+    assert pool.take_pages(1) is not None and len(pool.free_pages) == NUM_PAGES - PAGES_AHEAD
+    assert pool.alloc((NUM_PAGES - 1) * PAGE_SIZE) is not None, "stock's allocation gets every free page"
+    assert pool.available_size() == 0 and pool.take_pages(1) is None
+    pool.clear()
+    assert pool.take_pages(3) is not None
+    pool.clear()
+    assert pool.available_size() == NUM_PAGES * PAGE_SIZE and sorted(pool.get_all_free_pages().tolist()) == list(range(1, NUM_PAGES + 1))
+
+
+def test_claimed_pages_are_left_to_stock(instance: Instance) -> None:
+    pool = instance.pool
+    assert pool.take_pages(NUM_PAGES - ROOMY) is not None
+    assert all(pool.claim_decode_page() for _ in range(ROOMY - 1))
+    assert pool.take_pages(2) is None and len(pool.take_pages(1) or ()) == 1 and pool.take_pages(1) is None

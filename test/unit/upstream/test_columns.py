@@ -1,9 +1,14 @@
 """Our control columns behind SGLang's row of a step."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from sglang_dcp.upstream import binding as bindings
+from sglang_dcp.upstream.binding import Binding
 from sglang_dcp.upstream.columns import NUM_COLUMNS, WidenedRow
+from sglang_dcp.upstream.step_sync import fallback_columns
 
 OWN = [3, 2, 2**31 - 2, 17, 5, 900_000, 128, 2**40]
 
@@ -17,14 +22,15 @@ def test_rows_of_two_steps() -> None:
         assert stock.numel() == width, "SGLang's own row stays as it is"
 
 
-def test_a_row_without_columns_of_ours_ends_in_zeros() -> None:
-    row, stock = WidenedRow(), torch.arange(11)
-    for _ in range(2):
-        assert row.widen(stock, None).tolist() == [*range(11), *[0] * NUM_COLUMNS]
-
-
-@pytest.mark.parametrize("own", [OWN[:7] + [4], None])
-def test_other_element_types_keep_their_type(own: list[int] | None) -> None:
-    stock = torch.arange(11, dtype=torch.int32)
+def test_other_element_types_keep_their_type() -> None:
+    stock, own = torch.arange(11, dtype=torch.int32), [*OWN[:7], 4]
     wide = WidenedRow().widen(stock, own)
-    assert wide.dtype == torch.int32 and wide.tolist() == [*range(11), *(own or [0] * NUM_COLUMNS)]
+    assert wide.dtype == torch.int32 and wide.tolist() == [*range(11), *own]
+
+
+def test_the_row_of_a_rank_that_is_gone_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang makes it of constants in every step; it ends in zeros of ours."""
+    binding = Binding(None, SimpleNamespace(), None, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(bindings, "_binding", binding)
+    first, second = (fallback_columns(torch.arange(11), None, "cpu") for _ in range(2))
+    assert first.tolist() == [*range(11), *[0] * NUM_COLUMNS] and second is first

@@ -127,6 +127,7 @@ def test_requests_passed_over_had_nothing_to_secure(empty: bool) -> None:
         instance = make_instance()
         instance.pool.empty = empty  # type: ignore[attr-defined]
         binding = Binding(SimpleNamespace(_reqs_finishing_inflight=lambda batch: []), instance, None, None)  # type: ignore[arg-type]
+        binding.givable_pages = instance.pool.num_givable_pages()
         reqs = []
         for kind, length in zip(kinds, lengths, strict=True):
             pages = -(-length // PAGE_SIZE) + (kind == "more")
