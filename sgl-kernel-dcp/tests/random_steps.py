@@ -71,3 +71,13 @@ def random_messages(rng: random.Random, shape: TableShape, num_entries: int, num
             lines.append(RowLine(entry, tokens, new_page, slot if row in arriving else -1))
         messages.append(StepMessage(routes, tails, lines))
     return messages
+
+
+def without_lone_rows(message: StepMessage, rank: int) -> StepMessage:
+    """The same step for instance `rank`, less the rows that another home attends alone."""
+    routes, tails = [], []
+    for home, (home_routes, home_tails) in enumerate(zip(message.routes, message.tails, strict=True)):
+        kept = [m for m, shards in enumerate(home_routes) if home == rank or shards != [home]]
+        routes.append([home_routes[m] for m in kept])
+        tails.append([home_tails[m] for m in kept])
+    return StepMessage(routes, tails, message.rows)

@@ -6,8 +6,8 @@ import random
 
 import pytest
 import torch
-from random_steps import PATTERNS, random_routes
-from sgl_kernel_dcp import TableShape
+from random_steps import PATTERNS, random_routes, without_lone_rows
+from sgl_kernel_dcp import StepMessage, TableShape
 
 from sglang_dcp.dataflow.merge import merge_partial_states
 from sglang_dcp.dataflow.reference import route_tables, sharded_attention
@@ -68,3 +68,17 @@ def test_both_ends_of_every_route_agree(pattern: str, num_instances: int) -> Non
             assert target is None or tables[target[0]].kv_receive[target[1]] == (home, row)
         returned = [source for merges in own.merge for shard, source in merges if shard != home]
         assert sorted(returned) == list(range(len(returned)))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("num_instances", [2, 5, 16])
+def test_rows_that_others_attend_alone_change_nothing_here(pattern: str, num_instances: int) -> None:
+    """So they need not be told: an instance's tables stay when such rows come and go elsewhere."""
+    shape = TableShape(num_instances, 9, 40, 20, 1, 1, 1)
+    routes, tails = random_routes(random.Random(num_instances), shape, pattern)
+    for rank in range(num_instances):
+        fewer = without_lone_rows(StepMessage(routes, tails, []), rank)
+        old, new = route_tables(routes, tails, rank), route_tables(fewer.routes, fewer.tails, rank)
+        assert (new.send, new.merge, new.kv_send, new.give_back) == (old.send, old.merge, old.kv_send, old.give_back)
+        assert [home for home, _ in new.attention] == [home for home, _ in old.attention]
+        assert [home for home, _ in new.kv_receive] == [home for home, _ in old.kv_receive]

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from random_steps import PATTERNS, random_messages
+from random_steps import PATTERNS, random_messages, without_lone_rows
 from sgl_kernel_dcp import RowLine, StepMessage, StepTables, TableShape
 from sgl_kernel_dcp.tables import FROM_TOKEN_TABLE
 
@@ -90,6 +90,10 @@ def test_tables_equal_the_oracle(library, shape: TableShape, pattern: str) -> No
             tables.build()
             check_routes(tables, message)
             check_pages(tables, message, resident)
+            built = tables.buffer[tables.layout["input_size"] :].clone()
+            tables.upload(without_lone_rows(message, rank))
+            tables.build()
+            assert torch.equal(tables.buffer[tables.layout["input_size"] :], built), "others' own rows are nobody else's business"
 
 
 def test_pages_that_only_the_device_knows(library) -> None:

@@ -48,8 +48,8 @@ def partial_attention(
 class RouteTables:
     """What the routes of one step mean for one instance. Pairs are (instance, slot there).
 
-    Slots: a shard orders the rows it attends by (home, position in that home's list); a home orders the partial results that return
-    to it by (remote shard, position); a tail orders the K/V rows that travel to it by (home, position).
+    Slots: a shard orders the rows it attends by (home, position in that home's list), its own ones last; a home orders the partial results
+    that return to it by (remote shard, position); a tail orders the K/V rows that travel to it by (home, position).
     """
 
     send: list[list[tuple[int, int]]]  # per home row and shard, ascending: query slot there
@@ -63,7 +63,8 @@ class RouteTables:
 def route_tables(routes: Sequence[Sequence[Sequence[int]]], tails: Sequence[Sequence[int]], rank: int) -> RouteTables:
     """routes[h][m]: shards of row m of home h; tails[h][m]: instance its new K/V travels to, -1 for none."""
     num_instances = len(routes)
-    attended = [[(h, m) for h in range(num_instances) for m, shards in enumerate(routes[h]) if s in shards] for s in range(num_instances)]
+    own_last = [[*(h for h in range(num_instances) if h != s), s] for s in range(num_instances)]
+    attended = [[(h, m) for h in own_last[s] for m, shards in enumerate(routes[h]) if s in shards] for s in range(num_instances)]
     returned = [
         [(s, m) for s in range(num_instances) if s != h for m, shards in enumerate(routes[h]) if s in shards] for h in range(num_instances)
     ]

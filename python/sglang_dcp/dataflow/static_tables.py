@@ -86,13 +86,12 @@ def route_word32(route: int) -> int:
     return shard_mask(route) | travelling_tail(route) + 1 << TAIL_SHIFT
 
 
-def route_words(routes: Iterable[int], num_local: int, home: int) -> np.ndarray:
-    """int32 words of a home as others see it: its sharded rows in order, then `num_local` rows that it attends alone.
+def route_words(routes: Iterable[int]) -> np.ndarray:
+    """int32 words of a home as others see it: its sharded rows, in order.
 
-    Where those lie in the batch is nobody else's business: it changes no slot of the exchange.
+    Rows that it attends alone, and where they lie in its batch, are nobody else's business: they change no slot of the exchange.
     """
-    words = [route_word32(route) for route in routes]
-    return np.array(words + [1 << home] * num_local, dtype=np.int32)
+    return np.array([route_word32(route) for route in routes], dtype=np.int32)
 
 
 def guests_per_instance(routes: Sequence[Sequence[int]], num_instances: int) -> list[int]:
@@ -143,7 +142,7 @@ class PageLines:
         self._free = list(range(self.num_entries - 1, -1, -1))
 
     def fill(self, step: int, rows: Sequence[ListedRow | PooledRow]) -> RowsInput:
-        """`rows`: this instance's attention rows in their order, (home, position in that home's list)."""
+        """`rows`: this instance's attention rows in their order: (home, position in that home's list), own rows last."""
         self._leave(rows, goes_on=step == self._step + 1)
         self._step, self._rows = step, rows
         self._table = table = np.full((len(rows), 4), NO_SLOT, dtype=np.int32)

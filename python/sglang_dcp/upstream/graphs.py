@@ -120,18 +120,19 @@ class GraphEngine:
     def plan_step(self, binding: Binding, batch_sizes: list[int]) -> None:
         """Decides what the binding's decode step runs as, and collects its rows where it is a graph. batch_sizes: of all instances.
 
-        Most steps are the last one's, one token on: no home told others of its rows, and here nobody joined or left.
+        Most steps are the last one's, one token on: no home told others of its rows, and here nobody joined or left. Rows that others
+        attend alone may.
         """
         last, instance = binding.graph_step, binding.instance
         steady = instance.rows_steady and binding.own_batch.steady
         goes_on = last is not None and instance.step == last.step + 1
-        if goes_on and steady and not last.has_new_pooled and batch_sizes == last.batch_sizes:
+        if goes_on and steady and not last.has_new_pooled and max(batch_sizes) <= self.max_home_rows:
             last.step, last.is_advance = instance.step, True
             return
         binding.graph_step = None
         binding.graph_guest_rows = self.choose([[row.route for row in rows] for rows in instance.rows_of], batch_sizes)
         if binding.graph_guest_rows:
-            binding.graph_step = collect_step(binding, batch_sizes, last.pooled if goes_on else frozenset())
+            binding.graph_step = collect_step(binding, batch_sizes[instance.rank], last.pooled if goes_on else frozenset())
 
     def load(self, binding: Binding, home_rows: int) -> None:
         """Fills the step's tables and plans its kernel, for the graph of `home_rows`. On the stream of the replay."""
@@ -143,7 +144,7 @@ class GraphEngine:
         else:
             self.attention.fill(step.step, step.words, step.rows, binding.scheduler.req_to_token_pool.req_to_token)
         self.attention.plan(home_rows, binding.graph_guest_rows)
-        binding.host_clock.spent("tables", perf_counter() - began)
+        binding.host_clock.spent("tables" if step.is_advance else "new_tables", perf_counter() - began)
 
     # ---- while capturing
 
@@ -162,48 +163,45 @@ class GraphEngine:
 class GraphStep:
     """A decode step as the tables want it: route words of every home, and this instance's attention rows.
 
-    is_advance: the rows are those of the step before, one token on. batch_sizes: of all instances. pooled: keys of the pooled rows;
-    has_new_pooled: some were not in the step before, so that their pages may still change (PageLines).
+    is_advance: the rows are those of the step before, one token on. pooled: keys of the pooled rows; has_new_pooled: some were not in the
+    step before, so that their pages may still change (PageLines).
     """
 
     step: int
     words: list[np.ndarray]
     rows: list[ListedRow | PooledRow]
-    batch_sizes: list[int]
     pooled: frozenset[Hashable]
     has_new_pooled: bool
     is_advance: bool = False
 
 
-def collect_step(binding: Binding, batch_sizes: Sequence[int], pooled_before: frozenset[Hashable]) -> GraphStep:
-    """The step that all instances agreed on. pooled_before: keys of the pooled rows of the step just before, if that was a graph's."""
-    instance = binding.instance
+def collect_step(binding: Binding, batch_size: int, pooled_before: frozenset[Hashable]) -> GraphStep:
+    """The step that all instances agreed on. batch_size: of this one. pooled_before: keys of the pooled rows of the step just before, if
+    that was a graph's."""
+    instance, rank = binding.instance, binding.instance.rank
+    own = np.full(batch_size, 1 << rank, dtype=np.int32)
     words: list[np.ndarray] = []
     rows: list[ListedRow | PooledRow] = []
     pooled: list[Hashable] = []
     for home, told in enumerate(instance.rows_of):
-        if home == instance.rank:
-            own = np.full(batch_sizes[home], 1 << home, dtype=np.int32)
-            routes = binding.own_batch.routes
-            for index, (req, prefix_len, _) in enumerate(binding.own_batch.spans):
-                route = routes.get(index)
-                if route is None:
-                    rows.append(PooledRow(req.rid, req.kv.req_pool_idx, prefix_len + 1))
-                    pooled.append(req.rid)
-                    continue
-                own[index] = route_word32(route)
-                if shard_mask(route) >> home & 1:
-                    request, grows = req.dyncp, travelling_tail(route) < 0
-                    rows.append(ListedRow((home, request.handle), prefix_len + 1, request.own_pages, grows, arrives=False))
-            words.append(own)
-            continue
-        words.append(route_words((row.route for row in told), batch_sizes[home] - len(told), home))
-        for guest in told:
-            if shard_mask(guest.route) >> instance.rank & 1:
-                held, arrives = instance.guests.pages_of(home, guest.handle), travelling_tail(guest.route) == instance.rank
+        words.append(own if home == rank else route_words(row.route for row in told))
+        for guest in told if home != rank else ():
+            if shard_mask(guest.route) >> rank & 1:
+                held, arrives = instance.guests.pages_of(home, guest.handle), travelling_tail(guest.route) == rank
                 rows.append(ListedRow((home, guest.handle), guest.prefix_len + 1, held, grows=arrives, arrives=arrives))
+    routes = binding.own_batch.routes
+    for index, (req, prefix_len, _) in enumerate(binding.own_batch.spans):
+        route = routes.get(index)
+        if route is None:
+            rows.append(PooledRow(req.rid, req.kv.req_pool_idx, prefix_len + 1))
+            pooled.append(req.rid)
+            continue
+        own[index] = route_word32(route)
+        if shard_mask(route) >> rank & 1:
+            request, grows = req.dyncp, travelling_tail(route) < 0
+            rows.append(ListedRow((rank, request.handle), prefix_len + 1, request.own_pages, grows, arrives=False))
     keys = frozenset(pooled)
-    return GraphStep(instance.step, words, rows, list(batch_sizes), keys, has_new_pooled=not keys <= pooled_before)
+    return GraphStep(instance.step, words, rows, keys, has_new_pooled=not keys <= pooled_before)
 
 
 def attention_shape(runner: Any) -> AttentionShape:

@@ -30,7 +30,7 @@ class HostClock:
         self._parts = {}
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """p50 and p90 of the steps kept, by kind, and of every part of them. Microseconds."""
+        """p50 and p90 of the steps kept, by kind, and of every part of them, with how many had it. Microseconds."""
         return {kind: _spread(steps) for kind, steps in self._kinds.items() if steps}
 
 
@@ -41,6 +41,7 @@ def _spread(steps: Sequence[Parts]) -> dict[str, Any]:
         "steps": len(totals),
         "p50_us": _quantile(totals, 0.5),
         "p90_us": _quantile(totals, 0.9),
+        "parts_steps": {name: len(values) for name, values in by_part.items()},
         "parts_p50_us": {name: _quantile(values, 0.5) for name, values in by_part.items()},
         "parts_p90_us": {name: _quantile(values, 0.9) for name, values in by_part.items()},
     }

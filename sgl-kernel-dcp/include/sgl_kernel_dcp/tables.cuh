@@ -70,7 +70,7 @@ struct RouteScratch {
   int chunk_slot[kMaxHomeRows / 32][32];    // own rows: first slot of a chunk of 32 rows on each shard, or 16 + tail
   int send_base[32];                        // slot of this home's first row on each shard
   int return_base[kMaxInstances];           // slot here of the first partial from each shard
-  int receive_base[kMaxInstances + 1];      // first attention row of each home
+  int receive_base[kMaxInstances + 1];      // first attention row of each remote home; the last one: of this home's own rows, behind all others
   int return_base_at_home[kMaxInstances];   // slot at each home of the first partial from here
   int warp_sums[kTableWarps + 1];
 };
@@ -98,8 +98,10 @@ __device__ __forceinline__ void count_routes(const TablesParams& params, RouteSc
 __device__ __forceinline__ void place_routes(const TablesParams& params, RouteScratch& scratch, int num_own_chunks) {
   const int thread = threadIdx.x, rank = params.rank, num_instances = params.shape.num_instances;
   if (thread < 32) {
+    // A shard attends its own rows behind all others: rows that a home attends alone move no slot elsewhere.
+    const int end = thread == rank ? num_instances : rank;
     int slot = 0;
-    for (int home = 0; home < rank; ++home) slot += scratch.count[home][thread];
+    for (int home = 0; home < end; ++home) slot += home == thread ? 0 : scratch.count[home][thread];
     scratch.send_base[thread] = slot;
     for (int chunk = 0; chunk < num_own_chunks; ++chunk) {
       const int rows = scratch.chunk_slot[chunk][thread];
@@ -112,7 +114,7 @@ __device__ __forceinline__ void place_routes(const TablesParams& params, RouteSc
     scratch.return_base[thread - 32] = slot;
   } else if (thread >= 64 && thread <= 64 + num_instances) {
     int row = 0;
-    for (int home = 0; home < thread - 64; ++home) row += scratch.count[home][rank];
+    for (int home = 0; home < thread - 64; ++home) row += home == rank ? 0 : scratch.count[home][rank];
     scratch.receive_base[thread - 64] = row;
   } else if (thread >= 96 && thread < 96 + num_instances) {
     const int home = thread - 96;
@@ -151,13 +153,14 @@ __device__ __forceinline__ void write_home_rows(const TablesParams& params, cons
 
 // Returns the number of K/V rows that arrive: those of remote homes whose line names a slot, in the order of the rows.
 __device__ __forceinline__ int write_attention_rows(const TablesParams& params, RouteScratch& scratch, int num_rows) {
+  const int num_guests = scratch.receive_base[params.shape.num_instances];
   int num_kv_rows = 0;
   for (int first = 0; first < params.shape.max_attention_rows; first += kTableThreads) {
     const int row = first + threadIdx.x;
     int home = 0, slot = -1;
     if (row < num_rows) {
-      while (home + 1 < params.shape.num_instances && row >= scratch.receive_base[home + 1]) ++home;
-      const bool own = home == params.rank;
+      const bool own = row >= num_guests;
+      while (home + 1 < params.shape.num_instances && row >= scratch.receive_base[home + 1]) ++home;  // this home's range is empty
       const int position = row - scratch.receive_base[home];
       params.tables[params.layout.return_target + row] =
           own ? -1 : home << kTargetSlotBits | (scratch.return_base_at_home[home] + position);
@@ -183,7 +186,8 @@ __device__ __forceinline__ void build_routes(const TablesParams& params) {
   count_routes(params, scratch);
   place_routes(params, scratch, static_cast<int>(divide_up(num_home_rows, 32)));
   write_home_rows(params, scratch, num_home_rows);
-  const int num_attention_rows = min(scratch.receive_base[params.shape.num_instances], params.shape.max_attention_rows);
+  const int num_rows = scratch.receive_base[params.shape.num_instances] + scratch.count[params.rank][params.rank];
+  const int num_attention_rows = min(num_rows, params.shape.max_attention_rows);
   const int num_kv_rows = write_attention_rows(params, scratch, num_attention_rows);
   if (threadIdx.x == 0) {
     uint32_t peers = 0;

@@ -35,7 +35,7 @@ SECTION_EXTENTS = {
 
 
 class RowLine(NamedTuple):
-    """One attention row of this instance, in the order (home, position in that home's list for this instance)."""
+    """One attention row of this instance, in the order (home, position in that home's list for this instance), its own rows last."""
 
     entry: int  # line of the resident page table
     tokens: int  # tokens that this shard holds after the step's new one; 0 for an empty shard
@@ -69,6 +69,7 @@ class StepArrays:
     """A `StepMessage` as the host packs it, for callers that build arrays anyway.
 
     words[h]: int32, one per row of home h: a bit per shard, the instance its new K/V travels to + 1 from bit ROUTE_TAIL_SHIFT on (0: none).
+              Rows that another home attends alone may be left out: they move no slot here.
     rows:     int32 [attention rows, 4], the fields of `RowLine`.
     """
 
@@ -164,7 +165,8 @@ def pack_message(
     lengths = [len(word) for word in words]
     for home, length in enumerate(lengths):
         _check(f"home rows of instance {home} (max_home_rows)", length, shape.max_home_rows)
-    homes, all_words = np.repeat(np.arange(shape.num_instances), lengths), np.concatenate(words)
+    order = [*(home for home in range(shape.num_instances) if home != rank), rank]  # of attention rows
+    homes, all_words = np.repeat(order, [lengths[home] for home in order]), np.concatenate([words[home] for home in order])
     _check_words(homes, all_words, shape.num_instances)
     here = all_words >> rank & 1 == 1
     num_rows = int(here.sum())

@@ -5,7 +5,7 @@ from sglang_dcp.upstream.host_clock import HostClock
 
 def test_parts_add_up_to_steps_of_their_kind() -> None:
     clock = HostClock()
-    for sharded, extra in ((False, 0.0), (True, 30e-6), (True, 50e-6)):
+    for sharded, extra in ((False, 0.0), (True, 40e-6), (True, 0.0), (True, 50e-6)):
         clock.spent("columns", 10e-6)
         clock.spent("columns", 5e-6)
         if extra:
@@ -15,7 +15,9 @@ def test_parts_add_up_to_steps_of_their_kind() -> None:
     clock.end_step(ran=False, sharded=False)
     found = clock.summary()
     columns = {"columns": 15.0}
-    assert found["plain"] == {"steps": 1, "p50_us": 15.0, "p90_us": 15.0, "parts_p50_us": columns, "parts_p90_us": columns}
+    by_part = {"parts_steps": {"columns": 1}, "parts_p50_us": columns, "parts_p90_us": columns}
+    assert found["plain"] == {"steps": 1, "p50_us": 15.0, "p90_us": 15.0, **by_part}
     parts = {"columns": 15.0, "tables": 50.0}
-    assert found["sharded"] == {"steps": 2, "p50_us": 65.0, "p90_us": 65.0, "parts_p50_us": parts, "parts_p90_us": parts}
+    by_part = {"parts_steps": {"columns": 3, "tables": 2}, "parts_p50_us": parts, "parts_p90_us": parts}
+    assert found["sharded"] == {"steps": 3, "p50_us": 55.0, "p90_us": 65.0, **by_part}
     assert HostClock().summary() == {}
