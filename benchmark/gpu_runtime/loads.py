@@ -22,7 +22,8 @@ T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 class Load:
     """home_rows requests on every instance; the first `sharded` of each lie half on the next one. Lengths in tokens.
 
-    spread: outputs are up to this much shorter than new_tokens, evenly, so that requests end one after the other.
+    spread: outputs are up to this much shorter than new_tokens, evenly, so that requests end one after the other. prompt_spread: prompts
+    are up to this much longer than `prompt`, evenly; a page's size makes as many rows begin a page in every step.
     """
 
     home_rows: int
@@ -30,6 +31,10 @@ class Load:
     prompt: int
     new_tokens: int
     spread: int = 0
+    prompt_spread: int = 0
+
+    def prompt_tokens(self, index: int) -> int:
+        return self.prompt + index * self.prompt_spread // self.home_rows
 
     def output_tokens(self, index: int) -> int:
         return self.new_tokens - index * self.spread // self.home_rows
@@ -39,7 +44,7 @@ class Load:
         jobs = []
         for home in range(num_instances):
             for index in range(self.home_rows):
-                ids = prompt(self.prompt, seed * 1_000_003 + home * 1009 + index)
+                ids = prompt(self.prompt_tokens(index), seed * 1_000_003 + home * 1009 + index)
                 pin = pinned(2 if index < self.sharded else 1, home)
                 jobs.append((ids, pin, {}) if dyncp else (ids, {}, {"routed_dp_rank": home}))
         return jobs

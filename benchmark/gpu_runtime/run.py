@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ from support.server import find_free_port  # isort: skip
 
 INSTANCES, PAGE, CONTEXT, POOL = 2, 64, 131_072, 200_000
 MAX_BATCH, REAL_LAYERS, PROFILED_STEPS = 192, 61, 8
-HOST_LOAD = Load(home_rows=128, sharded=32, prompt=256, new_tokens=1100)
-CHANGING_LOAD = Load(home_rows=128, sharded=32, prompt=256, new_tokens=1100, spread=1000)
+HOST_LOAD = Load(home_rows=128, sharded=32, prompt=256, new_tokens=1100, prompt_spread=PAGE)
+CHANGING_LOAD = replace(HOST_LOAD, spread=1000)
 LOADS = {"s0": Load(32, 0, 1024, 320), "s16": Load(32, 16, 1024, 320), "s32": Load(32, 32, 1024, 320)}
 """By sharded rows of every instance: each of them is a guest row on the other one."""
 TRACED_LOADS = {name: Load(32, load.sharded, 256, 1200) for name, load in LOADS.items()}

@@ -102,6 +102,9 @@ class ModelRequest:
     def finished(self) -> bool:
         return len(self.output_ids) >= self.max_new_tokens
 
+    def next_output_finishes_by_length(self) -> bool:
+        return len(self.output_ids) + 1 >= self.max_new_tokens
+
 
 class ModelScheduler:
     """One home's queues, and a step of it: retract, rejoin, prefill or decode. Stands where SGLang's Scheduler stands."""

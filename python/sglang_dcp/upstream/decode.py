@@ -68,8 +68,10 @@ def find_leavers(binding: Binding, batch: Any) -> set[int]:
     near_end = binding.own_batch.near_page_end(batch.reqs, batch.seq_lens_cpu, ahead)
     if not near_end:
         return set()
-    # Who ends with the step in flight needs no page more. Only these few are asked about: the question costs by the request.
-    finishing = set(binding.scheduler._reqs_finishing_inflight(SimpleNamespace(reqs=[batch.reqs[i] for i in near_end])))
+    # Who ends with the step in flight needs no page more. SGLang is asked about these few: the question costs by the request.
+    few = [batch.reqs[i] for i in near_end]
+    ending = any(req.next_output_finishes_by_length() for req in few)
+    finishing = set(binding.scheduler._reqs_finishing_inflight(SimpleNamespace(reqs=few))) if ending else ()
     return {i for i in near_end if batch.reqs[i] not in finishing and not secure_next_token(binding, batch.reqs[i])}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 
-from sglang_dcp.dataflow.device_plan import to_device
+from sglang_dcp.dataflow.token_ids import TokenIds, torch_token_ids
 
 if TYPE_CHECKING:
     from sglang_dcp.upstream.instance import Instance
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 PAGES_AHEAD = 32
 """Free pages whose numbers are read from the device at once: a request that grows takes one, and reading it alone waits for the device."""
-FEW_ROWS = 4
-"""So many token ids are written one by one sooner than their list is sent to the device."""
 
 
 class LedgerAllocator(PagedTokenToKVPoolAllocator):
@@ -30,10 +28,11 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
         self.tree_cache: Any = None
         self._claimed_pages = 0
         self._ahead: list[int] = []  # free, but not in free_pages
+        self._token_ids: TokenIds = torch_token_ids
         super().__init__(*args, **kwargs)
 
-    def bind(self, instance: Instance, tree_cache: Any) -> None:
-        self.instance, self.tree_cache = instance, tree_cache
+    def bind(self, instance: Instance, tree_cache: Any, token_ids: TokenIds = torch_token_ids) -> None:
+        self.instance, self.tree_cache, self._token_ids = instance, tree_cache, token_ids
 
     def num_givable_pages(self) -> int:
         """Free pages plus those that eviction from the prefix cache would free."""
@@ -64,8 +63,8 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
 
     def _take(self, count: int) -> torch.Tensor | None:
         count_and_claims = count + self._claimed_pages
-        self.evict_to_free_tokens(self.tree_cache, count_and_claims * self.page_size)
         if count_and_claims > len(self.free_pages):
+            self.evict_to_free_tokens(self.tree_cache, count_and_claims * self.page_size)
             self.merge_and_sort_free()
         if count_and_claims > len(self.free_pages):
             return None
@@ -74,28 +73,15 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
         return taken
 
     def alloc_decode_beside(self, last_loc: torch.Tensor, told: Sequence[tuple[int, int]], local: Sequence[int]) -> torch.Tensor:
-        """Token ids [rows] int64 of a decode step's new tokens, one behind `last_loc` [rows] within a page.
+        """Token ids [rows] int64 of a decode step's new tokens, as TokenIds says.
 
-        told: (row, token id) of the ledger's rows that begin a page; local: the other rows that do, which get one of the pool each.
-        RuntimeError when it has too few, which `claim_decode_page` has ruled out.
+        told: rows of the ledger that begin a page; local: the other rows that do, which get a page of the pool each. RuntimeError when it
+        has too few, which `claim_decode_page` has ruled out.
         """
-        ids = last_loc.to(torch.int64) + 1
-        starts: Sequence[torch.Tensor] | torch.Tensor = ()
-        if local:
-            pages = self._take(len(local))
-            if pages is None:
-                raise RuntimeError(f"a decode step needs {len(local)} pages, {self.num_givable_pages()} can be had (--max-total-tokens)")
-            starts = pages * self.page_size
-        if len(told) + len(local) <= FEW_ROWS:
-            for row, token_id in told:
-                ids[row] = token_id
-            for row, start in zip(local, starts, strict=True):
-                ids[row] = start
-            return ids
-        words = to_device(torch.tensor([*(row for row, _ in told), *(token_id for _, token_id in told), *local]), ids.device)
-        rows_told, ids_told, rows_local = words.split([len(told), len(told), len(local)])
-        ids.index_copy_(0, rows_told, ids_told)
-        return ids.index_copy_(0, rows_local, starts) if isinstance(starts, torch.Tensor) else ids
+        pages = self._take(len(local))
+        if pages is None:
+            raise RuntimeError(f"a decode step needs {len(local)} pages, {self.num_givable_pages()} can be had (--max-total-tokens)")
+        return self._token_ids(last_loc, pages, self.page_size, told, local)
 
     # ---- pages read ahead are free pages to everybody else
 

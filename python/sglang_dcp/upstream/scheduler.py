@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from sglang_dcp.config import DynCpConfig
+from sglang_dcp.dataflow.token_ids import kernel_token_ids, torch_token_ids
 from sglang_dcp.dataflow.transport.gloo import create_gloo_group
 from sglang_dcp.mutants import install_mutant
 from sglang_dcp.upstream import binding as bindings
 from sglang_dcp.upstream import synthetic_prefill
+from sglang_dcp.upstream.graphs import engine
 from sglang_dcp.upstream.install import verify_installed
 from sglang_dcp.upstream.instance import Instance, is_managed
 from sglang_dcp.upstream.kv_pool import LedgerAllocator
@@ -46,7 +48,8 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
     parallel = get_parallel()
     rank, num_instances = parallel.tp_rank, parallel.num_dp_ranks
     instance = Instance(config.resolve(num_instances), rank, num_instances, pool.num_pages, pool.page_size, pool)
-    pool.bind(instance, scheduler.tree_cache)
+    # With graphs the kernels are here; without, torch does it.
+    pool.bind(instance, scheduler.tree_cache, torch_token_ids if engine() is None else kernel_token_ids)
     group = create_gloo_group(EXCHANGE_TIMEOUT_SECONDS)
     runner = scheduler.tp_worker.model_runner
     device = torch.device(runner.device)

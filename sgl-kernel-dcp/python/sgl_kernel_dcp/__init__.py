@@ -4,8 +4,10 @@ from sgl_kernel_dcp.exchange import PHASE_RECEIVE, PHASE_SEND, PeerExchange, lau
 from sgl_kernel_dcp.merge import merge_stacked
 from sgl_kernel_dcp.shapes import ExchangeShape, TableShape
 from sgl_kernel_dcp.tables import RowLine, StepArrays, StepMessage, StepTables
+from sgl_kernel_dcp.token_ids import FROM_POOL, decode_token_ids
 
 __all__ = [
+    "FROM_POOL",
     "PHASE_RECEIVE",
     "PHASE_SEND",
     "ExchangeShape",
@@ -15,6 +17,7 @@ __all__ = [
     "StepMessage",
     "StepTables",
     "TableShape",
+    "decode_token_ids",
     "launch_together",
     "merge_stacked",
 ]

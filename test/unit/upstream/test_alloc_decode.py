@@ -9,7 +9,6 @@ import torch
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.upstream import binding as bindings
-from sglang_dcp.upstream import kv_pool
 from sglang_dcp.upstream.decode import alloc_decode
 from sglang_dcp.upstream.instance import Instance
 from sglang_dcp.upstream.kv_pool import PAGES_AHEAD, LedgerAllocator
@@ -45,14 +44,10 @@ def stock_alloc(instance: Instance) -> Any:
     return lambda tree, lengths, lengths_cpu, last_loc, *rest: instance.pool.alloc_decode(lengths, lengths_cpu, last_loc)
 
 
-@pytest.mark.parametrize("few_rows", [0, 4])
 @pytest.mark.parametrize("staged", [False, True])
-def test_each_row_gets_the_token_id_of_its_own_book(
-    instance: Instance, staged: bool, few_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_row_gets_the_token_id_of_its_own_book(instance: Instance, staged: bool) -> None:
     """A local and a managed row within a page, two local and two managed ones that begin a page, here or elsewhere. staged: freed pages
     that SGLang has not sorted in again are taken too."""
-    monkeypatch.setattr(kv_pool, "FEW_ROWS", few_rows)
     pool = instance.pool
     if staged:
         pool.need_sort = True

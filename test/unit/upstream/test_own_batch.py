@@ -46,6 +46,8 @@ def make_instance() -> Instance:
 class Request(SimpleNamespace):
     """Compares by identity, as SGLang's do."""
 
+    next_output_finishes_by_length = staticmethod(lambda: False)
+
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
