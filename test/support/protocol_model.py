@@ -36,6 +36,9 @@ class FakePool:
     def num_givable_pages(self) -> int:
         return len(self.free)
 
+    def has_free(self, count: int) -> bool:
+        return len(self.free) >= count
+
     def claim_decode_page(self) -> bool:
         if len(self.free) <= self._claimed:
             return False

@@ -135,6 +135,8 @@ class PageLines:
     _table: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int32))
     _growth: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int32))
     _phases: PagePhases | None = None
+    _tokens: list[int] = field(default_factory=list)
+    _row_lines: list[_Line] = field(default_factory=list)
     _age: int = 0
     _appended: list[int] = field(default_factory=list)
 
@@ -150,7 +152,8 @@ class PageLines:
         pages: list[int] = []
         copies: list[tuple[int, int]] = []
         self._appended, self._phases, copy_pages, page_size = [], None, 0, self.page_size
-        entries, counts = [], []
+        counts: list[int] = []
+        lines: list[_Line] = []
         for index, row in enumerate(rows):
             line = self._lines.get(row.key) or self._new_line(row.key)
             if isinstance(row, PooledRow):
@@ -174,9 +177,10 @@ class PageLines:
                     table[index, 3] = slot_of(row.held, row.length - 1, page_size)
             if needed > line.num_pages:
                 line.num_pages = needed
-            entries.append(line.entry)
+            lines.append(line)
             counts.append(tokens)
-        table[:, 0], table[:, 1] = entries, counts
+        self._tokens, self._row_lines = counts, lines
+        table[:, 0], table[:, 1] = [line.entry for line in lines], counts
         return RowsInput(table, _pairs([places, pages]), _pairs(list(zip(*copies, strict=True)) or [[], []]), copy_pages)
 
     def advance(self, step: int) -> list[int]:
@@ -196,10 +200,10 @@ class PageLines:
         table += self._growth
         begun = []
         for index in phases.beginning(self._age):
-            row, needed = self._rows[index], -(-int(table[index, 1]) // self.page_size)
+            row, needed = self._rows[index], (self._tokens[index] + self._age - 1) // self.page_size + 1
             begun.append(needed)
             self._append(index, needed)
-            self._lines[row.key].num_pages = needed
+            self._row_lines[index].num_pages = needed
             if isinstance(row, ListedRow) and row.arrives:
                 table[index, 3] = row.held[needed - 1][1] * self.page_size
         return begun
@@ -210,9 +214,8 @@ class PageLines:
         self._growth = np.zeros_like(self._table)
         self._growth[:, 1] = grows
         self._growth[:, 3] = [isinstance(row, ListedRow) and row.arrives for row in self._rows]
-        tokens = self._table[:, 1].tolist()
         self._age = 0
-        self._phases = PagePhases([(index, tokens[index]) for index, one in enumerate(grows) if one], self.page_size)
+        self._phases = PagePhases([(index, self._tokens[index]) for index, one in enumerate(grows) if one], self.page_size)
         return self._phases
 
     @property

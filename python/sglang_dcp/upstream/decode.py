@@ -62,17 +62,20 @@ def find_leavers(binding: Binding, batch: Any) -> set[int]:
     """Places in the batch of those that have no page for their next token.
 
     Asked are those that `secure_next_token` has something to do for: who ends a page now, and who will soon where the last step left
-    the pool full. All others have room on the page of their last token.
+    the pool full. All others have room on the page of their last token. With two free pages for every request no local one misses its own.
     """
+    reqs, pool = batch.reqs, binding.instance.pool
     ahead = 0 if binding.givable_pages else GROW_AHEAD_TOKENS
-    near_end = binding.own_batch.near_page_end(batch.reqs, batch.seq_lens_cpu, ahead)
-    if not near_end:
+    places = binding.own_batch.near_page_end(reqs, batch.seq_lens_cpu, ahead)
+    if places and pool.has_free(2 * len(reqs)):
+        places = [i for i in places if is_managed(reqs[i])]
+    if not places:
         return set()
     # Who ends with the step in flight needs no page more. SGLang is asked about these few: the question costs by the request.
-    few = [batch.reqs[i] for i in near_end]
+    few = [reqs[i] for i in places]
     ending = any(req.next_output_finishes_by_length() for req in few)
     finishing = set(binding.scheduler._reqs_finishing_inflight(SimpleNamespace(reqs=few))) if ending else ()
-    return {i for i in near_end if batch.reqs[i] not in finishing and not secure_next_token(binding, batch.reqs[i])}
+    return {i for i in places if reqs[i] not in finishing and not secure_next_token(binding, reqs[i])}
 
 
 def secure_next_token(binding: Binding, req: Any) -> bool:

@@ -280,6 +280,15 @@ class Instance:
             raise ProtocolError(f"handle {request.handle}: a row of {sequence_len} tokens runs before the page of its last one is known")
         return route_word(request.active_shards(sequence_len, self.page_size), tail.owner, self.rank, self.num_instances)
 
+    def keeps_route(self, request: HomeRequest, sequence_len: int) -> bool:
+        """Whether a row that ends at sequence_len, the first token of a page, has the route of the row before it.
+
+        Its tail stays then; and a shard comes in with its first page only.
+        """
+        index = (sequence_len - 1) // self.page_size
+        before, tail = request.pages[index - 1] if index else None, request.pages[index]
+        return before is not None and tail is not None and before.owner == tail.owner
+
     def busy(self) -> bool:
         """Guests or managed requests are here: the pool must not be flushed."""
         return bool(len(self.guests) or len(self.homes) or self.outbox)

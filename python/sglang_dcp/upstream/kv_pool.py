@@ -38,9 +38,13 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
         """Free pages plus those that eviction from the prefix cache would free."""
         return (self.available_size() + self.tree_cache.evictable_size()) // self.page_size
 
+    def has_free(self, count: int) -> bool:
+        """Whether `count` pages are there to be taken as they are, claimed ones among them."""
+        return len(self.free_pages) >= count
+
     def claim_decode_page(self) -> bool:
         """Sets one page aside for a local request's next token; the stock allocation of this step takes it."""
-        if self.num_givable_pages() <= self._claimed_pages:
+        if len(self.free_pages) <= self._claimed_pages and self.num_givable_pages() <= self._claimed_pages:
             return False
         self._claimed_pages += 1
         return True
@@ -61,12 +65,16 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
         found = self._take(count)
         return None if found is None else found.tolist()
 
-    def _take(self, count: int) -> torch.Tensor | None:
+    def _free_enough(self, count: int) -> bool:
+        """Whether free_pages has `count` pages beside the claimed ones, once cached prefixes are evicted for them."""
         count_and_claims = count + self._claimed_pages
         if count_and_claims > len(self.free_pages):
             self.evict_to_free_tokens(self.tree_cache, count_and_claims * self.page_size)
             self.merge_and_sort_free()
-        if count_and_claims > len(self.free_pages):
+        return count_and_claims <= len(self.free_pages)
+
+    def _take(self, count: int) -> torch.Tensor | None:
+        if not self._free_enough(count):
             return None
         taken = self.free_pages[:count]
         self.free_pages = self.free_pages[count:]
@@ -78,10 +86,12 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
         told: rows of the ledger that begin a page; local: the other rows that do, which get a page of the pool each. RuntimeError when it
         has too few, which `claim_decode_page` has ruled out.
         """
-        pages = self._take(len(local))
-        if pages is None:
+        if not self._free_enough(len(local)):
             raise RuntimeError(f"a decode step needs {len(local)} pages, {self.num_givable_pages()} can be had (--max-total-tokens)")
-        return self._token_ids(last_loc, pages, self.page_size, told, local)
+        ids = self._token_ids(last_loc, self.free_pages, self.page_size, told, local)
+        if local:
+            self.free_pages = self.free_pages[len(local) :]
+        return ids
 
     # ---- pages read ahead are free pages to everybody else
 

@@ -108,9 +108,10 @@ class OwnBatch:
         return PagePhases(enumerate(lengths), self._instance.page_size)
 
     def _same_routes(self) -> bool:
-        """Routes change where a page begins, and nowhere else."""
+        """Routes change where a page begins on another instance than the one before, and nowhere else."""
         for i in self._own_phases().beginning(self._age):
-            if self._route(self._reqs[i], self._lengths[i] + self._age) != self.routes.get(i):
+            req = self._reqs[i]
+            if is_managed(req) and not self._instance.keeps_route(req.dyncp, self._lengths[i] + self._age):
                 return False
         return True
 

@@ -49,7 +49,7 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
     rank, num_instances = parallel.tp_rank, parallel.num_dp_ranks
     instance = Instance(config.resolve(num_instances), rank, num_instances, pool.num_pages, pool.page_size, pool)
     # With graphs the kernels are here; without, torch does it.
-    pool.bind(instance, scheduler.tree_cache, torch_token_ids if engine() is None else kernel_token_ids)
+    pool.bind(instance, scheduler.tree_cache, torch_token_ids if engine() is None else kernel_token_ids())
     group = create_gloo_group(EXCHANGE_TIMEOUT_SECONDS)
     runner = scheduler.tp_worker.model_runner
     device = torch.device(runner.device)
