@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..codemod import Contribution
 from .cpu import CPU
 from .cpu_models import CPU_MODELS
+from .gpu import GPU
 from .seams import SEAMS
 
-ALL: tuple[Contribution, ...] = CPU + CPU_MODELS + SEAMS
+ALL: tuple[Contribution, ...] = CPU + CPU_MODELS + SEAMS + GPU

@@ -251,6 +251,35 @@ def decode_without_lse_is_as_before():
     return isinstance(result, torch.Tensor) and bool(torch.allclose(result, torch.ones(1, 32)))
 
 
+def a_decode_plan_waits_for_the_copy_of_the_last_one():
+    """Two plans of one wrapper on a stand-in for a GPU; a plan on a CPU makes no event."""
+    from sglang.srt.layers.attention import flashinfer_backend as backend
+
+    calls = []
+
+    def event():
+        return types.SimpleNamespace(synchronize=lambda: calls.append("wait"), record=lambda: calls.append("mark"))
+
+    updater = object.__new__(backend.FlashInferIndicesUpdaterDecode)
+    updater.attn_backend = types.SimpleNamespace(kv_index_translator=types.SimpleNamespace(reads_are_translated=False))
+    updater.kv_last_page_len = torch.ones(4)
+    updater.num_qo_heads = updater.num_kv_heads = updater.head_dim = 1
+    updater.data_type = updater.q_data_type = torch.bfloat16
+    real_event, torch.cuda.Event = torch.cuda.Event, event
+    try:
+        for is_cuda, expected in ((True, ["plan", "mark", "wait", "plan", "mark"]), (False, ["plan", "plan"])):
+            calls.clear()
+            wrapper = types.SimpleNamespace(begin_forward=lambda *args, **kwargs: calls.append("plan"))
+            spec = types.SimpleNamespace(kv_indptr=types.SimpleNamespace(shape=(3,), is_cuda=is_cuda), kv_indices=None)
+            for _ in range(2):
+                updater.call_begin_forward(wrapper, None, 0, None, None, spec, None, plan=None, req_pool_indices=None)
+            if calls != expected:
+                return calls
+    finally:
+        torch.cuda.Event = real_event
+    return True
+
+
 def heads_on_four_ranks(**arguments):
     """KV heads that a model with 2 gets on four ranks."""
     import tempfile
@@ -303,6 +332,7 @@ def probe():
         "no_rank_is_raised_when_all_are_idle": outcome(lambda: raised([0, 0], True) == ([0, 0], 0)),
         "halves_merged_by_lse_equal_the_whole": outcome(halves_merged_by_lse_equal_the_whole),
         "decode_without_lse_is_as_before": outcome(decode_without_lse_is_as_before),
+        "a_decode_plan_waits_for_the_copy_of_the_last_one": outcome(a_decode_plan_waits_for_the_copy_of_the_last_one),
         "heads_are_counted_per_attention_rank": outcome(lambda: (heads_on_four_ranks(attn_tp_size=1), heads_on_four_ranks()) == (2, 4)),
         "plain_rope_rotates": outcome(plain_rope_rotates),
         "rows_are_written_without_the_kernel": outcome(rows_are_written_without_the_kernel),

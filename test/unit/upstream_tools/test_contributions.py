@@ -109,6 +109,7 @@ def test_the_allocator_loads_without_sgl_kernel(patched: Path) -> None:
         "heads_are_counted_per_attention_rank",
         "plain_rope_rotates",
         "rows_are_written_without_the_kernel",
+        "a_decode_plan_waits_for_the_copy_of_the_last_one",
     ],
 )
 def test_a_seam_works(outcome: str, seams: dict[str, Any]) -> None:
