@@ -208,9 +208,9 @@ def json_schema(client: Client) -> None:
 
 def cached_tokens(client: Client) -> None:
     prompt = random_ids(96, seed=11)
-    # Any of them may be served on the other instance, the last one too: of three, two meet the same one.
-    counts = [client.generate(prompt, max_new_tokens=2).meta["cached_tokens"] for _ in range(3)]
-    assert max(counts) >= 64, counts
+    # Any of them may be served on the other instance, the last one too: each of the two is met without its cache once, at most.
+    counts = [client.generate(prompt, max_new_tokens=2).meta["cached_tokens"] for _ in range(4)]
+    assert sum(count >= 64 for count in counts) >= 2, counts
 
 
 def too_long(client: Client) -> None:

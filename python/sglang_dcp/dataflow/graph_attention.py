@@ -172,8 +172,8 @@ class GraphAttention:
         self._planned = home_rows, guest_rows
         if isinstance(kernel, FlashInferDecode) and kernel.serves(counts):
             return
+        indptr = torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32))
         with self._guard:
-            indptr = torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32))
             if isinstance(kernel, FlashInferMLA):
                 kernel.plan(indptr, torch.from_numpy(tokens.copy()))
             elif isinstance(kernel, FlashInferDecode):

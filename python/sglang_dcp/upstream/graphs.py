@@ -132,7 +132,7 @@ class GraphEngine:
         binding.graph_step = None
         binding.graph_guest_rows = self.choose([[row.route for row in rows] for rows in instance.rows_of], batch_sizes)
         if binding.graph_guest_rows:
-            binding.graph_step = collect_step(binding, batch_sizes[instance.rank], last.pooled if goes_on else frozenset())
+            binding.graph_step = collect_step(binding, last.pooled if goes_on else frozenset())
 
     def load(self, binding: Binding, home_rows: int) -> None:
         """Fills the step's tables and plans its kernel, for the graph of `home_rows`. On the stream of the replay."""
@@ -175,22 +175,24 @@ class GraphStep:
     is_advance: bool = False
 
 
-def collect_step(binding: Binding, batch_size: int, pooled_before: frozenset[Hashable]) -> GraphStep:
-    """The step that all instances agreed on. batch_size: of this one. pooled_before: keys of the pooled rows of the step just before, if
-    that was a graph's."""
+def collect_step(binding: Binding, pooled_before: frozenset[Hashable]) -> GraphStep:
+    """The step that all instances agreed on. pooled_before: keys of the pooled rows of the step just before, if that was a graph's."""
     instance, rank = binding.instance, binding.instance.rank
-    own = np.full(batch_size, 1 << rank, dtype=np.int32)
+    spans, routes = binding.own_batch.spans, binding.own_batch.routes
+    own = np.full(len(spans), 1 << rank, dtype=np.int32)
     words: list[np.ndarray] = []
     rows: list[ListedRow | PooledRow] = []
     pooled: list[Hashable] = []
     for home, told in enumerate(instance.rows_of):
-        words.append(own if home == rank else route_words(row.route for row in told))
-        for guest in told if home != rank else ():
+        if home == rank:
+            words.append(own)
+            continue
+        words.append(route_words(row.route for row in told))
+        for guest in told:
             if shard_mask(guest.route) >> rank & 1:
                 held, arrives = instance.guests.pages_of(home, guest.handle), travelling_tail(guest.route) == rank
                 rows.append(ListedRow((home, guest.handle), guest.prefix_len + 1, held, grows=arrives, arrives=arrives))
-    routes = binding.own_batch.routes
-    for index, (req, prefix_len, _) in enumerate(binding.own_batch.spans):
+    for index, (req, prefix_len, _) in enumerate(spans):
         route = routes.get(index)
         if route is None:
             rows.append(PooledRow(req.rid, req.kv.req_pool_idx, prefix_len + 1))

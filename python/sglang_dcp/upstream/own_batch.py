@@ -81,15 +81,20 @@ class OwnBatch:
 
     def near_page_end(self, reqs: Sequence[Any], lengths: torch.Tensor, tokens: int) -> Sequence[int]:
         """Which requests have room for at most `tokens` more on the page of their last token. lengths: before the step's new one."""
-        known = self._is_on(reqs, 0)
-        phases, age = (self._own_phases(), self._age) if known else (self._phases_of(lengths.tolist()), 0)
+        phases, age = self._phases_at(reqs, lengths, self._age)
         return phases.near_end(age, tokens)
 
     def beginning_page(self, reqs: Sequence[Any], lengths: torch.Tensor) -> Sequence[int]:
         """Which requests begin a page with the step's new token. lengths: with it."""
-        known = self._is_on(reqs, 0)  # SGLang counts a request's token when it is allocated, just behind this question
-        phases, age = (self._own_phases(), self._age + 1) if known else (self._phases_of(lengths.tolist()), 0)
+        phases, age = self._phases_at(reqs, lengths, self._age + 1)
         return phases.beginning(age)
+
+    def _phases_at(self, reqs: Sequence[Any], lengths: torch.Tensor, age: int) -> tuple[PagePhases, int]:
+        """Phases and the age to ask them for: the known ones at `age`, or those of `lengths`.
+
+        SGLang counts a request's new token when it is allocated, just behind these questions.
+        """
+        return (self._own_phases(), age) if self._is_on(reqs, 0) else (self._phases_of(lengths.tolist()), 0)
 
     # ----
 

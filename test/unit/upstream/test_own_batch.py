@@ -11,8 +11,9 @@ from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.messages import Row
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.ledger.page_phases import PagePhases
+from sglang_dcp.upstream import decode
 from sglang_dcp.upstream.binding import Binding
-from sglang_dcp.upstream.decode import GROW_AHEAD_TOKENS, find_leavers, secure_next_token
+from sglang_dcp.upstream.decode import GROW_AHEAD_TOKENS, secure_next_token
 from sglang_dcp.upstream.instance import Instance
 from sglang_dcp.upstream.own_batch import OwnBatch
 
@@ -23,16 +24,18 @@ class Pool:
     """Pages for whoever asks, or for nobody."""
 
     def __init__(self) -> None:
-        self.empty = False
+        self.empty, self.roomy = False, True
+        self.claims: list[int] = []
         self.next_page = 40_000
 
     def num_givable_pages(self) -> int:
         return 0 if self.empty else 50
 
     def has_free(self, count: int) -> bool:
-        return not self.empty
+        return self.roomy
 
     def claim_decode_page(self) -> bool:
+        self.claims.append(1)
         return not self.empty
 
     def take_pages(self, count: int) -> list[int] | None:
@@ -120,15 +123,18 @@ def test_a_request_that_the_ledger_took_over_is_a_change() -> None:
     assert not batch.steady and len(batch.sharded_rows()) == 1
 
 
-@pytest.mark.parametrize("empty", [False, True])
-def test_requests_passed_over_had_nothing_to_secure(empty: bool) -> None:
-    """`find_leavers` against asking every request: same answers, same growth, same asks."""
+@pytest.mark.parametrize(("empty", "roomy"), [(False, False), (False, True), (True, False)])
+def test_requests_passed_over_had_nothing_to_secure(empty: bool, roomy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`find_leavers` against asking every request: same answers, same growth, same asks; and claims, which a roomy pool can do without."""
     rng, outcomes = random.Random(3), []
+    asked: list[Any] = []
+    monkeypatch.setattr(decode, "secure_next_token", lambda *args: asked.append(args) or secure_next_token(*args))
     kinds = [rng.choice(["local", "home", "away", "more"]) for _ in range(200)]
     lengths = [rng.randrange(1, 6 * PAGE_SIZE) for _ in kinds]
     for ask_all in (True, False):
         instance = make_instance()
-        instance.pool.empty = empty  # type: ignore[attr-defined]
+        pool: Any = instance.pool
+        pool.empty, pool.roomy = empty, roomy
         binding = Binding(SimpleNamespace(_reqs_finishing_inflight=lambda batch: []), instance, None, None)  # type: ignore[arg-type]
         binding.givable_pages = instance.pool.num_givable_pages()
         reqs = []
@@ -141,10 +147,11 @@ def test_requests_passed_over_had_nothing_to_secure(empty: bool) -> None:
         if ask_all:
             refused = [i for i, req in enumerate(reqs) if not secure_next_token(binding, req)]
         else:
-            asked = torch.tensor([req.kv.kv_allocated_len for req in reqs])
-            refused = sorted(find_leavers(binding, SimpleNamespace(reqs=reqs, seq_lens_cpu=asked)))
+            known = torch.tensor([req.kv.kv_allocated_len for req in reqs])
+            refused = sorted(decode.find_leavers(binding, SimpleNamespace(reqs=reqs, seq_lens_cpu=known)))
+            assert 0 < len(asked) < len(reqs) * (GROW_AHEAD_TOKENS + 3) / PAGE_SIZE
         sizes = [len(req.dyncp.pages) for req in reqs if req.dyncp is not None]
-        outcomes.append((refused, sizes, [str(message) for message in instance.outbox]))
+        outcomes.append((refused, sizes, [str(message) for message in instance.outbox], 0 if roomy else len(pool.claims)))
     assert outcomes[0] == outcomes[1]
     assert bool(outcomes[0][0]) == empty
 
