@@ -1,7 +1,7 @@
 """Compares every touch point on SGLang with the pinned release, without importing SGLang.
 
-The pin's fingerprints are in python/sglang_dcp/upstream/fingerprints.json. Exit codes: 0 all the same; 1 bodies changed; 2 a signature
-changed, or a target is gone, no longer called, or (for what we add) now upstream; 3 the release could not be read.
+The pin's fingerprints are in python/sglang_dcp/upstream/attach/fingerprints.json. Exit codes: 0 all the same; 1 bodies changed; 2 a
+signature changed, or a target is gone, no longer called, or (for what we add) now upstream; 3 the release could not be read.
 """
 
 from __future__ import annotations

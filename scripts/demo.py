@@ -95,7 +95,7 @@ def ask(client: Client, prompt: RecallPrompt) -> Outcome:
 
 def show_request(server: Server, request_id: str) -> bool:
     """Home, shards and degree, by the command that a user would type."""
-    command = [sys.executable, "-m", "sglang_dcp.cli", "requests", request_id, "--port", str(server.port)]
+    command = [sys.executable, "-m", "sglang_dcp.cli.commands", "requests", request_id, "--port", str(server.port)]
     return subprocess.run(command, check=False).returncode == 0
 
 

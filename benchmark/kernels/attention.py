@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from timing import Row, graph_microseconds
 
-from sglang_dcp.dataflow.partial_attention_flashinfer import FlashInferDecode, FlashInferMLA
-from sglang_dcp.dataflow.partial_attention_flashmla import FlashMLADecode
+from sglang_dcp.dataflow.attention.flashinfer_graph import FlashInferDecode, FlashInferMLA
+from sglang_dcp.dataflow.attention.flashmla import FlashMLADecode
 
 NODES = 8
 GQA_CASES = ((64, 4096), (8, 65536), (1, 524288))

@@ -223,7 +223,7 @@ def _chunk_not_causal() -> None:
 
 def _guest_page_freed_early() -> None:
     """A shard frees a guest's pages in the first step that has no row of it, instead of when its home gives them back."""
-    from sglang_dcp.upstream.instance import Instance
+    from sglang_dcp.upstream.step.instance import Instance
 
     def wrap(original: Any) -> Any:
         def finish_step(instance: Any, *args: Any) -> Any:

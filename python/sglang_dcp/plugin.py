@@ -15,8 +15,8 @@ def register() -> None:
     installs it when it has parsed that flag). SGLang logs a plugin's exception and serves on without it, so a failure ends
     the process here instead.
     """
-    from sglang_dcp.upstream.hooks import DYNCP_HOOKS, FLAGS_HOOKS
-    from sglang_dcp.upstream.install import install
+    from sglang_dcp.upstream.attach.hooks import DYNCP_HOOKS, FLAGS_HOOKS
+    from sglang_dcp.upstream.attach.install import install
 
     try:
         install(FLAGS_HOOKS)

@@ -32,8 +32,8 @@ def test_headers_are_framework_free() -> None:
 
 
 def test_constants_that_the_runtime_repeats() -> None:
-    from sglang_dcp.dataflow import static_tables
-    from sglang_dcp.upstream.peers import MOST_PEERS
+    from sglang_dcp.dataflow.graph import static_tables
+    from sglang_dcp.upstream.layers.peers import MOST_PEERS
 
     assert (ROUTE_TAIL_SHIFT, FROM_TOKEN_TABLE) == (static_tables.TAIL_SHIFT, static_tables.FROM_TOKEN_TABLE)
     assert MAX_INSTANCES == MOST_PEERS

@@ -53,7 +53,7 @@ class GpuServer:
     ready_s: float | None = None
 
     def command(self) -> list[str]:
-        run = ["sglang_dcp.cli", "serve"] if self.device == "cpu" else ["sglang.launch_server"]
+        run = ["sglang_dcp.cli.commands", "serve"] if self.device == "cpu" else ["sglang.launch_server"]
         command = [sys.executable, "-m", *run, "--model-path", str(self.model_path), "--port", str(self.port), "--skip-server-warmup"]
         command += [
             "--context-length",

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
 from sglang_dcp.dataflow.contracts import NewKV
-from sglang_dcp.dataflow.paged_attention import AttentionShape
+from sglang_dcp.dataflow.graph.static_tables import guests_per_instance
 from sglang_dcp.dataflow.reference import partial_attention
-from sglang_dcp.dataflow.static_tables import guests_per_instance
-from sglang_dcp.upstream.graphs import GraphEngine
-from sglang_dcp.upstream.peers import Place
+from sglang_dcp.upstream.layers.graphs import GraphEngine
+from sglang_dcp.upstream.layers.peers import Place
 from test.unit.dataflow.cluster import PoolCache
 from test.unit.test_decode_session import Session
 
@@ -41,7 +41,7 @@ class Instance:
     """One instance's graphs and static inputs."""
 
     def __init__(self, session: GpuSession, rank: int) -> None:
-        from sglang_dcp.dataflow.graph_attention import GraphAttention, GraphSizes
+        from sglang_dcp.dataflow.graph.graph_attention import GraphAttention, GraphSizes
 
         latent, page_size, self.device = session.latent, session.page_size, session.devices[rank]
         sizes = GraphSizes(session.num_instances, HOME_ROWS, GUEST_ROWS, page_size, CONTEXT_PAGES, session.num_pages + 1)

@@ -49,7 +49,7 @@ def static(values: torch.Tensor, size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_gqa_decode(page_size: int) -> None:
-    from sglang_dcp.dataflow.partial_attention_flashinfer import FlashInferDecode
+    from sglang_dcp.dataflow.attention.flashinfer_graph import FlashInferDecode
 
     torch.manual_seed(0)
     indptr, indices, last = static(torch.zeros(9), 9), static(torch.zeros(1), 4096), static(torch.zeros(8), 8)
@@ -79,7 +79,7 @@ def test_gqa_decode(page_size: int) -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_gqa_prefill(causal: bool) -> None:
-    from sglang_dcp.dataflow.partial_attention_flashinfer import FlashInferPrefill
+    from sglang_dcp.dataflow.attention.flashinfer_graph import FlashInferPrefill
 
     torch.manual_seed(1)
     prefill = FlashInferPrefill(64, 4, 128, 16, 0.09, "cuda")
@@ -104,8 +104,8 @@ def test_gqa_prefill(causal: bool) -> None:
 @pytest.mark.parametrize("library", ["flashinfer", "flash_mla", "flash_mla in 8 parts"])
 @pytest.mark.parametrize("heads", [64, 128])
 def test_mla_decode(library: str, heads: int) -> None:
-    from sglang_dcp.dataflow.partial_attention_flashinfer import FlashInferMLA
-    from sglang_dcp.dataflow.partial_attention_flashmla import FlashMLADecode
+    from sglang_dcp.dataflow.attention.flashinfer_graph import FlashInferMLA
+    from sglang_dcp.dataflow.attention.flashmla import FlashMLADecode
 
     pytest.importorskip(library.split()[0])
     if library.endswith("parts"):
@@ -144,7 +144,7 @@ def test_mla_decode(library: str, heads: int) -> None:
 def test_flash_mla_schedules_within_a_graph(heads: int) -> None:
     """One capture of plan and run serves steps of any lengths, without work of the host."""
     pytest.importorskip("flash_mla")
-    from sglang_dcp.dataflow.partial_attention_flashmla import FlashMLADecode
+    from sglang_dcp.dataflow.attention.flashmla import FlashMLADecode
 
     torch.manual_seed(3)
     lengths_buffer, block_table = static(torch.zeros(8), 8), torch.zeros(8, 64, dtype=torch.int32, device="cuda")

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_dcp.dataflow.attention.flashinfer_step import flashinfer_kernel
+from sglang_dcp.dataflow.attention.paged_attention import PagedPartialAttention
 from sglang_dcp.dataflow.contracts import PartialState, TokenList
 from sglang_dcp.dataflow.device_plan import plan_on_device
 from sglang_dcp.dataflow.merge import merge_into
-from sglang_dcp.dataflow.paged_attention import PagedPartialAttention
-from sglang_dcp.dataflow.paged_attention_flashinfer import flashinfer_kernel
 from test.unit.dataflow.cluster import Cluster, PoolCache
 
 pytestmark = pytest.mark.gpu

@@ -240,7 +240,7 @@ def test_meta_info_of_streams_and_chats(client: Client) -> None:
 
 
 def run_command(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sglang_dcp.cli", *arguments, "--port", str(server.port)]
+    command = [sys.executable, "-m", "sglang_dcp.cli.commands", *arguments, "--port", str(server.port)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 

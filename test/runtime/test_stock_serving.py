@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sglang_dcp.cpu.hooks import CPU_HOOKS
-from sglang_dcp.upstream.hooks import FLAGS_HOOKS
+from sglang_dcp.upstream.attach.hooks import FLAGS_HOOKS
 from support.client import Answer, Client, RequestFailed
 from support.dyncp_grid import stock_server
 from support.hook_report import read_hook_reports, reporting_hooks

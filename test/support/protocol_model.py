@@ -18,11 +18,11 @@ from sglang_dcp.ledger.integrity import check_instance
 from sglang_dcp.ledger.messages import Granted, Release
 from sglang_dcp.mutants import install_mutant
 from sglang_dcp.policy.types import Placement
-from sglang_dcp.upstream.admission import _reserved
-from sglang_dcp.upstream.binding import Binding
-from sglang_dcp.upstream.decode import find_leavers, has_room, place_again
-from sglang_dcp.upstream.instance import Instance
-from sglang_dcp.upstream.step_sync import free_pages, sweep_waiting
+from sglang_dcp.upstream.step.admission import _reserved
+from sglang_dcp.upstream.step.binding import Binding
+from sglang_dcp.upstream.step.decode import find_leavers, has_room, place_again
+from sglang_dcp.upstream.step.instance import Instance
+from sglang_dcp.upstream.step.sync import free_pages, sweep_waiting
 
 
 class FakePool:

@@ -53,7 +53,7 @@ class ServerConfig:
 
     def command(self, port: int) -> list[str]:
         """`sglang-dcp serve ...`. Stock MLA on the CPU runs with page size 1 and without the overlap schedule only."""
-        command = [sys.executable, "-m", "sglang_dcp.cli", "serve", "--model-path", model_path(self.model), "--port", str(port)]
+        command = [sys.executable, "-m", "sglang_dcp.cli.commands", "serve", "--model-path", model_path(self.model), "--port", str(port)]
         # Without it SGLang would serve float32 weights in half precision.
         command += ["--dtype", "float32", "--context-length", "4096", "--max-total-tokens", str(self.pool_tokens), "--skip-server-warmup"]
         stock_mla = self.model == "deepseek_v2" and not self.dyncp

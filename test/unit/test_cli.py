@@ -119,7 +119,8 @@ def test_command_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_help_imports_neither_torch_nor_sglang() -> None:
-    code = "import sys; from sglang_dcp.cli import main; main(['serve', '--help']); print(sorted({'torch', 'sglang'} & set(sys.modules)))"
+    code = "import sys; from sglang_dcp.cli.commands import main; main(['serve', '--help'])"
+    code += "; print(sorted({'torch', 'sglang'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_dcp.dataflow.attention.partial_attention import torch_partial_attention
 from sglang_dcp.dataflow.attention_step import attention_step
 from sglang_dcp.dataflow.contracts import HomeRow, NewKV
-from sglang_dcp.dataflow.partial_attention import torch_partial_attention
 from sglang_dcp.dataflow.reference import partial_attention
 from test.support.protocol_model import ModelRequest, ModelScheduler, ProtocolModel
 from test.unit.dataflow.cluster import PoolCache, ThreadTransport

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from sglang_dcp.dataflow.contracts import NewKV, PartialState
+from sglang_dcp.dataflow.graph.static_tables import FROM_TOKEN_TABLE, NO_PAGE, TAIL_SHIFT, PageLines, guests_per_instance
 from sglang_dcp.dataflow.merge import merge_partial_states
 from sglang_dcp.dataflow.reference import RouteTables, partial_attention, route_tables
-from sglang_dcp.dataflow.static_tables import FROM_TOKEN_TABLE, NO_PAGE, TAIL_SHIFT, PageLines, guests_per_instance
-from sglang_dcp.upstream.graphs import GraphEngine
-from sglang_dcp.upstream.peers import Place
+from sglang_dcp.upstream.layers.graphs import GraphEngine
+from sglang_dcp.upstream.layers.peers import Place
 from test.unit.test_decode_session import CASES, HEADS, Session, drive, take_turns
 
 NUM_ENTRIES, WIDTH = 24, 40

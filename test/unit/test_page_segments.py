@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dcp.policy.types import Placement
-from sglang_dcp.upstream.admission import page_segments
+from sglang_dcp.upstream.step.admission import page_segments
 
 
 def request(shards, tokens, generated=0):

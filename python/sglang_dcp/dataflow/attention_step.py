@@ -10,10 +10,10 @@ from typing import Protocol
 
 import torch
 
+from sglang_dcp.dataflow.attention.partial_attention import PartialAttention
 from sglang_dcp.dataflow.contracts import NewKV, PartialState, StepPlan
 from sglang_dcp.dataflow.dispatch import dispatch, joined, return_partials
 from sglang_dcp.dataflow.merge import merge_into
-from sglang_dcp.dataflow.partial_attention import PartialAttention
 from sglang_dcp.dataflow.transport.base import Transport
 
 

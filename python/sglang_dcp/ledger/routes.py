@@ -1,6 +1,7 @@
 """One integer says which shards take part in a row, and where the K/V of its new token goes.
 
-Every instance knows every row's route, so both ends of an exchange lay out their slots from the same facts (dataflow/static_tables.py).
+Every instance knows every row's route, so both ends of an exchange lay out their slots from the same facts
+(dataflow/graph/static_tables.py).
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ GPU: tuple[Contribution, ...] = (
         change="An event per wrapper, recorded behind each plan and waited for ahead of the next one.",
         proof="In the same minutes on the same GPU: none of 40 in eight rounds (benchmark/results/gpu_runtime_check.json, stock_answers; "
         "there the event stood in fast_decode_plan itself). On a CPU: wait, plan and mark come in this order.",
-        closes="the guard of unsharded steps in upstream/attention_backend.py",
+        closes="the guard of unsharded steps in upstream/layers/attention_backend.py",
         apply=plan_guard,
     ),
 )

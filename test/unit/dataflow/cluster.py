@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sglang_dcp.dataflow.attention.partial_attention import torch_partial_attention
 from sglang_dcp.dataflow.attention_step import attention_step
 from sglang_dcp.dataflow.contracts import GuestRow, HomeRow, NewKV, StepPlan
-from sglang_dcp.dataflow.partial_attention import torch_partial_attention
 from sglang_dcp.dataflow.reference import partial_attention
 from sglang_dcp.dataflow.step_plan import asks, build_step_plan
 from sglang_dcp.mutants import install_mutant

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_dcp.dataflow.chunk_schedule import CHUNK_TOKENS_FIELD, OUTPUT_INDPTR_FIELD, ChunkSchedule
+from sglang_dcp.dataflow.graph.chunk_schedule import CHUNK_TOKENS_FIELD, OUTPUT_INDPTR_FIELD, ChunkSchedule
 
 PAGE_SIZE, CHUNK_AT, INDPTR_AT = 64, 512, 64
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_dcp.dataflow.paged_attention import AttentionShape
-from sglang_dcp.dataflow.partial_attention_flashmla import FlashMLADecode
+from sglang_dcp.dataflow.attention.flashmla import FlashMLADecode
+from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
+from sglang_dcp.dataflow.graph.static_tables import ListedRow
 from sglang_dcp.dataflow.reference import partial_attention
-from sglang_dcp.dataflow.static_tables import ListedRow
 from test.unit.dataflow import fake_flash_mla
 from test.unit.dataflow.fake_flash_mla import FakeFlashMla
 
@@ -109,7 +109,7 @@ class FakeExchange:
 def attention(library: FakeFlashMla, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Graph attention of one instance on the CPU, 3 home rows and 2 guest rows."""
     pytest.importorskip("sgl_kernel_dcp")
-    from sglang_dcp.dataflow import graph_attention
+    from sglang_dcp.dataflow.graph import graph_attention
 
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory=False, **given: zeros(*size, **given))
@@ -119,7 +119,7 @@ def attention(library: FakeFlashMla, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def build(heads: int, page_size: int) -> Any:
-    from sglang_dcp.dataflow.graph_attention import GraphAttention, GraphSizes
+    from sglang_dcp.dataflow.graph.graph_attention import GraphAttention, GraphSizes
 
     shape = AttentionShape(heads, 1, 576, 512, torch.bfloat16, SCALE, latent=True)
     sizes = GraphSizes(num_instances=2, max_home_rows=3, guest_rows=(2,), page_size=page_size, context_pages=WIDTH, pool_pages=9)

@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_dcp.dataflow import attention_step as layer
+from sglang_dcp.dataflow.attention.paged_attention import PagedPartialAttention
 from sglang_dcp.dataflow.contracts import GuestRow, HomeRow, NewKV, PartialState
-from sglang_dcp.dataflow.paged_attention import PagedPartialAttention
 from sglang_dcp.dataflow.step_plan import build_step_plan
 
 HEADS, KV_HEADS, DIM, PAGE = 8, 2, 16, 64

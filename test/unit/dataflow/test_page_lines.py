@@ -2,7 +2,7 @@
 
 import pytest
 
-from sglang_dcp.dataflow.static_tables import FROM_TOKEN_TABLE, NO_PAGE, ListedRow, PageLines, PooledRow
+from sglang_dcp.dataflow.graph.static_tables import FROM_TOKEN_TABLE, NO_PAGE, ListedRow, PageLines, PooledRow
 
 PAGE_SIZE = 16
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from sglang_dcp.dataflow import device_plan
-from sglang_dcp.dataflow import paged_attention_flashinfer as adapters
+from sglang_dcp.dataflow.attention import flashinfer_step as adapters
+from sglang_dcp.dataflow.attention.kernel_table import kernel_table
+from sglang_dcp.dataflow.attention.paged_attention import AttentionShape, PagedPartialAttention
+from sglang_dcp.dataflow.attention.partial_attention import torch_partial_attention
 from sglang_dcp.dataflow.contracts import AttentionRow, PartialState, StepPlan, TokenList
 from sglang_dcp.dataflow.device_plan import index_lists, plan_on_device
-from sglang_dcp.dataflow.kernel_table import kernel_table
-from sglang_dcp.dataflow.paged_attention import AttentionShape, PagedPartialAttention
-from sglang_dcp.dataflow.partial_attention import torch_partial_attention
 from sglang_dcp.dataflow.step_plan import chunk_row, pool_row
 from test.unit.dataflow.cluster import Cluster
 from test.unit.dataflow.fake_flashinfer import FakeMla, FakePrefill
@@ -27,7 +27,7 @@ def kernels(monkeypatch):
 
     monkeypatch.setattr(flashinfer, "BatchPrefillWithPagedKVCacheWrapper", FakePrefill)
     monkeypatch.setattr("flashinfer.mla.BatchMLAPagedAttentionWrapper", FakeMla)
-    monkeypatch.setattr("sglang_dcp.dataflow.partial_attention_flashinfer.WORKSPACE_BYTES", 16)
+    monkeypatch.setattr("sglang_dcp.dataflow.attention.flashinfer_graph.WORKSPACE_BYTES", 16)
     for name, value in (("WORKSPACE_BYTES", 16), ("MLA_LATENT_DIM", 16), ("MLA_ROPE_DIM", 8)):
         monkeypatch.setattr(adapters, name, value)
 

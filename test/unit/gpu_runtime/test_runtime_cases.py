@@ -22,7 +22,7 @@ from support.client import Answer, Token  # isort: skip
 from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.types import InstanceLoad
-from sglang_dcp.upstream.placement_request import describe_request
+from sglang_dcp.upstream.router.placement_request import describe_request
 
 CASES = ("gqa", "gqa_nccl", "mla", "gqa4", "mla4", "gqa_f32")
 DEVICES = ("cuda", "cpu")

@@ -19,7 +19,7 @@ from sglang_dcp.observe.placement_log import LOG_VARIABLE, PlacementLog
 from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.types import Placement, PlacementRequest
-from sglang_dcp.upstream.placer import Placer
+from sglang_dcp.upstream.router.placer import Placer
 
 SHAPE = {"num_instances": 4, "instances_per_node": 8, "pool_tokens": 1024, "page_size": 16}
 

@@ -10,7 +10,7 @@ import pytest
 from sglang.srt.managers.schedule_policy import AddReqResult
 
 from sglang_dcp.policy.types import Placement
-from sglang_dcp.upstream import admission
+from sglang_dcp.upstream.step import admission
 
 PAGE, PROMISED_PAGES = 16, 10
 

@@ -8,10 +8,10 @@ import torch
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.page_ids import Page
-from sglang_dcp.upstream import binding as bindings
-from sglang_dcp.upstream.decode import alloc_decode
-from sglang_dcp.upstream.instance import Instance
-from sglang_dcp.upstream.kv_pool import PAGES_AHEAD, LedgerAllocator
+from sglang_dcp.upstream.pool.kv_pool import PAGES_AHEAD, LedgerAllocator
+from sglang_dcp.upstream.step import binding as bindings
+from sglang_dcp.upstream.step.decode import alloc_decode
+from sglang_dcp.upstream.step.instance import Instance
 
 PAGE_SIZE, NUM_PAGES = 4, 100
 ROOMY = 2 * PAGES_AHEAD

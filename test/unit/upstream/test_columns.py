@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_dcp.upstream import binding as bindings
-from sglang_dcp.upstream.binding import Binding
-from sglang_dcp.upstream.columns import NUM_COLUMNS, WidenedRow
-from sglang_dcp.upstream.step_sync import fallback_columns
+from sglang_dcp.upstream.step import binding as bindings
+from sglang_dcp.upstream.step.binding import Binding
+from sglang_dcp.upstream.step.columns import NUM_COLUMNS, WidenedRow
+from sglang_dcp.upstream.step.sync import fallback_columns
 
 OWN = [3, 2, 2**31 - 2, 17, 5, 900_000, 128, 2**40]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sglang_dcp.upstream.cuda_settings import (
+from sglang_dcp.upstream.attach.cuda_settings import (
     complete_attention_backend,
     complete_prefill_graph,
     find_cuda_refusal,

@@ -8,11 +8,11 @@ import torch
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.messages import Row
-from sglang_dcp.upstream import binding as bindings
-from sglang_dcp.upstream import columns as col
-from sglang_dcp.upstream import step_sync
-from sglang_dcp.upstream.attention_backend import make_backend_class
-from sglang_dcp.upstream.instance import Instance
+from sglang_dcp.upstream.layers.attention_backend import make_backend_class
+from sglang_dcp.upstream.step import binding as bindings
+from sglang_dcp.upstream.step import columns as col
+from sglang_dcp.upstream.step import sync as step_sync
+from sglang_dcp.upstream.step.instance import Instance
 
 RANKS = 2
 

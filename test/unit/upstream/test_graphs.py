@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from sglang_dcp.ledger.routes import MOST_INSTANCES, route_word, shard_mask, travelling_tail
-from sglang_dcp.upstream.graphs import GraphEngine, guest_row_grid
-from sglang_dcp.upstream.peers import Place, find_obstacle, num_sharing
+from sglang_dcp.upstream.layers.graphs import GraphEngine, guest_row_grid
+from sglang_dcp.upstream.layers.peers import Place, find_obstacle, num_sharing
 
 PLACES = [Place("host", f"gpu{rank}", ("gpu0", "gpu1", "gpu2")) for rank in range(3)]
 

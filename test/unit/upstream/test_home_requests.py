@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from sglang_dcp.upstream.step_sync import count_home_requests
+from sglang_dcp.upstream.step.sync import count_home_requests
 
 
 def batch_of(count: int, *, extends: bool) -> SimpleNamespace:

@@ -1,6 +1,6 @@
 """What the report says about our host time: totals of steps by kind, and where they went."""
 
-from sglang_dcp.upstream.host_clock import HostClock
+from sglang_dcp.upstream.observe.host_clock import HostClock
 
 
 def test_parts_add_up_to_steps_of_their_kind() -> None:

@@ -12,7 +12,7 @@ import torch
 from prometheus_client import REGISTRY
 
 from sglang_dcp.ledger.messages import Row
-from sglang_dcp.upstream.metrics import GAUGE_INTERVAL_SECONDS, MeasuredTransport, StepMetrics, count_attention_rows
+from sglang_dcp.upstream.observe.metrics import GAUGE_INTERVAL_SECONDS, MeasuredTransport, StepMetrics, count_attention_rows
 
 LABELS = {"dp_rank": 1, "model_name": "m"}
 

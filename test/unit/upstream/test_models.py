@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_dcp.upstream.models import SERVED_CLASSES, UnsupportedModelError, check_model, find_unsupported_layer
+from sglang_dcp.upstream.attach.models import SERVED_CLASSES, UnsupportedModelError, check_model, find_unsupported_layer
 
 
 class RadixAttention(torch.nn.Module):

@@ -11,11 +11,11 @@ from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.messages import Row
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.ledger.page_phases import PagePhases
-from sglang_dcp.upstream import decode
-from sglang_dcp.upstream.binding import Binding
-from sglang_dcp.upstream.decode import GROW_AHEAD_TOKENS, secure_next_token
-from sglang_dcp.upstream.instance import Instance
-from sglang_dcp.upstream.own_batch import OwnBatch
+from sglang_dcp.upstream.step import decode
+from sglang_dcp.upstream.step.binding import Binding
+from sglang_dcp.upstream.step.decode import GROW_AHEAD_TOKENS, secure_next_token
+from sglang_dcp.upstream.step.instance import Instance
+from sglang_dcp.upstream.step.own_batch import OwnBatch
 
 PAGE_SIZE = 16
 

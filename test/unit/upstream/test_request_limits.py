@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from sglang_dcp.config import DynCpConfig
-from sglang_dcp.upstream.placement_hint import ACTION_TYPE, strip_hints
-from sglang_dcp.upstream.placement_request import describe_request, most_pools
-from sglang_dcp.upstream.request_limits import REFUSED_OPTIONS, RequestError, RequestLimits, check_options, read_pin
+from sglang_dcp.upstream.front.request_limits import REFUSED_OPTIONS, RequestError, RequestLimits, check_options, read_pin
+from sglang_dcp.upstream.router.placement_hint import ACTION_TYPE, strip_hints
+from sglang_dcp.upstream.router.placement_request import describe_request, most_pools
 
 POOL, PAGE = 1024, 16
 

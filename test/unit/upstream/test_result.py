@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_dcp.upstream.result import add_meta_info
+from sglang_dcp.upstream.front.result import add_meta_info
 
 
 def stock(manager: None, meta_info: dict[str, Any], state: None, customized_info: dict[str, Any], index: int, reason: Any) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from benchmark.multi_gpu.model_shapes import SHAPES
 from sglang_dcp.config import CONFIG_VARIABLE, ConfigError, DynCpConfig
-from sglang_dcp.upstream import served_model
-from sglang_dcp.upstream.placement_request import cost_model_of
+from sglang_dcp.upstream.attach import model_sizes as served_model
+from sglang_dcp.upstream.router.placement_request import cost_model_of
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sglang_dcp.upstream.settings import REFUSALS, SettingError, complete_parallelism, find_refusal
+from sglang_dcp.upstream.attach.settings import REFUSALS, SettingError, complete_parallelism, find_refusal
 
 WORKING: dict[str, Any] = {
     "device": "cpu",

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_dcp.dataflow.partial_attention import torch_partial_attention
-from sglang_dcp.upstream import attention_backend, binding, graphs, step_path, step_sync
-from sglang_dcp.upstream.host_clock import HostClock
+from sglang_dcp.dataflow.attention.partial_attention import torch_partial_attention
+from sglang_dcp.upstream.layers import attention_backend, graphs, step_path
+from sglang_dcp.upstream.observe.host_clock import HostClock
+from sglang_dcp.upstream.step import binding
+from sglang_dcp.upstream.step import sync as step_sync
 
 STOCK_OUTPUT = object()
 

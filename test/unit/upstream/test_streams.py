@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sglang_dcp.upstream.requests import ControlRefused, refuse_control, serve_generate
+from sglang_dcp.upstream.front.requests import ControlRefused, refuse_control, serve_generate
 
 
 def event(body: dict[str, Any]) -> bytes:

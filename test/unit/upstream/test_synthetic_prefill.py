@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_dcp.upstream.synthetic_prefill import BenchmarkModeError, check_use, fill_pool, is_enabled
+from sglang_dcp.upstream.layers.synthetic_prefill import BenchmarkModeError, check_use, fill_pool, is_enabled
 
 
 def test_values() -> None:

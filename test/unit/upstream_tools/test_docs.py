@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from scripts.upstream_tools.targets import REPOSITORY
-from sglang_dcp.cli import COMMANDS
+from sglang_dcp.cli.commands import COMMANDS
 from sglang_dcp.config import DynCpConfig, add_cli_arguments
 
 DOCUMENTS = sorted((REPOSITORY / "docs").glob("*.md"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scripts.generate_hook_docs import DOCUMENT, REPOSITORY, SETS, render
-from sglang_dcp.upstream.hooks import Hook, all_hooks
+from sglang_dcp.upstream.attach.hooks import Hook, all_hooks
 
 VERSION = (REPOSITORY / "UPSTREAM_VERSION").read_text().strip()
 

@@ -1,0 +1,84 @@
+"""FlashInfer kernels for a step's rows, planned with host arrays, so that planning does not wait for the device. bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sglang_dcp.dataflow.attention.flashinfer_graph import MLA_LATENT_DIM, MLA_ROPE_DIM, WORKSPACE_BYTES, FlashInferPrefill
+from sglang_dcp.dataflow.attention.kernel_table import KernelTable
+from sglang_dcp.dataflow.attention.paged_attention import AttentionShape, PagedKernel
+from sglang_dcp.dataflow.contracts import PartialState
+from sglang_dcp.dataflow.copy_guard import CopyGuard
+
+
+class FlashInferGqaRows:
+    """GQA: decode rows (one query) and chunks alike, tensor-core kernels."""
+
+    def __init__(self, shape: AttentionShape, page_size: int, device: torch.device) -> None:
+        self._kernel = FlashInferPrefill(shape.num_heads, shape.num_kv_heads, shape.qk_head_dim, page_size, shape.scale, device)
+        self._guard = CopyGuard(device)
+
+    def plan(self, table: KernelTable, page_indices: torch.Tensor, *, causal: bool) -> None:
+        with self._guard:
+            self._kernel.plan(
+                torch.from_numpy(table.query_indptr),
+                torch.from_numpy(table.page_indptr),
+                page_indices,
+                torch.from_numpy(table.last_page_length),
+                causal=causal,
+            )
+
+    def run(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: PartialState | None) -> PartialState:
+        return self._kernel.run(queries, keys, values, out)
+
+
+class FlashInferMlaRows:
+    """MLA in absorbed form: queries [q, heads, 512 + 64] over a latent cache [pages, page_size, 1, 512 + 64]."""
+
+    def __init__(self, shape: AttentionShape, page_size: int, device: torch.device) -> None:
+        from flashinfer.mla import BatchMLAPagedAttentionWrapper
+
+        self._shape, self._page_size = shape, page_size
+        self._wrapper: Any = BatchMLAPagedAttentionWrapper(torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device), backend="fa3")
+        self._guard = CopyGuard(device)
+
+    def plan(self, table: KernelTable, page_indices: torch.Tensor, *, causal: bool) -> None:
+        from flashinfer.mla import MLAPlanMetadata
+
+        with self._guard:
+            self._wrapper.plan(
+                metadata=MLAPlanMetadata.csr(
+                    qo_indptr=torch.from_numpy(table.query_indptr),
+                    kv_indptr=torch.from_numpy(table.page_indptr),
+                    kv_indices=page_indices,
+                    kv_len_arr=torch.from_numpy(table.num_keys),
+                ),
+                num_heads=self._shape.num_heads,
+                head_dim_ckv=MLA_LATENT_DIM,
+                head_dim_kpe=MLA_ROPE_DIM,
+                page_size=self._page_size,
+                causal=causal,
+                sm_scale=self._shape.scale,
+                q_data_type=self._shape.dtype,
+                kv_data_type=self._shape.dtype,
+                lse_mode="basee",
+            )
+
+    def run(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: PartialState | None) -> PartialState:
+        given = {} if out is None else {"out": out.output, "lse": out.lse}
+        output, lse = self._wrapper.run(query=queries, kv_cache=keys.squeeze(2), return_lse=True, return_lse_base_on_e=True, **given)
+        return PartialState(output, lse)
+
+
+def flashinfer_kernel(shape: AttentionShape, page_size: int, device: torch.device) -> PagedKernel:
+    """The kernel for a model's layers. ValueError names what it does not serve."""
+    if shape.dtype != torch.bfloat16:
+        raise ValueError(f"sharded attention on a GPU serves bfloat16, this model has {shape.dtype} (--dtype bfloat16)")
+    if not shape.latent:
+        return FlashInferGqaRows(shape, page_size, device)
+    dims = (shape.v_head_dim, shape.qk_head_dim - shape.v_head_dim)
+    if dims != (MLA_LATENT_DIM, MLA_ROPE_DIM):
+        raise ValueError(f"sharded MLA on a GPU serves latents of {MLA_LATENT_DIM} + {MLA_ROPE_DIM}, this model has {dims[0]} + {dims[1]}")
+    return FlashInferMlaRows(shape, page_size, device)

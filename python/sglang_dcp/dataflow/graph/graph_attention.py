@@ -1,0 +1,244 @@
+"""The per-layer path of decode steps that run as graphs: dispatch, partial attention, return and merge over static buffers. CUDA only.
+
+Captured once per (home rows, guest rows); a step fills the tables, plans the attention kernel, and replays. attention_step.py is the
+same path for steps of any shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sgl_kernel_dcp import ExchangeShape, PeerExchange, StepArrays, StepTables, TableShape
+
+from sglang_dcp.dataflow.attention.flashinfer_graph import MLA_LATENT_DIM, FlashInferDecode, FlashInferMLA, KernelBuffers
+from sglang_dcp.dataflow.attention.flashmla import FlashMLADecode, check_flash_mla
+from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
+from sglang_dcp.dataflow.contracts import PartialState
+from sglang_dcp.dataflow.copy_guard import CopyGuard
+from sglang_dcp.dataflow.device_plan import to_device
+from sglang_dcp.dataflow.graph.static_tables import ListedRow, PageLines, PooledRow, RowsInput
+from sglang_dcp.dataflow.transport.base import TransportError
+
+
+@dataclass(frozen=True)
+class GraphSizes:
+    """Capacities of an instance's graphs. guest_rows: the captured numbers, ascending; context_pages: most pages of one request;
+    pool_pages: of this instance's pool, with the padding page."""
+
+    num_instances: int
+    max_home_rows: int
+    guest_rows: tuple[int, ...]
+    page_size: int
+    context_pages: int
+    pool_pages: int
+
+    @property
+    def max_rows(self) -> int:
+        return self.max_home_rows + self.guest_rows[-1]
+
+    def tables(self) -> TableShape:
+        return TableShape(
+            num_instances=self.num_instances,
+            max_home_rows=self.max_home_rows,
+            max_attention_rows=self.max_rows,
+            max_kv_rows=self.guest_rows[-1],
+            max_pages=self.max_rows * self.context_pages,
+            max_pages_per_row=self.context_pages,
+            page_size=self.page_size,
+        )
+
+    def exchange(self, shape: AttentionShape) -> ExchangeShape:
+        kv_row = shape.qk_head_dim if shape.latent else shape.num_kv_heads * (shape.qk_head_dim + shape.v_head_dim)
+        most_returns = min(self.max_home_rows, self.guest_rows[-1]) * (self.num_instances - 1)
+        return ExchangeShape(shape.num_heads, shape.qk_head_dim, shape.v_head_dim, kv_row, most_returns)
+
+
+class GraphAttention:
+    """One instance's static buffers, its end of the exchange, and one attention kernel per captured (home rows, guest rows).
+
+    Instances connect (`exchange.connect_processes`) before the first capture. `fill` (or `advance`) and `plan` run once per step ahead of
+    the replay, on the stream of the replay; `begin` and, once per layer, `run` are captured. flash_mla: FlashMLA's kernel in place of
+    FlashInfer's (MLA only).
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        sizes: GraphSizes,
+        shape: AttentionShape,
+        device: torch.device,
+        *,
+        num_sharing: int,
+        wait_seconds: float,
+        flash_mla: bool = False,
+    ) -> None:
+        if flash_mla:
+            check_flash_mla(shape.num_heads, sizes.page_size)
+        self.rank, self.sizes, self.shape, self.wait_seconds, self.flash_mla = rank, sizes, shape, wait_seconds, flash_mla
+        exchange_shape = sizes.exchange(shape)
+        num_entries = 2 * sizes.max_rows
+        self.tables = StepTables(sizes.tables(), rank, num_entries, device, exchange_shape.max_return_rows)
+        self.exchange = PeerExchange(
+            rank,
+            exchange_shape,
+            self.tables,
+            num_sharing=num_sharing,
+            wait_limit_seconds=wait_seconds,
+            early_launch=not flash_mla,  # FlashMLA's kernel would not wait for the dispatch
+        )
+        self.lines = PageLines(num_entries, sizes.context_pages, sizes.page_size)
+        self.merged = torch.zeros(sizes.max_home_rows, shape.num_heads, shape.v_head_dim, dtype=torch.bfloat16, device=device)
+        self._buffers = None if flash_mla else KernelBuffers.allocate(sizes.max_rows, shape.num_heads, shape.v_head_dim, device)
+        self._kernels: dict[tuple[int, int], FlashInferDecode | FlashInferMLA | FlashMLADecode] = {}
+        self._guard = CopyGuard(device)
+        self._silent = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self._silent_mask = self._silent.numpy()
+        self._planned: tuple[int, int] | None = None
+        self._begun: list[int] | None = None
+
+    # ---- once per captured size
+
+    def prepare(self, home_rows: int, guest_rows: int) -> None:
+        """Ahead of a capture: builds the size's kernel and plans it for rows of one token each, and tables without rows."""
+        rows = home_rows + guest_rows
+        if (home_rows, guest_rows) not in self._kernels:
+            self._kernels[home_rows, guest_rows] = self._build_kernel(rows)
+        no_rows = [np.zeros(0, dtype=np.int32)] * self.sizes.num_instances
+        self.tables.upload(StepArrays(no_rows, np.zeros((0, 4), dtype=np.int32)))
+        self.tables.build()
+        self._plan(home_rows, guest_rows, np.ones(rows, dtype=np.int32))
+
+    def _build_kernel(self, rows: int) -> FlashInferDecode | FlashInferMLA | FlashMLADecode:
+        shape, section, page_size = self.shape, self.tables.section, self.sizes.page_size
+        if self._buffers is None:
+            return FlashMLADecode(shape.num_heads, shape.scale, section("block_table")[:rows], section("kv_length")[:rows])
+        indptr, indices, buffers = section("page_indptr")[: rows + 1], section("page_indices"), self._buffers.first(rows)
+        if shape.latent:
+            return FlashInferMLA(shape.num_heads, page_size, shape.scale, indptr, indices, section("kv_length")[:rows], buffers)
+        last = section("last_page_length")[:rows]
+        return FlashInferDecode(
+            shape.num_heads, shape.num_kv_heads, shape.qk_head_dim, page_size, shape.scale, indptr, indices, last, buffers
+        )
+
+    # ---- once per step
+
+    def fill(self, step: int, words: list[np.ndarray], rows: Sequence[ListedRow | PooledRow], token_table: torch.Tensor) -> None:
+        """Tables of the step. token_table: SGLang's req_to_token, for rows whose pages only the device knows."""
+        self._raise_if_silent(step)
+        given = self.lines.fill(step, rows)
+        self.tables.upload(StepArrays(words, given.rows))
+        self._update_lines(given, token_table)
+        self._begun = None
+
+    def advance(self, step: int) -> None:
+        """The same for the step that follows, with the same rows and routes."""
+        self._raise_if_silent(step)
+        self._begun = self.lines.advance(step)
+        self.tables.upload_rows(self.lines.table, check=False)  # PageLines keeps every row within its line
+
+    def plan(self, home_rows: int, guest_rows: int) -> None:
+        """Schedules the step's kernel, unless its last schedule serves. GQA's counts pages, MLA's tokens; FlashMLA's is `begin`'s."""
+        if self.flash_mla:
+            return
+        kernel = self._kernels[home_rows, guest_rows]
+        begun = self._begun if self._planned == (home_rows, guest_rows) else None
+        if begun is not None and isinstance(kernel, FlashInferDecode) and kernel.serves_longer(begun):
+            return
+        tokens = np.zeros(home_rows + guest_rows, dtype=np.int32)
+        tokens[: len(self.lines.table)] = self.lines.table[:, 1]
+        self._plan(home_rows, guest_rows, tokens)
+
+    def _update_lines(self, given: RowsInput, token_table: torch.Tensor) -> None:
+        device, pages = self.tables.buffer.device, self.tables.resident_pages
+        if given.writes.shape[1]:
+            places, numbers = to_device(torch.from_numpy(given.writes), device)
+            pages.view(-1).index_copy_(0, places, numbers.to(torch.int32))
+        if given.copies.shape[1]:
+            entries, lines = to_device(torch.from_numpy(given.copies), device)
+            page_size = self.sizes.page_size
+            tokens = token_table[:, : given.copy_pages * page_size : page_size].index_select(0, lines)
+            numbers = tokens // page_size
+            # As in the tables' kernel.
+            numbers.masked_fill_(numbers >= self.sizes.pool_pages, 0)
+            pages[:, : given.copy_pages].index_copy_(0, entries, numbers.to(torch.int32))
+
+    def _plan(self, home_rows: int, guest_rows: int, tokens: np.ndarray) -> None:
+        counts = -(-tokens // self.sizes.page_size)
+        kernel = self._kernels[home_rows, guest_rows]
+        self._planned = home_rows, guest_rows
+        if isinstance(kernel, FlashInferDecode) and kernel.serves(counts):
+            return
+        indptr = torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32))
+        with self._guard:
+            if isinstance(kernel, FlashInferMLA):
+                kernel.plan(indptr, torch.from_numpy(tokens.copy()))
+            elif isinstance(kernel, FlashInferDecode):
+                last = np.where(tokens > 0, tokens - (counts - 1) * self.sizes.page_size, 0)
+                kernel.plan(indptr, torch.from_numpy(last.astype(np.int32)))
+
+    def _raise_if_silent(self, step: int) -> None:
+        mask = int(self._silent_mask[0])
+        if mask:
+            peers = [peer for peer in range(self.sizes.num_instances) if mask >> peer & 1]
+            raise TransportError(
+                f"rank {self.rank}, step {step}, peer memory: instances {peers} did not answer within {self.wait_seconds:g} s "
+                f"(exchanges {self.exchange.silent_peers()})"
+            )
+
+    # ---- captured
+
+    def begin(self, home_rows: int, guest_rows: int, token_table: torch.Tensor) -> None:
+        """Ahead of the layers: tables from what `fill` or `advance` sent. And asks, without waiting, whether a peer missed a wait so far:
+        the `fill` after next looks at the answer. token_table: the one that `fill` is given, always the same tensor."""
+        self.tables.build(token_table, self.sizes.pool_pages)
+        kernel = self._kernels[home_rows, guest_rows]
+        if isinstance(kernel, FlashMLADecode):
+            kernel.plan()
+        else:
+            kernel.mark_empty_rows(self.tables.section("kv_length")[: home_rows + guest_rows])
+        offset = self.exchange.layout["silent_mask"]
+        self._silent.copy_(self.exchange.state[offset : offset + 4].view(torch.int32), non_blocking=True)
+
+    def run(
+        self,
+        home_rows: int,
+        guest_rows: int,
+        queries: tuple[torch.Tensor, torch.Tensor | None],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        pools: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Attention [home_rows, heads, v_head_dim] of the own rows; valid until the next call.
+
+        queries: [home_rows, heads, dim], or its two parts. keys, values [home_rows, 1, elements]: the new tokens' K/V (MLA: latent and
+        rotary part), written here already where they stay. pools: key and value pool of the layer, [slots, kv_heads, dim] (MLA: the
+        joined pool, twice).
+        """
+        rows, page_size = home_rows + guest_rows, self.sizes.page_size
+        key_pool, value_pool = pools
+        targets = self._targets(key_pool, value_pool)
+        received = self.exchange.dispatch(
+            queries[0], query_rope=queries[1], key=keys, value=values, key_pool=targets[0], value_pool=targets[1]
+        )[:rows]
+        kernel = self._kernels[home_rows, guest_rows]
+        state: PartialState
+        if isinstance(kernel, FlashMLADecode):
+            state = kernel.run(received, key_pool.squeeze(1).unflatten(0, (-1, page_size)), mark_neutral=False)
+        elif isinstance(kernel, FlashInferMLA):
+            state = kernel.run(received, key_pool.squeeze(1).unflatten(0, (-1, page_size)))
+        else:
+            state = kernel.run(received, key_pool.unflatten(0, (-1, page_size)), value_pool.unflatten(0, (-1, page_size)))
+        merged = self.merged[:home_rows]
+        self.exchange.return_merge(state.output, state.lse, merged)
+        return merged
+
+    def _targets(self, key_pool: torch.Tensor, value_pool: torch.Tensor) -> tuple[Any, Any]:
+        """Where arriving K/V rows go: [slots, elements] views of the pools."""
+        if self.shape.latent:
+            joined = key_pool.flatten(1)
+            return joined[:, :MLA_LATENT_DIM], joined[:, MLA_LATENT_DIM:]
+        return key_pool.flatten(1), value_pool.flatten(1)

@@ -1,0 +1,104 @@
+"""Touch points of the main process (HTTP server and tokenizer manager): no other process imports these modules."""
+
+from __future__ import annotations
+
+from sglang_dcp.upstream.attach.hooks import Hook
+
+_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_CONTROLS = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
+_HTTP = "sglang.srt.entrypoints.http_server"
+
+REFUSED_CONTROLS = (
+    f"{_MANAGER}.pause_generation",
+    f"{_MANAGER}.continue_generation",
+    f"{_MANAGER}.update_weights_from_disk",
+    f"{_CONTROLS}.init_weights_update_group",
+    f"{_CONTROLS}.begin_weight_update",
+    f"{_CONTROLS}.end_weight_update",
+    f"{_CONTROLS}.update_weights_from_distributed",
+    f"{_CONTROLS}.update_weights_from_tensor",
+    f"{_CONTROLS}.update_weights_from_ipc",
+    f"{_CONTROLS}.release_memory_occupation",
+    f"{_CONTROLS}.resume_memory_occupation",
+    f"{_CONTROLS}.load_lora_adapter",
+    f"{_CONTROLS}.load_lora_adapter_from_tensors",
+    f"{_CONTROLS}.attach_hicache_storage",
+    f"{_CONTROLS}.open_session",
+)
+
+_REFUSALS = tuple(
+    Hook(
+        target=target,
+        kind="refuse",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.front.requests:refuse_control",
+        why="a control call that does not work with sharded requests is refused by name",
+        upstream="a switch per control endpoint",
+        remove_when="the call is tested with sharded requests",
+    )
+    for target in REFUSED_CONTROLS
+)
+
+DYNCP_MAIN_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
+        kind="after",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.front.requests:learn_limits",
+        why="the main process knows how long a request may be",
+        upstream="pool sizes on the tokenizer manager",
+        remove_when="the tokenizer manager has max_total_num_tokens",
+        parameters=(),
+    ),
+    Hook(
+        target=f"{_MANAGER}.generate_request",
+        kind="before",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.front.requests:check_request_options",
+        why="options that are not served are refused by name",
+        upstream="a validation seam for requests",
+        remove_when="SGLang registers request validators",
+        parameters=("obj", "request"),
+    ),
+    Hook(
+        target=f"{_MANAGER}._validate_one_request",
+        kind="after",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.front.requests:validate_request",
+        why="pins and lengths that no placement can honour are HTTP 400",
+        upstream="a validation seam for requests",
+        remove_when="SGLang registers request validators",
+        parameters=("obj", "input_ids"),
+    ),
+    Hook(
+        target=f"{_HTTP}.serve_generate_request",
+        kind="around",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.front.requests:serve_generate",
+        why="a refused stream is HTTP 400, not 200 with an error inside",
+        upstream="validation before the stream starts, as in the OpenAI endpoints",
+        remove_when="/generate validates a stream before it answers 200",
+        parameters=("obj", "request"),
+    ),
+    Hook(
+        target=f"{_MANAGER}.update_request_meta_info",
+        kind="around",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.front.result:add_meta_info",
+        why="meta_info.dyncp is one object, not a list over tokens",
+        upstream="request-level values in customized_info",
+        remove_when="update_request_meta_info keeps a dict as it is",
+        parameters=("meta_info", "state", "customized_info", "index", "finish_reason"),
+    ),
+    Hook(
+        target=f"{_HTTP}.app.add_api_route",
+        kind="register",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.front.result:add_report_route",
+        why="`sglang-dcp requests` and `top` read where requests live",
+        upstream="nothing: this is FastAPI's own registry",
+        remove_when="never",
+        parameters=("path", "endpoint"),
+    ),
+    *_REFUSALS,
+)

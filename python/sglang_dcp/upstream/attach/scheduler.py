@@ -1,0 +1,99 @@
+"""Puts an `Instance` into SGLang's scheduler process, and keeps its idle and leak checks true."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sglang_dcp.config import DynCpConfig
+from sglang_dcp.dataflow.token_ids import kernel_token_ids, torch_token_ids
+from sglang_dcp.dataflow.transport.gloo import create_gloo_group
+from sglang_dcp.mutants import install_mutant
+from sglang_dcp.upstream.attach.install import verify_installed
+from sglang_dcp.upstream.attach.models import check_model
+from sglang_dcp.upstream.layers import synthetic_prefill
+from sglang_dcp.upstream.layers.graphs import engine
+from sglang_dcp.upstream.layers.step_path import choose_partial_attention, choose_transport, prepare_merge
+from sglang_dcp.upstream.observe.metrics import attach_metrics
+from sglang_dcp.upstream.pool.kv_pool import LedgerAllocator
+from sglang_dcp.upstream.step import binding as bindings
+from sglang_dcp.upstream.step.instance import Instance, is_managed
+
+logger = logging.getLogger(__name__)
+
+EXCHANGE_TIMEOUT_SECONDS = 120.0
+"""Longest wait for a peer inside a step; beyond it the rank ends with an error that names rank, step and layer."""
+
+
+class UnsupportedError(RuntimeError):
+    """Something of this server or model that dynamic context parallelism does not serve; the message names it."""
+
+
+def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER Scheduler.__init__."""
+    from sglang.srt.runtime_context import get_parallel
+
+    config = DynCpConfig.from_environment()
+    if config is None:
+        raise UnsupportedError("the dyncp hooks are installed but no configuration came with the environment")
+    verify_installed()
+    install_mutant()
+    check_model(scheduler.tp_worker.model_runner.model)
+    pool = scheduler.token_to_kv_pool_allocator
+    if not isinstance(pool, LedgerAllocator):
+        raise UnsupportedError(f"--enable-dyncp needs a paged KV pool (--page-size above 1), this server has {type(pool).__name__}")
+    parallel = get_parallel()
+    rank, num_instances = parallel.tp_rank, parallel.num_dp_ranks
+    instance = Instance(config.resolve(num_instances), rank, num_instances, pool.num_pages, pool.page_size, pool)
+    # With graphs the kernels are here; without, torch does it.
+    pool.bind(instance, scheduler.tree_cache, torch_token_ids if engine() is None else kernel_token_ids())
+    group = create_gloo_group(EXCHANGE_TIMEOUT_SECONDS)
+    runner = scheduler.tp_worker.model_runner
+    device = torch.device(runner.device)
+    transport = choose_transport(config.transport, device, group, EXCHANGE_TIMEOUT_SECONDS)
+    attention = choose_partial_attention(device, pool.page_size, runner)
+    binding = bindings.Binding(scheduler, instance, transport, group, device=device, partial_attention=attention)
+    prepare_merge(runner, device)
+    if synthetic_prefill.is_enabled():
+        synthetic_prefill.fill_pool(runner.token_to_kv_pool, rank)
+    attach_metrics(binding)
+    bindings.bind(binding)
+    logger.info(
+        "dyncp: instance %d of %d, policy %s, cost model %s for %d layers, %d pages of %d tokens",
+        rank,
+        num_instances,
+        config.policy,
+        instance.cost_model.name,
+        instance.cost_model.num_layers,
+        pool.num_pages,
+        pool.page_size,
+    )
+
+
+def get_allocator_class(platform: Any) -> type:
+    """REPLACE SRTPlatform.get_paged_allocator_cls."""
+    return LedgerAllocator
+
+
+def is_fully_idle(result: bool, scheduler: Any, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
+    """AFTER Scheduler.is_fully_idle: guests of a busy home, and requests that sit out, keep the pool from being flushed."""
+    binding = bindings.current()
+    if binding is None or for_health_check:
+        return result
+    return result and not binding.instance.busy() and not binding.parked
+
+
+def check_full_pool(original: Callable[..., Any], checker: Any, ps: Any, uncached: int = 0) -> tuple[bool, str]:
+    """AROUND SchedulerInvariantChecker._check_full_pool: counts pages that the ledger owns instead of managed requests' rows."""
+    binding = bindings.current()
+    if binding is None:
+        return original(checker, ps, uncached)
+    from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_tokens
+
+    instance = binding.instance
+    stock = sum(kv_private_tokens(req.kv, checker.page_size) for req in checker._requests_owning_rows() if not is_managed(req))
+    ledger_pages = sum(1 for _ in instance.homes.local_pages()) + instance.guests.num_pages
+    return original(checker, ps, (stock if uncached else 0) + ledger_pages * instance.page_size)

@@ -1,0 +1,34 @@
+"""Our flags on SGLang's command line, and what they make of its settings."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from sglang_dcp.config import CONFIG_VARIABLE, ConfigError, DynCpConfig, add_cli_arguments
+from sglang_dcp.upstream.layers.synthetic_prefill import BenchmarkModeError, check_use
+
+
+def add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
+    """AFTER ServerArgs.add_cli_args."""
+    add_cli_arguments(parser)
+
+
+def read_flags(server_args: Any, cls: type, args: argparse.Namespace) -> Any:
+    """AFTER ServerArgs.from_cli_args: keeps the configuration on the arguments and hands it to child processes."""
+    try:
+        config = DynCpConfig.from_namespace(args)
+        check_use(config is not None)
+    except (ConfigError, BenchmarkModeError) as error:
+        raise SystemExit(f"sglang_dcp: {error}") from error
+    os.environ.pop(CONFIG_VARIABLE, None)
+    server_args._dyncp = config
+    if config is not None:
+        from sglang_dcp.upstream.attach.hooks import DYNCP_HOOKS
+        from sglang_dcp.upstream.attach.install import install
+        from sglang_dcp.upstream.attach.main_hooks import DYNCP_MAIN_HOOKS
+
+        os.environ[CONFIG_VARIABLE] = config.to_json()
+        install(DYNCP_HOOKS + DYNCP_MAIN_HOOKS)
+    return server_args

@@ -1,0 +1,157 @@
+"""SGLang settings that dynamic context parallelism needs, completes or refuses. Nothing is changed silently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_dcp.upstream.attach.cuda_settings import (
+    complete_attention_backend,
+    complete_prefill_graph,
+    find_cuda_refusal,
+    find_transport_refusal,
+)
+from sglang_dcp.upstream.attach.model_sizes import learn_served_model
+
+SOURCE = "dyncp"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A setting that cannot work together with --enable-dyncp. `works` judges the resolved value of `field`."""
+
+    field: str
+    flag: str
+    works: Callable[[Any], bool]
+    reason: str
+
+
+def _off(value: Any) -> bool:
+    return not value
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal("device", "--device", lambda v: v in ("cpu", "cuda"), "there is no data path for this device"),
+    Refusal("pp_size", "--pp-size", lambda v: v == 1, "a request's shards are found by data-parallel rank alone"),
+    Refusal("speculative_algorithm", "--speculative-algorithm", _off, "step plans assume one new token per request and step"),
+    Refusal("disaggregation_mode", "--disaggregation-mode", lambda v: v in (None, "null"), "KV transfer knows one pool per request"),
+    Refusal("enable_hierarchical_cache", "--enable-hierarchical-cache", _off, "host copies of remote pages do not exist"),
+    Refusal("enable_lora", "--enable-lora", _off, "not tested with sharded requests"),
+    Refusal("lora_paths", "--lora-paths", _off, "not tested with sharded requests"),
+    Refusal("enable_two_batch_overlap", "--enable-two-batch-overlap", _off, "it splits a step's rows in two"),
+    Refusal("enable_mixed_chunk", "--enable-mixed-chunk", _off, "a batch is either a prefill or a decode"),
+    Refusal("enable_pdmux", "--enable-pdmux", _off, "a batch is either a prefill or a decode"),
+    Refusal(
+        "tokenizer_worker_num",
+        "--tokenizer-worker-num",
+        lambda v: v == 1,
+        "tokenizer workers load no plugins, so they would not check requests",
+    ),
+    Refusal(
+        "enable_dp_attention_local_control_broadcast",
+        "--enable-dp-attention-local-control-broadcast",
+        _off,
+        "instances must see control requests in the same step",
+    ),
+    Refusal("page_size", "--page-size", lambda v: v is not None and v > 1, "the ledger works in pages of at least 2 tokens"),
+    Refusal(
+        "kv_cache_dtype",
+        "--kv-cache-dtype",
+        lambda v: v in ("auto", "bf16", "bfloat16", "float16", "float32"),
+        "quantised KV is not exchanged",
+    ),
+    Refusal("enable_hisparse", "--enable-hisparse", _off, "it keeps KV of running requests on the host"),
+    Refusal("dllm_algorithm", "--dllm-algorithm", _off, "diffusion decoding rewrites tokens"),
+    Refusal("dcp_size", "--dcp-size", lambda v: v == 1, "static and dynamic context parallelism exclude each other"),
+    Refusal("attn_cp_size", "--attn-cp-size", lambda v: v == 1, "static and dynamic context parallelism exclude each other"),
+    Refusal("elastic_ep_backend", "--elastic-ep-backend", _off, "the number of instances is fixed"),
+    Refusal("is_embedding", "--is-embedding", _off, "embedding models do not decode"),
+    Refusal("enable_memory_saver", "--enable-memory-saver", _off, "released pools would take guests' pages with them"),
+    Refusal("enable_streaming_session", "--enable-streaming-session", _off, "a session keeps KV rows that the ledger does not know"),
+    Refusal("enable_priority_scheduling", "--enable-priority-scheduling", _off, "preemption would free pages that reservations count on"),
+    Refusal("dp_size", "--dp-size", lambda v: v == 1, "replicas do not share requests; give --tp and leave --dp out"),
+)
+
+
+class SettingError(ValueError):
+    """A setting that cannot work with --enable-dyncp; the message names flag, value and reason."""
+
+
+def find_refusal(values: Callable[[str], Any]) -> str | None:
+    """The message for the first setting that cannot work, or None. `values(field)` reads a resolved setting."""
+    for refusal in REFUSALS:
+        value = values(refusal.field)
+        if not refusal.works(value):
+            return f"{refusal.flag} {value} does not work with --enable-dyncp: {refusal.reason}"
+    return None
+
+
+def complete_parallelism(tp_size: int, attn_dp_size: int, ep_size: int) -> dict[str, int]:
+    """--tp N implies the other two widths. Raises SettingError for an explicit other value, and for N = 1."""
+    if tp_size < 2:
+        raise SettingError(f"--tp {tp_size} does not work with --enable-dyncp: a request is spread over at least 2 instances")
+    for flag, value in (("--attn-dp-size", attn_dp_size), ("--ep-size", ep_size)):
+        if value not in (1, tp_size):
+            raise SettingError(f"{flag} {value} does not work with --enable-dyncp: it must equal --tp {tp_size} (attention TP is 1)")
+    return {"attn_dp_size": tp_size, "ep_size": tp_size}
+
+
+def register_resolution() -> None:
+    """Registers with SGLang's resolution pipeline: widths before its first step reads them, refusals at its end."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    @register_resolution_hook("handle_deprecated_dp_attention")
+    def widths(server_args: Any, previous: Callable[[Any], None]) -> None:
+        previous(server_args)
+        view = resolving_view(server_args)
+        try:
+            declare_resolution(server_args, SOURCE, **complete_parallelism(view.tp_size, view.attn_dp_size, view.ep_size))
+        except SettingError as error:
+            raise SystemExit(f"sglang_dcp: {error}") from error
+
+    @register_resolution_hook("handle_load_balance_method")
+    def load_reports(server_args: Any, previous: Callable[[Any], None]) -> None:
+        # The router reads load snapshots of every node only under a load-based method (our placement replaces the method itself).
+        declare_resolution(server_args, SOURCE, load_balance_method="total_tokens")
+        previous(server_args)
+
+    @register_resolution_hook("handle_other_validations")
+    def refusals(server_args: Any, previous: Callable[[Any], None]) -> None:
+        previous(server_args)
+        view = resolving_view(server_args)
+        config = server_args._dyncp
+
+        def values(field: str) -> Any:
+            return getattr(view, field)
+
+        message = find_refusal(values) or find_transport_refusal(config.transport, view.device)
+        if message is None and view.device == "cuda":
+            message = find_cuda_refusal(values)
+        if message is not None:
+            raise SystemExit(f"sglang_dcp: {message}")
+        learn_served_model(server_args, view.device)
+
+    _register_cuda_completions()
+
+
+def _register_cuda_completions() -> None:
+    """What a GPU server needs and the user did not say, each where SGLang's pipeline decides it."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    def complete(server_args: Any, completion: Callable[[Callable[[str], Any]], dict[str, Any]]) -> None:
+        view = resolving_view(server_args)
+        if view.device == "cuda" and (fields := completion(lambda field: getattr(view, field))):
+            declare_resolution(server_args, SOURCE, **fields)
+
+    @register_resolution_hook("handle_cuda_graph_config")
+    def graphs(server_args: Any, previous: Callable[[Any], None]) -> None:
+        complete(server_args, complete_prefill_graph)
+        previous(server_args)
+
+    @register_resolution_hook("handle_attention_backend_compatibility")
+    def backend(server_args: Any, previous: Callable[[Any], None]) -> None:
+        complete(server_args, complete_attention_backend)
+        previous(server_args)

@@ -1,0 +1,127 @@
+"""Which requests a server can take: pins, length, options. Pure; every refusal names the value, the limit and the flag."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang_dcp.config import DynCpConfig
+from sglang_dcp.policy.placement import make_policy
+from sglang_dcp.policy.types import InstanceLoad, PlacementPolicy
+from sglang_dcp.upstream.router.placement_request import cost_model_of, describe_request, most_pools
+
+PIN_KEYS = ("degree", "home")
+
+REFUSED_OPTIONS: Mapping[str, str] = {
+    "session_params": "a session keeps KV rows that the ledger does not know",
+    "input_embeds": "prompts without token ids are not placed",
+    "positional_embed_overrides": "prompts are token ids only",
+    "return_hidden_states": "not tested with sharded requests",
+    "priority": "preemption would free pages that reservations count on",
+    "lora_path": "LoRA is not tested with sharded requests",
+    "image_data": "multimodal prompts are not served",
+    "video_data": "multimodal prompts are not served",
+    "audio_data": "multimodal prompts are not served",
+    "multi_item_delimiter_indices": "its attention mask is not causal",
+}
+"""Fields of SGLang's GenerateReqInput that are refused when set."""
+
+
+class RequestError(ValueError):
+    """A request that cannot be served; SGLang's endpoints answer HTTP 400 with the message."""
+
+
+def _is_set(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_is_set(item) for item in value)
+    return value is not None and value is not False and value != 0
+
+
+def check_options(request: Any) -> None:
+    """Raises RequestError for an option that is not served. `request` has SGLang's field names; those it lacks are not set."""
+    for name, reason in REFUSED_OPTIONS.items():
+        if _is_set(getattr(request, name, None)):
+            raise RequestError(f"{name} does not work with --enable-dyncp: {reason}")
+    sampling = getattr(request, "sampling_params", None)
+    for parameters in sampling if isinstance(sampling, list) else [sampling]:
+        width = parameters.get("beam_width") if isinstance(parameters, dict) else None
+        if width is not None and width != 1:
+            raise RequestError(f"beam_width {width!r} does not work with --enable-dyncp: beams share pages, the ledger knows one owner")
+
+
+def read_pin(custom_params: Any, num_instances: int) -> dict[str, int]:
+    """The placement that custom_params.dyncp pins; {} without one. Raises RequestError for what is no placement."""
+    if custom_params is None:
+        return {}
+    if not isinstance(custom_params, dict):
+        raise RequestError(f"custom_params must be an object, got {custom_params!r}")
+    if "dyncp" not in custom_params:
+        return {}
+    pin = custom_params["dyncp"]
+    if not isinstance(pin, dict):
+        raise RequestError(f'custom_params.dyncp must be an object like {{"degree": 2, "home": 0}}, got {pin!r}')
+    unknown = [key for key in pin if key not in PIN_KEYS]
+    if unknown:
+        raise RequestError(f"custom_params.dyncp.{unknown[0]} is unknown; there are {' and '.join(PIN_KEYS)}")
+    for key, first, last in (("degree", 1, num_instances), ("home", 0, num_instances - 1)):
+        if key in pin and (type(pin[key]) is not int or not first <= pin[key] <= last):
+            raise RequestError(f"custom_params.dyncp.{key} must be an integer in {first}..{last} (--tp {num_instances}), got {pin[key]!r}")
+    return dict(pin)
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What this server holds. config: resolved. pool_tokens: KV pool of one instance."""
+
+    config: DynCpConfig
+    num_instances: int
+    pool_tokens: int
+    page_size: int
+    policy: PlacementPolicy = field(init=False)
+
+    def __post_init__(self) -> None:
+        # The policy itself, asked about an idle cluster: what it could not place there, the router could never place.
+        policy = make_policy(
+            self.config.policy,
+            num_instances=self.num_instances,
+            page_size=self.page_size,
+            cost_model=cost_model_of(self.config, self.num_instances),
+            degree=self.config.degree,
+            max_degree=self.config.max_degree or self.num_instances,
+            max_guest_fraction=self.config.max_guest_fraction,
+        )
+        object.__setattr__(self, "policy", policy)
+
+    @property
+    def reach_tokens(self) -> int:
+        """Tokens that one request may hold over all pools that it may use."""
+        return most_pools(self.config, self.num_instances) * (self.pool_tokens // self.page_size * self.page_size)
+
+    def check(self, prompt_tokens: int, sampling: Mapping[str, Any], routed_dp_rank: int | None = None) -> None:
+        """Raises RequestError (or the policy's CapacityError, also a ValueError) unless an idle server could serve the request."""
+        pin = read_pin(sampling.get("custom_params"), self.num_instances)
+        if pin and self.config.policy == "local":
+            raise RequestError(f"custom_params.dyncp {pin} has no effect with --dyncp-policy local")
+        if pin and routed_dp_rank is not None:
+            raise RequestError(f"custom_params.dyncp {pin} and routed_dp_rank {routed_dp_rank} exclude each other")
+        max_new_tokens = sampling.get("max_new_tokens")
+        if max_new_tokens is not None and type(max_new_tokens) is not int:
+            raise RequestError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
+        self._check_length(prompt_tokens, max_new_tokens or 0)
+        # Negative lengths are SGLang's to refuse, with its own words.
+        request = describe_request(prompt_tokens, max_new_tokens and max(0, max_new_tokens), pin, self.reach_tokens)
+        loads = [InstanceLoad(rank=rank, node=0, kv_tokens=0, kv_capacity=self.pool_tokens) for rank in range(self.num_instances)]
+        self.policy.place(request, loads, self.page_size)
+
+    def _check_length(self, prompt_tokens: int, max_new_tokens: int) -> None:
+        """The prompt takes whole pages, then comes one tail page: SGLang would cut the output to what is left, without a word."""
+        prompt_pages = -(-prompt_tokens // self.page_size)
+        limit = self.reach_tokens - self.page_size - 1
+        if prompt_pages * self.page_size + max_new_tokens > limit:
+            pools = most_pools(self.config, self.num_instances)
+            raise RequestError(
+                f"The input ({prompt_tokens} tokens, {prompt_pages} pages of {self.page_size}) and max_new_tokens ({max_new_tokens}) "
+                f"exceed {limit} tokens, what one request may hold in {pools} KV pools of {self.pool_tokens} tokens "
+                "(--max-total-tokens, --mem-fraction-static, --dyncp-max-degree)"
+            )

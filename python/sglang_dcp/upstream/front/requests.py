@@ -1,0 +1,112 @@
+"""Requests in the main process: what cannot be served is refused with HTTP 400 before it reaches a scheduler, streaming or not."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+
+from sglang_dcp.config import DynCpConfig
+from sglang_dcp.upstream.attach.install import verify_installed
+from sglang_dcp.upstream.front.request_limits import RequestError, RequestLimits, check_options
+from sglang_dcp.upstream.layers.synthetic_prefill import BENCHMARK_VARIABLE, is_enabled
+from sglang_dcp.upstream.router.placement_hint import strip_hints
+
+
+def learn_limits(result: tuple[Any, ...], engine: type, *args: Any, **kwargs: Any) -> None:
+    """AFTER Engine._launch_subprocesses: the schedulers have told how large their pools are."""
+    from sglang.srt.runtime_context import get_parallel, get_schedule
+
+    verify_installed()
+    manager, init = result[0], result[3]
+    config = DynCpConfig.from_environment()
+    if manager is None or config is None:
+        return
+    num_instances = int(get_parallel().num_dp_ranks)
+    manager.dyncp_limits = RequestLimits(
+        config=config.resolve(num_instances),
+        num_instances=num_instances,
+        pool_tokens=min(int(info["max_total_num_tokens"]) for info in init.scheduler_infos),
+        page_size=int(get_schedule().page_size),
+    )
+
+
+def check_request_options(manager: Any, obj: Any, request: Any = None) -> None:
+    """BEFORE TokenizerManager.generate_request."""
+    from sglang.srt.managers.io_struct import EmbeddingReqInput
+
+    if isinstance(obj, EmbeddingReqInput):
+        raise RequestError("embedding, classification and reranking requests do not work with --enable-dyncp: such models do not decode")
+    check_options(obj)
+    if is_enabled() and obj.return_logprob:
+        raise RequestError(f"return_logprob does not work with {BENCHMARK_VARIABLE}=1: prompts are not computed")
+
+
+def validate_request(result: None, manager: Any, obj: Any, input_ids: list[int] | None) -> None:
+    """AFTER TokenizerManager._validate_one_request: pins and length. A client's own placement hint ends here."""
+    obj.kv_hints = strip_hints(obj.kv_hints)
+    limits: RequestLimits = manager.dyncp_limits
+    limits.check(len(input_ids or ()), obj.sampling_params or {}, obj.routed_dp_rank)
+
+
+async def serve_generate(original: Callable[..., Any], obj: Any, request: Any) -> Any:
+    """AROUND http_server.serve_generate_request: a stream that starts with an error becomes a plain error answer.
+
+    The OpenAI endpoints do the same upstream: they wait for the first chunk before they send status 200.
+    """
+    response = await original(obj, request)
+    if not obj.stream:
+        return response
+    chunks = response.body_iterator
+    first = await anext(chunks, None)
+    error = _read_error(first)
+    if error is not None:
+        await chunks.aclose()
+        return JSONResponse({"error": error}, status_code=int(error.get("code") or 400), background=response.background)
+    response.body_iterator = _prepend(first, chunks)
+    return response
+
+
+def _read_error(chunk: Any) -> dict[str, Any] | None:
+    """{"message", "code"} of a first chunk that is an error: an error event, or a request that ended with a status (a full queue)."""
+    if not isinstance(chunk, bytes) or not (chunk.startswith(b'data: {"error"') or b'"status_code"' in chunk):
+        return None
+    event = json.loads(chunk.removeprefix(b"data: "))
+    if "error" in event:
+        return dict(event["error"])
+    reason = event.get("meta_info", {}).get("finish_reason") or {}
+    if reason.get("type") == "abort" and reason.get("status_code"):
+        return {"message": reason["message"], "code": int(reason["status_code"])}
+    return None
+
+
+async def _prepend(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    if first is not None:
+        yield first
+    async for chunk in rest:
+        yield chunk
+
+
+class ControlRefused(HTTPException):
+    """HTTP 400 from any endpoint: some print an exception's text, others leave it to FastAPI."""
+
+    def __init__(self, call: str) -> None:
+        reason = "it would change weights or pools under requests that live on several instances"
+        super().__init__(status_code=400, detail=f"{call} does not work with --enable-dyncp: {reason}")
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+def refuse_control(original: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of control calls that would touch pages of every instance: pause, weight updates, memory release, sessions, adapters."""
+
+    @functools.wraps(original)
+    async def refused(manager: Any, *args: Any, **kwargs: Any) -> None:
+        raise ControlRefused(original.__name__)
+
+    return refused

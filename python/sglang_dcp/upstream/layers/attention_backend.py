@@ -1,0 +1,250 @@
+"""Stock attention backends that run a step with sharded rows through our per-layer path, and any other step as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from sglang_dcp.dataflow.attention_step import attention_step
+from sglang_dcp.dataflow.contracts import NewKV, StepPlan
+from sglang_dcp.dataflow.copy_guard import CopyGuard
+from sglang_dcp.dataflow.device_plan import plan_on_device
+from sglang_dcp.upstream.layers.graphs import GraphError, captured_guest_rows, engine
+from sglang_dcp.upstream.step.binding import Binding, current
+
+
+class PoolLayer:
+    """One layer of SGLang's KV pool. MLA keeps the latent and the rotary part in one row, of which V is a view."""
+
+    def __init__(self, pool: Any, layer: Any, latent: bool) -> None:
+        self._pool, self._layer, self.latent = pool, layer, latent
+        self._kv_heads, self._key_dim, self._value_dim = layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim
+
+    def new_kv(self, keys: torch.Tensor, values: torch.Tensor) -> NewKV:
+        """What the model hands to attention: K/V [T, kv_heads, dim] or flat, or views of a joined projection."""
+        keys = keys.reshape(-1, self._kv_heads, self._key_dim).contiguous()
+        if self.latent:
+            return NewKV(keys, keys[..., : self._value_dim], latent=True)
+        return NewKV(keys, values.reshape(-1, self._kv_heads, self._value_dim).contiguous(), latent=False)
+
+    def write(self, slots: torch.Tensor, new_kv: NewKV) -> None:
+        self.write_tokens(slots, new_kv.keys, new_kv.values)
+
+    def write_tokens(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """K/V [T, kv_heads, dim] or flat, as the model hands them over."""
+        keys = keys.view(-1, self._kv_heads, self._key_dim)
+        self._pool.set_kv_buffer(self._layer, self._write_location(slots), keys, values.view(-1, self._kv_heads, self._value_dim))
+
+    def keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._pool.get_key_buffer(self._layer.layer_id), self._pool.get_value_buffer(self._layer.layer_id)
+
+    @staticmethod
+    def _write_location(slots: torch.Tensor) -> Any:
+        from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+        return KVWriteLoc(slots, physical=True)
+
+
+def make_backend_class(stock: type, *, flash_mla: bool = False) -> type:
+    """The stock backend, whose `forward` is entered once per layer, with ours for steps with sharded rows, eager or captured.
+
+    flash_mla: captured ones run FlashMLA's kernel."""
+
+    class DynCpBackend(stock):
+        dyncp_runner: Any = None
+        dyncp_guard = CopyGuard(torch.device("cpu"))
+
+        def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any, **kwargs: Any) -> None:
+            super().init_cuda_graph_state(max_bs, max_num_tokens, *args, **kwargs)
+            graphs = engine()
+            if graphs is not None:
+                graphs.build(self.dyncp_runner, max_bs, flash_mla=flash_mla)
+
+        def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+            graphs, binding = engine(), current()
+            if in_capture and captured_guest_rows():
+                assert graphs is not None
+                graphs.attention.prepare(forward_batch.batch_size, captured_guest_rows())
+                return
+            if not in_capture and binding is not None and binding.graph_guest_rows:
+                assert graphs is not None
+                graphs.load(binding, forward_batch.batch_size)
+                return
+            with self.dyncp_guard:
+                super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+
+        def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+            graphs = engine()
+            if graphs is not None and captured_guest_rows():
+                pool, token_table = self.token_to_kv_pool, self.dyncp_runner.req_to_token_pool.req_to_token
+                graphs.begin_captured(forward_batch, captured_guest_rows(), token_table, pool.size + pool.page_size)
+                return
+            super().init_forward_metadata_in_graph(forward_batch)
+
+        def init_forward_metadata(self, forward_batch: Any) -> None:
+            binding = current()
+            if binding is not None and binding.graph_guest_rows:
+                raise GraphError(
+                    f"rank {binding.instance.rank}, step {binding.instance.step}: all instances agreed on a graph with "
+                    f"{binding.graph_guest_rows} guest rows, SGLang runs this batch without one"
+                )
+            if step_is_sharded():
+                # Stock's metadata would list remote token ids; nobody reads it in such a step.
+                self.forward_metadata = None
+                return
+            with self.dyncp_guard:
+                super().init_forward_metadata(forward_batch)
+
+        def forward(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any) -> Any:
+            binding, guest_rows = current(), captured_guest_rows()
+            if guest_rows:
+                return forward_captured(guest_rows, self.token_to_kv_pool, q, k, v, layer, **kwargs)
+            if binding is None or binding.pending_rows is None:
+                return super().forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            return forward_sharded(binding, self.token_to_kv_pool, *with_rotary_part(q, k, v, **kwargs), layer)
+
+    DynCpBackend.__name__ = DynCpBackend.__qualname__ = f"DynCp{stock.__name__}"
+    return DynCpBackend
+
+
+def step_is_sharded() -> bool:
+    """Whether a row of the step that is being launched is sharded, on any instance: every instance answers alike."""
+    binding = current()
+    return binding is not None and binding.pending_rows is not None
+
+
+def with_rotary_part(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_rope: torch.Tensor | None = None, k_rope: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """MLA hands some backends the latent and the rotary part apart: [T, heads, latent] and [T, heads, rotary]. Ours takes them joined."""
+    if q_rope is None or k_rope is None:
+        return q, k, v
+    tokens = q.shape[0]
+    joined_q = torch.cat([q.reshape(tokens, -1, v.shape[-1]), q_rope.reshape(tokens, -1, k_rope.shape[-1])], dim=-1)
+    return joined_q, torch.cat([k, k_rope.reshape(tokens, 1, -1)], dim=-1), v
+
+
+def forward_sharded(binding: Binding, pool: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any) -> torch.Tensor:
+    """Attention of a step with sharded rows. Returns [T, heads * v_head_dim]."""
+    plan = plan_of_step(binding, q.shape[0])
+    cache = PoolLayer(pool, layer, latent=layer.tp_k_head_num == 1 and layer.qk_head_dim != layer.v_head_dim)
+    queries = q.reshape(q.shape[0], layer.tp_q_head_num, layer.qk_head_dim).contiguous()
+    output = attention_step(
+        queries,
+        cache.new_kv(k, v),
+        plan,
+        cache,
+        binding.partial_attention,
+        binding.transport,
+        scale=layer.scaling,
+        layer=layer.layer_id,
+    )
+    return output.reshape(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
+
+
+def forward_captured(
+    guest_rows: int, pool: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, **kwargs: Any
+) -> torch.Tensor:
+    """A layer of a decode graph with sharded rows, while it is captured. Returns [T, heads * v_head_dim]."""
+    graphs = engine()
+    assert graphs is not None
+    num_tokens, heads = q.shape[0], layer.tp_q_head_num
+    cache = PoolLayer(pool, layer, latent=graphs.attention.shape.latent)
+    q_rope, k_rope = kwargs.get("q_rope"), kwargs.get("k_rope")
+    # The exchange takes a query in two parts: it is not joined here. The pool takes keys joined.
+    queries = q.reshape(num_tokens, heads, -1), None if q_rope is None else q_rope.reshape(num_tokens, heads, -1)
+    if cache.latent:
+        k = k.reshape(num_tokens, 1, -1)
+        k = k if k_rope is None else torch.cat([k, k_rope.reshape(num_tokens, 1, -1)], dim=-1)
+        v = k[..., : layer.v_head_dim]
+        new_kv = v, k[..., layer.v_head_dim :]
+    else:
+        new_kv = k.reshape(num_tokens, 1, -1), v.reshape(num_tokens, 1, -1)
+    cache.write_tokens(graphs.own_slots(num_tokens), k, v)
+    merged = graphs.attention.run(num_tokens, guest_rows, queries, *new_kv, cache.keys_and_values())
+    return merged.reshape(num_tokens, heads * layer.v_head_dim)
+
+
+def plan_of_step(binding: Binding, num_tokens: int) -> StepPlan:
+    """The step's plan, built by its first layer (the padded token count is known there)."""
+    instance = binding.instance
+    if instance.plan is None:
+        began = perf_counter()
+        instance.build_plan(binding.pending_rows, num_tokens)
+        assert instance.plan is not None
+        instance.plan = plan_on_device(instance.plan, binding.device)
+        binding.host_clock.spent("plan", perf_counter() - began)
+    assert instance.plan is not None and instance.plan.num_tokens == num_tokens
+    return instance.plan
+
+
+def fused_kv_write(original: Callable[..., bool], forward_batch: Any) -> bool:
+    """AROUND models.utils.enable_fused_set_kv_buffer: the rope kernel would write K/V at remote token ids, outside this pool."""
+    return not step_is_sharded() and not captured_guest_rows() and original(forward_batch)
+
+
+def register_backends() -> None:
+    """Registers our backends in place of stock's, under the same names: SGLang tells backends apart by name in many places."""
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    register_attention_backend("torch_native")(create_torch_native)
+    register_attention_backend("flashinfer")(create_flashinfer)
+    register_attention_backend("flashmla")(create_flashmla)
+
+
+def create_torch_native(runner: Any) -> Any:
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    class TorchNativeBackend(TorchNativeAttnBackend):
+        def get_cuda_graph_seq_len_fill_value(self) -> int:
+            """ForwardBatch pads with it, also where no graph is captured; stock's torch_native has none. A row needs a key at least."""
+            return 1
+
+    return make_backend_class(TorchNativeBackend)(runner)
+
+
+def create_flashinfer(runner: Any) -> Any:
+    """As stock's factory does without speculative decoding (which is refused)."""
+    if runner.use_mla_backend:
+        from sglang.srt.layers.attention.flashinfer_mla_backend import FlashInferMLAAttnBackend
+
+        return _for_runner(make_backend_class(FlashInferMLAAttnBackend)(runner), runner)
+    from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
+
+    return _for_runner(make_backend_class(FlashInferAttnBackend)(runner, init_new_workspace=runner.init_new_workspace), runner)
+
+
+def create_flashmla(runner: Any) -> Any:
+    """FlashMLA decodes; prefills are FlashInfer's, which it inherits."""
+    if not runner.use_mla_backend:
+        raise ValueError("--attention-backend flashmla serves models with latent attention (MLA) alone; use flashinfer")
+    from sglang.srt.layers.attention.flashmla_backend import FlashMLABackend
+
+    return _for_runner(make_backend_class(FlashMLABackend, flash_mla=True)(runner), runner)
+
+
+def _for_runner(backend: Any, runner: Any) -> Any:
+    """With a guard: FlashInfer plans a step in pinned memory and SGLang does not wait until the plan before has been copied from there.
+    Where other processes share the GPU it is late: answers of stock SGLang then change from run to run (docs/gpu.md)."""
+    backend.dyncp_runner, backend.dyncp_guard = runner, CopyGuard(torch.device(runner.device))
+    return backend
+
+
+def register_mla_form() -> None:
+    """MLA's form on a GPU: absorbed in a step with sharded rows, in prefill too, because shards hold latents. Else stock's choice."""
+    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+
+    for name in ("flashinfer", "flashmla"):
+        AttentionBackendRegistry.register(name, _absorbed_when_sharded(AttentionBackendRegistry.get_handler(name)))
+
+
+def _absorbed_when_sharded(stock: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+
+    def choose(attention: Any, forward_batch: Any) -> Any:
+        return AttnForwardMethod.MLA if step_is_sharded() else stock(attention, forward_batch)
+
+    return choose

@@ -1,0 +1,83 @@
+"""What carries a sharded step on this server's device: transport and attention kernels. And what ran as a graph."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sglang_dcp.dataflow.attention.partial_attention import PartialAttention, torch_partial_attention
+from sglang_dcp.dataflow.transport.base import Transport
+from sglang_dcp.dataflow.transport.gloo import GlooTransport
+from sglang_dcp.upstream.attach.cuda_settings import PLAIN_BACKEND
+from sglang_dcp.upstream.layers.graphs import GraphError, attention_shape, engine
+from sglang_dcp.upstream.step.binding import current
+
+logger = logging.getLogger(__name__)
+
+
+def choose_transport(name: str, device: torch.device, gloo_group: dist.ProcessGroup, timeout_seconds: float) -> Transport:
+    """What carries a sharded step that runs without a graph, under --dyncp-transport `name` (checked by the settings). graphs.py: the rest.
+
+    Every rank calls it, in the same place: a NCCL group is made by all of them.
+    """
+    if name == "auto" and device.type == "cpu":
+        name = "gloo"
+        logger.info("dyncp: --dyncp-transport auto is gloo: the device is a CPU")
+    if name == "peer" and engine() is None:
+        raise GraphError("--dyncp-transport peer carries decode graphs, and this server captures none (--disable-cuda-graph)")
+    if name != "gloo":
+        from sglang_dcp.dataflow.transport.nccl import NcclTransport, create_nccl_group
+
+        return NcclTransport(create_nccl_group(timeout_seconds))
+    host = GlooTransport(gloo_group)
+    if device.type == "cpu":
+        return host
+    from sglang_dcp.dataflow.transport.host_staged import HostStagedTransport
+
+    return HostStagedTransport(host)
+
+
+def choose_partial_attention(device: torch.device, page_size: int, runner: Any) -> PartialAttention:
+    """FlashInfer on a GPU; plain torch on a CPU, and for SGLang's torch_native backend. ValueError for MLA on a GPU with the latter.
+
+    runner: SGLang's ModelRunner.
+    """
+    if device.type == "cpu":
+        return torch_partial_attention
+    if runner.decode_attention_backend_str == PLAIN_BACKEND:
+        if runner.use_mla_backend:
+            raise ValueError(f"--attention-backend {PLAIN_BACKEND} with --enable-dyncp serves no MLA model on a GPU: it was not run there")
+        return torch_partial_attention
+    from sglang_dcp.dataflow.attention.flashinfer_step import flashinfer_kernel
+    from sglang_dcp.dataflow.attention.paged_attention import PagedPartialAttention
+
+    return PagedPartialAttention(page_size, flashinfer_kernel)
+
+
+def prepare_merge(runner: Any, device: torch.device) -> None:
+    """Compiles what eager sharded steps merge with, ahead of the first of them."""
+    if device.type == "cpu":
+        return
+    from sglang_dcp.dataflow.merge_kernel import prepare
+
+    try:
+        shape = attention_shape(runner)
+    except GraphError as error:
+        logger.info("dyncp: the first sharded steps compile their merge: %s", error)
+        return
+    prepare(shape.num_heads, shape.v_head_dim, device)
+
+
+def count_forward(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER TpModelWorker.forward_batch_generation: which share of the steps runs as a graph."""
+    binding = current()
+    if binding is None:
+        return
+    if result.can_run_cuda_graph:
+        binding.graph_steps += 1
+        binding.sharded_graph_steps += binding.graph_guest_rows > 0
+    else:
+        binding.eager_steps += 1

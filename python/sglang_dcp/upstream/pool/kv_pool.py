@@ -1,0 +1,159 @@
+"""SGLang's page allocator with a ledger: it owns the instance's pool for locals and guests alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+
+from sglang_dcp.dataflow.token_ids import TokenIds, torch_token_ids
+
+if TYPE_CHECKING:
+    from sglang_dcp.upstream.step.instance import Instance
+
+
+PAGES_AHEAD = 32
+"""Free pages whose numbers are read from the device at once: a request that grows takes one, and reading it alone waits for the device."""
+
+
+class LedgerAllocator(PagedTokenToKVPoolAllocator):
+    """Stock behaviour until an `Instance` is bound to it."""
+
+    free_pages: torch.Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.instance: Instance | None = None
+        self.tree_cache: Any = None
+        self._claimed_pages = 0
+        self._ahead: list[int] = []  # free, but not in free_pages
+        self._token_ids: TokenIds = torch_token_ids
+        super().__init__(*args, **kwargs)
+
+    def bind(self, instance: Instance, tree_cache: Any, token_ids: TokenIds = torch_token_ids) -> None:
+        self.instance, self.tree_cache, self._token_ids = instance, tree_cache, token_ids
+
+    def num_givable_pages(self) -> int:
+        """Free pages plus those that eviction from the prefix cache would free."""
+        return (self.available_size() + self.tree_cache.evictable_size()) // self.page_size
+
+    def has_free(self, count: int) -> bool:
+        """Whether `count` pages are there to be taken as they are, claimed ones among them."""
+        return len(self.free_pages) >= count
+
+    def claim_decode_page(self) -> bool:
+        """Sets one page aside for a local request's next token; the stock allocation of this step takes it."""
+        if len(self.free_pages) <= self._claimed_pages and self.num_givable_pages() <= self._claimed_pages:
+            return False
+        self._claimed_pages += 1
+        return True
+
+    def settle_decode_claims(self) -> None:
+        """The stock allocation of the step comes next: claimed pages are its own again."""
+        self._claimed_pages = 0
+
+    def take_pages(self, count: int) -> list[int] | None:
+        """Takes `count` physical pages out of the pool, evicting cached prefixes when short. None when they are not there."""
+        if count < PAGES_AHEAD and len(self.free_pages) >= self._claimed_pages + 2 * PAGES_AHEAD:
+            if len(self._ahead) < count:
+                pages = self._take(PAGES_AHEAD)
+                assert pages is not None
+                self._ahead += pages.tolist()
+            taken, self._ahead = self._ahead[:count], self._ahead[count:]
+            return taken
+        found = self._take(count)
+        return None if found is None else found.tolist()
+
+    def _free_enough(self, count: int) -> bool:
+        """Whether free_pages has `count` pages beside the claimed ones, once cached prefixes are evicted for them."""
+        count_and_claims = count + self._claimed_pages
+        if count_and_claims > len(self.free_pages):
+            self.evict_to_free_tokens(self.tree_cache, count_and_claims * self.page_size)
+            self.merge_and_sort_free()
+        return count_and_claims <= len(self.free_pages)
+
+    def _take(self, count: int) -> torch.Tensor | None:
+        if not self._free_enough(count):
+            return None
+        taken = self.free_pages[:count]
+        self.free_pages = self.free_pages[count:]
+        return taken
+
+    def alloc_decode_beside(self, last_loc: torch.Tensor, told: Sequence[tuple[int, int]], local: Sequence[int]) -> torch.Tensor:
+        """Token ids [rows] int64 of a decode step's new tokens, as TokenIds says.
+
+        told: rows of the ledger that begin a page; local: the other rows that do, which get a page of the pool each. RuntimeError when it
+        has too few, which `claim_decode_page` has ruled out.
+        """
+        if not self._free_enough(len(local)):
+            raise RuntimeError(f"a decode step needs {len(local)} pages, {self.num_givable_pages()} can be had (--max-total-tokens)")
+        ids = self._token_ids(last_loc, self.free_pages, self.page_size, told, local)
+        if local:
+            self.free_pages = self.free_pages[len(local) :]
+        return ids
+
+    # ---- pages read ahead are free pages to everybody else
+
+    def available_size(self) -> int:
+        return int(super().available_size()) + len(self._ahead) * self.page_size
+
+    def get_all_free_pages(self) -> torch.Tensor:
+        return torch.cat([super().get_all_free_pages(), self.free_pages.new_tensor(self._ahead)])
+
+    def merge_and_sort_free(self) -> None:
+        """Called where free_pages are too few."""
+        if self._ahead:
+            self.free_pages = torch.cat([self.free_pages, self.free_pages.new_tensor(self._ahead)])
+            self._ahead = []
+        super().merge_and_sort_free()
+
+    def clear(self) -> None:
+        self._ahead = []
+        super().clear()
+
+    # ----
+
+    def return_pages(self, pages: list[int]) -> None:
+        if pages:
+            self.free_page_ids(torch.tensor(pages, dtype=torch.int64, device=self.device))
+
+    def free_segments(self, segments: Any) -> None:
+        """Frees a request's KV row. A managed request's pages go back through the ledger, whole and at once."""
+        segments = [(ids, start) for ids, start in segments if ids.numel()]
+        if self.instance is not None and segments:
+            homes, page_id = self.instance.homes, int(segments[0][0][0]) // self.page_size
+            handle = homes.handle_of(page_id)
+            if handle is not None:
+                self.instance.release(homes.requests[handle])
+                return
+            if homes.closed_this_step(page_id):
+                return
+        super().free_segments(segments)
+
+    def create_prefill_budget(self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> Any:
+        """Pages promised to the first waiting reservation are no longer there for local admission."""
+        budget = super().create_prefill_budget(tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
+        if self.instance is not None:
+            promised = self.instance.promised[self.instance.rank] * self.page_size
+            budget.total_offset += promised
+            budget.current_offset += promised
+        return budget
+
+    def check_decode_capacity(self, *, num_tokens: int, tree_cache: Any, requests: Any = None, spec_algorithm: Any = None) -> bool:
+        """Never short: requests without a page for their next token have left the batch before this is asked (scheduler.py)."""
+        if self.instance is None:
+            return bool(
+                super().check_decode_capacity(
+                    num_tokens=num_tokens, tree_cache=tree_cache, requests=requests, spec_algorithm=spec_algorithm
+                )
+            )
+        return True
+
+    def max_new_tokens_for_memory(self, input_tokens: int, max_new_tokens: int, *, token_capacity: int, **kwargs: Any) -> int | None:
+        """A request may grow over the pools that its policy lets it use."""
+        from sglang_dcp.upstream.pool.capacity import pools_per_request
+
+        return super().max_new_tokens_for_memory(
+            input_tokens, max_new_tokens, token_capacity=token_capacity * pools_per_request(), **kwargs
+        )

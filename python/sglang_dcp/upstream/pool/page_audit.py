@@ -1,0 +1,42 @@
+"""Checks that every page of this instance's pool has one owner: when it falls idle, and before every step where tests ask for it."""
+
+from __future__ import annotations
+
+import os
+
+from sglang_dcp.ledger.integrity import check_instance
+from sglang_dcp.upstream.step.binding import Binding
+from sglang_dcp.upstream.step.instance import is_managed
+
+CHECK_VARIABLE = "SGLANG_DYNCP_CHECK_EVERY_STEP"
+"""Set to 1 by the tests."""
+
+
+def check_when_due(binding: Binding) -> None:
+    """Called at the start of a scheduling round, when the last step's batch is settled."""
+    if os.environ.get(CHECK_VARIABLE) == "1" or (binding.ran_since_check and binding.scheduler.is_fully_idle()):
+        binding.ran_since_check = False
+        check_integrity(binding)
+
+
+def check_integrity(binding: Binding) -> None:
+    """Every page: free, in the prefix cache, of a local request, of a managed request or lent to a guest. Raises IntegrityError."""
+    instance, scheduler = binding.instance, binding.scheduler
+    page_size = instance.page_size
+    row_pages: list[int] = []
+    for req in scheduler.invariant_checker._requests_owning_rows():
+        if not is_managed(req):
+            row = scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+            ids = row[req.kv.cache_protected_len : req.kv.kv_allocated_len : page_size]
+            row_pages += (ids // page_size).tolist()
+    cached = scheduler.tree_cache.all_values_flatten()[::page_size] // page_size
+    check_instance(
+        instance.num_pages,
+        {
+            "the free list": instance.pool.get_all_free_pages().tolist(),
+            "the prefix cache": cached.tolist(),
+            "a local request": row_pages,
+            "a managed request": instance.homes.local_pages(),
+            "a guest": instance.guests.all_pages(),
+        },
+    )

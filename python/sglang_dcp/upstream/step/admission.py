@@ -1,0 +1,196 @@
+"""From placement to first chunk: requests with a remote shard wait for their reservation, all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from sglang_dcp.ledger.homes import HomeRequest
+from sglang_dcp.upstream.router.placement_hint import read_placement
+from sglang_dcp.upstream.step.binding import Binding, current
+from sglang_dcp.upstream.step.instance import is_managed
+
+
+def attach_placement(req: Any, scheduler: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
+    """AFTER Scheduler._create_generation_req: keeps the router's placement on the request."""
+    req.dyncp = None
+    placement, req.dyncp_placement_flexible = read_placement(recv_req.kv_hints)
+    req.dyncp_placement = placement
+    if placement is not None and not placement.is_local:
+        keep_out_of_prefix_cache(req)
+    return req
+
+
+def keep_out_of_prefix_cache(req: Any) -> None:
+    """Remote page ids must not enter the tree, and a prefix found there would not fit the reservation."""
+    req.skip_radix_cache_insert = True
+    req.extra_key = f"dyncp:{req.rid}"
+
+
+def add_one_req(original: Callable[..., Any], adder: Any, req: Any, has_chunked_req: bool, truncation_align_size: int | None) -> Any:
+    """AROUND PrefillAdder.add_one_req.
+
+    A request with a remote shard is passed over (the queue behind it goes on) until its pages are there; then it is charged nothing,
+    its pages have left the pools already. A local one is charged as in stock, where its output could not outgrow the pool.
+    """
+    binding = current()
+    if binding is None:
+        return original(adder, req, has_chunked_req, truncation_align_size)
+    placement = getattr(req, "dyncp_placement", None)
+    if placement is None or placement.is_local:
+        return _add_local(original, adder, binding, req, has_chunked_req, truncation_align_size)
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    if not _reserved(binding, req):
+        return AddReqResult.CONTINUE
+    # SGLang keeps one unfinished prefill at a time, and relies on its token budget to stop at that; ours is unbounded. The round ends:
+    # those behind would only ask early, and hold pages that they cannot use yet.
+    if has_chunked_req or adder.new_chunked_req is not None:
+        return AddReqResult.OTHER
+    with _charge_nothing(adder):
+        return original(adder, req, has_chunked_req, truncation_align_size)
+
+
+def _add_local(original: Callable[..., Any], adder: Any, binding: Binding, req: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stock admission. A local request that does not fit ends SGLang's round; where a reservation is open it must not: the request
+    behind it may hold the very pages that it waits for. Then the round goes on, past further local requests."""
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    if getattr(adder, "dyncp_local_blocked", False):
+        return AddReqResult.CONTINUE
+    with _charge_no_more_than_a_pool(req, binding):
+        result = original(adder, req, *args, **kwargs)
+    if result is AddReqResult.NO_TOKEN and binding.waiting:
+        adder.dyncp_local_blocked = True
+        return AddReqResult.CONTINUE
+    return result
+
+
+def add_chunked_req(original: Callable[..., Any], adder: Any, req: Any) -> Any:
+    """AROUND PrefillAdder.add_chunked_req: further chunks of a reserved request cost nothing either. A local one that has begun comes
+    before what was promised since (`free_pages` in step_sync.py keeps its pages), so promises do not shorten its chunks."""
+    binding = current()
+    if binding is None:
+        return original(adder, req)
+    if is_managed(req):
+        with _charge_nothing(adder):
+            return original(adder, req)
+    promised = binding.instance.promised[binding.instance.rank] * binding.instance.page_size
+    with _charge_less(adder, promised):
+        return original(adder, req)
+
+
+def running_offset(original: Callable[..., Any], adder: Any, req: Any) -> Any:
+    """AROUND PrefillAdder._get_running_request_total_token_offset: what a running request may still take from this pool."""
+    binding = current()
+    if binding is None:
+        return original(adder, req)
+    if is_managed(req):
+        return binding.instance.page_size
+    with _charge_no_more_than_a_pool(req, binding):
+        return max(0, original(adder, req))
+
+
+def _reserved(binding: Binding, req: Any) -> bool:
+    request: HomeRequest | None = req.dyncp
+    if request is not None:
+        return request.ready
+    req.dyncp = request = binding.instance.open_request()
+    keep_place_in_order(req)
+    binding.waiting[request.handle] = req
+    binding.instance.ask_admission(
+        request, page_segments(req, binding.instance.page_size, binding.instance.num_pages), flexible=req.dyncp_placement_flexible
+    )
+    return False
+
+
+def keep_place_in_order(req: Any) -> None:
+    """A request that starts over keeps its place in the total order: else it would be the youngest, and the victim, for ever."""
+    req.dyncp.born = req.dyncp_born = min(req.dyncp.born, getattr(req, "dyncp_born", req.dyncp.born))
+
+
+def page_segments(req: Any, page_size: int, num_pages: int) -> list[tuple[int, int]]:
+    """Pages per shard: the placement's split of the prompt, what the request has generated so far and one tail page on the tail.
+
+    No segment is larger than a pool: what exceeds one goes to the shards before it, so that the ask fits once the pools are empty enough.
+    """
+    placement = req.dyncp_placement
+    num_tokens = len(req.origin_input_ids) + len(req.output_ids)
+    total = min(-(-num_tokens // page_size) + 1, placement.degree * num_pages)
+    counts = [max(1, tokens // page_size) for tokens in placement.shard_tokens[:-1]]
+    counts.append(max(1, total - sum(counts)))
+    surplus = sum(counts) - total
+    for index in range(len(counts)):
+        cut = max(counts[index] - num_pages, min(surplus, counts[index] - 1))
+        counts[index] -= cut
+        surplus -= cut
+    for index in reversed(range(len(counts))):
+        added = min(num_pages - counts[index], max(0, -surplus))
+        counts[index] += added
+        surplus += added
+    return list(zip(placement.shards, counts, strict=True))
+
+
+class _Unbounded:
+    """Stands in for SGLang's PrefillBudget where pages are reserved already: chunk sizes are bounded by compute alone."""
+
+    load_back_needs_full_tokens = False
+    remaining_total = remaining_current = 1 << 40
+    remaining_swa = 0
+    total_offset = current_offset = swa_offset = 0
+
+    def has_capacity(self) -> bool:
+        return True
+
+    def check_prefill(self, *, chunk_limit: int | None, **_: Any) -> tuple[bool, int | None]:
+        return True, chunk_limit
+
+    def can_allocate_prefill(self, **_: Any) -> bool:
+        return True
+
+    def available_chunk_tokens(self, chunk_limit: int) -> int:
+        return chunk_limit
+
+    def fit_chunk(self, *, chunk_limit: int, **_: Any) -> int:
+        return chunk_limit
+
+    def prepare_load_back(self, **_: Any) -> bool:
+        return True
+
+    def reserve(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+@contextlib.contextmanager
+def _charge_nothing(adder: Any) -> Iterator[None]:
+    budget, adder.memory_budget = adder.memory_budget, _Unbounded()
+    try:
+        yield
+    finally:
+        adder.memory_budget = budget
+
+
+@contextlib.contextmanager
+def _charge_less(adder: Any, tokens: int) -> Iterator[None]:
+    budget = adder.memory_budget
+    budget.total_offset -= tokens
+    budget.current_offset -= tokens
+    try:
+        yield
+    finally:
+        budget.total_offset += tokens
+        budget.current_offset += tokens
+
+
+@contextlib.contextmanager
+def _charge_no_more_than_a_pool(req: Any, binding: Binding) -> Iterator[None]:
+    params, instance = req.sampling_params, binding.instance
+    pool = instance.num_pages * instance.page_size
+    limit = max(0, pool - len(req.origin_input_ids) - 2 * instance.page_size - 1)
+    asked = params.max_new_tokens
+    params.max_new_tokens = min(asked, limit)
+    try:
+        yield
+    finally:
+        params.max_new_tokens = asked
