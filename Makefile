@@ -9,7 +9,7 @@ GPU_TESTS := sgl-kernel-dcp/tests test/gpu
 GPU_LOG := logs/gpu_test.log
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast gpu-test walk lint mutants figures docs-check clean
+.PHONY: help install demo test test-fast gpu-test walk lint mutants figures results docs-check clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -46,6 +46,9 @@ mutants: $(READY) ## Breaks the data path on purpose, one fault at a time; each 
 
 figures: $(READY) ## Recomputes the simulator's figures from the traces
 	$(PYTHON) -m benchmark.simulate.figures
+
+results: $(READY) ## Writes the tables of docs/results from benchmark/results
+	$(PYTHON) -m scripts.results_tables
 
 docs-check: $(READY) ## Relative links in the documentation resolve
 	$(PYTHON) scripts/check_links.py

@@ -15,7 +15,7 @@ from .locate import find_moved, locate
 from .source_tree import SourceTree, called_names
 from .targets import OVERLAY, Target
 
-FINGERPRINTS = OVERLAY / "upstream" / "fingerprints.json"
+FINGERPRINTS = OVERLAY / "upstream" / "attach" / "fingerprints.json"
 
 _NO_EFFECT = ("nothing calls it: the hook has no effect",)
 

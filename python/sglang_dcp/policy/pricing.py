@@ -14,7 +14,7 @@ from math import exp, inf
 from sglang_dcp.policy.cost_model import CostModel
 from sglang_dcp.policy.types import InstanceLoad
 
-# Weight of an instance's own levels beside what the candidate adds to the maxima (docs/simulation_log.md, entry 2).
+# Weight of an instance's own levels beside what the candidate adds to the maxima (docs/log.md).
 OWN_WEIGHT = 0.1
 # Keeps the smooth maximum finite for cost models whose combine costs nothing.
 LARGEST_EXPONENT = 32.0

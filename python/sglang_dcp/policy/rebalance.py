@@ -12,7 +12,7 @@ from sglang_dcp.policy.cost_model import CostModel
 
 # A smaller move than this many pages is not worth a copy's launch.
 MIN_MOVE_PAGES = 16
-# A copy must have paid for itself after this many steps: by then others have come and gone (docs/simulation_log.md).
+# A copy must have paid for itself after this many steps: by then others have come and gone (docs/log.md).
 PAY_BACK_STEPS = 4
 
 

@@ -98,7 +98,7 @@ def test_every_flag_is_in_the_operators_table_with_its_default() -> None:
 
 
 def test_every_metric_is_in_the_operators_table() -> None:
-    source = (REPOSITORY / "python" / "sglang_dcp" / "upstream" / "metrics.py").read_text()
+    source = (REPOSITORY / "python" / "sglang_dcp" / "upstream" / "observe" / "metrics.py").read_text()
     names = set(re.findall(r'(?:gauge|counter|histogram)\(\s*"(\w+)"', source))
     text = (REPOSITORY / "docs" / "operators_guide.md").read_text()
     assert set(re.findall(r"^\| `sglang:dyncp_(\w+)` ", text, re.MULTILINE)) == names

@@ -23,5 +23,5 @@ def test_another_record_makes_another_document() -> None:
     hook = Hook("sglang.a.B.c", "after", "dyncp", "m:f", "because", "nothing", "never", ("x",))
     text = render((*all_hooks(), hook), VERSION)
     assert text != DOCUMENT.read_text()
-    assert "### B.c\n" in text
-    assert "- relies on parameters: `x`" in text
+    assert "| `sglang.a.B.c`, after | `m:f` | because | never |\n" in text
+    assert f"{len(all_hooks()) + 1} touch points" in text

@@ -1,0 +1,1 @@
+"""One module per page of docs/results; each reads its files of benchmark/results and renders Markdown."""

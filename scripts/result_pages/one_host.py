@@ -1,0 +1,75 @@
+"""docs/results/one_host.md: a served model with and without us on one host: answers, step time, host time, graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scripts.result_pages.markdown import load, page, source, table
+
+STAGES = ("unsharded", "degree_2", "degree_4", "growth_from_1", "longer_than_1_pool", "soak")
+
+
+def render() -> str:
+    runtime, checks, unused = load("gpu_runtime.json"), load("gpu_runtime_check.json"), load("unused.json")
+    whole = checks["runs"][0]
+    return page(
+        "One host, measured",
+        "## Answers against stock, on a GPU",
+        source("gpu_runtime_check.json", whole),
+        "Mean difference of log-probabilities from stock SGLang with one large pool, per stage. The unsharded column is the yardstick.",
+        table(["case", *STAGES], _differences(whole["checks"])),
+        "## Step time",
+        source("gpu_runtime.json", runtime),
+        table(["requests", "step, ms", "over stock", "95 % interval"], _steps(runtime["step_ms"])),
+        "## Graphs",
+        table(["", "stock", "with `--enable-dyncp`"], _graphs(runtime["graphs"])),
+        "## Host time of our code in a step",
+        f"Per instance, microseconds, p50. {runtime['host']['steady']['load']['home_rows']} home rows; rows begin a page in every step.",
+        table(["steps", "all", "columns", "settle", "tables", "secure", "allocate"], _host(runtime)),
+        "## Without a sharded request, on a CPU",
+        source("unused.json", unused),
+        table(["paired step time over stock"], [(unused["step_time_ratio"],)]),
+    )
+
+
+def _differences(checks: dict[str, Any]) -> list[tuple[Any, ...]]:
+    rows = []
+    for case, check in sorted(checks.items()):
+        stages = check["stages"]
+        rows.append((f"`{case}`", *(_mean(stages.get(stage)) for stage in STAGES)))
+    return rows
+
+
+def _mean(stage: dict[str, Any] | None) -> str | None:
+    return None if stage is None or "all" not in stage else f"{stage['all']['mean']:.2g}"
+
+
+def _steps(steps: dict[str, Any]) -> list[tuple[Any, ...]]:
+    names = {"stock_s0": "stock", "graph_s0": "none sharded", "graph_s16": "half of them sharded", "graph_s32": "all sharded"}
+    rows = []
+    for key, name in names.items():
+        step = steps[key]
+        span = f"{step['low']:.3f} to {step['high']:.3f}" if "ratio" in step else None
+        rows.append((name, f"{step['median_ms']:.2f}", f"{step['ratio']:.3f}" if "ratio" in step else None, span))
+    return rows
+
+
+def _graphs(graphs: dict[str, Any]) -> list[tuple[Any, ...]]:
+    stock, ours = graphs["stock"], graphs["graph"]
+    return [
+        ("graphs captured", stock["num_graphs"], ours["num_graphs"]),
+        ("capture, s", stock["capture_s"], ours["capture_s"]),
+        ("memory, GiB", stock["gib"], ours["gib"]),
+        ("the same at 61 layers, GiB", None, ours["gib_61_layers"]),
+    ]
+
+
+def _host(runtime: dict[str, Any]) -> list[tuple[Any, ...]]:
+    rows = []
+    for layers, host in ((runtime["layers"], runtime["host"]), (4, runtime["host_4_layers"][0])):
+        for kind, name in (("steady", "steady, sharded"), ("changing", "with joins and leaves")):
+            worst = max((instance["sharded"] for instance in host[kind]["instances"]), key=lambda part: part["p50_us"])
+            parts = worst["parts_p50_us"]
+            cells = [parts.get(part) for part in ("columns", "settle", "tables", "secure", "allocate")]
+            rows.append((f"{layers} layers, {name}", worst["p50_us"], *cells))
+    return rows
