@@ -10,7 +10,9 @@ import types
 
 import pytest
 
-from sglang_dcp import cli, cli_doctor, cli_serve
+from sglang_dcp.cli import commands as cli
+from sglang_dcp.cli import doctor as cli_doctor
+from sglang_dcp.cli import serve as cli_serve
 from sglang_dcp.cpu.environment import STAND_IN_FOLDER, bind_ranks_to_cores, cpu_additions
 
 NO_DRIVER = None

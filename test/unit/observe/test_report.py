@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sglang_dcp import cli
+from sglang_dcp.cli import commands as cli
 from sglang_dcp.observe.report_client import ReportClient, ReportError
 from sglang_dcp.observe.request_log import KEPT, RequestLog, merge_requests
 from sglang_dcp.observe.tables import balance, format_instances, format_requests

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_dcp import cli_calibrate, cli_plan
+from sglang_dcp.cli import calibrate as cli_calibrate
+from sglang_dcp.cli import plan as cli_plan
 from sglang_dcp.policy.calibration import Measurement, fit_attention, read_measurements
 from sglang_dcp.policy.cost_model import load_cost_model
 
