@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from sglang_dcp.dataflow import attention_step, contracts, step_plan
-from sglang_dcp.dataflow.contracts import AttentionRow, GuestRow, HomeRow, PartialState, StepPlan, TokenList
+from sglang_dcp.dataflow.contracts import AttentionRow, GuestRow, HomeRow, MergeList, PartialState, StepPlan
 
 MUTANT_VARIABLE = "SGLANG_DYNCP_MUTANT"
 TESTING_VARIABLE = "SGLANG_DYNCP_TESTING"
@@ -61,16 +61,19 @@ def _replace(module: Any, name: str, wrap: Callable[[Any], Any], *, everywhere: 
 # ---- what comes back from the shards, and the merge
 
 
-def _with_returned(change: Callable[[list[PartialState]], list[PartialState]]) -> None:
-    _replace(attention_step, "return_partials", lambda original: lambda *args, **kwargs: change(original(*args, **kwargs)))
+def _with_returned(change: Callable[[PartialState, StepPlan], PartialState]) -> None:
+    def wrap(original: Any) -> Any:
+        return lambda state, plan, *args, **kwargs: change(original(state, plan, *args, **kwargs), plan)
+
+    _replace(attention_step, "return_partials", wrap)
 
 
-def _drop_last_shard(returned: list[PartialState]) -> list[PartialState]:
-    last = max((rank for rank, state in enumerate(returned) if len(state.lse)), default=-1)
-    return [
-        PartialState(state.output, torch.full_like(state.lse, float("-inf"))) if rank == last else state
-        for rank, state in enumerate(returned)
-    ]
+def _drop_last_shard(returned: PartialState, plan: StepPlan) -> PartialState:
+    """Partials are ordered by shard."""
+    last = next((len(tokens) for tokens in reversed(plan.send_queries) if len(tokens)), 0)
+    lse = returned.lse.clone()
+    lse[len(lse) - last :] = float("-inf")
+    return PartialState(returned.output, lse)
 
 
 def _shard_dropped() -> None:
@@ -80,19 +83,19 @@ def _shard_dropped() -> None:
 
 def _lse_base_2() -> None:
     """Shards return base-2 logarithms."""
-    _with_returned(lambda returned: [PartialState(state.output, state.lse / math.log(2.0)) for state in returned])
+    _with_returned(lambda returned, _: PartialState(returned.output, returned.lse / math.log(2.0)))
 
 
-def _with_merge(change: Callable[[Callable[..., None], PartialState, TokenList, PartialState], None]) -> None:
+def _with_merge(change: Callable[[Callable[..., None], PartialState, MergeList, PartialState, PartialState], None]) -> None:
     _replace(attention_step, "merge_into", lambda original: lambda *args: change(original, *args))
 
 
 def _shard_read_twice() -> None:
     """A partial result enters the merge twice."""
 
-    def change(merge: Callable[..., None], state: PartialState, tokens: TokenList, part: PartialState) -> None:
-        merge(state, tokens, part)
-        merge(state, tokens, part)
+    def change(merge: Callable[..., None], state: PartialState, merges: MergeList, own: PartialState, returned: PartialState) -> None:
+        twice = dataclasses.replace(merges, begins=2 * merges.begins, returned_rows=merges.returned_rows.repeat_interleave(2))
+        merge(state, twice, own, returned)
 
     _with_merge(change)
 
@@ -100,12 +103,12 @@ def _shard_read_twice() -> None:
 def _lse_ignored() -> None:
     """Partial results are averaged instead of weighed."""
 
-    def flat(lse: torch.Tensor) -> torch.Tensor:
-        return torch.where(lse == float("-inf"), lse, torch.zeros_like(lse))
+    def flat(part: PartialState) -> PartialState:
+        return PartialState(part.output, torch.where(part.lse == float("-inf"), part.lse, torch.zeros_like(part.lse)))
 
-    def change(merge: Callable[..., None], state: PartialState, tokens: TokenList, part: PartialState) -> None:
-        state.lse.copy_(flat(state.lse))
-        merge(state, tokens, PartialState(part.output, flat(part.lse)))
+    def change(merge: Callable[..., None], state: PartialState, merges: MergeList, own: PartialState, returned: PartialState) -> None:
+        state.lse.copy_(flat(state).lse)
+        merge(state, merges, flat(own), flat(returned))
 
     _with_merge(change)
 

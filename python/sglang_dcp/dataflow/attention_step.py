@@ -5,7 +5,6 @@ dispatch queries and K/V whose pages are remote -> write K/V -> partial attentio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -50,10 +49,9 @@ def attention_step(
             cache.write(slots, arrived)
     merged = attend_chunks(queries, new_kv, plan, partial_attention, scale)
     own, guests = attend_pool(queries, received.queries, plan, cache, partial_attention, scale, like=merged)
-    if plan.anybody_asks:
-        merge_returned(merged, return_partials(guests, plan, transport, layer=layer, dtype=queries.dtype), plan)
-    if len(plan.pool_tokens):
-        merge_into(merged, plan.pool_tokens, own)
+    returned = return_partials(guests, plan, transport, layer=layer, dtype=queries.dtype) if plan.anybody_asks else nothing(merged)
+    if len(plan.merges):
+        merge_into(merged, plan.merges, own, returned)
     return merged.output
 
 
@@ -72,7 +70,9 @@ def attend_chunks(queries: torch.Tensor, new_kv: NewKV, plan: StepPlan, partial_
         own = slice(tokens.first, tokens.first + len(tokens))
         partial_attention(queries[own], *keys_and_values, plan.chunk_rows, scale, out=PartialState(state.output[own], state.lse[own]))
     else:
-        merge_into(state, tokens, partial_attention(tokens.take(queries), *keys_and_values, plan.chunk_rows, scale))
+        chunks = partial_attention(tokens.take(queries), *keys_and_values, plan.chunk_rows, scale)
+        state.output.index_copy_(0, tokens.index, chunks.output.to(state.output.dtype))
+        state.lse.index_copy_(0, tokens.index, chunks.lse)
     return state
 
 
@@ -88,16 +88,13 @@ def attend_pool(
 ) -> tuple[PartialState, PartialState]:
     """Partials of (`pool_tokens`, received queries) over what this instance's pool holds."""
     if not plan.pool_rows:
-        nothing = PartialState(like.output[:0], like.lse[:0])
-        return nothing, nothing
+        return nothing(like), nothing(like)
     asking = [part for part in (plan.pool_tokens.take(queries) if len(plan.pool_tokens) else received[:0], received) if len(part)]
     state = partial_attention(joined(asking, queries), *cache.keys_and_values(), plan.pool_rows, scale)
     count = len(plan.pool_tokens)
     return PartialState(state.output[:count], state.lse[:count]), PartialState(state.output[count:], state.lse[count:])
 
 
-def merge_returned(merged: PartialState, returned: Sequence[PartialState], plan: StepPlan) -> None:
-    """Merges what came back from the shards, in place. Rows that nobody else attended are not touched."""
-    for tokens, part in zip(plan.send_queries, returned, strict=True):
-        if len(tokens):
-            merge_into(merged, tokens, part)
+def nothing(like: PartialState) -> PartialState:
+    """Partials of no query."""
+    return PartialState(like.output[:0], like.lse[:0])

@@ -113,6 +113,30 @@ class TokenList:
 
 
 @dataclass(frozen=True)
+class MergeList:
+    """The own tokens of a step that more is to be merged into than their chunk's partial, and where that is. int64 tensors.
+
+    tokens [U]:        ascending.
+    pool_rows [U]:     the token's row among the plan's `pool_tokens`, -1 for none.
+    begins [U + 1]:    returned_rows[begins[u]:begins[u + 1]] are the token's rows of what comes back from the shards, in their order.
+    returned_rows [R]: each row that comes back, once.
+    """
+
+    tokens: torch.Tensor
+    pool_rows: torch.Tensor
+    begins: torch.Tensor
+    returned_rows: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def index_lists(self) -> tuple[torch.Tensor, ...]:
+        """In the order of the fields."""
+        return self.tokens, self.pool_rows, self.begins, self.returned_rows
+
+
+@dataclass(frozen=True)
 class NewKV:
     """K/V of some tokens: keys [T, kv_heads, qk_head_dim], values [T, kv_heads, v_head_dim], contiguous.
 
@@ -143,6 +167,7 @@ class StepPlan:
     write_slots [T]:       slot of each own token's K/V; 0 (the padding page) where it travels, or for padding.
     pool_rows:             rows over this instance's pool: first the own tokens `pool_tokens`, then the received queries, all of them.
     chunk_rows:            causal rows of the own tokens `chunk_tokens`, over the own tokens (pages of one token).
+    merges:                where the partials of the own tokens come together.
     anybody_asks:          whether any instance sends a query; all know alike. If none does, nothing is returned and no call made for it.
     """
 
@@ -157,6 +182,7 @@ class StepPlan:
     pool_tokens: TokenList
     chunk_rows: tuple[AttentionRow, ...]
     chunk_tokens: TokenList
+    merges: MergeList
     anybody_asks: bool = True
 
     @property

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from sglang_dcp.dataflow.contracts import StepPlan, TokenList
+from sglang_dcp.dataflow.contracts import MergeList, StepPlan, TokenList
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -31,6 +31,7 @@ def plan_on_device(plan: StepPlan, device: torch.device) -> StepPlan:
         send_kv=tuple(map(move, plan.send_kv)),
         pool_tokens=move(plan.pool_tokens),
         chunk_tokens=move(plan.chunk_tokens),
+        merges=MergeList(*(next(moved) for _ in plan.merges.index_lists)),
         receive_kv_slots=tuple(next(moved) for _ in plan.receive_kv_slots),
         write_slots=next(moved),
     )
@@ -38,4 +39,4 @@ def plan_on_device(plan: StepPlan, device: torch.device) -> StepPlan:
 
 def index_lists(plan: StepPlan) -> list[torch.Tensor]:
     token_lists = [*plan.send_queries, *plan.send_kv, plan.pool_tokens, plan.chunk_tokens]
-    return [*(tokens.index for tokens in token_lists), *plan.receive_kv_slots, plan.write_slots]
+    return [*(tokens.index for tokens in token_lists), *plan.merges.index_lists, *plan.receive_kv_slots, plan.write_slots]

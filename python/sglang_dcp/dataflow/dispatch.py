@@ -1,6 +1,7 @@
 """Moves rows between instances: queries and K/V to the shards, partial results home.
 
-A message holds, per destination, each kind of row whole: queries, keys, values; or outputs, LSEs. So what arrived is read where it lies.
+A message of the dispatch holds, per destination, each kind of row whole: queries, keys, values. One that returns holds rows of an output
+and its LSE. So what arrived is read where it lies.
 """
 
 from __future__ import annotations
@@ -47,30 +48,32 @@ def dispatch(queries: torch.Tensor, new_kv: NewKV, plan: StepPlan, transport: Tr
     return Received(joined(got_queries, queries), tuple(got_kv))
 
 
-def return_partials(state: PartialState, plan: StepPlan, transport: Transport, *, layer: int, dtype: torch.dtype) -> list[PartialState]:
-    """Sends the partials of the received queries, `state`, home; returns those of the own queries, per shard.
+def return_partials(state: PartialState, plan: StepPlan, transport: Transport, *, layer: int, dtype: torch.dtype) -> PartialState:
+    """Sends the partials of the received queries, `state`, home; returns those of the own queries, ordered by shard.
 
-    Outputs travel in `dtype`. The LSE stays float32: where outputs are narrower it travels as several of their words.
+    Outputs travel in `dtype`.
     """
     heads, v_head_dim = state.output.shape[1:]
-    words = torch.float32.itemsize // dtype.itemsize
-    width = heads * (v_head_dim + words)
-    message = torch.empty(plan.num_received * width, dtype=dtype, device=state.output.device)
+    width = partial_width(heads, v_head_dim, dtype)
+    message = torch.empty(plan.num_received, width, dtype=dtype, device=state.output.device)
+    sent = partials_in(message, heads, v_head_dim)
+    sent.output.copy_(state.output)
+    sent.lse.copy_(state.lse)
     send_splits = [count * width for count in plan.receive_query_splits]
     receive_splits = [len(tokens) * width for tokens in plan.send_queries]
-    first = 0
-    for part, count in zip(message.split(send_splits), plan.receive_query_splits, strict=True):
-        if count:
-            outputs, lses = part.split([count * heads * v_head_dim, count * heads * words])
-            outputs.view(count, heads, v_head_dim).copy_(state.output[first : first + count])
-            lses.view(torch.float32).view(count, heads).copy_(state.lse[first : first + count])
-            first += count
-    arrived = transport.all_to_all(message, send_splits, receive_splits, step=plan.step, layer=layer, stage="return")
-    returned = []
-    for part, tokens in zip(arrived.split(receive_splits), plan.send_queries, strict=True):
-        outputs, lses = part.split([len(tokens) * heads * v_head_dim, len(tokens) * heads * words])
-        returned.append(PartialState(outputs.view(-1, heads, v_head_dim), lses.view(torch.float32).view(-1, heads)))
-    return returned
+    arrived = transport.all_to_all(message.view(-1), send_splits, receive_splits, step=plan.step, layer=layer, stage="return")
+    return partials_in(arrived.view(-1, width), heads, v_head_dim)
+
+
+def partial_width(heads: int, v_head_dim: int, dtype: torch.dtype) -> int:
+    """Elements of a row that carries one query's partial. The LSE stays float32: in narrower rows it takes several elements."""
+    return heads * (v_head_dim + torch.float32.itemsize // dtype.itemsize)
+
+
+def partials_in(rows: torch.Tensor, heads: int, v_head_dim: int) -> PartialState:
+    """The partials that `rows` [R, partial_width] hold, where they lie: a query's output, then its LSE."""
+    output = rows[:, : heads * v_head_dim].unflatten(1, (heads, v_head_dim))
+    return PartialState(output, rows.view(torch.float32)[:, -heads:])
 
 
 def joined(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_dcp.dataflow.contracts import PartialState, TokenList
+from sglang_dcp.dataflow.contracts import MergeList, PartialState
 
 
 def merge_partial_states(outputs: torch.Tensor, lses: torch.Tensor) -> PartialState:
@@ -23,17 +23,32 @@ def merge_partial_states(outputs: torch.Tensor, lses: torch.Tensor) -> PartialSt
     return PartialState(merged.to(outputs.dtype), torch.log(total) + safe_peak)
 
 
-def merge_into(state: PartialState, tokens: TokenList, part: PartialState) -> None:
-    """Merges `part`, whose rows are `tokens` of `state`, into `state`, in place. Other rows are not touched; no token comes twice.
+def merge_into(state: PartialState, merges: MergeList, own: PartialState, returned: PartialState) -> None:
+    """Merges every other partial of a token into its row of `state`, in place: float32 inside and rounded once, however many shards
+    answered. Rows that `merges` does not name are not touched.
 
-    state [T, heads], part [len(tokens), heads]; both contiguous. One launch on a GPU; float32 inside.
+    state [T, heads]; own [pool rows, heads], contiguous; returned [returned rows, heads], each row dense. One launch on a GPU.
     """
     if state.output.is_cuda:
         from sglang_dcp.dataflow.merge_kernel import merge_rows
 
-        merge_rows(state, tokens, part)
+        merge_rows(state, merges, own, returned)
         return
-    outputs = torch.stack([tokens.take(state.output).float(), part.output.float()])
-    merged = merge_partial_states(outputs, torch.stack([tokens.take(state.lse), part.lse]))
-    state.output.index_copy_(0, tokens.index, merged.output.to(state.output.dtype))
-    state.lse.index_copy_(0, tokens.index, merged.lse)
+    parts = [_pick(state, merges.tokens), _pick(own, merges.pool_rows)]
+    first, counts = merges.begins[:-1], merges.begins.diff()
+    for place in range(int(counts.max())):
+        rows = torch.full_like(first, -1)
+        rows[counts > place] = merges.returned_rows[first[counts > place] + place]
+        parts.append(_pick(returned, rows))
+    merged = merge_partial_states(torch.stack([part.output.float() for part in parts]), torch.stack([part.lse for part in parts]))
+    state.output.index_copy_(0, merges.tokens, merged.output.to(state.output.dtype))
+    state.lse.index_copy_(0, merges.tokens, merged.lse)
+
+
+def _pick(state: PartialState, rows: torch.Tensor) -> PartialState:
+    """Rows of a state; -1 is a neutral one."""
+    heads, v_head_dim = state.output.shape[1:]
+    picked = PartialState.neutral(len(rows), heads, v_head_dim=v_head_dim, dtype=state.output.dtype, device=state.output.device)
+    there = rows >= 0
+    picked.output[there], picked.lse[there] = state.output[rows[there]], state.lse[rows[there]]
+    return picked

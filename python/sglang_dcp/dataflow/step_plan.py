@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sglang_dcp.dataflow.contracts import AttentionRow, GuestRow, HomeRow, StepPlan, TokenList
+from sglang_dcp.dataflow.contracts import AttentionRow, GuestRow, HomeRow, MergeList, StepPlan, TokenList
 
 
 def build_step_plan(
@@ -49,19 +49,34 @@ def build_step_plan(
         if held.num_keys:
             receive_queries[guest.home] += guest.num_new
             pool_rows.append(held)
+    asked, held_tokens = [_concat(parts) for parts in sending.queries], _concat(pool_tokens)
     return StepPlan(
         step=step,
         num_tokens=num_tokens,
-        send_queries=tuple(TokenList.of(_concat(parts)) for parts in sending.queries),
+        send_queries=tuple(map(TokenList.of, asked)),
         receive_query_splits=tuple(receive_queries),
         send_kv=tuple(TokenList.of(_concat(parts)) for parts in sending.kv),
         receive_kv_slots=tuple(torch.from_numpy(_concat(parts)) for parts in receive_slots),
         write_slots=torch.from_numpy(sending.write_slots),
         pool_rows=tuple(pool_rows),
-        pool_tokens=TokenList.of(_concat(pool_tokens)),
+        pool_tokens=TokenList.of(held_tokens),
         chunk_rows=tuple(chunk_rows),
         chunk_tokens=TokenList.of(_concat(chunk_tokens)),
+        merges=merge_list(num_tokens, held_tokens, asked),
     )
+
+
+def merge_list(num_tokens: int, pool_tokens: np.ndarray, asked: Sequence[np.ndarray]) -> MergeList:
+    """Where the partials of the own tokens come together. asked[i]: tokens whose partials instance i returns, in that order."""
+    returning = _concat(asked)
+    pool_rows = np.full(num_tokens, -1, dtype=np.int64)
+    pool_rows[pool_tokens] = np.arange(len(pool_tokens))
+    counts = np.bincount(returning, minlength=num_tokens)
+    tokens = np.flatnonzero((pool_rows >= 0) | (counts > 0))
+    begins = np.concatenate([[0], counts[tokens].cumsum()])
+    # A stable order by token leaves a token's rows in the order of their shards.
+    lists = tokens, pool_rows[tokens], begins, np.argsort(returning, kind="stable")
+    return MergeList(*(torch.from_numpy(part.astype(np.int64, copy=False)) for part in lists))
 
 
 def asks(num_new: int, prefix_len: int) -> bool:
