@@ -22,6 +22,7 @@ from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
 from sglang_dcp.dataflow.contracts import NewKV
 from sglang_dcp.dataflow.graph.static_tables import guests_per_instance
 from sglang_dcp.dataflow.reference import partial_attention
+from sglang_dcp.dataflow.transport.base import TransportError
 from sglang_dcp.upstream.layers.graphs import GraphEngine
 from sglang_dcp.upstream.layers.peers import Place
 from test.unit.dataflow.cluster import PoolCache
@@ -49,7 +50,7 @@ class Instance:
         sharing = session.devices.count(self.device)
         with torch.cuda.device(self.device):
             self.attention = GraphAttention(
-                rank, sizes, shape, self.device, num_sharing=sharing, wait_seconds=20.0, flash_mla=session.flash_mla
+                rank, sizes, shape, self.device, num_sharing=sharing, wait_seconds=session.wait_seconds, flash_mla=session.flash_mla
             )
             self.stream = torch.cuda.Stream()
         like = {"dtype": torch.bfloat16, "device": self.device}
@@ -80,6 +81,8 @@ class Instance:
 class GpuSession(Session):
     """A session in the kernels' sizes, bfloat16. kernel: gqa, mla (both FlashInfer) or flashmla. spread: a GPU per instance, else all on
     one."""
+
+    wait_seconds = 20.0
 
     def __init__(self, seed: int, num_instances: int, num_pages: int, page_size: int, *, kernel: str, spread: bool) -> None:
         latent, self.flash_mla = kernel != "gqa", kernel == "flashmla"
@@ -216,5 +219,34 @@ def test_a_thousand_steps_of_joins_leaves_and_growth(num_instances: int, page_si
     assert session.num_advances > target
     print(f"{session.num_graph_steps} of {session.num_steps} steps as graphs, worst difference {session.worst:.4f}")
     assert session.num_graph_steps >= target
+    for instance in session.instances:
+        instance.attention.exchange.close()
+
+
+def test_a_silent_peer_is_in_the_note_of_the_step_that_missed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step before has a clean note, though it is read when the next one has been launched, as with overlap scheduling."""
+    monkeypatch.setattr(GpuSession, "wait_seconds", 2.0)
+    session = GpuSession(7, 2, 10, 16, kernel="gqa", spread=torch.cuda.device_count() >= 2)
+    while session.num_graph_steps < 5 or session.homes[0].binding.graph_step is None:
+        if session.random.random() < 0.2 and sum(len(home.waiting_queue) for home in session.homes) < 5:
+            session.arrive_at_random()
+        session.step()
+        assert session.num_steps < 2000
+    guest_rows, notes = session.homes[0].binding.graph_guest_rows, []
+
+    def replay(instance: Instance) -> None:
+        with torch.cuda.device(instance.device), torch.cuda.stream(instance.stream):
+            instance.graphs[guest_rows].replay()
+            notes.append((instance.attention, instance.attention.note_silence(len(notes))))
+
+    for instance in (*session.instances, session.instances[0]):  # the other one does not come to the second step
+        replay(instance)
+    session.synchronize()
+    session.close()
+    for attention, note in notes[:2]:
+        attention.raise_if_silent(note)
+    attention, missed = notes[2]
+    with pytest.raises(TransportError, match=r"rank 0, step 2, peer memory: instances \[1\] did not answer within 2 s"):
+        attention.raise_if_silent(missed)
     for instance in session.instances:
         instance.attention.exchange.close()

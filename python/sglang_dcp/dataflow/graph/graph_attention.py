@@ -20,6 +20,7 @@ from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
 from sglang_dcp.dataflow.contracts import PartialState
 from sglang_dcp.dataflow.copy_guard import CopyGuard
 from sglang_dcp.dataflow.device_plan import to_device
+from sglang_dcp.dataflow.graph.silence import SilenceLog, SilenceNote
 from sglang_dcp.dataflow.graph.static_tables import ListedRow, PageLines, PooledRow, RowsInput
 from sglang_dcp.dataflow.transport.base import TransportError
 
@@ -95,8 +96,8 @@ class GraphAttention:
         self._buffers = None if flash_mla else KernelBuffers.allocate(sizes.max_rows, shape.num_heads, shape.v_head_dim, device)
         self._kernels: dict[tuple[int, int], FlashInferDecode | FlashInferMLA | FlashMLADecode] = {}
         self._guard = CopyGuard(device)
-        self._silent = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        self._silent_mask = self._silent.numpy()
+        offset = self.exchange.layout["silent_mask"]
+        self._silence = SilenceLog(self.exchange.state[offset : offset + 4].view(torch.int32))
         self._planned: tuple[int, int] | None = None
         self._begun: list[int] | None = None
 
@@ -128,7 +129,6 @@ class GraphAttention:
 
     def fill(self, step: int, words: list[np.ndarray], rows: Sequence[ListedRow | PooledRow], token_table: torch.Tensor) -> None:
         """Tables of the step. token_table: SGLang's req_to_token, for rows whose pages only the device knows."""
-        self._raise_if_silent(step)
         given = self.lines.fill(step, rows)
         self.tables.upload(StepArrays(words, given.rows))
         self._update_lines(given, token_table)
@@ -136,7 +136,6 @@ class GraphAttention:
 
     def advance(self, step: int) -> None:
         """The same for the step that follows, with the same rows and routes."""
-        self._raise_if_silent(step)
         self._begun = self.lines.advance(step)
         self.tables.upload_rows(self.lines.table, check=False)  # PageLines keeps every row within its line
 
@@ -180,28 +179,30 @@ class GraphAttention:
                 last = np.where(tokens > 0, tokens - (counts - 1) * self.sizes.page_size, 0)
                 kernel.plan(indptr, torch.from_numpy(last.astype(np.int32)))
 
-    def _raise_if_silent(self, step: int) -> None:
-        mask = int(self._silent_mask[0])
-        if mask:
-            peers = [peer for peer in range(self.sizes.num_instances) if mask >> peer & 1]
+    def note_silence(self, step: int) -> SilenceNote:
+        """Behind the step's last layer, on the stream of the replay: what `raise_if_silent` is to look at before the result is used."""
+        return self._silence.note(step)
+
+    def raise_if_silent(self, note: SilenceNote) -> None:
+        """TransportError where a peer did not answer in the noted step: its rows are wrong. The stream has come to the note's copy."""
+        peers = note.silent()
+        if peers:
             raise TransportError(
-                f"rank {self.rank}, step {step}, peer memory: instances {peers} did not answer within {self.wait_seconds:g} s "
+                f"rank {self.rank}, step {note.step}, peer memory: instances {peers} did not answer within {self.wait_seconds:g} s "
                 f"(exchanges {self.exchange.silent_peers()})"
             )
 
     # ---- captured
 
     def begin(self, home_rows: int, guest_rows: int, token_table: torch.Tensor) -> None:
-        """Ahead of the layers: tables from what `fill` or `advance` sent. And asks, without waiting, whether a peer missed a wait so far:
-        the `fill` after next looks at the answer. token_table: the one that `fill` is given, always the same tensor."""
+        """Ahead of the layers: tables from what `fill` or `advance` sent. token_table: the one that `fill` is given, always the same
+        tensor."""
         self.tables.build(token_table, self.sizes.pool_pages)
         kernel = self._kernels[home_rows, guest_rows]
         if isinstance(kernel, FlashMLADecode):
             kernel.plan()
         else:
             kernel.mark_empty_rows(self.tables.section("kv_length")[: home_rows + guest_rows])
-        offset = self.exchange.layout["silent_mask"]
-        self._silent.copy_(self.exchange.state[offset : offset + 4].view(torch.int32), non_blocking=True)
 
     def run(
         self,

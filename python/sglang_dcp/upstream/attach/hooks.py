@@ -346,10 +346,20 @@ DYNCP_HOOKS: tuple[Hook, ...] = (
         kind="after",
         hook_set="dyncp",
         handler="sglang_dcp.upstream.layers.step_path:count_forward",
-        why="the share of steps that ran as graphs is a metric; a silent peer is noticed",
+        why="the share of steps that ran as graphs is a metric; whether a peer was silent is noted behind the layers",
         upstream="a counter of graph replays",
         remove_when="SGLang counts them",
         parameters=(),
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.process_batch_result",
+        kind="before",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.layers.silence:end_if_silent",
+        why="tokens of a step that a peer did not answer in are not handed out",
+        upstream="a check of a result before it is processed",
+        remove_when="a worker can tell that a result is not to be used",
+        parameters=("batch", "result"),
     ),
 )
 

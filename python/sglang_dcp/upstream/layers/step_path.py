@@ -13,6 +13,7 @@ from sglang_dcp.dataflow.transport.base import Transport
 from sglang_dcp.dataflow.transport.gloo import GlooTransport
 from sglang_dcp.upstream.attach.cuda_settings import PLAIN_BACKEND
 from sglang_dcp.upstream.layers.graphs import GraphError, attention_shape, engine
+from sglang_dcp.upstream.layers.silence import note_silence
 from sglang_dcp.upstream.step.binding import current
 
 logger = logging.getLogger(__name__)
@@ -72,12 +73,14 @@ def prepare_merge(runner: Any, device: torch.device) -> None:
 
 
 def count_forward(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER TpModelWorker.forward_batch_generation: which share of the steps runs as a graph."""
+    """AFTER TpModelWorker.forward_batch_generation: which share of the steps runs as a graph, and who did not answer in one."""
     binding = current()
     if binding is None:
         return
     if result.can_run_cuda_graph:
         binding.graph_steps += 1
-        binding.sharded_graph_steps += binding.graph_guest_rows > 0
+        if binding.graph_guest_rows:
+            binding.sharded_graph_steps += 1
+            note_silence(binding, result)
     else:
         binding.eager_steps += 1
