@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmark.multi_gpu.servers import GpuServer
 from benchmark.multi_gpu.settings import PartFailed, Settings
+from benchmark.multi_gpu.trace import trace_lengths
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz \n"
 LEAST_RATE_S = 30.0
@@ -39,8 +40,6 @@ class OutOfTime(Exception):
 
 def write_dataset(path: Path, count: int, longest: int) -> float:
     """bench_serving's custom dataset from the trace's lengths, one character per token. Returns the mean tokens that a request holds."""
-    from benchmark.multi_gpu.part_serving import trace_lengths
-
     rng, total = random.Random(3), 0.0
     with path.open("w") as lines:
         for prompt, output in trace_lengths(count, longest):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,25 +10,16 @@ from benchmark.multi_gpu.open_arrivals import search_rate
 from benchmark.multi_gpu.report import FAILURES
 from benchmark.multi_gpu.server_pool import DYNCP, STOCK, SYNTHETIC, cost_model_notes, settled_counts
 from benchmark.multi_gpu.servers import GpuServer, has_synthetic_prefill
-from benchmark.multi_gpu.settings import ROOT, PartFailed, Settings
+from benchmark.multi_gpu.settings import PartFailed, Settings
 from benchmark.multi_gpu.streams import decode_window, placement, stream_all
+from benchmark.multi_gpu.trace import trace_lengths
 
 from runtime_check import prompt  # isort: skip - found through benchmark.multi_gpu.servers
 
-TRACE = ROOT / "test" / "data" / "mooncake_lengths.csv"
 PER_INSTANCE = 16
 LONG_TOKENS = 262_144
 RESERVE_S = 4.0
 DECODE_TOKENS, LEAST_TOKENS = 400, 50
-
-
-def trace_lengths(count: int, longest: int) -> list[tuple[int, int]]:
-    """(prompt, output) of the trace's first requests, scaled down only where the longest would not fit."""
-    with TRACE.open() as lines:
-        rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
-    lengths = [(int(row["input_length"]), int(row["output_length"])) for row in rows]
-    factor = min(1.0, longest / max(prompt for prompt, _ in lengths))
-    return [(max(4, round(prompt * factor)), max(2, round(output * factor))) for prompt, output in lengths[:count]]
 
 
 def populations(settings: Settings) -> dict[str, list[int]]:

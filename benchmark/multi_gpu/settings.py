@@ -7,12 +7,10 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from benchmark.multi_gpu.server_pool import ServerPool
+from typing import Any, Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = {
@@ -62,6 +60,20 @@ class PartFailed(RuntimeError):
     """A part that ran and found something wrong; the message says what."""
 
 
+class Servers(Protocol):
+    """Servers that parts share, by name; server_pool.ServerPool is it."""
+
+    def start(self, *names: str) -> None: ...
+
+    def settle(self, *names: str) -> None: ...
+
+    def using(self, name: str) -> AbstractContextManager[Any]: ...
+
+    def stop(self, *names: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Settings:
     """num_gpus: instances, one GPU each (processes in the dry form). model: a name of model_shapes.SHAPES, for the parts with real layer
@@ -85,7 +97,7 @@ class Settings:
     rate_seconds: float = RATE_S
     letters: tuple[str, ...] = ()
     deepep_mode: str | None = None
-    pool: ServerPool | None = None
+    pool: Servers | None = None
     cost_model: str | None = None
 
     @property
@@ -105,7 +117,7 @@ class Settings:
         kept = 0.0 if part == "f" else LAST_PART_S
         return min(self.seconds.get(part, PARTS[part][1]), self.deadline - kept - time.monotonic())
 
-    def require_servers(self) -> ServerPool:
+    def require_servers(self) -> Servers:
         if not self.servers or self.pool is None:
             raise Skipped("the dry form starts servers with --servers only")
         return self.pool
