@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from benchmark.simulate.experiments import GROUPS
+from benchmark.simulate.groups import GROUPS
 from benchmark.simulate.summary import BUCKETS, DATA_PARALLEL, ORACLE, OURS, Cases, compare, interval, load_cases, value_at, value_inside
 from benchmark.simulate.variants import Deployment
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmark.simulate.experiments import GROUPS, run_equal_rate, run_group, run_seconds, run_sensitivity
+from benchmark.simulate.experiments import run_equal_rate, run_group, run_seconds, run_sensitivity
 from benchmark.simulate.explain import FILES, explain
 from benchmark.simulate.figures_explain import plot_explanations
+from benchmark.simulate.groups import GROUPS
 from benchmark.simulate.plots import colour, plot_balance, pyplot, save
 from benchmark.simulate.summary import LIMIT_KEYS, OURS, Cases, compare, interval, load_cases, value_inside
 from benchmark.simulate.variants import Deployment, simulate
