@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 
 logger = logging.getLogger(__name__)
 
@@ -12,8 +13,8 @@ def register() -> None:
     """Installs the hook sets of this process.
 
     `flags` always; `cpu` on a CPU device; `dyncp` in children of a server that was started with --enable-dyncp (the main process
-    installs it when it has parsed that flag). SGLang logs a plugin's exception and serves on without it, so a failure ends
-    the process here instead.
+    installs it when it has parsed that flag); `benchmark` there too, when its variable is set. SGLang logs a plugin's exception and
+    serves on without it, so a failure ends the process here instead.
     """
     from sglang_dcp.upstream.attach.hooks import DYNCP_HOOKS, FLAGS_HOOKS
     from sglang_dcp.upstream.attach.install import install
@@ -26,6 +27,10 @@ def register() -> None:
             install(CPU_HOOKS)
         if multiprocessing.parent_process() is not None and _enabled_by_parent():
             install(DYNCP_HOOKS)
+            if os.environ.get("SGLANG_DYNCP_BENCHMARK") == "1":
+                from sglang_dcp.upstream.attach.benchmark_hooks import BENCHMARK_HOOKS
+
+                install(BENCHMARK_HOOKS)
     except Exception as error:
         raise SystemExit(f"sglang_dcp: {error}") from error
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_dcp.upstream.attach.hooks import Hook, all_hooks
+from sglang_dcp.upstream.attach.catalogue import all_hooks
+from sglang_dcp.upstream.attach.hook import Hook
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OVERLAY = REPOSITORY / "python" / "sglang_dcp"

@@ -127,7 +127,7 @@ def _hooks() -> Finding:
     from sglang_dcp.cli.serve import plan_launch
 
     additions = plan_launch([], os.environ, cuda_devices=count_cuda_devices()).additions
-    code = "from sglang_dcp.upstream.attach.hooks import all_hooks, check_targets\nproblems = check_targets()\n"
+    code = "from sglang_dcp.upstream.attach.catalogue import all_hooks, check_targets\nproblems = check_targets()\n"
     code += "print(len(all_hooks()), *problems, sep='\\n')"
     result = subprocess.run([sys.executable, "-c", code], env={**os.environ, **additions}, capture_output=True, text=True, check=False)
     if result.returncode:

@@ -6,7 +6,7 @@ Python imports SGLang; and kv heads that must be divisible by the number of inst
 
 from __future__ import annotations
 
-from sglang_dcp.upstream.attach.hooks import Hook
+from sglang_dcp.upstream.attach.hook import Hook
 
 _GROUP = "sglang.srt.distributed.parallel_state.GroupCoordinator"
 _HANDLERS = "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from scripts.generate_hook_docs import DOCUMENT, REPOSITORY, SETS, render
-from sglang_dcp.upstream.attach.hooks import Hook, all_hooks
+from sglang_dcp.upstream.attach.catalogue import all_hooks
+from sglang_dcp.upstream.attach.hook import Hook
 
 VERSION = (REPOSITORY / "UPSTREAM_VERSION").read_text().strip()
 

@@ -1,39 +1,9 @@
-"""Every touch point on SGLang, as data. `docs/upstream_hooks.md` is generated from here.
-
-`sglang_dcp.upstream.attach.install` turns these records into patches and refuses to serve when one is missing.
-"""
+"""Touch points of every process with `flags`, and of the router and the schedulers with --enable-dyncp."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
-Kind = Literal["before", "after", "around", "replace", "add", "register", "refuse"]
-HookSet = Literal["flags", "cpu", "dyncp"]
-
-
-@dataclass(frozen=True)
-class Hook:
-    """One touch point.
-
-    target:      dotted path in sglang; for kind "register" the registry function that the handler calls.
-    kind:        before, after, around, replace: as in sglang.srt.plugins.hook_registry. "add": sets an attribute that upstream lacks.
-                 "refuse": replaces a method by handler(method), which raises when it is called.
-                 "register": calls the handler once, which uses an official registry.
-    handler:     "module:function" of ours, imported when the set is installed.
-    why:         what it is for. upstream: what would replace it there. remove_when: the observable that makes it unneeded.
-    parameters:  names of the target's parameters that the handler relies on; checked at start.
-    """
-
-    target: str
-    kind: Kind
-    hook_set: HookSet
-    handler: str
-    why: str
-    upstream: str
-    remove_when: str
-    parameters: tuple[str, ...] = ()
-
+from sglang_dcp.upstream.attach.hook import Hook
+from sglang_dcp.upstream.attach.layer_hooks import LAYER_HOOKS
 
 _NO_FLAG_SEAM = "a seam for plugin flags"
 
@@ -292,66 +262,6 @@ DYNCP_HOOKS: tuple[Hook, ...] = (
         parameters=(),
     ),
     Hook(
-        target="sglang.srt.layers.attention.attention_registry.register_attention_backend",
-        kind="register",
-        hook_set="dyncp",
-        handler="sglang_dcp.upstream.layers.attention_backend:register_backends",
-        why="steps with sharded rows run our per-layer path",
-        upstream="nothing: this is the official registry",
-        remove_when="never",
-        parameters=(),
-    ),
-    Hook(
-        target="sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.register",
-        kind="register",
-        hook_set="dyncp",
-        handler="sglang_dcp.upstream.layers.attention_backend:register_mla_form",
-        why="on a GPU, MLA is absorbed in every step with sharded rows, prefill included",
-        upstream="nothing: this is the official registry",
-        remove_when="never",
-        parameters=("backend_name", "handler_func"),
-    ),
-    Hook(
-        target="sglang.srt.models.utils.enable_fused_set_kv_buffer",
-        kind="around",
-        hook_set="dyncp",
-        handler="sglang_dcp.upstream.layers.attention_backend:fused_kv_write",
-        why="on a GPU, the rope kernel must not write K/V of sharded rows by itself",
-        upstream="the attention backend decides who writes K/V",
-        remove_when="the backend is asked before a fused write",
-        parameters=("forward_batch",),
-    ),
-    Hook(
-        target="sglang.srt.model_executor.model_runner.ModelRunner.forward",
-        kind="around",
-        hook_set="dyncp",
-        handler="sglang_dcp.upstream.layers.synthetic_prefill:skip_prefill",
-        why="benchmarks of long contexts do not wait for their prompts (SGLANG_DYNCP_BENCHMARK=1 only)",
-        upstream="a dummy prefill for benchmarks",
-        remove_when="SGLang can skip prefills",
-        parameters=("forward_batch",),
-    ),
-    Hook(
-        target="sglang.srt.layers.attention.graph_variants.create_attention_graph_variants",
-        kind="after",
-        hook_set="dyncp",
-        handler="sglang_dcp.upstream.layers.graphs:add_graph_variants",
-        why="decode graphs are captured per number of guest rows too",
-        upstream="attention backends name their graph variants",
-        remove_when="a backend can return graph variants",
-        parameters=("hf_config",),
-    ),
-    Hook(
-        target="sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
-        kind="after",
-        hook_set="dyncp",
-        handler="sglang_dcp.upstream.layers.step_path:count_forward",
-        why="the share of steps that ran as graphs is a metric; whether a peer was silent is noted behind the layers",
-        upstream="a counter of graph replays",
-        remove_when="SGLang counts them",
-        parameters=(),
-    ),
-    Hook(
         target="sglang.srt.managers.scheduler.Scheduler.process_batch_result",
         kind="before",
         hook_set="dyncp",
@@ -361,19 +271,5 @@ DYNCP_HOOKS: tuple[Hook, ...] = (
         remove_when="a worker can tell that a result is not to be used",
         parameters=("batch", "result"),
     ),
+    *LAYER_HOOKS,
 )
-
-
-def all_hooks() -> tuple[Hook, ...]:
-    """Every touch point of every set."""
-    from sglang_dcp.cpu.hooks import CPU_HOOKS
-    from sglang_dcp.upstream.attach.main_hooks import DYNCP_MAIN_HOOKS
-
-    return FLAGS_HOOKS + CPU_HOOKS + DYNCP_HOOKS + DYNCP_MAIN_HOOKS
-
-
-def check_targets() -> list[str]:
-    """Problems with the targets in the installed SGLang: one line each, empty when all resolve."""
-    from sglang_dcp.upstream.attach.install import find_problems
-
-    return find_problems(all_hooks())

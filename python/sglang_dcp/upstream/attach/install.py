@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sglang_dcp.upstream.attach.hooks import Hook
+from sglang_dcp.upstream.attach.hook import Hook
 
 logger = logging.getLogger(__name__)
 

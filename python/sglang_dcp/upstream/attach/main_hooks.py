@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_dcp.upstream.attach.hooks import Hook
+from sglang_dcp.upstream.attach.hook import Hook
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _CONTROLS = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"

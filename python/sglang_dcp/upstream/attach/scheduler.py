@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.token_ids import kernel_token_ids, torch_token_ids
 from sglang_dcp.dataflow.transport.gloo import create_gloo_group
-from sglang_dcp.mutants import install_mutant
 from sglang_dcp.upstream.attach.install import verify_installed
 from sglang_dcp.upstream.attach.models import check_model
 from sglang_dcp.upstream.layers import synthetic_prefill
@@ -40,7 +40,10 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
     if config is None:
         raise UnsupportedError("the dyncp hooks are installed but no configuration came with the environment")
     verify_installed()
-    install_mutant()
+    if "SGLANG_DYNCP_MUTANT" in os.environ:
+        from sglang_dcp.mutants import install_mutant
+
+        install_mutant()
     check_model(scheduler.tp_worker.model_runner.model)
     pool = scheduler.token_to_kv_pool_allocator
     if not isinstance(pool, LedgerAllocator):

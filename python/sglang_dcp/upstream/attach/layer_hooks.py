@@ -1,0 +1,58 @@
+"""Touch points inside a forward pass: attention backends, decode graphs, and what ran as which."""
+
+from __future__ import annotations
+
+from sglang_dcp.upstream.attach.hook import Hook
+
+LAYER_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        target="sglang.srt.layers.attention.attention_registry.register_attention_backend",
+        kind="register",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.layers.attention_backend:register_backends",
+        why="steps with sharded rows run our per-layer path",
+        upstream="nothing: this is the official registry",
+        remove_when="never",
+        parameters=(),
+    ),
+    Hook(
+        target="sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.register",
+        kind="register",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.layers.attention_backend:register_mla_form",
+        why="on a GPU, MLA is absorbed in every step with sharded rows, prefill included",
+        upstream="nothing: this is the official registry",
+        remove_when="never",
+        parameters=("backend_name", "handler_func"),
+    ),
+    Hook(
+        target="sglang.srt.models.utils.enable_fused_set_kv_buffer",
+        kind="around",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.layers.attention_backend:fused_kv_write",
+        why="on a GPU, the rope kernel must not write K/V of sharded rows by itself",
+        upstream="the attention backend decides who writes K/V",
+        remove_when="the backend is asked before a fused write",
+        parameters=("forward_batch",),
+    ),
+    Hook(
+        target="sglang.srt.layers.attention.graph_variants.create_attention_graph_variants",
+        kind="after",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.layers.graphs:add_graph_variants",
+        why="decode graphs are captured per number of guest rows too",
+        upstream="attention backends name their graph variants",
+        remove_when="a backend can return graph variants",
+        parameters=("hf_config",),
+    ),
+    Hook(
+        target="sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
+        kind="after",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.layers.step_path:count_forward",
+        why="the share of steps that ran as graphs is a metric; whether a peer was silent is noted behind the layers",
+        upstream="a counter of graph replays",
+        remove_when="SGLang counts them",
+        parameters=(),
+    ),
+)
