@@ -19,8 +19,8 @@ class HomeRequest:
 
     pages: one entry per page of the sequence, in order; None where the grant is known and the page number has not arrived yet.
     num_tree_pages: leading pages that the prefix cache owns (never freed by us).
-    starts: of every owner, the sequence index of its first page. own_pages: (index, number) of the pages at home, ascending.
-    num_missing: the Nones in pages. The three follow from `pages`; a step must not walk a long request's pages.
+    starts: of every owner, the sequence index of its first page. page_counts: of every owner, its pages. own_pages: (index, number) of
+    the pages at home, ascending. num_missing: the Nones in pages. The four follow from `pages`; a step must not walk a long request's.
     """
 
     handle: int
@@ -34,6 +34,7 @@ class HomeRequest:
     start_degree: int = 0
     num_growths: int = 0
     starts: dict[int, int] = field(default_factory=dict)
+    page_counts: dict[int, int] = field(default_factory=dict)
     own_pages: list[tuple[int, int]] = field(default_factory=list)
     num_missing: int = 0
     _arrays: tuple[np.ndarray, np.ndarray] | None = field(default=None, compare=False, repr=False)
@@ -65,12 +66,17 @@ class HomeRequest:
             self._arrays = arrays
         return arrays
 
-    def pages_per_shard(self) -> dict[int, int]:
-        counts: dict[int, int] = {}
-        for page in self.pages:
+    def tokens_per_shard(self, num_tokens: int, page_size: int) -> dict[int, int]:
+        """Of the first num_tokens tokens, how many each shard holds, in sequence order; shards without any are left out.
+
+        From the counts, less what the last pages do not hold (yet): only the pages behind the last token are looked at.
+        """
+        tokens = {owner: self.page_counts[owner] * page_size for owner in self.shards}
+        for index in range(num_tokens // page_size, len(self.pages)):
+            page = self.pages[index]
             if page is not None:
-                counts[page.owner] = counts.get(page.owner, 0) + 1
-        return counts
+                tokens[page.owner] -= min(page_size, (index + 1) * page_size - num_tokens)
+        return {owner: count for owner, count in tokens.items() if count}
 
 
 class HomeBook:
@@ -171,6 +177,7 @@ class HomeBook:
 
     def _index(self, request: HomeRequest, page_index: int, page: Page) -> None:
         request.starts[page.owner] = min(page_index, request.starts.get(page.owner, page_index))
+        request.page_counts[page.owner] = request.page_counts.get(page.owner, 0) + 1
         if page.owner == self.ids.home:
             bisect.insort(request.own_pages, (page_index, page.number))
 

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 ROUTE = "/dyncp/requests"
+META_KEY = "dyncp"
+"""Where a request lived, in its answer's meta_info."""
+REPORT_RID = "dyncp/report"
+"""Marks the control request that asks the schedulers for their reports: SGLang's GetInternalStateReq has no other free field."""
 DEFAULT_PORT = 30000
+HINTS = {
+    404: "was the server started with --enable-dyncp?",
+    401: "--api-key: the server's --admin-api-key, or its --api-key where there is none",
+}
 
 
 class ReportError(RuntimeError):
@@ -20,7 +28,7 @@ class ReportError(RuntimeError):
 
 @dataclass(frozen=True)
 class ReportClient:
-    """url: of the server, without a path. api_key: as given to the server by --api-key."""
+    """url: of the server, without a path. api_key: the server's --admin-api-key, or its --api-key where there is none."""
 
     url: str
     api_key: str | None = None
@@ -35,7 +43,7 @@ class ReportClient:
             with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
                 return dict(json.load(response))
         except urllib.error.HTTPError as error:
-            hint = "was the server started with --enable-dyncp?" if error.code == 404 else "--api-key?" if error.code == 401 else ""
+            hint = HINTS.get(error.code, "")
             raise ReportError(f"{self.url}{ROUTE} answered {error.code} {error.reason}; {hint}".rstrip("; ")) from error
         except (urllib.error.URLError, OSError, ValueError) as error:
             raise ReportError(f"{self.url} gives no report: {error} (--port, --url)") from error
@@ -44,7 +52,7 @@ class ReportClient:
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"port of a server on this machine (default {DEFAULT_PORT})")
     parser.add_argument("--url", help="address of the server, instead of --port: http://HOST:PORT")
-    parser.add_argument("--api-key", help="the server's --api-key")
+    parser.add_argument("--api-key", help="the server's --admin-api-key, or its --api-key where there is none")
 
 
 def client_of(args: argparse.Namespace) -> ReportClient:

@@ -8,6 +8,13 @@ from typing import Any
 
 KEPT = 1000
 """Finished requests that an instance remembers, and that a report shows."""
+LONGEST_ID = 128
+"""Characters of a request id that are kept; clients choose ids of any length, and an instance remembers many."""
+
+
+def short_id(request_id: str) -> str:
+    """The id as it stands in a report."""
+    return request_id[:LONGEST_ID]
 
 
 class RequestLog:
@@ -33,5 +40,6 @@ def merge_requests(reports: list[dict[str, Any]], request_id: str | None = None)
     ended = sorted((entry for report in reports for entry in report["finished"]), key=lambda entry: -entry["time"])[:KEPT]
     if request_id is None:
         return live + ended
+    request_id = short_id(request_id)
     # Requests of one batch are named after it: ID_0, ID_1 ... as SGLang does.
     return [entry for entry in live + ended if entry["rid"] == request_id or entry["rid"].startswith(f"{request_id}_")]

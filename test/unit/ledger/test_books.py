@@ -1,5 +1,7 @@
 """The books of a shard and of a home."""
 
+from random import Random
+
 import pytest
 
 from sglang_dcp.ledger.guests import GuestBook
@@ -54,7 +56,7 @@ def test_admission_growth_and_close(homes):
     homes.fill(2, Granted(0, request.handle, 0, (4, 11)))
     assert request.ready
     assert request.shards == (2, 0)
-    assert request.pages_per_shard() == {2: 2, 0: 1}
+    assert request.page_counts == {2: 2, 0: 1}
     assert (request.start_degree, request.num_growths) == (2, 0)
     request.asked_growth = request.asked_stuck = True
     homes.expect(request, grant(request.handle, (1, 3, 1)))
@@ -127,6 +129,50 @@ def test_arrays_of_a_request_follow_its_pages(homes):
     assert request.page_arrays()[0] is request.page_arrays()[0]
     homes.append(request, Page(0, 9))
     assert [part.tolist() for part in request.page_arrays()] == [[1, 1, 0, 0], [4, 5, 7, 9]]
+
+
+class Watched(list):
+    """Counts how many pages were looked at."""
+
+    looks = 0
+
+    def __getitem__(self, index):
+        Watched.looks += 1
+        return super().__getitem__(index)
+
+    def __iter__(self):
+        raise AssertionError("a report walks all pages of a request")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tokens_per_shard_are_counted_as_a_walk_over_the_pages_would(homes, seed):
+    """Pages on the way count nothing; pages behind the last token hold nothing yet; the last one holds a part."""
+    page_size, random = 4, Random(seed)
+    request = homes.open(0)
+    segments, first = [], 0
+    for owner in random.sample(range(3), 3):
+        segments.append((owner, first, random.randint(1, 6)))
+        first += segments[-1][2]
+    homes.expect(request, grant(request.handle, *segments))
+    for owner, start, count in segments:
+        if random.random() < 0.8:
+            homes.fill(owner, Granted(0, request.handle, start, tuple(range(start + 1, start + 1 + count))))
+    for num_tokens in range(first * page_size + 3):
+        walked: dict[int, int] = {}
+        for index, page in enumerate(request.pages):
+            left = min(page_size, num_tokens - index * page_size)
+            if page is not None and left > 0:
+                walked[page.owner] = walked.get(page.owner, 0) + left
+        assert list(request.tokens_per_shard(num_tokens, page_size).items()) == list(walked.items())
+
+
+def test_a_long_request_is_described_without_a_walk():
+    homes = HomeBook(PageIds(home=0, num_instances=3, num_pages=2000, page_size=4))
+    request = homes.open(0)
+    homes.adopt(request, [Page(0, number) for number in range(1, 1001)], num_tree_pages=0)
+    request.pages = Watched(request.pages)
+    assert request.tokens_per_shard(3994, 4) == {0: 3994}
+    assert Watched.looks <= 2
 
 
 def test_arrays_of_a_guest_follow_its_pages():

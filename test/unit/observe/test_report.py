@@ -12,7 +12,7 @@ import pytest
 
 from sglang_dcp.cli import commands as cli
 from sglang_dcp.observe.report_client import ReportClient, ReportError
-from sglang_dcp.observe.request_log import KEPT, RequestLog, merge_requests
+from sglang_dcp.observe.request_log import KEPT, LONGEST_ID, RequestLog, merge_requests, short_id
 from sglang_dcp.observe.tables import balance, format_instances, format_requests
 
 
@@ -45,6 +45,14 @@ def test_merge_puts_live_requests_first_and_the_newest_next() -> None:
 def test_merge_finds_the_parts_of_a_batch() -> None:
     report = {"running": [], "finished": [entry("a_0"), entry("a_1"), entry("ab")]}
     assert [item["rid"] for item in merge_requests([report], "a")] == ["a_0", "a_1"]
+
+
+def test_long_ids_are_cut_and_found() -> None:
+    long = "x" * 100_000
+    assert short_id("abc") == "abc"
+    assert len(short_id(long)) == LONGEST_ID
+    report = {"running": [], "finished": [entry(short_id(long)), entry("a")]}
+    assert [item["rid"] for item in merge_requests([report], long)] == [short_id(long)]
 
 
 def test_merge_shows_at_most_the_kept() -> None:

@@ -295,11 +295,7 @@ class Instance:
 
     def describe(self, request: HomeRequest, num_tokens: int) -> dict[str, Any]:
         """meta_info.dyncp of a request."""
-        tokens: dict[int, int] = {}
-        for index, page in enumerate(request.pages):
-            left = min(self.page_size, num_tokens - index * self.page_size)
-            if page is not None and left > 0:
-                tokens[page.owner] = tokens.get(page.owner, 0) + left
+        tokens = request.tokens_per_shard(num_tokens, self.page_size)
         return {
             "home": self.rank,
             "shards": [{"rank": rank, "tokens": count} for rank, count in tokens.items()],
