@@ -313,6 +313,7 @@ class ProtocolModel:
             for rank in range(num_instances)
         ]
         self.num_steps = self.num_requests = 0
+        self.num_growths = [0] * num_instances  # by home
         self.check_every = check_every
 
     # ---- what happens to the model
@@ -360,6 +361,8 @@ class ProtocolModel:
             home.instance.read_columns(columns)
         decisions = [home.instance.finish_step(words, anybody_runs) for home in homes]
         assert all(decision == decisions[0] for decision in decisions), decisions
+        for grant in decisions[0].grants:
+            self.num_growths[grant.home] += grant.segments[0].first_index > 0
         self.run_batches()
         for home in homes:
             home.complete_batch()

@@ -78,7 +78,7 @@ def walk(num_steps: int, *, check_every: int) -> ProtocolModel:
         random_walk(model, min(left, 10_000))
         left -= model.num_steps
         seed += 1
-        assert all(home.instance.num_growths for home in model.homes) or model.num_steps < 2_000
+        assert all(model.num_growths) or model.num_steps < 2_000
     return model
 
 

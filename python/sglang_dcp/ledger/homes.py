@@ -32,7 +32,6 @@ class HomeRequest:
     asked_growth: bool = False
     asked_stuck: bool = False
     start_degree: int = 0
-    num_growths: int = 0
     starts: dict[int, int] = field(default_factory=dict)
     page_counts: dict[int, int] = field(default_factory=dict)
     own_pages: list[tuple[int, int]] = field(default_factory=list)
@@ -125,8 +124,6 @@ class HomeBook:
             request.pages += [None] * (end - len(request.pages))
         if not request.admitted:
             request.start_degree = len(grant.segments)
-        else:
-            request.num_growths += 1
         request.admitted = True
         request.asked_admission = request.asked_growth = request.asked_stuck = False
 

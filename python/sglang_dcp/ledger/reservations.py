@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from sglang_dcp.ledger.digest import OpenDigest
 from sglang_dcp.ledger.messages import AskAdmission, AskGrowth
 from sglang_dcp.policy.growth import next_tail
 
@@ -56,20 +57,32 @@ class ReservationTable:
         self.nodes = list(nodes or [0] * num_instances)
         self._admissions: dict[Key, AskAdmission] = {}
         self._growths: dict[Key, AskGrowth] = {}
+        self._digest = OpenDigest()
 
     def __len__(self) -> int:
         return len(self._admissions) + len(self._growths)
 
+    @property
+    def digest(self) -> int:
+        """Of the open asks: the same on all instances, or they have gone apart."""
+        return self._digest.value
+
     def ask(self, home: int, ask: AskAdmission | AskGrowth) -> None:
         """Opens an ask, or replaces the open one of the same handle."""
+        self._digest.put((ask.KIND, home, ask.handle), (ask.KIND, home, *ask.words()))
         if isinstance(ask, AskAdmission):
             self._admissions[home, ask.handle] = ask
         else:
             self._growths[home, ask.handle] = ask
 
     def withdraw(self, home: int, handle: int) -> None:
-        self._admissions.pop((home, handle), None)
-        self._growths.pop((home, handle), None)
+        for asks in (self._admissions, self._growths):
+            self._close(asks, (home, handle))
+
+    def _close(self, asks: dict[Key, AskAdmission] | dict[Key, AskGrowth], key: Key) -> None:
+        ask = asks.pop(key, None)
+        if ask is not None:
+            self._digest.take((ask.KIND, *key))
 
     def decide(
         self, free: Sequence[int], guest_room: Sequence[int], anybody_runs: bool, levels: Sequence[float] | None = None
@@ -94,7 +107,7 @@ class ReservationTable:
                         guests[rank] -= pages if rank != key[0] else 0
                 continue
             grants.append(_grant(key, split, 0))
-            del self._admissions[key]
+            self._close(self._admissions, key)
             for rank, pages in split:
                 room[rank] -= pages
                 guests[rank] -= pages if rank != key[0] else 0
@@ -118,7 +131,7 @@ class ReservationTable:
                 continue
             room[rank] -= 1
             grants.append(_grant(key, ((rank, 1),), ask.page_index))
-            del self._growths[key]
+            self._close(self._growths, key)
         return grants, stuck
 
     def _split(self, home: int, ask: AskAdmission, room: list[int], guests: list[int]) -> tuple[tuple[int, int], ...] | None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from sglang_dcp.ledger.digest import MASK, digest
 from sglang_dcp.ledger.messages import Row
 
-_MODULUS = 2_147_483_647
-_RADIX = 1_000_003
-_POSITION_WEIGHT = 31
+_PER_TOKEN = 0x1E3779B97F4A7C15
+"""What a checksum grows by per step: odd, so that no number of steps below 2^62 brings it back."""
 
 
 def advance(rows: Iterable[Row]) -> tuple[Row, ...]:
@@ -20,11 +20,17 @@ def advance(rows: Iterable[Row]) -> tuple[Row, ...]:
 
 
 def checksum(rows: Iterable[Row]) -> int:
-    """Detects a row table that went apart between instances; fits one control column. Linear in every position."""
-    value = 0
-    for row in rows:
-        value = (value * _RADIX + row.handle * 8191 + row.prefix_len * _POSITION_WEIGHT + row.num_new + row.route * 127) % _MODULUS
-    return value
+    """Detects a row table that went apart between instances; fits one control column.
+
+    A digest of the rows as seen from the first one's position, which does not change while all of them go on by one token, and that
+    position apart. So a step costs one addition, and any change of a row, or of their order, gives another checksum.
+    """
+    rows = tuple(rows)
+    if not rows:
+        return 0
+    first = rows[0].prefix_len
+    words = [word for row in rows for word in (row.handle, row.prefix_len - first, row.num_new, row.route)]
+    return digest(words) + first * _PER_TOKEN & MASK
 
 
 class RowTable:
@@ -37,10 +43,7 @@ class RowTable:
         self._told, self._age = rows, 0
         self.checksum = checksum(rows)
         self._decodes = all(row.num_new == 1 for row in rows)
-        weight = 0
-        for _ in rows:
-            weight = (weight * _RADIX + 1) % _MODULUS
-        self._slope = weight * _POSITION_WEIGHT % _MODULUS
+        self._per_step = _PER_TOKEN if rows else 0
 
     def advance(self) -> None:
         if self._decodes:
@@ -51,7 +54,7 @@ class RowTable:
 
     def next_checksum(self) -> int:
         """The checksum of the rows one step on."""
-        return (self.checksum + self._slope) % _MODULUS if self._decodes else checksum(advance(self._told))
+        return self.checksum + self._per_step & MASK if self._decodes else checksum(advance(self._told))
 
     def __len__(self) -> int:
         return len(self._told)

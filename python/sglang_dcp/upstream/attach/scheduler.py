@@ -12,6 +12,7 @@ import torch
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.token_ids import kernel_token_ids, torch_token_ids
 from sglang_dcp.dataflow.transport.gloo import create_gloo_group
+from sglang_dcp.upstream.attach.agreement import check_agreement
 from sglang_dcp.upstream.attach.install import verify_installed
 from sglang_dcp.upstream.attach.models import check_model
 from sglang_dcp.upstream.layers import synthetic_prefill
@@ -55,6 +56,7 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
     pool.bind(instance, scheduler.tree_cache, torch_token_ids if engine() is None else kernel_token_ids())
     group = create_gloo_group(EXCHANGE_TIMEOUT_SECONDS)
     runner = scheduler.tp_worker.model_runner
+    check_agreement(instance, runner.kv_cache_dtype, group)
     device = torch.device(runner.device)
     transport = choose_transport(config.transport, device, group, EXCHANGE_TIMEOUT_SECONDS)
     attention = choose_partial_attention(device, pool.page_size, runner)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 NUM_COLUMNS = 8
-WORDS, NUM_ROWS, ROWS_CHECKSUM, FREE_PAGES, GUEST_PAGES, KV_TOKENS, HOME_REQUESTS, STEP = range(NUM_COLUMNS)
+WORDS, DECISIONS, ROWS_CHECKSUM, FREE_PAGES, GUEST_PAGES, KV_TOKENS, HOME_REQUESTS, STEP = range(NUM_COLUMNS)
+"""DECISIONS: digest of what the ledger has decided up to the step before, the same on all instances."""
 
 
 class WidenedRow:

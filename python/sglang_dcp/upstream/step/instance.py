@@ -18,6 +18,7 @@ from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.contracts import GuestRow, HomeRow, StepPlan
 from sglang_dcp.dataflow.step_plan import asks, build_step_plan, holds_active_page
 from sglang_dcp.ledger import messages
+from sglang_dcp.ledger.digest import DecisionDigest
 from sglang_dcp.ledger.guests import GuestBook
 from sglang_dcp.ledger.homes import HomeBook, HomeRequest
 from sglang_dcp.ledger.messages import AskAdmission, AskGrowth, Granted, Message, Release, Row, Rows
@@ -66,6 +67,7 @@ class Instance:
         self.outbox: list[Message] = []
         self.rows_of = [RowTable() for _ in range(num_instances)]
         self.rows_steady = False
+        self.decisions = DecisionDigest()
         self._nothing_decided = Decision((), (0,) * num_instances, ())
         self.promised = self._nothing_decided.promised
         self.kv_tokens: tuple[int, ...] = (0,) * num_instances
@@ -73,7 +75,6 @@ class Instance:
         self.num_sharded_rows = 0
         self.victims: list[HomeRequest] = []
         self.plan: StepPlan | None = None
-        self.num_growths = 0
         self.num_retractions = 0
         self.num_degree_growths = 0
         self.admission_waits: list[float] = []
@@ -144,22 +145,14 @@ class Instance:
         """This instance's control columns. rows: its sharded rows, None for those of the step before, one token on. Decides whether
         they need a message."""
         table = self.rows_of[self.rank]
-        num_rows, rows_checksum = len(table), table.next_checksum()
+        rows_checksum = table.next_checksum()
         if rows is not None and (own_rows := tuple(rows)) != advance(table):
-            num_rows, rows_checksum = len(own_rows), checksum(own_rows)
+            rows_checksum = checksum(own_rows)
             self.outbox.append(Rows(own_rows))
         self._words = messages.encode(self.outbox) if self.outbox else []
         self.outbox = []
-        return [
-            len(self._words),
-            num_rows,
-            rows_checksum,
-            free_pages,
-            self.guests.num_pages,
-            kv_tokens,
-            num_requests,
-            self.step,
-        ]
+        words, decided, num_guests = len(self._words), self.decisions.value, self.guests.num_pages
+        return [words, decided, rows_checksum, free_pages, num_guests, kv_tokens, num_requests, self.step]
 
     @property
     def own_words(self) -> list[int]:
@@ -170,6 +163,10 @@ class Instance:
         told = list(zip(*columns, strict=True))
         if told[col.STEP].count(self.step) != self.num_instances:
             raise ProtocolError(f"rank {self.rank} is at step {self.step}, the others at {list(told[col.STEP])}")
+        decided = told[col.DECISIONS]
+        if decided.count(self.decisions.value) != self.num_instances:
+            others = [rank for rank, value in enumerate(decided) if value != self.decisions.value]
+            raise ProtocolError(f"rank {self.rank}, step {self.step}: instances {others} decided otherwise about pages in an earlier step")
         self._columns, self.kv_tokens, self.home_requests = columns, told[col.KV_TOKENS], told[col.HOME_REQUESTS]
         return max(told[col.WORDS])
 
@@ -196,7 +193,9 @@ class Instance:
             most_guests = int(self.config.max_guest_fraction * self.num_pages)
             room = [max(0, most_guests - row[col.GUEST_PAGES]) for row in self._columns]
             levels = [predicted_level(self.cost_model, row[col.KV_TOKENS], row[col.HOME_REQUESTS]) for row in self._columns]
+            open_asks = self.table.digest
             decision = self.table.decide([row[col.FREE_PAGES] for row in self._columns], room, anybody_runs, levels)
+            self.decisions.add(decision, open_asks)
         for grant in decision.grants:
             self._apply_grant(grant)
         self.promised = decision.promised
@@ -221,7 +220,6 @@ class Instance:
     def _apply_grant(self, grant: Grant) -> None:
         request = self.homes.requests.get(grant.handle) if grant.home == self.rank else None
         if request is not None:
-            self.num_growths += request.admitted
             self._measure_grant(request, grant)
             self.homes.expect(request, grant)
         for segment in grant.segments:

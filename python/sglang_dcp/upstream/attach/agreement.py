@@ -1,0 +1,53 @@
+"""What all instances must have alike, compared once when they start: grants and plans are computed from it, on each instance alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch.distributed as dist
+
+from sglang_dcp.upstream.layers.peers import tell_everybody
+from sglang_dcp.upstream.step.instance import Instance
+
+
+class AgreementError(RuntimeError):
+    """Instances were started with different settings, pools or constants; the message names the difference and the instances."""
+
+
+def check_agreement(instance: Instance, pool_dtype: Any, group: dist.ProcessGroup) -> None:
+    """Every instance calls it, before the first step. pool_dtype: element type of SGLang's KV pool. AgreementError on all of them."""
+    difference = find_difference(tell_everybody(facts_of(instance, pool_dtype), group))
+    if difference is not None:
+        raise AgreementError(f"instances do not agree: {difference}")
+
+
+def facts_of(instance: Instance, pool_dtype: Any) -> dict[str, str]:
+    """By name, settings by their flag. As text: what prints alike is alike."""
+    config = dataclasses.asdict(instance.config)
+    facts = {
+        "the SGLang version": version("sglang"),
+        "the sglang_dcp version": version("sglang_dcp"),
+        "the number of instances": instance.num_instances,
+        "the pages of a pool": instance.num_pages,
+        "--page-size": instance.page_size,
+        "the element type of the KV pool": pool_dtype,
+        "the nodes": instance.table.nodes,
+        "the served model": config.pop("served_model"),
+    }
+    facts |= {f"--dyncp-{name.replace('_', '-')}": value for name, value in config.items()}
+    facts |= {f"{name} of the cost model": value for name, value in dataclasses.asdict(instance.cost_model).items()}
+    return {name: str(value) for name, value in facts.items()}
+
+
+def find_difference(everybody: Sequence[Mapping[str, str]]) -> str | None:
+    """The first fact that instances (by rank) differ in, as "NAME is VALUE on instances [...], VALUE on instances [...]", or None."""
+    for name in dict.fromkeys(name for facts in everybody for name in facts):
+        ranks: dict[str, list[int]] = {}
+        for rank, facts in enumerate(everybody):
+            ranks.setdefault(facts.get(name, "unknown"), []).append(rank)
+        if len(ranks) > 1:
+            return f"{name} is " + ", ".join(f"{value} on instances {where}" for value, where in ranks.items())
+    return None

@@ -1,0 +1,114 @@
+"""An instance whose ledger has gone apart from the others' ends the server, in the step after the first decision that shows it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+
+from sglang_dcp.config import DynCpConfig
+from sglang_dcp.ledger.messages import AskAdmission
+from sglang_dcp.upstream.step.columns import DECISIONS
+from sglang_dcp.upstream.step.instance import Instance, ProtocolError
+from test.support.protocol_model import FakePool
+
+NUM_INSTANCES, NUM_PAGES, PAGE_SIZE = 3, 8, 4
+
+
+class Instances:
+    """In lock step. Nothing runs on them: pages are asked for, granted and given back."""
+
+    def __init__(self) -> None:
+        config = DynCpConfig().resolve(NUM_INSTANCES)
+        self.all = [Instance(config, rank, NUM_INSTANCES, NUM_PAGES, PAGE_SIZE, FakePool(NUM_PAGES)) for rank in range(NUM_INSTANCES)]  # type: ignore[arg-type]
+
+    def ask(self, home: int, *pages: int):
+        """A request of so many pages of each instance, its home last."""
+        instance = self.all[home]
+        request = instance.open_request()
+        order = [*(rank for rank in range(NUM_INSTANCES) if rank != home), home]
+        instance.ask_admission(request, [(rank, pages[rank]) for rank in order if pages[rank]], flexible=False)
+        return request
+
+    def columns(self) -> list[list[int]]:
+        return [instance.build_columns((), instance.pool.num_givable_pages(), 0, 0) for instance in self.all]
+
+    def step(self) -> None:
+        columns = self.columns()
+        words = [instance.own_words for instance in self.all]
+        for instance in self.all:
+            instance.read_columns(columns)
+        for instance in self.all:
+            instance.finish_step(words, anybody_runs=True)
+
+
+@pytest.fixture
+def instances() -> Instances:
+    """The first request holds most pages, the second waits for them, and a third one waits behind it."""
+    found = Instances()
+    found.first = found.ask(0, 6, 6, 0)  # type: ignore[attr-defined]
+    found.step()
+    for home, pages in ((1, (0, 7, 7)), (2, (0, 4, 3))):
+        found.ask(home, *pages)
+    for _ in range(3):
+        found.step()
+    assert [len(instance.table) for instance in found.all] == [2] * NUM_INSTANCES
+    return found
+
+
+def finish(instances: Instances) -> None:
+    """The first request ends, the others get their turn."""
+    instances.all[0].release(instances.first)  # type: ignore[attr-defined]
+    for _ in range(4):
+        instances.step()
+
+
+def test_instances_that_agree_go_on(instances: Instances) -> None:
+    seen = {row[DECISIONS] for row in instances.columns()}
+    assert len(seen) == 1 and seen != {0}
+    finish(instances)
+    assert [len(instance.table) for instance in instances.all] == [1] * NUM_INSTANCES
+
+
+def lose(instance: Instance) -> None:
+    instance.table.withdraw(2, next(iter(instance.table._admissions))[1])
+
+
+def reorder(instance: Instance) -> None:
+    (home, handle), ask = next(iter(instance.table._admissions.items()))
+    instance.table.ask(home, dataclasses.replace(ask, born=ask.born + 100))
+
+
+def move(instance: Instance) -> None:
+    (home, _), ask = list(instance.table._admissions.items())[-1]
+    (rank, pages), (other, more) = ask.segments
+    instance.table.ask(home, dataclasses.replace(ask, segments=((rank, pages + 1), (other, more - 1))))
+
+
+def invent(instance: Instance) -> None:
+    instance.table.ask(0, AskAdmission(99, 50, False, ((0, 1),)))
+
+
+def forget_limits(instance: Instance) -> None:
+    """A setting that only one instance has, and that shows when guests are many."""
+    instance.config = dataclasses.replace(instance.config, max_guest_fraction=0.5)
+
+
+@pytest.mark.parametrize("rank", range(NUM_INSTANCES))
+@pytest.mark.parametrize("corrupt", [lose, reorder, move, invent, forget_limits])
+def test_a_ledger_that_went_apart_ends_the_server(instances: Instances, corrupt: Callable[[Instance], None], rank: int) -> None:
+    corrupt(instances.all[rank])
+    others = [other for other in range(NUM_INSTANCES) if other != rank]
+    told = rf"rank 0, step \d+: instances \{[rank] if rank else others}"
+    with pytest.raises(ProtocolError, match=told.replace("]", r"\]") + " decided otherwise"):
+        finish(instances)
+
+
+def test_every_instance_names_the_others(instances: Instances) -> None:
+    lose(instances.all[1])
+    instances.step()
+    columns = instances.columns()
+    for instance, told in zip(instances.all, ([1], [0, 2], [1]), strict=True):
+        with pytest.raises(ProtocolError, match=str(told).replace("[", r"\[").replace("]", r"\]")):
+            instance.read_columns(columns)

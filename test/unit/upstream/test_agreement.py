@@ -1,0 +1,67 @@
+"""Instances that were started differently refuse to serve, and say what differs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_dcp.config import DynCpConfig
+from sglang_dcp.upstream.attach import agreement
+from sglang_dcp.upstream.attach.agreement import AgreementError, check_agreement, facts_of, find_difference
+from sglang_dcp.upstream.step.instance import Instance
+from test.support.protocol_model import FakePool
+
+
+def instance(rank: int = 0, num_pages: int = 8, page_size: int = 16, **settings: Any) -> Instance:
+    return Instance(DynCpConfig(**settings).resolve(2), rank, 2, num_pages, page_size, FakePool(num_pages))  # type: ignore[arg-type]
+
+
+def check(*instances: Instance, dtypes: tuple[Any, ...] = (torch.bfloat16, torch.bfloat16)) -> str | None:
+    return find_difference([facts_of(one, dtype) for one, dtype in zip(instances, dtypes, strict=True)])
+
+
+def test_instances_started_alike_agree() -> None:
+    assert check(instance(0), instance(1)) is None
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ({"num_pages": 7}, "the pages of a pool is 8 on instances [0], 7 on instances [1]"),
+        ({"page_size": 32}, "--page-size is 16 on instances [0], 32 on instances [1]"),
+        ({"max_degree": 1}, "--dyncp-max-degree is 2 on instances [0], 1 on instances [1]"),
+        ({"max_guest_fraction": 0.5}, "--dyncp-max-guest-fraction is 1.0 on instances [0], 0.5 on instances [1]"),
+        ({"max_rows": 32}, "--dyncp-max-rows is 64 on instances [0], 32 on instances [1]"),
+    ],
+)
+def test_a_difference_is_named_with_its_instances(other: dict[str, Any], difference: str) -> None:
+    assert check(instance(0), instance(1, **other)) == difference
+
+
+def test_constants_and_element_types_count() -> None:
+    changed = instance(1)
+    changed.cost_model = dataclasses.replace(changed.cost_model, attention_us_per_token=changed.cost_model.attention_us_per_token * 1.001)
+    difference = check(instance(0), changed)
+    assert difference is not None and difference.startswith("attention_us_per_token of the cost model is ")
+    difference = check(instance(0), instance(1), dtypes=(torch.bfloat16, torch.float16))
+    assert difference == "the element type of the KV pool is torch.bfloat16 on instances [0], torch.float16 on instances [1]"
+
+
+def test_every_setting_is_compared() -> None:
+    """One that is added later, too."""
+    facts = facts_of(instance(), torch.bfloat16)
+    for field in dataclasses.fields(DynCpConfig):
+        assert (f"--dyncp-{field.name.replace('_', '-')}" in facts) or field.name == "served_model"
+    for field in dataclasses.fields(instance().cost_model):
+        assert f"{field.name} of the cost model" in facts
+
+
+def test_the_difference_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = instance(0)
+    others = {name: "other" if name == "--page-size" else value for name, value in facts_of(one, torch.bfloat16).items()}
+    monkeypatch.setattr(agreement, "tell_everybody", lambda own, group: [own, others])
+    with pytest.raises(AgreementError, match=r"instances do not agree: --page-size is 16 on instances \[0\], other on instances \[1\]"):
+        check_agreement(one, torch.bfloat16, None)  # type: ignore[arg-type]
