@@ -12,7 +12,8 @@ import torch
 from prometheus_client import REGISTRY
 
 from sglang_dcp.ledger.messages import Row
-from sglang_dcp.upstream.observe.metrics import GAUGE_INTERVAL_SECONDS, MeasuredTransport, StepMetrics, count_attention_rows
+from sglang_dcp.upstream.observe.exchange_time import DeviceStopwatch, HostStopwatch, MeasuredTransport, measured
+from sglang_dcp.upstream.observe.metrics import GAUGE_INTERVAL_SECONDS, StepMetrics, count_attention_rows
 
 LABELS = {"dp_rank": 1, "model_name": "m"}
 
@@ -53,7 +54,7 @@ def make_binding(**changes: Any) -> Any:
     )
     batch = SimpleNamespace(forward_mode=SimpleNamespace(is_idle=lambda: False), reqs=[1, 2])
     steps = {"graph_steps": 0, "eager_steps": 0, "sharded_graph_steps": 0}
-    return SimpleNamespace(instance=instance, local_batch=batch, transport=MeasuredTransport(Transport()), **steps | changes)
+    return SimpleNamespace(instance=instance, local_batch=batch, transport=measured(Transport(), torch.device("cpu")), **steps | changes)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +97,55 @@ def test_time_in_a_failing_exchange_counts_too() -> None:
         def all_to_all(self, *_arguments: Any, **_named: Any) -> torch.Tensor:
             raise RuntimeError("peer")
 
-    transport = MeasuredTransport(Failing())
+    transport = MeasuredTransport(Failing(), HostStopwatch())
     with pytest.raises(RuntimeError):
         transport.all_to_all(torch.zeros(1), [1], [1], step=0, layer=0, stage="return")
-    assert transport.take_seconds() > 0
-    assert transport.take_seconds() == 0
+    (seconds,) = transport.take_seconds()
+    assert seconds > 0
+    assert transport.take_seconds() == []
+
+
+class Stream:
+    """A device's: comes to an event when `now` has come to its time. Milliseconds."""
+
+    def __init__(self) -> None:
+        self.end = self.now = 0.0
+        self.num_events = 0
+
+    def new_event(self) -> Any:
+        self.num_events += 1
+        event = SimpleNamespace(time=0.0)
+
+        def elapsed_time(other: Any) -> float:
+            assert event.query() and other.query(), "asked before the device came to it"
+            return other.time - event.time
+
+        event.record = lambda: setattr(event, "time", self.end)
+        event.query = lambda: event.time <= self.now
+        event.elapsed_time = elapsed_time
+        return event
+
+
+def test_an_exchange_that_is_only_queued_is_timed_on_the_device() -> None:
+    """The host returns at once; a step is observed when the device has run it, once, and no event is waited for."""
+    stream = Stream()
+
+    class Queued(Transport):
+        def all_to_all(self, message: torch.Tensor, *_arguments: Any, **_named: Any) -> torch.Tensor:
+            stream.end += 3.0
+            return message
+
+    transport = MeasuredTransport(Queued(), DeviceStopwatch(stream.new_event))
+    for _ in range(2):
+        for _ in range(2):
+            transport.all_to_all(torch.zeros(1), [1], [1], step=0, layer=0, stage="return")
+            stream.end += 10.0  # other kernels
+        assert transport.take_seconds() == [], "the device has not come to it"
+    stream.now = 30.0
+    assert transport.take_seconds() == [pytest.approx(0.006)]
+    assert transport.take_seconds() == []
+    stream.now = stream.end
+    assert transport.take_seconds() == [pytest.approx(0.006)]
+    made = stream.num_events
+    transport.all_to_all(torch.zeros(1), [1], [1], step=0, layer=0, stage="return")
+    assert stream.num_events == made, "events are used again"

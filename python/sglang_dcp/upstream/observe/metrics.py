@@ -6,9 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from sglang_dcp.dataflow.transport.base import Transport
+from sglang_dcp.upstream.observe.exchange_time import MeasuredTransport, measured
 
 if TYPE_CHECKING:
     from sglang_dcp.upstream.step.binding import Binding
@@ -17,31 +15,10 @@ PREFIX = "sglang:dyncp_"
 GAUGE_INTERVAL_SECONDS = 0.1
 """Gauges are set at most this often; the step path pays one clock reading otherwise."""
 
+EXCHANGE_TEXT = "Time in the exchange of one sharded step without a graph, waiting for peers included."
 EXCHANGE_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 WAIT_BUCKETS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 DEGREE_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32)
-
-
-class MeasuredTransport:
-    """A transport that adds up the seconds spent in it, waiting for peers included."""
-
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-        self.seconds = 0.0
-
-    def all_to_all(
-        self, message: torch.Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], *, step: int, layer: int, stage: str
-    ) -> torch.Tensor:
-        start = time.perf_counter()
-        try:
-            return self._transport.all_to_all(message, send_splits, receive_splits, step=step, layer=layer, stage=stage)
-        finally:
-            self.seconds += time.perf_counter() - start
-
-    def take_seconds(self) -> float:
-        """Seconds since the last call."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
 
 
 class StepMetrics:
@@ -76,7 +53,7 @@ class StepMetrics:
         self.graph_steps = counter("graph_steps_total", "Forward passes of this instance that ran as a CUDA graph.")
         self.sharded_graph_steps = counter("sharded_graph_steps_total", "Forward passes that ran as a CUDA graph with sharded rows.")
         self.eager_steps = counter("eager_steps_total", "Forward passes of this instance that ran without a graph.")
-        self.exchange = histogram("exchange_seconds", "Time in the exchange of one step, waiting for peers included.", EXCHANGE_BUCKETS)
+        self.exchange = histogram("exchange_seconds", EXCHANGE_TEXT, EXCHANGE_BUCKETS)
 
     def observe_end(self, where: Mapping[str, Any]) -> None:
         """A request ended. where: its meta_info.dyncp."""
@@ -85,8 +62,9 @@ class StepMetrics:
     def after_step(self, binding: Binding) -> None:
         """Called once per step, when the control messages of the next one are settled."""
         instance = binding.instance
-        if isinstance(binding.transport, MeasuredTransport) and (seconds := binding.transport.take_seconds()):
-            self.exchange.observe(seconds)
+        if isinstance(binding.transport, MeasuredTransport):
+            for seconds in binding.transport.take_seconds():
+                self.exchange.observe(seconds)
         for wait in instance.admission_waits:
             self.reservation_wait.observe(wait)
         instance.admission_waits.clear()
@@ -122,4 +100,4 @@ def attach_metrics(binding: Binding) -> None:
     if not context.current_scheduler_metrics_enabled:
         return
     binding.metrics = StepMetrics(context.collector.labels)
-    binding.transport = MeasuredTransport(binding.transport)
+    binding.transport = measured(binding.transport, binding.device)

@@ -13,10 +13,12 @@ CHECK_VARIABLE = "SGLANG_DYNCP_CHECK_EVERY_STEP"
 
 
 def check_when_due(binding: Binding) -> None:
-    """Called at the start of a scheduling round, when the last step's batch is settled."""
-    if os.environ.get(CHECK_VARIABLE) == "1" or (binding.ran_since_check and binding.scheduler.is_fully_idle()):
-        binding.ran_since_check = False
+    """Called at the start of a scheduling round, when the last step's batch is settled. An instance that is idle for many rounds, while
+    others run, is looked at once."""
+    idle = binding.scheduler.is_fully_idle()
+    if (idle and not binding.idle_audited) or os.environ.get(CHECK_VARIABLE) == "1":
         check_integrity(binding)
+    binding.idle_audited = idle
 
 
 def check_integrity(binding: Binding) -> None:

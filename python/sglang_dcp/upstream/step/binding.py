@@ -24,7 +24,8 @@ class Binding:
     --enable-metrics. graph_guest_rows: guest rows of the graph that the step runs as, 0 for none or SGLang's own; graph_step: its rows.
     graph_steps, eager_steps: forward passes that this instance ran as a CUDA graph (sharded_graph_steps: those of them with sharded
     rows), and otherwise. step_ran: the last step had rows on some instance. own_row, fallback_row: what SGLang's all-gather gets of us.
-    givable_pages: free ones and what eviction would free, when the last step was synchronised.
+    idle_audited: the pool was looked at since this instance fell idle. givable_pages: free ones and what eviction would free, when the
+    last step was synchronised.
     """
 
     scheduler: Any
@@ -36,7 +37,7 @@ class Binding:
     aborted: set[str] = field(default_factory=set)
     local_batch: Any = None
     pending_rows: Any = None
-    ran_since_check: bool = False
+    idle_audited: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     partial_attention: PartialAttention = torch_partial_attention
     graph_guest_rows: int = 0

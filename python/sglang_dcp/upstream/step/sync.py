@@ -88,7 +88,6 @@ def settle_step(binding: Binding, info: Any) -> None:
     instance.finish_step(words, anybody_runs=binding.step_ran)
     if binding.metrics is not None:
         binding.metrics.after_step(binding)
-    binding.ran_since_check = binding.ran_since_check or binding.step_ran
     instance.plan = None
     binding.pending_rows = None
     plan_graph(binding, info)

@@ -1,0 +1,54 @@
+"""When an instance looks at its pool: once in each time that it is idle."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_dcp.upstream.pool import page_audit
+from sglang_dcp.upstream.pool.page_audit import CHECK_VARIABLE, check_when_due
+
+
+@pytest.fixture
+def audits(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    monkeypatch.delenv(CHECK_VARIABLE, raising=False)
+    seen: list[Any] = []
+    monkeypatch.setattr(page_audit, "check_integrity", seen.append)
+    return seen
+
+
+def rounds(idle: list[bool]) -> Any:
+    """A binding whose scheduler is idle, or is not, in each of the rounds."""
+    answers = iter(idle)
+    return SimpleNamespace(scheduler=SimpleNamespace(is_fully_idle=lambda: next(answers)), idle_audited=False, step_ran=True)
+
+
+def count(audits: list[Any], idle: list[bool]) -> int:
+    binding, before = rounds(idle), len(audits)
+    for _ in idle:
+        check_when_due(binding)
+    return len(audits) - before
+
+
+def test_an_idle_instance_looks_once_however_long_others_run(audits: list[Any]) -> None:
+    assert count(audits, [True] * 50) == 1
+    assert count(audits, [False, True, True, False, False, True, True, True]) == 2
+    assert count(audits, [False] * 5) == 0
+
+
+def test_tests_have_every_round_looked_at(audits: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CHECK_VARIABLE, "1")
+    assert count(audits, [True, False, True, True]) == 4
+
+
+def test_a_failed_look_is_not_forgotten(audits: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(binding: Any) -> None:
+        raise AssertionError("page 3 has no owner")
+
+    monkeypatch.setattr(page_audit, "check_integrity", fail)
+    binding = rounds([True])
+    with pytest.raises(AssertionError, match="page 3"):
+        check_when_due(binding)
+    assert not binding.idle_audited
