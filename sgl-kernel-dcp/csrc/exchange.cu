@@ -2,6 +2,7 @@
 #include <sgl_kernel_dcp/return_merge.cuh>
 
 #include "checks.h"
+#include "records.h"
 
 #include <algorithm>
 #include <utility>
@@ -14,6 +15,7 @@
 namespace dcp {
 namespace {
 
+using tvm::ffi::Bytes;
 using tvm::ffi::Map;
 using tvm::ffi::Optional;
 using tvm::ffi::Shape;
@@ -48,33 +50,42 @@ PendingGroup& pending_group() {
   return group;
 }
 
-// num_instances, max_home_rows, max_attention_rows, max_kv_rows, max_return_rows, num_heads, query_row_bytes, v_head_bytes, kv_row_bytes
-ExchangeShape exchange_shape(const Shape& n) {
-  if (n.size() != 9) TVM_FFI_THROW(ValueError) << "an exchange shape has 9 numbers, got " << n.size();
-  check_limit("num_instances", n[0], 1, kMaxInstances);
-  check_limit("max_home_rows", n[1], 1, kMaxHomeRows);
-  check_limit("max_attention_rows", n[2], 1, 8192);
-  check_limit("max_kv_rows", n[3], 1, n[2]);
-  check_limit("max_return_rows", n[4], 1, kTargetSlotMask);
-  check_limit("num_heads", n[5], 1, 1024);
-  check_multiple("query_row_bytes", n[6], kVectorBytes);
-  check_limit("query_row_bytes", n[6], kVectorBytes, 1 << 22);
-  check_multiple("v_head_bytes", n[7], kVectorBytes);
-  check_limit("v_head_bytes", n[7], kVectorBytes, kMaxHeadBytes);
+RecordLayout exchange_shape_record() {
+  return {DCP_FIELD(ExchangeShape, num_instances),
+          DCP_FIELD(ExchangeShape, max_home_rows),
+          DCP_FIELD(ExchangeShape, max_attention_rows),
+          DCP_FIELD(ExchangeShape, max_kv_rows),
+          DCP_FIELD(ExchangeShape, max_return_rows),
+          DCP_FIELD(ExchangeShape, num_heads),
+          DCP_FIELD(ExchangeShape, query_row_bytes),
+          DCP_FIELD(ExchangeShape, v_head_bytes),
+          DCP_FIELD(ExchangeShape, kv_row_bytes),
+          {"size", static_cast<int64_t>(sizeof(ExchangeShape))}};
+}
+
+ExchangeShape exchange_shape(const Bytes& packed) {
+  const auto shape = read_record<ExchangeShape>("an exchange shape", packed);
+  check_limit("num_instances", shape.num_instances, 1, kMaxInstances);
+  check_limit("max_home_rows", shape.max_home_rows, 1, kMaxHomeRows);
+  check_limit("max_attention_rows", shape.max_attention_rows, 1, 8192);
+  check_limit("max_kv_rows", shape.max_kv_rows, 1, shape.max_attention_rows);
+  check_limit("max_return_rows", shape.max_return_rows, 1, kTargetSlotMask);
+  check_limit("num_heads", shape.num_heads, 1, 1024);
+  check_multiple("query_row_bytes", shape.query_row_bytes, kVectorBytes);
+  check_limit("query_row_bytes", shape.query_row_bytes, kVectorBytes, 1 << 22);
+  check_multiple("v_head_bytes", shape.v_head_bytes, kVectorBytes);
+  check_limit("v_head_bytes", shape.v_head_bytes, kVectorBytes, kMaxHeadBytes);
   // The kernels count vectors of partial results in 32 bits.
-  const int64_t num_vectors = std::max(n[2], n[4]) * n[5] * (n[7] / kVectorBytes);
+  const int64_t num_vectors =
+      int64_t{std::max(shape.max_attention_rows, shape.max_return_rows)} * shape.num_heads * (shape.v_head_bytes / kVectorBytes);
   check_limit("vectors of all partial results (rows x num_heads x v_head_bytes / 16)", num_vectors, 1, UINT32_MAX);
-  check_multiple("kv_row_bytes", n[8], kVectorBytes);
-  check_limit("kv_row_bytes", n[8], kVectorBytes, 1 << 20);
-  ExchangeShape shape;
-  int32_t* fields[] = {&shape.num_instances, &shape.max_home_rows,   &shape.max_attention_rows, &shape.max_kv_rows, &shape.max_return_rows,
-                       &shape.num_heads,     &shape.query_row_bytes, &shape.v_head_bytes,       &shape.kv_row_bytes};
-  for (int i = 0; i < 9; ++i) *fields[i] = static_cast<int32_t>(n[i]);
+  check_multiple("kv_row_bytes", shape.kv_row_bytes, kVectorBytes);
+  check_limit("kv_row_bytes", shape.kv_row_bytes, kVectorBytes, 1 << 20);
   return shape;
 }
 
-Map<String, int64_t> exchange_layout(Shape numbers) {
-  const ExchangeLayout layout = ExchangeLayout::make(exchange_shape(numbers));
+Map<String, int64_t> exchange_layout(Bytes shape) {
+  const ExchangeLayout layout = ExchangeLayout::make(exchange_shape(shape));
   return {{"num_query_pieces", layout.num_query_pieces},
           {"num_return_pieces", layout.num_return_pieces},
           {"num_merge_pieces", layout.num_merge_pieces},
@@ -110,9 +121,9 @@ void prepare_kernel(Kernel kernel, const char* name) {
 // `peers`: addresses of the exchange buffers in this process. `num_sharing`: instances on this GPU; a waiting kernel takes at most
 // 1 / num_sharing of the multiprocessors, so that all of them fit together. Returns a handle for destroy_exchange.
 // `early_launch`: programmatic dependent launch, of these kernels and of their successors.
-int64_t create_exchange(Shape numbers, Shape table_numbers, Shape peers, int64_t rank, int64_t device, int64_t num_sharing,
+int64_t create_exchange(Bytes packed_shape, Bytes table_shape, Shape peers, int64_t rank, int64_t device, int64_t num_sharing,
                         int64_t wait_limit_ns, bool early_launch) {
-  const ExchangeShape shape = exchange_shape(numbers);
+  const ExchangeShape shape = exchange_shape(packed_shape);
   if (static_cast<int64_t>(peers.size()) != shape.num_instances) {
     TVM_FFI_THROW(ValueError) << "got " << peers.size() << " peer addresses for " << shape.num_instances << " instances";
   }
@@ -123,11 +134,7 @@ int64_t create_exchange(Shape numbers, Shape table_numbers, Shape peers, int64_t
   auto* exchange = new Exchange{};
   exchange->shape = shape;
   exchange->layout = ExchangeLayout::make(shape);
-  int32_t* fields[] = {&exchange->table_shape.num_instances,      &exchange->table_shape.max_home_rows,
-                       &exchange->table_shape.max_attention_rows, &exchange->table_shape.max_kv_rows,
-                       &exchange->table_shape.max_pages,          &exchange->table_shape.max_pages_per_row,
-                       &exchange->table_shape.page_size};
-  for (int i = 0; i < 7; ++i) *fields[i] = static_cast<int32_t>(table_numbers[i]);
+  exchange->table_shape = read_record<TableShape>("a table shape", table_shape);
   exchange->table = TableLayout::make(exchange->table_shape);
   for (int i = 0; i < shape.num_instances; ++i) exchange->peers.base[i] = reinterpret_cast<uint8_t*>(peers[i]);
   exchange->rank = static_cast<int32_t>(rank);
@@ -329,6 +336,7 @@ void return_merge(int64_t handle, TensorView tables, TensorView state, TensorVie
 }  // namespace
 }  // namespace dcp
 
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(exchange_shape_record, dcp::exchange_shape_record);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(exchange_layout, dcp::exchange_layout);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_exchange, dcp::create_exchange);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_exchange, dcp::destroy_exchange);

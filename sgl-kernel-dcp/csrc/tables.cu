@@ -2,41 +2,48 @@
 #include <sgl_kernel_dcp/tables.cuh>
 
 #include "checks.h"
+#include "records.h"
 
 #include <algorithm>
 #include <cstring>
 
 #include <tvm/ffi/container/map.h>
-#include <tvm/ffi/container/shape.h>
 #include <tvm/ffi/string.h>
 
 namespace dcp {
 namespace {
 
+using tvm::ffi::Bytes;
 using tvm::ffi::Map;
-using tvm::ffi::Shape;
 using tvm::ffi::String;
 
-// num_instances, max_home_rows, max_attention_rows, max_kv_rows, max_pages, max_pages_per_row, page_size
-TableShape table_shape(const Shape& numbers) {
-  if (numbers.size() != 7) TVM_FFI_THROW(ValueError) << "a table shape has 7 numbers, got " << numbers.size();
-  check_limit("num_instances", numbers[0], 1, kMaxInstances);
-  check_limit("max_home_rows", numbers[1], 1, kMaxHomeRows);
-  check_limit("max_attention_rows", numbers[2], 1, 8192);
-  check_limit("max_kv_rows", numbers[3], 1, numbers[2]);
-  check_limit("max_pages", numbers[4], 1, INT32_MAX / 2);
-  check_limit("max_pages_per_row", numbers[5], 1, INT32_MAX / 2);
-  check_limit("page_size", numbers[6], 1, 1 << 20);
-  const TableShape shape{static_cast<int32_t>(numbers[0]), static_cast<int32_t>(numbers[1]), static_cast<int32_t>(numbers[2]),
-                    static_cast<int32_t>(numbers[3]), static_cast<int32_t>(numbers[4]), static_cast<int32_t>(numbers[5]),
-                    static_cast<int32_t>(numbers[6])};
+RecordLayout table_shape_record() {
+  return {DCP_FIELD(TableShape, num_instances),
+          DCP_FIELD(TableShape, max_home_rows),
+          DCP_FIELD(TableShape, max_attention_rows),
+          DCP_FIELD(TableShape, max_kv_rows),
+          DCP_FIELD(TableShape, max_pages),
+          DCP_FIELD(TableShape, max_pages_per_row),
+          DCP_FIELD(TableShape, page_size),
+          {"size", static_cast<int64_t>(sizeof(TableShape))}};
+}
+
+TableShape table_shape(const Bytes& packed) {
+  const auto shape = read_record<TableShape>("a table shape", packed);
+  check_limit("num_instances", shape.num_instances, 1, kMaxInstances);
+  check_limit("max_home_rows", shape.max_home_rows, 1, kMaxHomeRows);
+  check_limit("max_attention_rows", shape.max_attention_rows, 1, 8192);
+  check_limit("max_kv_rows", shape.max_kv_rows, 1, shape.max_attention_rows);
+  check_limit("max_pages", shape.max_pages, 1, INT32_MAX / 2);
+  check_limit("max_pages_per_row", shape.max_pages_per_row, 1, INT32_MAX / 2);
+  check_limit("page_size", shape.page_size, 1, 1 << 20);
   const int64_t num_words = TableLayout::make(shape).total_size;
   check_limit("words of all tables (max_attention_rows x max_pages_per_row is the largest)", num_words, 1, INT32_MAX);
   return shape;
 }
 
-Map<String, int64_t> table_layout(Shape numbers) {
-  const TableLayout layout = TableLayout::make(table_shape(numbers));
+Map<String, int64_t> table_layout(Bytes shape) {
+  const TableLayout layout = TableLayout::make(table_shape(shape));
   return {{"input_counts", int64_t{layout.input_counts}},
           {"input_routes", int64_t{layout.input_routes}},
           {"input_rows", int64_t{layout.input_rows}},
@@ -57,9 +64,9 @@ Map<String, int64_t> table_layout(Shape numbers) {
           {"total_size", int64_t{layout.total_size}}};
 }
 
-void build_tables(TensorView tables, TensorView resident_pages, TensorView token_table, int64_t pool_pages, Shape numbers, int64_t rank) {
+void build_tables(TensorView tables, TensorView resident_pages, TensorView token_table, int64_t pool_pages, Bytes shape, int64_t rank) {
   TablesParams params;
-  params.shape = table_shape(numbers);
+  params.shape = table_shape(shape);
   params.layout = TableLayout::make(params.shape);
   check_tensor("tables", tables, kDLInt, 32, {params.layout.total_size});
   check_tensor("resident_pages", resident_pages, kDLInt, 32, {-1, params.shape.max_pages_per_row});
@@ -114,6 +121,7 @@ void send_words(TensorView tables, int64_t words, int64_t begin, int64_t count) 
 }  // namespace
 }  // namespace dcp
 
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(table_shape_record, dcp::table_shape_record);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(table_layout, dcp::table_layout);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(build_tables, dcp::build_tables);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(send_words, dcp::send_words);

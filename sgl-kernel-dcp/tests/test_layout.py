@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import importlib.util
+import itertools
 import random
 import shutil
 import subprocess
@@ -12,7 +15,7 @@ import pytest
 from random_steps import random_messages
 from sgl_kernel_dcp import ExchangeShape, RowLine, StepMessage, TableShape
 from sgl_kernel_dcp.build import build_library, source_files
-from sgl_kernel_dcp.shapes import MAX_INSTANCES
+from sgl_kernel_dcp.shapes import MAX_INSTANCES, ExchangeShapeRecord, TableShapeRecord
 from sgl_kernel_dcp.tables import FROM_TOKEN_TABLE, ROUTE_TAIL_SHIFT, pack_message
 
 SHAPES = [
@@ -60,10 +63,10 @@ def test_library_holds_sm_90_code_for_every_kernel(library) -> None:
 
 @pytest.mark.parametrize(("tables", "exchange"), SHAPES)
 def test_sections_do_not_overlap_and_hold_their_contents(library, tables: TableShape, exchange: ExchangeShape) -> None:
-    numbers = exchange.numbers(tables)
-    layout = {str(k): int(v) for k, v in library.exchange_layout(numbers).items()}
+    record = exchange.record(tables)
+    layout = {str(k): int(v) for k, v in library.exchange_layout(bytes(record)).items()}
     pieces, heads, output_bytes = layout["num_query_pieces"], exchange.num_heads, exchange.num_heads * exchange.v_head_dim * 2
-    assert pieces * QUERY_PIECE_BYTES >= numbers[6] > (pieces - 1) * QUERY_PIECE_BYTES
+    assert pieces * QUERY_PIECE_BYTES >= record.query_row_bytes > (pieces - 1) * QUERY_PIECE_BYTES
     for name, size in (("num_return_pieces", RETURN_PIECE_BYTES), ("num_merge_pieces", MERGE_PIECE_BYTES)):
         assert layout[name] * size >= output_bytes > (layout[name] - 1) * size
     needs = {
@@ -71,8 +74,8 @@ def test_sections_do_not_overlap_and_hold_their_contents(library, tables: TableS
         "query_flag": 8 * tables.max_attention_rows * pieces,
         "kv_flag": 8 * tables.max_kv_rows,
         "return_lse": 8 * exchange.max_return_rows * heads,
-        "query_rows": tables.max_attention_rows * numbers[6],
-        "kv_rows": tables.max_kv_rows * numbers[8],
+        "query_rows": tables.max_attention_rows * record.query_row_bytes,
+        "kv_rows": tables.max_kv_rows * record.kv_row_bytes,
         "return_slots": exchange.max_return_rows * output_bytes,
     }
     end = 0
@@ -84,7 +87,7 @@ def test_sections_do_not_overlap_and_hold_their_contents(library, tables: TableS
 
 @pytest.mark.parametrize(("tables", "exchange"), SHAPES)
 def test_table_sections_do_not_overlap(library, tables: TableShape, exchange: ExchangeShape) -> None:
-    layout = {str(k): int(v) for k, v in library.table_layout(tables.numbers()).items()}
+    layout = {str(k): int(v) for k, v in library.table_layout(bytes(tables.record())).items()}
     home, attention = tables.max_home_rows, tables.max_attention_rows
     needs = {
         "input_counts": 17,
@@ -112,25 +115,61 @@ def test_table_sections_do_not_overlap(library, tables: TableShape, exchange: Ex
 
 
 @pytest.mark.parametrize(
-    ("index", "value", "text"),
+    ("field", "value", "text"),
     [
-        (0, 17, "num_instances is 17"),
-        (1, 1025, "max_home_rows is 1025"),
-        (6, 24, "query_row_bytes"),
-        (7, 8200, "v_head_bytes"),
-        (4, 1 << 20, "vectors of all partial results.* is 8589934592"),
-        (8, 8, "kv_row"),
+        ("num_instances", 17, "num_instances is 17"),
+        ("max_home_rows", 1025, "max_home_rows is 1025"),
+        ("query_row_bytes", 24, "query_row_bytes"),
+        ("v_head_bytes", 8200, "v_head_bytes"),
+        ("max_return_rows", 1 << 20, "vectors of all partial results.* is 8589934592"),
+        ("kv_row_bytes", 8, "kv_row"),
     ],
 )
-def test_capacity_beyond_a_limit_is_refused_by_name(library, index: int, value: int, text: str) -> None:
-    numbers = list(SHAPES[1][1].numbers(SHAPES[1][0]))
-    numbers[index] = value
+def test_capacity_beyond_a_limit_is_refused_by_name(library, field: str, value: int, text: str) -> None:
+    record = SHAPES[1][1].record(SHAPES[1][0])
+    setattr(record, field, value)
     with pytest.raises(ValueError, match=text):
-        library.exchange_layout(numbers)
+        library.exchange_layout(bytes(record))
+
+
+@pytest.mark.parametrize(("name", "record"), [("table_shape_record", TableShapeRecord), ("exchange_shape_record", ExchangeShapeRecord)])
+def test_a_record_has_the_same_fields_on_both_sides(library, name: str, record: type[ctypes.Structure]) -> None:
+    """Names, offsets and size; every field is as wide as the way to the next."""
+    theirs = {str(field): int(offset) for field, offset in getattr(library, name)().items()}
+    print(f"{record.__name__}: {theirs}")
+    ours = {field: getattr(record, field).offset for field, _ in record._fields_}
+    assert theirs == {**ours, "size": ctypes.sizeof(record)}
+    ends = [*sorted(ours.values()), ctypes.sizeof(record)]
+    assert [end - begin for begin, end in itertools.pairwise(ends)] == [4] * len(ours)
+
+
+def test_each_field_of_a_record_holds_what_it_is_named_for() -> None:
+    """Distinct values, so that no two of them could change places unseen."""
+    tables, exchange = TableShape(2, 3, 11, 5, 7, 9, 13), ExchangeShape(17, 40, 24, 56, 19)
+    assert dataclasses.asdict(tables) == {field: getattr(tables.record(), field) for field, _ in TableShapeRecord._fields_}
+    record = exchange.record(tables)
+    assert {field: getattr(record, field) for field, _ in ExchangeShapeRecord._fields_} == {
+        "num_instances": 2,
+        "max_home_rows": 3,
+        "max_attention_rows": 11,
+        "max_kv_rows": 5,
+        "max_return_rows": 19,
+        "num_heads": 17,
+        "query_row_bytes": 17 * 40 * 2,
+        "v_head_bytes": 24 * 2,
+        "kv_row_bytes": 56 * 2,
+    }
+
+
+def test_a_record_refuses_what_it_would_cut_off(library) -> None:
+    with pytest.raises(ValueError, match="max_pages is 4294967296, beyond the 32 bits"):
+        TableShape(2, 1, 1, 1, 1 << 32, 1, 1).record()
+    with pytest.raises(ValueError, match="a table shape has 24 bytes, must have 28"):
+        library.table_layout(bytes(SHAPES[0][0].record())[:-4])
 
 
 def layout_of(library, shape: TableShape) -> dict[str, int]:
-    return {str(k): int(v) for k, v in library.table_layout(shape.numbers()).items()}
+    return {str(k): int(v) for k, v in library.table_layout(bytes(shape.record())).items()}
 
 
 def test_messages_within_the_capacities_pass(library) -> None:

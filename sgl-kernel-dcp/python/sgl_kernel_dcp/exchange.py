@@ -73,8 +73,8 @@ class PeerExchange:
         if shape.max_return_rows != tables.max_return_rows:
             raise ValueError(f"max_return_rows is {shape.max_return_rows} here and {tables.max_return_rows} in the tables")
         self._library = load_library()
-        self._numbers = shape.numbers(tables.shape)
-        self.layout = {str(k): int(v) for k, v in self._library.exchange_layout(self._numbers).items()}
+        self._packed_shape = bytes(shape.record(tables.shape))
+        self.layout = {str(k): int(v) for k, v in self._library.exchange_layout(self._packed_shape).items()}
         self._allocation = self._library.allocate_buffer(self.layout["total_bytes"], self.device.index)
         self._bytes = torch.from_dlpack(self._allocation)
         self.state = torch.zeros(self.layout["state_bytes"], dtype=torch.uint8, device=self.device)
@@ -102,8 +102,8 @@ class PeerExchange:
         if self._handle is not None:
             raise RuntimeError("this exchange is connected already")
         self._handle = self._library.create_exchange(
-            self._numbers,
-            self.tables.shape.numbers(),
+            self._packed_shape,
+            bytes(self.tables.shape.record()),
             addresses,
             self.rank,
             self.device.index,

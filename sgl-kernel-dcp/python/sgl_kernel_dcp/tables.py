@@ -90,7 +90,8 @@ class StepTables:
 
         self.shape, self.rank, self.num_entries, self.max_return_rows = shape, rank, num_entries, max_return_rows
         self._library = load_library()
-        self.layout: dict[str, int] = {str(k): int(v) for k, v in self._library.table_layout(shape.numbers()).items()}
+        self._packed_shape = bytes(shape.record())
+        self.layout: dict[str, int] = {str(k): int(v) for k, v in self._library.table_layout(self._packed_shape).items()}
         self.buffer = torch.zeros(self.layout["total_size"], dtype=torch.int32, device=device)
         self.resident_pages = torch.zeros(num_entries, shape.max_pages_per_row, dtype=torch.int32, device=device)
         self._sent, self._address = np.zeros(0, dtype=np.int32), 0
@@ -129,7 +130,7 @@ class StepTables:
         of requests by position, for rows whose new page only the device knows; a page there that is not below pool_pages becomes page 0.
         May be captured, then both stay where they are."""
         table = self._no_token_table if token_table is None else token_table
-        self._library.build_tables(self.buffer, self.resident_pages, table, pool_pages, self.shape.numbers(), self.rank)
+        self._library.build_tables(self.buffer, self.resident_pages, table, pool_pages, self._packed_shape, self.rank)
 
     def section(self, name: str) -> torch.Tensor:
         """A view of one table, shaped."""
