@@ -1,0 +1,41 @@
+"""What is compared: one server each, on the same GPUs with the same pools, one at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+SYNTHETIC = {"SGLANG_DYNCP_BENCHMARK": "1"}
+"""Ours decodes only too: prompts are placed, reserved and chunked, and not computed (docs/gpu.md)."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """name: in results and on the command line. flags, environment: beside what all have."""
+
+    name: str
+    what: str
+    dyncp: bool
+    flags: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def contenders(num_gpus: int) -> dict[str, Contender]:
+    """By name, for one instance per GPU."""
+    whole = ("--dyncp-max-degree", "1")
+    n = str(num_gpus)
+    # SGLang's own way to decode without prefills, and its own default kernels on Hopper.
+    decode_only = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "fake", "--attention-backend", "fa3")
+    data_parallel = ("--attn-dp-size", n, "--ep-size", n, "--load-balance-method", "total_tokens")
+    ours = [
+        Contender("local", "SGLang's balancing, our runtime", True, ("--dyncp-policy", "local")),
+        Contender("whole", "every request whole, placed by our policy", True, whole),
+        Contender("whole-stock-split", "the same, FlashInfer's own split", True, (*whole, "--dyncp-split-budget", "stock")),
+        Contender("length-buckets", "degree by prompt length, as NanoCP's release", True, ("--dyncp-policy", "length-buckets")),
+        Contender("ours", "dual-balance", True),
+    ]
+    found = [
+        Contender("stock", "SGLang's data parallelism with its defaults", False, (*data_parallel, *decode_only)),
+        Contender("static-dcp", "SGLang's static context parallelism", False, ("--dcp-size", n, "--ep-size", n, *decode_only)),
+        *(Contender(c.name, c.what, True, c.flags, SYNTHETIC) for c in ours),
+    ]
+    return {contender.name: contender for contender in found}

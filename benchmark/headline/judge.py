@@ -1,0 +1,79 @@
+"""What a run says: its point, whether a rate is held, the highest rate under a limit, and the ratios that the project's bars name. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmark.headline.client import Served
+
+WARM_SHARE = 0.1
+"""The first arrivals load the cluster and are not measured."""
+MOST_TTFT_S = 10.0
+"""A queue that grows shows here, not in TPOT."""
+
+Point = dict[str, Any]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Nearest rank; NaN of nothing."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
+
+
+def point(served: Sequence[Served], rate: float, balances: Sequence[float]) -> Point:
+    """One rate of one contender. balances: KV tokens, maximum over mean of the instances, sampled while it ran."""
+    measured = served[int(WARM_SHARE * len(served)) :]
+    good = [one for one in measured if one.error is None]
+    tpot = [one.tpot_ms for one in good if one.tpot_ms is not None]
+    waits = [one.first_s - one.sent_s for one in good if one.first_s is not None]
+    failed = Counter(one.error for one in served if one.error is not None)
+    return {
+        "requests_per_s": rate,
+        "requests": len(served),
+        "p50_tpot_ms": round(percentile(tpot, 0.5), 3),
+        "p99_tpot_ms": round(percentile(tpot, 0.99), 3),
+        "mean_tpot_ms": round(sum(tpot) / len(tpot), 3) if tpot else math.nan,
+        "p99_ttft_s": round(percentile(waits, 0.99), 3),
+        "kv_max_over_mean": round(sum(balances) / len(balances), 3) if balances else None,
+        "degrees": dict(sorted(Counter(one.degree for one in good).items())),
+        "longest_send_delay_s": round(max((one.sent_s - one.arrival.at_s for one in served), default=0.0), 3),
+        "failed": dict(failed.most_common(3)),
+    }
+
+
+def holds(found: Point, limit_ms: float) -> bool:
+    return not found["failed"] and found["p99_tpot_ms"] <= limit_ms and found["p99_ttft_s"] <= MOST_TTFT_S
+
+
+def highest_rate(points: Sequence[Point], limit_ms: float) -> float:
+    """Highest rate held under the limit, interpolated in P99 TPOT to the next that is not held for its TPOT. 0.0 where none is held."""
+    ordered = sorted(points, key=lambda found: found["requests_per_s"])
+    held = 0.0
+    for index, found in enumerate(ordered):
+        if not holds(found, limit_ms):
+            if index == 0 or found["failed"] or found["p99_ttft_s"] > MOST_TTFT_S:
+                return held
+            below = ordered[index - 1]
+            share = (limit_ms - below["p99_tpot_ms"]) / (found["p99_tpot_ms"] - below["p99_tpot_ms"])
+            return round(held + share * (found["requests_per_s"] - held), 3)
+        held = found["requests_per_s"]
+    return held
+
+
+def ratios(points: Mapping[str, Sequence[Point]], limit_ms: float) -> dict[str, Any]:
+    """Our highest rate over the others', and stock's P99 over ours at the highest rate that stock was measured at and held."""
+    rates = {name: highest_rate(found, limit_ms) for name, found in points.items()}
+    ours = rates.get("ours", 0.0)
+    keys = {"stock": "rate_over_stock", "whole": "rate_over_whole", "length-buckets": "rate_over_length_buckets"}
+    keys["static-dcp"] = "rate_over_static_dcp"
+    result: dict[str, Any] = {key: round(ours / rates[name], 3) for name, key in keys.items() if rates.get(name)}
+    stock = [found for found in points.get("stock", ()) if holds(found, limit_ms)]
+    if stock:
+        top = max(stock, key=lambda found: found["requests_per_s"])
+        mine = next((found for found in points.get("ours", ()) if found["requests_per_s"] == top["requests_per_s"]), None)
+        if mine is not None:
+            result["p99_over_stock"] = round(top["p99_tpot_ms"] / mine["p99_tpot_ms"], 3)
+    return {"limit_ms": limit_ms, "rates": rates, **result}
