@@ -32,10 +32,10 @@ WARM_UP = [Arrival(0.0, 300, 40), Arrival(0.1, 9000, 40), Arrival(0.2, 70_000, 4
 DRY_WARM_UP = [Arrival(0.0, 100, 8), Arrival(0.1, 300, 8)]
 
 
-def arrivals(long_share: float, rate: float, seconds: float, seed: int, longest: int) -> list[Arrival]:
-    """The simulator's chat mix with this share of long prompts, none above `longest`."""
+def arrivals(long_share: float, rate: float, seconds: float, seed: int, longest: int, longest_output: int = 4096) -> list[Arrival]:
+    """The simulator's chat mix with this share of long prompts, none above `longest`, no output above `longest_output`."""
     drawn = chat(long_share, max_prompt=longest).requests(rate, seconds, seed)
-    return [Arrival(at, min(prompt, longest), max(2, output)) for at, prompt, output in drawn]
+    return [Arrival(at, min(prompt, longest), min(longest_output, max(2, output))) for at, prompt, output in drawn]
 
 
 def build_server(contender: Contender, args: argparse.Namespace) -> GpuServer:
@@ -70,7 +70,7 @@ class BalanceProbe(threading.Thread):
 
 def measure(server: GpuServer, args: argparse.Namespace, rate: float) -> Point:
     """One rate: arrivals, answers, balance; what the server counted of its steps."""
-    drawn = arrivals(args.long, rate, args.seconds, args.seed, args.longest)
+    drawn = arrivals(args.long, rate, args.seconds, args.seed, args.longest, args.longest_output)
     probe = BalanceProbe(server)
     probe.start()
     url = f"http://127.0.0.1:{server.port}"
@@ -124,6 +124,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--pool", type=int, default=786_432, help="KV tokens per instance")
     parser.add_argument("--longest", type=int, default=400_000, help="longest prompt, so that one pool holds it")
+    parser.add_argument("--longest-output", type=int, default=4096)
     parser.add_argument("--stop-ms", type=float, default=150.0, help="higher rates are not tried beyond this P99 TPOT")
     parser.add_argument("--start-limit", type=float, default=300.0)
     parser.add_argument("--end", type=float, default=540.0, help="seconds for everything")
@@ -140,7 +141,8 @@ def main() -> int:
     if not args.dry:
         set_environment()
         found["machine"] = f"{args.gpus} x {read_device_facts()['names'][0]}"
-    found |= {"model": args.model, "layers": args.layers, "pool_tokens": args.pool, "longest": args.longest}
+    found |= {"model": args.model, "layers": args.layers, "pool_tokens": args.pool}
+    found |= {"longest": args.longest, "longest_output": args.longest_output}
     cases = found["cases"].setdefault(f"{args.long:g}|{args.seed}", {})
     known = contenders(args.gpus)
     for name in args.contenders.split(","):
