@@ -171,3 +171,27 @@ def test_index_lists_are_the_fields_in_order():
     merges = merge_list(3, np.array([1]), [np.array([1, 2])])
     assert [part.tolist() for part in MergeList(*merges.index_lists).index_lists] == [part.tolist() for part in merges.index_lists]
     assert len(merges.index_lists) == len(dataclasses.fields(MergeList))
+
+
+@pytest.mark.parametrize("own", ["bf16", "fp32"])
+def test_the_kernel_compiles_for_hopper(own: str) -> None:
+    """Without a GPU. own: what an attention kernel returns, FlashInfer's or plain torch."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = importlib.import_module("sglang_dcp.dataflow.merge_kernel")._merge_rows
+    indices = dict.fromkeys(("tokens", "pool_rows", "begins", "returned_rows"), "*i64")
+    lses = dict.fromkeys(("lses", "own_lses", "returned_lses"), "*fp32")
+    sizes = {"heads": 128, "dim": 512, "returned_stride": 128 * 514, "returned_lse_stride": 64 * 514, "block_heads": 8, "block_dim": 512}
+    outputs = {"outputs": "*bf16", "own_outputs": f"*{own}", "returned_outputs": "*bf16"}
+    source = ASTSource(
+        fn=kernel,
+        signature=indices | lses | outputs | dict.fromkeys(sizes, "constexpr"),
+        constexprs={(kernel.arg_names.index(name),): value for name, value in sizes.items()},
+    )
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    except FileNotFoundError as error:
+        pytest.skip(f"no ptxas on this machine: {error}")
+    assert "sm_90" in compiled.asm["ptx"]
