@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from support.client import Answer, Client, RequestFailed
+from support.client import VOCABULARY_SIZE, Answer, Client, RequestFailed
 from support.metrics import parse_metrics
 from support.recall import random_ids, recall_prompt
 from support.server import Server, ServerConfig
@@ -187,15 +187,72 @@ def test_endpoints_that_are_not_served(client: Client, path: str, body: dict[str
     assert (status, "not work with --enable-dyncp" in text) == (400, True), text
 
 
-@pytest.mark.parametrize("pin", [{}, {"degree": 2}], ids=str)
-def test_two_samples_of_a_prompt(client: Client, pin: dict[str, Any]) -> None:
+FEW = list(range(5, 25))
+OUT_OF_RANGE: list[tuple[dict[str, Any], str]] = [
+    (
+        {"input_ids": [5, VOCABULARY_SIZE]},
+        f"input_ids[1] must be an integer in 0..{VOCABULARY_SIZE - 1} (vocabulary)",
+    ),
+    ({"input_ids": [FEW, [-1]]}, "input_ids[0] must be an integer"),
+    ({"sampling_params": {"stop_token_ids": [VOCABULARY_SIZE]}}, "stop_token_ids[0] must be an integer"),
+    ({"sampling_params": {"logit_bias": {"5": 1e31}}}, "logit_bias[5] must be a number in -1e+30..1e+30, got 1e+31"),
+    ({"sampling_params": {"top_k": 0}}, "top_k must be an integer in 1..1073741824 or -1, got 0"),
+    ({"sampling_params": {"n": 0}}, "n must be an integer in 1..4096, got 0"),
+    ({"sampling_params": {"stop_regex": "("}}, "stop_regex must be a regular expression"),
+    ({"top_logprobs_num": VOCABULARY_SIZE + 1, "return_logprob": True}, f"top_logprobs_num must be an integer in 0..{VOCABULARY_SIZE}"),
+    ({"logprob_start_len": len(FEW) + 1, "return_logprob": True}, "logprob_start_len must be an integer in -1..20 (prompt), got 21"),
+    ({"top_logprobs_num": [1], "return_logprob": True}, "top_logprobs_num must be one value for a single prompt"),
+    ({"input_ids": [FEW, FEW], "sampling_params": [{}]}, "sampling_params has 1 entries for 2 prompts"),
+    ({"input_ids": [FEW, []]}, "the prompt is empty: give at least one token"),
+]
+
+
+@pytest.mark.usefixtures("others")
+@pytest.mark.parametrize(("fields", "message"), OUT_OF_RANGE, ids=[message[:30] for _, message in OUT_OF_RANGE])
+def test_values_out_of_range(client: Client, fields: dict[str, Any], message: str) -> None:
+    """Our own guard answers, before a scheduler sees any of it."""
+    for stream in (False, True):
+        status, text = client.request("POST", "/generate", {"input_ids": FEW, "stream": stream} | fields)
+        assert (status, message in text) == (400, True), text
+
+
+@pytest.mark.usefixtures("others")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": [5, VOCABULARY_SIZE]}, "input_ids[1] must be"),
+        ({"logit_bias": {str(VOCABULARY_SIZE): 1}}, "(vocabulary)"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0] must be"),
+        ({"n": 5000}, "n must be an integer in 1..4096, got 5000"),
+    ],
+)
+def test_values_out_of_range_on_the_openai_endpoints(client: Client, fields: dict[str, Any], message: str) -> None:
+    chat = {"messages": [{"role": "user", "content": "hello"}]} | {name: value for name, value in fields.items() if name != "prompt"}
+    for stream in (False, True):
+        status, text = client.request("POST", "/v1/completions", {"model": "default", "prompt": "hello", "stream": stream} | fields)
+        assert (status, message in text) == (400, True), text
+        if "prompt" not in fields:
+            status, text = client.request("POST", "/v1/chat/completions", {"model": "default", "stream": stream} | chat)
+            assert (status, message in text) == (400, True), text
+
+
+def runs_of(client: Client, prompt_tokens: int) -> int:
+    """Requests of this length that reached a scheduler."""
+    return sum(entry["prompt_tokens"] == prompt_tokens for entry in client.json("GET", "/dyncp/requests")["requests"])
+
+
+@pytest.mark.parametrize(("pin", "runs"), [({}, None), ({"degree": 1}, 3), ({"degree": 2}, 2)], ids=str)
+def test_two_samples_of_a_prompt(client: Client, pin: dict[str, Any], runs: int | None) -> None:
+    """SGLang runs a prompt once more, to fill the prefix cache; a sharded one never enters it, and has no run beside its samples."""
     ids = recall_prompt(700, 0.5, seed=7).ids
     alone = client.generate(ids, max_new_tokens=6)
+    before = runs_of(client, len(ids))
     body = {"input_ids": ids, "sampling_params": {"n": 2, "temperature": 0, "max_new_tokens": 6} | pinned(**pin)}
     answers = client.json("POST", "/generate", body)
     assert [tuple(answer["output_ids"]) for answer in answers] == [alone.ids] * 2
     for answer in answers:
-        assert not pin or answer["meta_info"]["dyncp"]["degree_end"] == 2
+        assert not pin or answer["meta_info"]["dyncp"]["degree_end"] == pin["degree"]
+    assert runs is None or runs_of(client, len(ids)) == before + runs
 
 
 def test_batch_of_prompts(client: Client) -> None:
@@ -276,6 +333,14 @@ def test_report_of_running_and_aborted_requests(server: Server) -> None:
         list(stream.events())
     (entry,) = read_requests(server, "runs")
     assert (entry["state"], entry["finish_reason"]) == ("aborted", "abort")
+
+
+def test_report_without_health_probes_and_with_ids_cut(server: Server) -> None:
+    assert server.client.is_healthy()
+    server.client.generate([5], max_new_tokens=1, rid="z" * 3000)
+    kept = [entry["rid"] for entry in server.client.json("GET", "/dyncp/requests")["requests"]]
+    assert "z" * 128 in kept
+    assert not any(rid.startswith("HEALTH_CHECK") for rid in kept)
 
 
 def test_unknown_request(server: Server) -> None:

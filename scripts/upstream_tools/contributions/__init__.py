@@ -6,6 +6,7 @@ from ..codemod import Contribution
 from .cpu import CPU
 from .cpu_models import CPU_MODELS
 from .gpu import GPU
+from .ranges import RANGES
 from .seams import SEAMS
 
-ALL: tuple[Contribution, ...] = CPU + CPU_MODELS + SEAMS + GPU
+ALL: tuple[Contribution, ...] = CPU + CPU_MODELS + SEAMS + RANGES + GPU

@@ -6,6 +6,7 @@ import os
 import threading
 import types
 
+import range_probe
 import torch
 import torch.distributed as dist
 
@@ -336,7 +337,7 @@ def probe():
         "heads_are_counted_per_attention_rank": outcome(lambda: (heads_on_four_ranks(attn_tp_size=1), heads_on_four_ranks()) == (2, 4)),
         "plain_rope_rotates": outcome(plain_rope_rotates),
         "rows_are_written_without_the_kernel": outcome(rows_are_written_without_the_kernel),
-    }
+    } | {attempt.__name__: outcome(attempt) for attempt in range_probe.ATTEMPTS}
 
 
 if __name__ == "__main__":

@@ -110,6 +110,10 @@ def test_the_allocator_loads_without_sgl_kernel(patched: Path) -> None:
         "plain_rope_rotates",
         "rows_are_written_without_the_kernel",
         "a_decode_plan_waits_for_the_copy_of_the_last_one",
+        "sampling_values_out_of_range_are_refused",
+        "sampling_values_in_range_pass",
+        "prompts_out_of_range_are_refused",
+        "prompts_in_range_pass",
     ],
 )
 def test_a_seam_works(outcome: str, seams: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.policy.placement import make_policy
-from sglang_dcp.policy.types import InstanceLoad, PlacementPolicy
+from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementPolicy
 from sglang_dcp.upstream.router.placement_request import cost_model_of, describe_request, most_pools
 
 PIN_KEYS = ("degree", "home")
@@ -98,8 +98,9 @@ class RequestLimits:
         """Tokens that one request may hold over all pools that it may use."""
         return most_pools(self.config, self.num_instances) * (self.pool_tokens // self.page_size * self.page_size)
 
-    def check(self, prompt_tokens: int, sampling: Mapping[str, Any], routed_dp_rank: int | None = None) -> None:
-        """Raises RequestError (or the policy's CapacityError, also a ValueError) unless an idle server could serve the request."""
+    def check(self, prompt_tokens: int, sampling: Mapping[str, Any], routed_dp_rank: int | None = None) -> Placement:
+        """Where an idle server would place the request. Raises RequestError (or the policy's CapacityError, also a ValueError) where it
+        could not serve it."""
         pin = read_pin(sampling.get("custom_params"), self.num_instances)
         if pin and self.config.policy == "local":
             raise RequestError(f"custom_params.dyncp {pin} has no effect with --dyncp-policy local")
@@ -112,7 +113,7 @@ class RequestLimits:
         # Negative lengths are SGLang's to refuse, with its own words.
         request = describe_request(prompt_tokens, max_new_tokens and max(0, max_new_tokens), pin, self.reach_tokens)
         loads = [InstanceLoad(rank=rank, node=0, kv_tokens=0, kv_capacity=self.pool_tokens) for rank in range(self.num_instances)]
-        self.policy.place(request, loads, self.page_size)
+        return self.policy.place(request, loads, self.page_size)
 
     def _check_length(self, prompt_tokens: int, max_new_tokens: int) -> None:
         """The prompt takes whole pages, then comes one tail page: SGLang would cut the output to what is left, without a word."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 from collections.abc import AsyncIterator, Callable
@@ -12,7 +13,9 @@ from fastapi.responses import JSONResponse
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.upstream.attach.install import verify_installed
+from sglang_dcp.upstream.front.field_kinds import Sizes
 from sglang_dcp.upstream.front.request_limits import RequestError, RequestLimits, check_options
+from sglang_dcp.upstream.front.request_ranges import check_body, check_prompt
 from sglang_dcp.upstream.layers.synthetic_prefill import BENCHMARK_VARIABLE, is_enabled
 from sglang_dcp.upstream.router.placement_hint import strip_hints
 
@@ -42,15 +45,40 @@ def check_request_options(manager: Any, obj: Any, request: Any = None) -> None:
     if isinstance(obj, EmbeddingReqInput):
         raise RequestError("embedding, classification and reranking requests do not work with --enable-dyncp: such models do not decode")
     check_options(obj)
+    check_body(obj, Sizes(int(manager.model_config.vocab_size)))
     if is_enabled() and obj.return_logprob:
         raise RequestError(f"return_logprob does not work with {BENCHMARK_VARIABLE}=1: prompts are not computed")
 
 
-def validate_request(result: None, manager: Any, obj: Any, input_ids: list[int] | None) -> None:
-    """AFTER TokenizerManager._validate_one_request: pins and length. A client's own placement hint ends here."""
+def validate_request(original: Callable[..., None], manager: Any, obj: Any, input_ids: list[int] | None) -> None:
+    """AROUND TokenizerManager._validate_one_request: ranges, pins and length. A client's own placement hint ends here."""
+    check_prompt(obj, input_ids, int(manager.model_config.vocab_size))
+    original(manager, obj, input_ids)
     obj.kv_hints = strip_hints(obj.kv_hints)
     limits: RequestLimits = manager.dyncp_limits
-    limits.check(len(input_ids or ()), obj.sampling_params or {}, obj.routed_dp_rank)
+    placement = limits.check(len(input_ids or ()), obj.sampling_params or {}, obj.routed_dp_rank)
+    obj.dyncp_is_sharded = not placement.is_local
+
+
+async def send_request(original: Callable[..., Any], manager: Any, tokenized: Any) -> Any:
+    """AROUND TokenizerManager._send_one_request. Before the samples of a request with n > 1, SGLang runs its prompt once without output,
+    to fill the prefix cache. A sharded prompt never enters the cache, so that run is answered here instead of computed.
+    """
+    state = manager.rid_to_state.get(tokenized.rid)
+    if state is None or not _only_fills_the_cache(state.obj, tokenized) or not getattr(state.obj, "dyncp_is_sharded", False):
+        return await original(manager, tokenized)
+    state.out_list.append({"text": "", "output_ids": [], "meta_info": {"id": tokenized.rid, "finish_reason": None}})
+    state.finished = True
+    state.event.set()
+    # SGLang looks the state up once more, before anything else runs; then it is over, as after a scheduler's last output.
+    asyncio.get_running_loop().call_soon(manager.rid_to_state.pop, tokenized.rid, None)
+    return None
+
+
+def _only_fills_the_cache(obj: Any, tokenized: Any) -> bool:
+    """Whether SGLang set the output length to 0, and not the client."""
+    asked = getattr(obj, "sampling_params", None) or {}
+    return asked.get("n", 1) > 1 and tokenized.sampling_params.max_new_tokens == 0 and asked.get("max_new_tokens") != 0
 
 
 async def serve_generate(original: Callable[..., Any], obj: Any, request: Any) -> Any:

@@ -1,0 +1,226 @@
+"""Every field of a request and its range, as data, and the checks that use it before a request leaves the main process.
+
+A scheduler that meets a value out of range ends, and with it all instances: they step together. SGLang looks at some fields only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sglang_dcp.upstream.front.field_kinds import (
+    INT32,
+    INT64,
+    LARGEST_FLOAT32,
+    SMALLEST_FLOAT32,
+    Biases,
+    Elsewhere,
+    Flag,
+    Integer,
+    Kind,
+    Parameters,
+    Positions,
+    RangeError,
+    Real,
+    Sizes,
+    Text,
+    Texts,
+    TokenIds,
+    refuse,
+)
+
+MOST_SAMPLES = 4096
+"""Largest `n`: the main process makes a copy of the request for each."""
+
+SMALLEST_PENALTY = 1e-6
+"""Smallest repetition_penalty: logits are divided by it and must stay finite."""
+
+SAMPLING: Mapping[str, Kind] = {
+    "max_new_tokens": Integer(0, INT32),
+    "min_new_tokens": Integer(0, INT32),
+    "n": Integer(1, MOST_SAMPLES),
+    "beam_width": Integer(1, INT32),
+    "temperature": Real(0, LARGEST_FLOAT32),
+    "top_p": Real(SMALLEST_FLOAT32, 1),
+    "top_k": Integer(1, 1 << 30, also=(-1,)),
+    "min_p": Real(0, 1),
+    "frequency_penalty": Real(-2, 2),
+    "presence_penalty": Real(-2, 2),
+    "repetition_penalty": Real(SMALLEST_PENALTY, 2),
+    "stop": Texts(),
+    "stop_regex": Texts(patterns=True),
+    "stop_token_ids": TokenIds(holes=True),
+    "logit_bias": Biases(),
+    "json_schema": Text(),
+    "regex": Text(),
+    "ebnf": Text(),
+    "ebnf_full_assistant": Flag(),
+    "structural_tag": Text(),
+    "ignore_eos": Flag(),
+    "skip_special_tokens": Flag(),
+    "spaces_between_special_tokens": Flag(),
+    "no_stop_trim": Flag(),
+    "stream_interval": Integer(0, INT32),
+    "sampling_seed": Integer(-INT64 - 1, INT64),
+    "custom_params": Parameters(),
+    "watermark": Elsewhere("SGLang's normalize_watermark_request refuses what is wrong"),
+}
+"""The keys of sampling_params. Others are refused: SGLang's struct has fields of its own that a client must not set."""
+
+TYPED = Elsewhere("whatever its type allows is served, and the HTTP server checks the type")
+MAIN_ONLY = Elsewhere("read in the main process alone")
+MEDIA = Elsewhere("read beside media only, and those are refused")
+
+REQUEST: Mapping[str, Kind] = {
+    "rid": Text(),
+    "input_ids": TokenIds(),
+    "token_ids_logprob": TokenIds(),
+    "top_logprobs_num": Integer(0, "vocabulary"),
+    "logprob_start_len": Integer(-1, "prompt"),
+    "return_logprob": Flag(),
+    "return_sampling_mask": Flag(),
+    "return_flat_raw_top_logprobs": Flag(),
+    "stream": Flag(),
+    "return_routed_experts": Flag(),
+    "routed_experts_start_len": Integer(0, "prompt"),
+    "return_indexer_topk": Flag(),
+    "require_reasoning": Flag(),
+    "max_thinking_tokens": Integer(0, INT32),
+    "custom_logit_processor": Text(),
+    "token_indices_to_pool": Positions(),
+    "multi_item_delimiter_indices": Positions(),
+    "session_id": Text(),
+    "routing_key": Text(),
+    "extra_key": Text(),
+    "cache_salt": Text(),
+    "http_worker_ipc": Text(),
+    "priority": Integer(-INT64 - 1, INT64),
+    "bootstrap_host": Text(),
+    "bootstrap_port": Integer(0, 65535),
+    "bootstrap_room": Integer(0, INT64),
+    "bootstrap_pair_key": Text(),
+    "decode_tp_size": Integer(1, INT32),
+    "disagg_prefill_dp_rank": Integer(0, INT32),
+    "lora_id": Text(),
+    "text": Elsewhere("its token ids are looked at"),
+    "sampling_params": Elsewhere("check_sampling looks at every key"),
+    "sampling_logprobs_mode": TYPED,
+    "watermark": SAMPLING["watermark"],
+    "routed_dp_rank": Elsewhere("TokenizerManager.generate_request compares it with the number of instances"),
+    "data_parallel_rank": Elsewhere("becomes routed_dp_rank"),
+    "kv_hints": Elsewhere("SGLang decodes the envelope, and our own action is taken out"),
+    "return_text_in_logprobs": MAIN_ONLY,
+    "return_flat_raw_output_top_logprobs": MAIN_ONLY,
+    "return_flat_raw_top_logprobs_b64": MAIN_ONLY,
+    "return_prompt_token_ids": MAIN_ONLY,
+    "return_entropy": MAIN_ONLY,
+    "return_bytes": MAIN_ONLY,
+    "log_metrics": MAIN_ONLY,
+    "no_logs": MAIN_ONLY,
+    "background": MAIN_ONLY,
+    "conversation_id": MAIN_ONLY,
+    "custom_labels": MAIN_ONLY,
+    "external_trace_header": MAIN_ONLY,
+    "received_time": MAIN_ONLY,
+    "mm_hashes": MEDIA,
+    "mm_content_hashes": MEDIA,
+    "use_audio_in_video": MEDIA,
+    "video_config": MEDIA,
+    "modalities": MEDIA,
+    "need_wait_for_mm_inputs": MEDIA,
+    "num_items_assigned": MEDIA,
+    "encoder_urls": MEDIA,
+    "max_dynamic_patch": MEDIA,
+    "min_dynamic_patch": MEDIA,
+    "image_max_dynamic_patch": MEDIA,
+    "video_max_dynamic_patch": MEDIA,
+    "images_config": MEDIA,
+    "mm_processor_kwargs": MEDIA,
+}
+"""The fields of SGLang's GenerateReqInput for one prompt, but those that are refused (REFUSED_OPTIONS)."""
+
+IGNORED_UNLESS: Mapping[str, str] = {"logprob_start_len": "return_logprob", "routed_experts_start_len": "return_routed_experts"}
+"""Fields whose range SGLang does not look at unless the other one is set; their type still has to be right."""
+
+ONE_PER_PROMPT = (
+    "rid",
+    "sampling_params",
+    "return_logprob",
+    "logprob_start_len",
+    "top_logprobs_num",
+    "return_sampling_mask",
+    "sampling_logprobs_mode",
+    "custom_logit_processor",
+    "bootstrap_host",
+    "bootstrap_port",
+    "bootstrap_room",
+    "bootstrap_pair_key",
+    "decode_tp_size",
+)
+"""Fields that may be a list with an entry per prompt of a batch."""
+
+
+def check_body(request: Any, sizes: Sizes) -> None:
+    """Before SGLang takes a request apart: shapes of lists, and all sampling parameters. Raises RangeError."""
+    sampling = getattr(request, "sampling_params", None)
+    every = sampling if isinstance(sampling, list) else [{} if sampling is None else sampling]
+    for parameters in every:
+        check_sampling(parameters, sizes)
+    num_prompts = _num_prompts(request)
+    if num_prompts is None and any(parameters.get("n", 1) > 1 for parameters in every):
+        num_prompts = 1
+    for name in ONE_PER_PROMPT:
+        _check_shape(name, getattr(request, name, None), num_prompts)
+    ids = getattr(request, "token_ids_logprob", None)
+    if isinstance(ids, list) and any(isinstance(item, list) for item in ids):
+        _check_shape("token_ids_logprob", ids, num_prompts)
+
+
+def check_sampling(parameters: Any, sizes: Sizes) -> None:
+    """Raises RangeError unless `parameters` are sampling parameters of one prompt."""
+    if not isinstance(parameters, dict):
+        raise refuse("sampling_params", "an object", parameters)
+    for name, value in parameters.items():
+        kind = SAMPLING.get(name)
+        if kind is None:
+            raise RangeError(f"sampling_params has no {name!r}; there are {', '.join(SAMPLING)}")
+        if value is not None or name == "n":
+            kind.check(name, value, sizes)
+
+
+def check_prompt(request: Any, input_ids: Sequence[int] | None, vocabulary: int) -> None:
+    """One prompt, tokenized, and the fields that go with it. Raises RangeError."""
+    sizes = Sizes(vocabulary, len(input_ids or ()))
+    if not sizes.prompt:
+        raise RangeError("the prompt is empty: give at least one token")
+    REQUEST["input_ids"].check("input_ids", input_ids, sizes)
+    for name, kind in REQUEST.items():
+        value = getattr(request, name, None)
+        if value is None or name == "input_ids":
+            continue
+        if name in IGNORED_UNLESS and not getattr(request, IGNORED_UNLESS[name], False):
+            kind = Integer(-INT64 - 1, INT64)
+        kind.check(name, value, sizes)
+
+
+def _num_prompts(request: Any) -> int | None:
+    """None for a single prompt. Raises RangeError where a batch is not made of prompts."""
+    text, ids = getattr(request, "text", None), getattr(request, "input_ids", None)
+    if isinstance(text, list):
+        Texts().check("text", text, Sizes(0))
+        return len(text)
+    if text is None and isinstance(ids, list) and ids and not isinstance(ids[0], int):
+        for index, row in enumerate(ids):
+            if not isinstance(row, list):
+                raise refuse(f"input_ids[{index}]", "a list of token ids", row)
+        return len(ids)
+    return None
+
+
+def _check_shape(name: str, value: Any, num_prompts: int | None) -> None:
+    if not isinstance(value, list):
+        return
+    if num_prompts is None:
+        raise refuse(name, "one value for a single prompt", value)
+    if len(value) != num_prompts:
+        raise RangeError(f"{name} has {len(value)} entries for {num_prompts} prompts")
