@@ -15,6 +15,7 @@ from sglang_dcp.policy.served_model import ServedModel
 
 POLICIES = ("dual-balance", "length-buckets", "fixed", "local")
 TRANSPORTS = ("auto", "gloo", "nccl", "peer")
+SPLIT_BUDGETS = ("auto", "stock")
 
 CONFIG_VARIABLE = "SGLANG_DYNCP_CONFIG"
 """Carries the parsed configuration from the main process to its children; set by our flags hook, never by users."""
@@ -38,6 +39,7 @@ class DynCpConfig:
     cost_model: str | None = None
     transport: str = "auto"
     max_rows: int = 64
+    split_budget: str = "auto"
     served_model: ServedModel | None = field(default=None, metadata={"flag": False})
 
     def __post_init__(self) -> None:
@@ -45,6 +47,8 @@ class DynCpConfig:
             raise ConfigError(f"--dyncp-policy {self.policy!r} is unknown; choose one of {', '.join(POLICIES)}")
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"--dyncp-transport {self.transport!r} is unknown; choose one of {', '.join(TRANSPORTS)}")
+        if self.split_budget not in SPLIT_BUDGETS:
+            raise ConfigError(f"--dyncp-split-budget {self.split_budget!r} is unknown; choose one of {', '.join(SPLIT_BUDGETS)}")
         if self.policy == "fixed" and self.degree is None:
             raise ConfigError("--dyncp-policy fixed needs --dyncp-degree K")
         if self.policy != "fixed" and self.degree is not None:
@@ -117,3 +121,8 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dyncp-transport", choices=TRANSPORTS, help="How rows travel between instances. Default: auto.")
     group.add_argument("--dyncp-max-rows", type=int, metavar="S", help="Most guest rows per instance of a decode graph. Default: 64.")
+    group.add_argument(
+        "--dyncp-split-budget",
+        choices=SPLIT_BUDGETS,
+        help="How decode graphs split long rows with FlashInfer (GQA): auto, whatever stands beside them, or stock. Default: auto.",
+    )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sglang_dcp.dataflow.attention.split_budget import with_split_budget
 from sglang_dcp.dataflow.contracts import PartialState
 from sglang_dcp.dataflow.graph.chunk_schedule import ChunkSchedule
 
@@ -65,7 +66,7 @@ class FlashInferDecode:
     """GQA decode: one query token per attention row, bfloat16, tensor-core kernels.
 
     page_indptr [S + 1], page_indices, last_page_length [S]: int32 device buffers, filled before `run`. S is fixed; rows beyond the
-    step's have no pages.
+    step's have no pages. own_split: long rows are split by split_budget.py, else by FlashInfer's own budget.
     """
 
     def __init__(
@@ -79,6 +80,8 @@ class FlashInferDecode:
         page_indices: torch.Tensor,
         last_page_length: torch.Tensor,
         buffers: KernelBuffers | None = None,
+        *,
+        own_split: bool = True,
     ) -> None:
         import flashinfer
 
@@ -86,7 +89,8 @@ class FlashInferDecode:
         buffers = buffers or KernelBuffers.allocate(rows, num_heads, head_dim, device)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.page_size, self.scale, self._page_indices = page_size, scale, page_indices
-        self._wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        stock = flashinfer.BatchDecodeWithPagedKVCacheWrapper
+        self._wrapper = (with_split_budget(stock) if own_split else stock)(
             buffers.workspace,
             "NHD",
             use_cuda_graph=True,

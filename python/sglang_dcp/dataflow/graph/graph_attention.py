@@ -63,7 +63,7 @@ class GraphAttention:
 
     Instances connect (`exchange.connect_processes`) before the first capture. `fill` (or `advance`) and `plan` run once per step ahead of
     the replay, on the stream of the replay; `begin` and, once per layer, `run` are captured. flash_mla: FlashMLA's kernel in place of
-    FlashInfer's (MLA only).
+    FlashInfer's (MLA only). own_split: split_budget.py in place of FlashInfer's (GQA).
     """
 
     def __init__(
@@ -76,10 +76,12 @@ class GraphAttention:
         num_sharing: int,
         wait_seconds: float,
         flash_mla: bool = False,
+        own_split: bool = True,
     ) -> None:
         if flash_mla:
             check_flash_mla(shape.num_heads, sizes.page_size)
-        self.rank, self.sizes, self.shape, self.wait_seconds, self.flash_mla = rank, sizes, shape, wait_seconds, flash_mla
+        self.rank, self.sizes, self.shape, self.wait_seconds = rank, sizes, shape, wait_seconds
+        self.flash_mla, self.own_split = flash_mla, own_split
         exchange_shape = sizes.exchange(shape)
         num_entries = 2 * sizes.max_rows
         self.tables = StepTables(sizes.tables(), rank, num_entries, device, exchange_shape.max_return_rows)
@@ -121,9 +123,8 @@ class GraphAttention:
         if shape.latent:
             return FlashInferMLA(shape.num_heads, page_size, shape.scale, indptr, indices, section("kv_length")[:rows], buffers)
         last = section("last_page_length")[:rows]
-        return FlashInferDecode(
-            shape.num_heads, shape.num_kv_heads, shape.qk_head_dim, page_size, shape.scale, indptr, indices, last, buffers
-        )
+        heads = shape.num_heads, shape.num_kv_heads, shape.qk_head_dim
+        return FlashInferDecode(*heads, page_size, shape.scale, indptr, indices, last, buffers, own_split=self.own_split)
 
     # ---- once per step
 

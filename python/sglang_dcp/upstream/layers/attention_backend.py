@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from sglang_dcp.dataflow.attention.split_budget import with_split_budget
 from sglang_dcp.dataflow.attention_step import attention_step
 from sglang_dcp.dataflow.contracts import NewKV, StepPlan
 from sglang_dcp.dataflow.copy_guard import CopyGuard
 from sglang_dcp.dataflow.device_plan import plan_on_device
-from sglang_dcp.upstream.layers.graphs import GraphError, captured_guest_rows, engine
+from sglang_dcp.upstream.layers.graphs import GraphError, captured_guest_rows, engine, splits_long_rows
 from sglang_dcp.upstream.step.binding import Binding, current
 
 
@@ -212,6 +213,11 @@ def create_flashinfer(runner: Any) -> Any:
         from sglang.srt.layers.attention.flashinfer_mla_backend import FlashInferMLAAttnBackend
 
         return _for_runner(make_backend_class(FlashInferMLAAttnBackend)(runner), runner)
+    from sglang.srt.layers.attention import flashinfer_backend
+
+    if splits_long_rows():
+        # Its decode graphs too: a long row that lies whole in a pool meets the same limit in a step in which nobody is sharded.
+        flashinfer_backend.BatchDecodeWithPagedKVCacheWrapper = with_split_budget(flashinfer_backend.BatchDecodeWithPagedKVCacheWrapper)
     from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 
     return _for_runner(make_backend_class(FlashInferAttnBackend)(runner, init_new_workspace=runner.init_new_workspace), runner)

@@ -62,6 +62,12 @@ def captured_guest_rows() -> int:
     return int(label[1:]) if label else 0
 
 
+def splits_long_rows() -> bool:
+    """Whether decode graphs split by our budget (--dyncp-split-budget) instead of FlashInfer's."""
+    config = DynCpConfig.from_environment()
+    return config is not None and config.split_budget == "auto"
+
+
 class GraphEngine:
     """This instance's graphs with sharded rows. Built in two goes, as SGLang's runner comes to it: the grid, then the buffers."""
 
@@ -93,7 +99,14 @@ class GraphEngine:
         )
         wait = WAIT_SECONDS if sharing == 1 else WAIT_SECONDS_SHARED
         self.attention = GraphAttention(
-            self.rank, sizes, attention_shape(runner), device, num_sharing=sharing, wait_seconds=wait, flash_mla=flash_mla
+            self.rank,
+            sizes,
+            attention_shape(runner),
+            device,
+            num_sharing=sharing,
+            wait_seconds=wait,
+            flash_mla=flash_mla,
+            own_split=splits_long_rows(),
         )
         self.attention.exchange.connect_processes(tell_everybody(self.attention.exchange.ipc_handle(), self._group))
         self.max_home_rows = max_batch

@@ -1,0 +1,99 @@
+"""How a captured FlashInfer decode (fa2, tensor cores) splits its rows: a long row gets chunks however many rows stand beside it.
+
+FlashInfer 0.7.2 gives a captured decode two thread blocks per multiprocessor, 264 / KV heads chunks on a Hopper GPU, for all captured rows,
+padding rows included (PrefillPlan in its scheduler.cuh). That is right for rows of equal length, and from that many rows on no row is
+split at all: a row of 300,000 tokens then takes twenty times its time alone. Here every captured row has one chunk of its own and the same
+number again stands by for long rows, and a chunk is the work that a share of the GPU would have if all of it were spread evenly.
+
+Both are arguments that FlashInfer's planner already takes: the number of multiprocessor blocks that others use (here negative: there are
+more), and a fixed chunk. Its arrays, its kernels and its merge stay as they are, and none of its files is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+BLOCKS_PER_SM = 2
+"""FlashInfer's own: what it takes a multiprocessor to hold, whatever the kernel."""
+SHARES_PER_SM = 4
+"""Chunks of even work per multiprocessor: enough that the last ones to end leave little idle, few enough that merging them costs little."""
+MIN_CHUNK_TOKENS = 128
+"""FlashInfer's own lower bound of a chunk."""
+MOST_GROUP = 64
+"""Query heads per KV head that one tile of the kernel takes: beyond, a row would need two blocks per chunk."""
+
+# Places of the planner's arguments (0.7.2, batch_prefill.cu, BatchPrefillWithKVCachePlan), and how many there are for fa2.
+NUM_ARGUMENTS = 20
+PAGE_INDPTR, NUM_ROWS, QUERY_HEADS, KV_HEADS, PAGE_SIZE, IS_GRAPH = 4, 7, 8, 9, 10, 11
+FIXED_SPLIT, DISABLE_SPLIT, COLOCATED_BLOCKS, UNIFORM_QUERIES = 16, 17, 18, 19
+
+
+def shares(num_multiprocessors: int, kv_heads: int) -> int:
+    """Chunks per KV head over which a step's work is spread: also how many a captured decode has beyond one per row."""
+    return max(1, SHARES_PER_SM * num_multiprocessors // kv_heads)
+
+
+def chunk_pages(page_counts: np.ndarray, num_shares: int, page_size: int) -> int:
+    """Pages of a chunk so that all rows together have at most len(page_counts) + num_shares chunks, none longer than an even share of the
+    work (rounded up to a page, and to MIN_CHUNK_TOKENS). page_counts: int [rows], 0 for padding."""
+    least = max(1, MIN_CHUNK_TOKENS // page_size)
+    return max(least, -(-int(page_counts.sum()) // num_shares))
+
+
+def replan(arguments: Sequence[Any], num_multiprocessors: int) -> list[Any]:
+    """The planner's arguments with our budget. Unchanged where it is not a captured decode of one query per row, or asks for a split of
+    its own."""
+    changed = list(arguments)
+    if len(changed) != NUM_ARGUMENTS or not changed[IS_GRAPH] or changed[DISABLE_SPLIT] or changed[FIXED_SPLIT] > 0:
+        return changed
+    if changed[UNIFORM_QUERIES] or changed[QUERY_HEADS] > MOST_GROUP * changed[KV_HEADS]:
+        return changed
+    page_counts = np.diff(changed[PAGE_INDPTR].numpy())
+    num_shares = shares(num_multiprocessors, changed[KV_HEADS])
+    # The grid is captured, so it follows from the captured size alone: one chunk per row and the shares.
+    blocks = (changed[NUM_ROWS] + num_shares) * changed[KV_HEADS]
+    changed[COLOCATED_BLOCKS] = BLOCKS_PER_SM * num_multiprocessors - blocks
+    pages = chunk_pages(page_counts, num_shares, changed[PAGE_SIZE])
+    # A fixed chunk that splits no row would plan without a merge, which a captured one has: FlashInfer's own search never does.
+    if page_counts.max(initial=0) > pages:
+        changed[FIXED_SPLIT] = pages
+    return changed
+
+
+class _Planner:
+    """A FlashInfer module whose `plan` has our budget; all else is the module's."""
+
+    def __init__(self, module: Any, num_multiprocessors: int) -> None:
+        self._module, self._num_multiprocessors = module, num_multiprocessors
+
+    def plan(self, *arguments: Any) -> Any:
+        return self._module.plan(*replan(arguments, self._num_multiprocessors))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def with_split_budget(wrapper_class: type) -> type:
+    """A subclass of FlashInfer's BatchDecodeWithPagedKVCacheWrapper whose plans, `fast_decode_plan` included, have our budget."""
+
+    class SplitBudgetDecode(wrapper_class):  # type: ignore[misc, valid-type]
+        @property
+        def _cached_module(self) -> Any:
+            try:
+                return self.__dict__["_split_budget_module"]
+            except KeyError:
+                raise AttributeError("_cached_module") from None
+
+        @_cached_module.setter
+        def _cached_module(self, module: Any) -> None:
+            import torch
+
+            if not isinstance(module, _Planner):
+                module = _Planner(module, torch.cuda.get_device_properties(self.device).multi_processor_count)
+            self.__dict__["_split_budget_module"] = module
+
+    SplitBudgetDecode.__name__ = SplitBudgetDecode.__qualname__ = wrapper_class.__name__
+    return SplitBudgetDecode
