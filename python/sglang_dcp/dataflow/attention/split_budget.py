@@ -79,7 +79,7 @@ class _Planner:
 def with_split_budget(wrapper_class: type) -> type:
     """A subclass of FlashInfer's BatchDecodeWithPagedKVCacheWrapper whose plans, `fast_decode_plan` included, have our budget."""
 
-    class SplitBudgetDecode(wrapper_class):  # type: ignore[misc, valid-type]
+    class SplitBudgetDecode(wrapper_class):
         @property
         def _cached_module(self) -> Any:
             try:
