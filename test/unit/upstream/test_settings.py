@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sglang_dcp.upstream.attach.settings import REFUSALS, SettingError, complete_parallelism, find_refusal
+from sglang_dcp.upstream.attach.settings import REFUSALS, SettingError, complete_parallelism, find_front_refusal, find_refusal
 
 WORKING: dict[str, Any] = {
     "device": "cpu",
@@ -47,6 +47,13 @@ def test_every_refusal_names_flag_value_and_reason(refusal: Any) -> None:
     assert message is not None
     assert message.startswith(f"{refusal.flag} {value} does not work with --enable-dyncp: ")
     assert refusal.reason in message
+
+
+def test_a_front_that_checks_no_requests_is_refused() -> None:
+    """Both others of SGLang's servers go past the tokenizer manager, where requests are checked."""
+    assert find_front_refusal(False) is None
+    assert "SGLANG_RUST_SERVER=1 does not work with --enable-dyncp: its requests reach the schedulers" in str(find_front_refusal(True))
+    assert "--smg-grpc-mode True does not work" in str(find_refusal((WORKING | {"smg_grpc_mode": True}).get))
 
 
 def test_tp_implies_the_other_widths() -> None:

@@ -31,6 +31,8 @@ def _off(value: Any) -> bool:
     return not value
 
 
+PAST_THE_CHECKS = "its requests reach the schedulers without the checks of the main process"
+
 REFUSALS: tuple[Refusal, ...] = (
     Refusal("device", "--device", lambda v: v in ("cpu", "cuda"), "there is no data path for this device"),
     Refusal("pp_size", "--pp-size", lambda v: v == 1, "a request's shards are found by data-parallel rank alone"),
@@ -67,6 +69,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("attn_cp_size", "--attn-cp-size", lambda v: v == 1, "static and dynamic context parallelism exclude each other"),
     Refusal("elastic_ep_backend", "--elastic-ep-backend", _off, "the number of instances is fixed"),
     Refusal("is_embedding", "--is-embedding", _off, "embedding models do not decode"),
+    Refusal("smg_grpc_mode", "--smg-grpc-mode", _off, PAST_THE_CHECKS),
     Refusal("enable_memory_saver", "--enable-memory-saver", _off, "released pools would take guests' pages with them"),
     Refusal("enable_streaming_session", "--enable-streaming-session", _off, "a session keeps KV rows that the ledger does not know"),
     Refusal("enable_priority_scheduling", "--enable-priority-scheduling", _off, "preemption would free pages that reservations count on"),
@@ -87,6 +90,11 @@ def find_refusal(values: Callable[[str], Any]) -> str | None:
     return None
 
 
+def find_front_refusal(rust_server: bool) -> str | None:
+    """The message for SGLang's server inside a scheduler, which an environment variable switches on, or None."""
+    return f"SGLANG_RUST_SERVER=1 does not work with --enable-dyncp: {PAST_THE_CHECKS}" if rust_server else None
+
+
 def complete_parallelism(tp_size: int, attn_dp_size: int, ep_size: int) -> dict[str, int]:
     """--tp N implies the other two widths. Raises SettingError for an explicit other value, and for N = 1."""
     if tp_size < 2:
@@ -101,6 +109,7 @@ def register_resolution() -> None:
     """Registers with SGLang's resolution pipeline: widths before its first step reads them, refusals at its end."""
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+    from sglang.srt.environ import envs
 
     @register_resolution_hook("handle_deprecated_dp_attention")
     def widths(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -126,7 +135,8 @@ def register_resolution() -> None:
         def values(field: str) -> Any:
             return getattr(view, field)
 
-        message = find_refusal(values) or find_transport_refusal(config.transport, view.device)
+        message = find_refusal(values) or find_front_refusal(envs.SGLANG_RUST_SERVER.get())
+        message = message or find_transport_refusal(config.transport, view.device)
         if message is None and view.device == "cuda":
             message = find_cuda_refusal(values)
         if message is not None:
