@@ -213,7 +213,7 @@ def create_flashinfer(runner: Any) -> Any:
         from sglang.srt.layers.attention.flashinfer_mla_backend import FlashInferMLAAttnBackend
 
         return _for_runner(make_backend_class(FlashInferMLAAttnBackend)(runner), runner)
-    from sglang.srt.layers.attention import flashinfer_backend
+    import sglang.srt.layers.attention.flashinfer_backend as flashinfer_backend
 
     if splits_long_rows():
         # Its decode graphs too: a long row that lies whole in a pool meets the same limit in a step in which nobody is sharded.
