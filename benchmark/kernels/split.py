@@ -9,6 +9,7 @@ row beside the most rows, over its time alone plus theirs. Every case is compare
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 from collections.abc import Sequence
@@ -87,6 +88,8 @@ def measure_mla(tokens: Sequence[int], cache: torch.Tensor) -> dict[str, float]:
     flashinfer = FlashInferMLA(MLA_HEADS, PAGE, scale, pages.indptr.cuda(), pages.indices, pages.lengths.cuda())
     flashinfer.plan(pages.indptr, pages.lengths)
     found["FlashInfer"] = graph_microseconds([lambda: flashinfer.run(queries, latents)], nodes=NODES, repeats=10)
+    if importlib.util.find_spec("flash_mla") is None:
+        return {name: round(value, 2) for name, value in found.items()}
     table = torch.zeros(len(tokens), int(pages.counts.max()), dtype=torch.int32, device="cuda")
     for row, (begin, end) in enumerate(zip(pages.indptr[:-1].tolist(), pages.indptr[1:].tolist(), strict=True)):
         table[row, : end - begin] = pages.indices[begin:end]
@@ -120,7 +123,7 @@ def measure(with_mla: bool) -> dict[str, Any]:
         cache = torch.randn(pages, PAGE * (LATENT + ROPE), dtype=torch.bfloat16, device="cuda")
         few = [*cases[-3:], (1, LONGEST[-1])]
         table = {f"{rows} rows, {longest}": measure_mla(lengths(rows, longest, 0), cache) for rows, longest in few}
-        found["mla"] = {"us": table, "long_row_ratio": {b: ratio(table, b) for b in ("FlashInfer", "FlashMLA")}}
+        found["mla"] = {"us": table, "long_row_ratio": {b: ratio(table, b) for b in next(iter(table.values()))}}
         print("mla", json.dumps(found["mla"]), flush=True)
     return found
 

@@ -36,6 +36,13 @@ def test_serves_until_a_row_has_another_number_of_chunks() -> None:
     assert not schedule.serves(counts[:-1])
 
 
+def test_the_first_row_may_have_an_empty_chunk_behind_its_end() -> None:
+    counts = np.array([4, 7, 8])
+    schedule = ChunkSchedule(PAGE_SIZE)
+    schedule.read(planned(np.array([9, 7, 8]), 8), counts)
+    assert schedule.serves(counts) and schedule.serves(np.array([8, 8, 8])) and not schedule.serves(np.array([9, 7, 8]))
+
+
 def test_rows_that_begin_a_page_begin_a_chunk_now_and_then() -> None:
     counts = np.array([1, 7, 8, 15])
     schedule = ChunkSchedule(PAGE_SIZE)

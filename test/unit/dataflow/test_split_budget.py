@@ -42,26 +42,24 @@ def test_chunks_fit_the_captured_grid_and_none_is_longer_than_an_even_share(coun
     changed = replan(arguments(counts, kv_heads=kv_heads, page_size=page_size), MULTIPROCESSORS)
     rows, total, num_shares = len(counts), sum(counts), shares(MULTIPROCESSORS, kv_heads)
     assert capacity(changed) == rows + num_shares
-    pages = changed[split_budget.FIXED_SPLIT]
-    if pages < 0:
-        # No row is longer than its share: FlashInfer's own search serves.
-        assert max(counts) <= max(1, 128 // page_size, -(-total // num_shares))
-        return
-    assert chunks(np.array(counts), pages).sum() <= rows + num_shares
-    assert pages == max(1, 128 // page_size, -(-total // num_shares)) and max(counts) > pages
+    pages, told = changed[split_budget.FIXED_SPLIT], np.diff(changed[split_budget.PAGE_INDPTR].numpy())
+    assert pages == max(1, 128 // page_size, -(-total // num_shares))
+    assert chunks(told, pages).sum() <= rows + num_shares, "FlashInfer refuses more"
+    assert chunks(told, pages).max() > 1, "a plan without a split has no merge, which the captured launch has"
+    beyond = chunks(told, pages) - chunks(np.array(counts), pages)
+    assert not beyond[1:].any() and beyond[0] in (0, 1), "no row is given up, and at most one chunk is empty"
 
 
 def test_a_long_row_is_split_beside_any_number_of_others() -> None:
     long = 4688  # 300,000 tokens
     alone = replan(arguments([long]), MULTIPROCESSORS)[split_budget.FIXED_SPLIT]
     beside = replan(arguments([16] * 128 + [0] * 64 + [long]), MULTIPROCESSORS)[split_budget.FIXED_SPLIT]
-    assert -(-long // alone) >= 100 and -(-long // beside) >= 80
+    assert -(-long // alone) >= 60 and -(-long // beside) >= 40
     assert replan(arguments([16] * 128 + [long]), MULTIPROCESSORS)[split_budget.FIXED_SPLIT] == beside, "padding rows cost no chunk"
 
 
 def test_the_grid_follows_from_the_captured_size_alone() -> None:
     ones = replan(arguments([1] * 48), MULTIPROCESSORS)
-    assert ones[split_budget.FIXED_SPLIT] == -1, "a plan without a split would have no merge, which the captured one has"
     others = [replan(arguments(counts), MULTIPROCESSORS) for counts in ([1] * 47 + [9000], [0] * 48)]
     assert {capacity(other) for other in others} == {capacity(ones)}
 

@@ -2,11 +2,11 @@
 
 FlashInfer 0.7.2 gives a captured decode two thread blocks per multiprocessor, 264 / KV heads chunks on a Hopper GPU, for all captured rows,
 padding rows included (PrefillPlan in its scheduler.cuh). That is right for rows of equal length, and from that many rows on no row is
-split at all: a row of 300,000 tokens then takes twenty times its time alone. Here every captured row has one chunk of its own and the same
-number again stands by for long rows, and a chunk is the work that a share of the GPU would have if all of it were spread evenly.
+split at all: a row of 300,000 tokens then takes ten times as long as it need. Here every captured row has one chunk of its own, the same
+number as FlashInfer's stands by for long rows, and a chunk is the work that a share of the GPU would have if all of it were spread evenly.
 
-Both are arguments that FlashInfer's planner already takes: the number of multiprocessor blocks that others use (here negative: there are
-more), and a fixed chunk. Its arrays, its kernels and its merge stay as they are, and none of its files is touched.
+All of this is said by arguments that FlashInfer's planner takes: the number of multiprocessor blocks that others use (here negative: there
+are more), a fixed chunk, and lengths. Its arrays, its kernels and its merge stay as they are, and none of its files is touched.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import numpy as np
 
 BLOCKS_PER_SM = 2
 """FlashInfer's own: what it takes a multiprocessor to hold, whatever the kernel."""
-SHARES_PER_SM = 4
-"""Chunks of even work per multiprocessor: enough that the last ones to end leave little idle, few enough that merging them costs little."""
+SHARES_PER_SM = 2
+"""Chunks of even work per multiprocessor. FlashInfer's number too, so that short rows are split as finely as by stock; more gained little
+(docs/results/kernels.md)."""
 MIN_CHUNK_TOKENS = 128
 """FlashInfer's own lower bound of a chunk."""
 MOST_GROUP = 64
@@ -43,6 +44,19 @@ def chunk_pages(page_counts: np.ndarray, num_shares: int, page_size: int) -> int
     return max(least, -(-int(page_counts.sum()) // num_shares))
 
 
+def planning_counts(page_counts: np.ndarray, pages: int) -> np.ndarray:
+    """What the planner is told: the rows' pages, and one empty chunk more for the first row where no row has two.
+
+    A plan in which no row is split has no merge and lays out its arrays otherwise, but the captured launch has one. The kernel cuts a chunk
+    beyond a row's end to nothing, and the merge gives it no weight.
+    """
+    if page_counts.max(initial=0) > pages:
+        return page_counts
+    counts = page_counts.copy()
+    counts[0] = pages + 1
+    return counts
+
+
 def replan(arguments: Sequence[Any], num_multiprocessors: int) -> list[Any]:
     """The planner's arguments with our budget. Unchanged where it is not a captured decode of one query per row, or asks for a split of
     its own."""
@@ -51,15 +65,15 @@ def replan(arguments: Sequence[Any], num_multiprocessors: int) -> list[Any]:
         return changed
     if changed[UNIFORM_QUERIES] or changed[QUERY_HEADS] > MOST_GROUP * changed[KV_HEADS]:
         return changed
-    page_counts = np.diff(changed[PAGE_INDPTR].numpy())
+    indptr = changed[PAGE_INDPTR]
+    page_counts = np.diff(indptr.numpy())
     num_shares = shares(num_multiprocessors, changed[KV_HEADS])
     # The grid is captured, so it follows from the captured size alone: one chunk per row and the shares.
     blocks = (changed[NUM_ROWS] + num_shares) * changed[KV_HEADS]
     changed[COLOCATED_BLOCKS] = BLOCKS_PER_SM * num_multiprocessors - blocks
-    pages = chunk_pages(page_counts, num_shares, changed[PAGE_SIZE])
-    # A fixed chunk that splits no row would plan without a merge, which a captured one has: FlashInfer's own search never does.
-    if page_counts.max(initial=0) > pages:
-        changed[FIXED_SPLIT] = pages
+    changed[FIXED_SPLIT] = pages = chunk_pages(page_counts, num_shares, changed[PAGE_SIZE])
+    told = np.concatenate([[0], planning_counts(page_counts, pages).cumsum()])
+    changed[PAGE_INDPTR] = indptr.new_tensor(told)
     return changed
 
 
