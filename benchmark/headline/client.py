@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,24 +46,26 @@ class Served:
         return (self.last_s - self.first_s) / self.tokens * 1000
 
 
-async def send_all(url: str, arrivals: Sequence[Arrival], *, seed: int, timeout_s: float) -> list[Served]:
-    """Every arrival's outcome, in order. `timeout_s` bounds each request; what exceeds it has an error."""
+async def send_all(
+    url: str, arrivals: Sequence[Arrival], *, seed: int, timeout_s: float, fields: Mapping[str, Any] | None = None
+) -> list[Served]:
+    """Every arrival's outcome, in order. `timeout_s` bounds each request; what exceeds it has an error. fields: of every request."""
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=timeout_s)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=1 << 22) as session:
         began = time.monotonic()
         tasks = []
         for index, arrival in enumerate(arrivals):
-            body = _body(arrival, seed * 1_000_003 + index)
+            body = _body(arrival, seed * 1_000_003 + index, fields or {})
             await asyncio.sleep(max(0.0, began + arrival.at_s - time.monotonic()))
             tasks.append(asyncio.create_task(_send(session, url, body, Served(arrival), began)))
         return await asyncio.gather(*tasks)
 
 
-def _body(arrival: Arrival, seed: int) -> bytes:
+def _body(arrival: Arrival, seed: int, fields: Mapping[str, Any]) -> bytes:
     rng = random.Random(seed)
     sampling = {"temperature": 0, "max_new_tokens": arrival.output_tokens, "ignore_eos": True}
     ids = rng.choices(range(VOCABULARY), k=arrival.prompt_tokens)
-    return json.dumps({"input_ids": ids, "sampling_params": sampling, "stream": True}).encode()
+    return json.dumps({"input_ids": ids, "sampling_params": sampling, "stream": True, **fields}).encode()
 
 
 async def _send(session: aiohttp.ClientSession, url: str, body: bytes, served: Served, began: float) -> Served:

@@ -6,17 +6,20 @@ from dataclasses import dataclass, field
 
 SYNTHETIC = {"SGLANG_DYNCP_BENCHMARK": "1"}
 """Ours decodes only too: prompts are placed, reserved and chunked, and not computed (docs/gpu.md)."""
+FAKE_PREFILL = {"bootstrap_host": "2.2.2.2"}
+"""SGLang's name for a prefill server that is not there: K/V are what the pool holds."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """name: in results and on the command line. flags, environment: beside what all have."""
+    """name: in results and on the command line. flags, environment: beside what all have. fields: of every request."""
 
     name: str
     what: str
     dyncp: bool
     flags: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, str] = field(default_factory=dict)
 
 
 def contenders(num_gpus: int) -> dict[str, Contender]:
@@ -25,6 +28,7 @@ def contenders(num_gpus: int) -> dict[str, Contender]:
     n = str(num_gpus)
     # SGLang's own way to decode without prefills, and its own default kernels on Hopper.
     decode_only = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "fake", "--attention-backend", "fa3")
+    decode_only += ("--disaggregation-decode-retraction-backup", "cpu_tensor")
     data_parallel = ("--attn-dp-size", n, "--ep-size", n, "--load-balance-method", "total_tokens")
     ours = [
         Contender("local", "SGLang's balancing, our runtime", True, ("--dyncp-policy", "local")),
@@ -33,9 +37,10 @@ def contenders(num_gpus: int) -> dict[str, Contender]:
         Contender("length-buckets", "degree by prompt length, as NanoCP's release", True, ("--dyncp-policy", "length-buckets")),
         Contender("ours", "dual-balance", True),
     ]
+    static = ("--dcp-size", n, "--ep-size", n)
     found = [
-        Contender("stock", "SGLang's data parallelism with its defaults", False, (*data_parallel, *decode_only)),
-        Contender("static-dcp", "SGLang's static context parallelism", False, ("--dcp-size", n, "--ep-size", n, *decode_only)),
+        Contender("stock", "SGLang's data parallelism with its defaults", False, (*data_parallel, *decode_only), {}, FAKE_PREFILL),
+        Contender("static-dcp", "SGLang's static context parallelism", False, (*static, *decode_only), {}, FAKE_PREFILL),
         *(Contender(c.name, c.what, True, c.flags, SYNTHETIC) for c in ours),
     ]
     return {contender.name: contender for contender in found}

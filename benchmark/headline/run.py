@@ -13,6 +13,7 @@ import json
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from benchmark.multi_gpu.settings import read_device_facts, set_environment
 from benchmark.serving.provenance import provenance
 from benchmark.simulate.workloads import chat
 
-from support.server import find_free_port  # isort: skip - found through benchmark.multi_gpu.servers
+from support.server import find_free_port, machine_lock  # isort: skip - found through benchmark.multi_gpu.servers
 
 PAGE, GRAPH_SIZES = 64, (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 WARM_UP = [Arrival(0.0, 300, 40), Arrival(0.1, 9000, 40), Arrival(0.2, 70_000, 40), Arrival(0.3, 200, 40)]
@@ -42,6 +43,8 @@ def build_server(contender: Contender, args: argparse.Namespace) -> GpuServer:
     """The contender's server with the layers of a real model; in the dry form the tiny test model on a CPU."""
     if args.dry:
         flags = ("--page-size", "16", "--stream-interval", "4", *contender.flags)
+        flags = tuple("torch_native" if flag == "fa3" else flag for flag in flags)
+        flags += () if contender.dyncp else ("--no-enable-tp-lm-head-all-to-all",)
         return GpuServer(contender.name, ROOT / "test/models/qwen3moe", args.gpus, args.pool, contender.dyncp, flags, device="cpu")
     path = write_shape(args.model, args.layers, args.out / "models")
     flags = ("--context-length", str(LONGEST_CONTEXT), "--page-size", str(PAGE), "--load-format", "dummy", "--mem-fraction-static", "0.9")
@@ -68,13 +71,14 @@ class BalanceProbe(threading.Thread):
                 self.samples.append(max(tokens) / (sum(tokens) / len(tokens)))
 
 
-def measure(server: GpuServer, args: argparse.Namespace, rate: float) -> Point:
+def measure(server: GpuServer, contender: Contender, args: argparse.Namespace, rate: float) -> Point:
     """One rate: arrivals, answers, balance; what the server counted of its steps."""
     drawn = arrivals(args.long, rate, args.seconds, args.seed, args.longest, args.longest_output)
     probe = BalanceProbe(server)
     probe.start()
     url = f"http://127.0.0.1:{server.port}"
-    served = asyncio.run(send_all(url, drawn, seed=args.seed, timeout_s=args.seconds * 2 + 60))
+    limit_s = args.seconds * 2 + 60
+    served = asyncio.run(send_all(url, drawn, seed=args.seed, timeout_s=limit_s, fields=contender.fields))
     probe.stopped.set()
     return point(served, rate, probe.samples)
 
@@ -92,12 +96,13 @@ def run_contender(contender: Contender, args: argparse.Namespace, cases: dict[st
         if server.ready_s is None:
             raise ServerRefused(server)
         warm = DRY_WARM_UP if args.dry else WARM_UP
-        asyncio.run(send_all(f"http://127.0.0.1:{server.port}", warm, seed=7, timeout_s=300))
+        url = f"http://127.0.0.1:{server.port}"
+        asyncio.run(send_all(url, warm, seed=7, timeout_s=300, fields=contender.fields))
         for rate in rates:
             if time.monotonic() > args.ends - 1.6 * args.seconds:
                 case.setdefault("notes", []).append(f"no time left for {rate:g} requests/s")
                 break
-            found = measure(server, args, rate)
+            found = measure(server, contender, args, rate)
             case["points"].append(found)
             print(contender.name, json.dumps(found), flush=True)
             save()
@@ -145,8 +150,9 @@ def main() -> int:
     found |= {"longest": args.longest, "longest_output": args.longest_output}
     cases = found["cases"].setdefault(f"{args.long:g}|{args.seed}", {})
     known = contenders(args.gpus)
-    for name in args.contenders.split(","):
-        run_contender(known[name], args, cases, lambda: path.write_text(json.dumps(found, indent=1)))
+    with machine_lock() if args.dry else nullcontext():
+        for name in args.contenders.split(","):
+            run_contender(known[name], args, cases, lambda: path.write_text(json.dumps(found, indent=1)))
     return 0
 
 
