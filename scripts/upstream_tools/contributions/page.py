@@ -5,6 +5,24 @@ from __future__ import annotations
 from ..targets import REPOSITORY
 from . import ALL
 
+FLASHINFER_NOTE = "\n\n".join(
+    (
+        "## For FlashInfer: split budget (design note)",
+        "**Decode under CUDA graphs: one long row in a large batch is not split**",
+        "*Motivation.* `PrefillPlan` bounds all chunks of a captured decode by two thread blocks per multiprocessor over the KV "
+        "heads, and gives each row, empty ones included, at least one. From that many rows on nothing is split: a row of "
+        "300,000 tokens takes as long as one multiprocessor needs for it. Splitting nothing is right for rows of one length "
+        "(flashinfer-ai/flashinfer#187); the planner does not ask whether they are.",
+        "*Change.* In the planner alone: under CUDA graphs `padded_batch_size` is the rows plus the resident chunks, with temporary "
+        "buffers to match, and the chunk size is an even share of the work rather than the smallest with which all chunks are resident. "
+        "Two smaller gains: no chunk for a row without keys (the merge kernel already writes 0 and -inf for it), and chunks listed "
+        "longest first, because a long row behind short ones can otherwise add an even share to the step. SGLang needs nothing but "
+        "the release.",
+        "*Tests.* sglang_dcp says the first two by arguments of the planner, from outside (dataflow/attention/split_budget.py): "
+        "test/gpu/test_split_budget.py, benchmark/kernels/split.py.",
+    )
+)
+
 DOCUMENT = REPOSITORY / "docs" / "upstream_contributions.md"
 
 
@@ -24,4 +42,5 @@ def render() -> str:
         lines.append(f"## {item.name}\n\n**{item.title}**\n\n*Motivation.* {item.gap}\n\n*Change.* {item.change}\n")
         lines.append(f"*Tests.* {item.proof}\n")
         lines.append(f"Makes unneeded here: {item.closes}.\n")
+    lines.append(FLASHINFER_NOTE + "\n")
     return "\n".join(lines)
