@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
-from sglang_dcp.upstream.attach.settings import REFUSALS, SettingError, complete_parallelism, find_front_refusal, find_refusal
+from sglang_dcp.cli.serve import plan_launch
+from sglang_dcp.upstream.attach.settings import (
+    REFUSALS,
+    SettingError,
+    complete_page_size,
+    complete_parallelism,
+    find_front_refusal,
+    find_refusal,
+)
+from support.recall import model_path
 
 WORKING: dict[str, Any] = {
     "device": "cpu",
@@ -65,3 +77,33 @@ def test_tp_implies_the_other_widths() -> None:
 def test_other_widths_are_refused(sizes: tuple[int, int, int], flag: str) -> None:
     with pytest.raises(SettingError, match=flag):
         complete_parallelism(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "completed"),
+    [("cpu", None, {"page_size": 16}), ("cuda", None, {"page_size": 64}), ("cuda", 64, {}), ("cpu", 1, {}), ("xpu", None, {})],
+)
+def test_page_size_is_completed_only_where_nobody_named_one(device: str, given: int | None, completed: dict[str, int]) -> None:
+    """An explicit 1 is left alone, and refused by name."""
+    assert complete_page_size({"device": device, "page_size": given}.get) == completed
+
+
+RESOLVE = """
+import json, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.server_args import prepare_server_args
+args = prepare_server_args(sys.argv[1:])
+args.resolve_once()
+print("RESOLVED", resolving_view(args).page_size)
+"""
+
+
+def test_serve_line_of_the_readme_resolves_to_whole_pages() -> None:
+    """SGLang's whole resolution with our hooks, in a process of its own: without the completion it ends at page size 1."""
+    flags = ["--model-path", model_path("qwen3moe"), "--tp", "2", "--enable-dyncp"]
+    launch = plan_launch(flags, os.environ, cuda_devices=None)
+    command = [sys.executable, "-c", RESOLVE, *launch.flags]
+    result = subprocess.run(command, env={**os.environ, **launch.additions}, capture_output=True, text=True, check=False, timeout=300)
+    assert "RESOLVED 16" in result.stdout, result.stderr[-2000:]

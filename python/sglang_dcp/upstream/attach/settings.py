@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,11 @@ from sglang_dcp.upstream.attach.cuda_settings import (
 )
 from sglang_dcp.upstream.attach.model_sizes import learn_served_model
 
+logger = logging.getLogger(__name__)
+
 SOURCE = "dyncp"
+PAGE_SIZES = {"cpu": 16, "cuda": 64}
+"""Tokens per page where the user names none, by device: SGLang would take 1, and the ledger needs whole pages."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,15 @@ def complete_parallelism(tp_size: int, attn_dp_size: int, ep_size: int) -> dict[
     return {"attn_dp_size": tp_size, "ep_size": tp_size}
 
 
+def complete_page_size(values: Callable[[str], Any]) -> dict[str, int]:
+    """A page size where neither the user nor the attention backend (flashmla: 64) gave one. Other devices are refused later."""
+    device = values("device")
+    if values("page_size") is not None or device not in PAGE_SIZES:
+        return {}
+    logger.info("dyncp: --page-size %d (the ledger works in pages of at least 2 tokens)", PAGE_SIZES[device])
+    return {"page_size": PAGE_SIZES[device]}
+
+
 def register_resolution() -> None:
     """Registers with SGLang's resolution pipeline: widths before its first step reads them, refusals at its end."""
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
@@ -165,3 +179,7 @@ def _register_cuda_completions() -> None:
     def backend(server_args: Any, previous: Callable[[Any], None]) -> None:
         complete(server_args, complete_attention_backend)
         previous(server_args)
+        # Behind the backend, which may decide it, and before SGLang resolves an unset page size to 1.
+        view = resolving_view(server_args)
+        if fields := complete_page_size(lambda field: getattr(view, field)):
+            declare_resolution(server_args, SOURCE, **fields)
