@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ class HomeRequest:
     num_tree_pages: leading pages that the prefix cache owns (never freed by us).
     starts: of every owner, the sequence index of its first page. page_counts: of every owner, its pages. own_pages: (index, number) of
     the pages at home, ascending. num_missing: the Nones in pages. The four follow from `pages`; a step must not walk a long request's.
+    granted_pages: of every owner, its pages and those whose numbers have not arrived.
     """
 
     handle: int
@@ -36,6 +38,7 @@ class HomeRequest:
     page_counts: dict[int, int] = field(default_factory=dict)
     own_pages: list[tuple[int, int]] = field(default_factory=list)
     num_missing: int = 0
+    granted_pages: dict[int, int] = field(default_factory=dict)
     _arrays: tuple[np.ndarray, np.ndarray] | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -79,11 +82,15 @@ class HomeRequest:
 
 
 class HomeBook:
-    """Managed requests of one home, by handle, and the way back from a page id to the handle."""
+    """Managed requests of one home, by handle, and the way back from a page id to the handle.
+
+    granted_pages: of every instance, the pages that were granted to them there; those that the prefix cache owns count too.
+    """
 
     def __init__(self, ids: PageIds) -> None:
         self.ids = ids
         self.requests: dict[int, HomeRequest] = {}
+        self.granted_pages: Counter[int] = Counter()
         self._handle_of_page: dict[int, int] = {}
         self._closed_pages: set[int] = set()
         self._next_handle = 1
@@ -99,6 +106,7 @@ class HomeBook:
 
     def append(self, request: HomeRequest, page: Page) -> None:
         self._note(request, page)
+        self._count(request, page.owner, 1)
         request.pages.append(page)
         self._index(request, len(request.pages) - 1, page)
 
@@ -112,6 +120,7 @@ class HomeBook:
             self._index(request, page_index, page)
             if page_index >= num_tree_pages:
                 self._note(request, page)
+        self._count(request, self.ids.home, len(request.pages))
         request.start_degree = len(request.shards)
 
     def expect(self, request: HomeRequest, grant: Grant) -> None:
@@ -120,7 +129,8 @@ class HomeBook:
             end = segment.first_index + segment.num_pages
             if segment.first_index != len(request.pages):
                 raise ValueError(f"handle {request.handle}: grant starts at page {segment.first_index}, {len(request.pages)} are there")
-            request.num_missing += end - len(request.pages)
+            request.num_missing += segment.num_pages
+            self._count(request, segment.rank, segment.num_pages)
             request.pages += [None] * (end - len(request.pages))
         if not request.admitted:
             request.start_degree = len(grant.segments)
@@ -144,6 +154,7 @@ class HomeBook:
     def close(self, handle: int) -> list[int]:
         """Forgets the request. Returns the numbers of its local pages that are ours to free."""
         request = self.requests.pop(handle)
+        self.granted_pages.subtract(request.granted_pages)
         own = [page for page in request.pages[request.num_tree_pages :] if page is not None]
         for page in own:
             page_id = self.ids.encode(page)
@@ -171,6 +182,10 @@ class HomeBook:
             for page in request.pages[request.num_tree_pages :]:
                 if page is not None and page.owner == self.ids.home:
                     yield page.number
+
+    def _count(self, request: HomeRequest, owner: int, num_pages: int) -> None:
+        request.granted_pages[owner] = request.granted_pages.get(owner, 0) + num_pages
+        self.granted_pages[owner] += num_pages
 
     def _index(self, request: HomeRequest, page_index: int, page: Page) -> None:
         request.starts[page.owner] = min(page_index, request.starts.get(page.owner, page_index))

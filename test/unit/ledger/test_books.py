@@ -56,7 +56,7 @@ def test_admission_growth_and_close(homes):
     homes.fill(2, Granted(0, request.handle, 0, (4, 11)))
     assert request.ready
     assert request.shards == (2, 0)
-    assert request.page_counts == {2: 2, 0: 1}
+    assert request.page_counts == {2: 2, 0: 1} == request.granted_pages
     assert request.start_degree == 2
     request.asked_growth = request.asked_stuck = True
     homes.expect(request, grant(request.handle, (1, 3, 1)))

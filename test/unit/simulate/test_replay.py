@@ -16,6 +16,7 @@ from benchmark.simulate.cluster import Cluster, SimulatedRequest
 from benchmark.simulate.replay import ObservedRequest, main, read_record, replay, replay_on_recorded_loads
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.observe.placement_log import LOG_VARIABLE, PlacementLog
+from sglang_dcp.policy.cluster_view import HomeReport
 from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.types import Placement, PlacementRequest
@@ -60,30 +61,21 @@ def test_a_tampered_placement_is_found():
 
 
 def record(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twenty-four requests through the router's placer, whose snapshots lag behind; one is pinned, most finish."""
+    """Twenty-four requests through the router's placer, whose reports lag one placement behind; one is pinned, most finish."""
     monkeypatch.setenv(LOG_VARIABLE, str(path))
     ticks = iter(range(10_000))
     placer = Placer(DynCpConfig().resolve(4), 4, clock=lambda: float(next(ticks)))
     placer.configure(page_size=16)
     log = PlacementLog(path)
+    arrived = [0, 0, 0, 0]
     for index in range(24):
-        moment = float(next(ticks))
-        snapshots = [
-            SimpleNamespace(
-                dp_rank=rank,
-                timestamp=moment,
-                num_used_tokens=100 * rank + 7 * index,
-                max_total_num_tokens=1024,
-                num_running_reqs=rank % 2,
-                num_waiting_reqs=0,
-            )
-            for rank in range(4)
-        ]
-        placer.update(snapshots)
+        reports = [HomeReport(arrived[rank], rank % 2, {rank: 100 * rank + 7 * index}) for rank in range(4)]
+        placer.update([SimpleNamespace(dp_rank=rank, max_total_num_tokens=1024, dyncp=report) for rank, report in enumerate(reports)])
+        arrived = [placer.num_placed(rank) for rank in range(4)]
         pin = {"dyncp": {"home": 1, "degree": 2}} if index == 9 else None
         prompt = 1500 if index % 8 == 5 else 30 + index
         sampling = SimpleNamespace(max_new_tokens=8, custom_params=pin)
-        placer.place(SimpleNamespace(rid=f"load-{index % 20}", input_ids=[0] * prompt, sampling_params=sampling))
+        placer.place(SimpleNamespace(rid=f"load-{index % 20}", input_ids=[0] * prompt, sampling_params=sampling, routed_dp_rank=None))
         if index % 5:
             log.add_finish(float(next(ticks)), f"load-{index % 20}")
     log.add_finish(1e6, "never placed")

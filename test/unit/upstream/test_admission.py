@@ -10,6 +10,7 @@ import pytest
 from sglang.srt.managers.schedule_policy import AddReqResult
 
 from sglang_dcp.policy.types import Placement
+from sglang_dcp.upstream.router.placement_hint import write_placement
 from sglang_dcp.upstream.step import admission
 
 PAGE, PROMISED_PAGES = 16, 10
@@ -64,3 +65,32 @@ def test_promises_do_not_shorten_a_local_prefill_that_has_begun(binding: SimpleN
     expected = 300 - PROMISED_PAGES * PAGE
     assert seen == [(expected, expected)]
     assert (adder.memory_budget.total_offset, adder.memory_budget.current_offset) == (300, 300)
+
+
+def arriving(tokens: int) -> tuple[SimpleNamespace, list[str]]:
+    refusals: list[str] = []
+    return SimpleNamespace(origin_input_ids=range(tokens), set_finish_with_abort=refusals.append, rid="r"), refusals
+
+
+def test_without_a_placement_a_prompt_beyond_the_pool_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for ever, and those behind it with it."""
+    bound = SimpleNamespace(instance=SimpleNamespace(rank=1, page_size=PAGE, num_pages=64), placements_taken_in=0)
+    monkeypatch.setattr(admission, "current", lambda: bound)
+    req, refusals = arriving(63 * PAGE)
+    admission.attach_placement(req, None, SimpleNamespace(kv_hints=None))
+    assert not refusals and req.dyncp_placement is None and not req.dyncp_placement_flexible
+    req, refusals = arriving(63 * PAGE + 1)
+    admission.attach_placement(req, None, SimpleNamespace(kv_hints=None))
+    assert len(refusals) == 1 and "1009 tokens" in refusals[0] and "1008 tokens" in refusals[0]
+    assert bound.placements_taken_in == 0
+
+
+def test_an_arriving_placement_is_taken_in_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = SimpleNamespace(placements_taken_in=0)
+    monkeypatch.setattr(admission, "current", lambda: bound)
+    for number in (1, 2, 5):
+        req, refusals = arriving(3000)
+        hints = write_placement(None, Placement(0, (1, 0), (1600, 1400)), flexible=True, number=number)
+        admission.attach_placement(req, None, SimpleNamespace(kv_hints=hints))
+        assert not refusals and bound.placements_taken_in == number
+        assert req.dyncp_placement.shards == (1, 0) and req.dyncp_placement_flexible and req.skip_radix_cache_insert

@@ -165,3 +165,17 @@ def test_client_hints_lose_their_placement() -> None:
     envelope = KvHintsEnvelope(protocol_version="1", message_id="m", actions=[action(ACTION_TYPE), action("other")])
     assert [kept.action_type for kept in strip_hints(envelope).actions] == ["other"]
     assert strip_hints(None) is None
+
+
+@pytest.mark.parametrize("policy", ["dual-balance", "local"])
+@pytest.mark.parametrize("rank", [-1, 4, 99])
+def test_a_named_rank_outside_the_cluster(policy: str, rank: int) -> None:
+    with pytest.raises(RequestError, match=rf"routed_dp_rank must be an integer in 0\.\.3 .*got {rank}"):
+        limits(policy=policy).check(100, {}, rank)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_a_named_rank_reaches_as_far_as_the_cluster(rank: int) -> None:
+    limits().check(3500, {"max_new_tokens": 100}, rank)
+    with pytest.raises(RequestError, match="exceed 1007 tokens"):
+        limits(policy="local").check(3500, {"max_new_tokens": 100}, rank)

@@ -16,7 +16,7 @@ class Hook:
     target:      dotted path in sglang; for kind "register" the registry function that the handler calls.
     kind:        before, after, around, replace: as in sglang.srt.plugins.hook_registry. "add": sets an attribute that upstream lacks.
                  "refuse": replaces a method by handler(method), which raises when it is called.
-                 "register": calls the handler once, which uses an official registry.
+                 "register": calls the handler once, which uses an official registry, or puts a value of ours in the target's place.
     handler:     "module:function" of ours, imported when the set is installed.
     why:         what it is for. upstream: what would replace it there. remove_when: the observable that makes it unneeded.
     parameters:  names of the target's parameters that the handler relies on; checked at start.

@@ -104,6 +104,8 @@ class RequestLimits:
         pin = read_pin(sampling.get("custom_params"), self.num_instances)
         if pin and self.config.policy == "local":
             raise RequestError(f"custom_params.dyncp {pin} has no effect with --dyncp-policy local")
+        if routed_dp_rank is not None and not 0 <= routed_dp_rank < self.num_instances:
+            raise RequestError(f"routed_dp_rank must be an integer in 0..{self.num_instances - 1} (--tp), got {routed_dp_rank}")
         if pin and routed_dp_rank is not None:
             raise RequestError(f"custom_params.dyncp {pin} and routed_dp_rank {routed_dp_rank} exclude each other")
         max_new_tokens = sampling.get("max_new_tokens")
@@ -111,7 +113,7 @@ class RequestLimits:
             raise RequestError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
         self._check_length(prompt_tokens, max_new_tokens or 0)
         # Negative lengths are SGLang's to refuse, with its own words.
-        request = describe_request(prompt_tokens, max_new_tokens and max(0, max_new_tokens), pin, self.reach_tokens)
+        request = describe_request(prompt_tokens, max_new_tokens and max(0, max_new_tokens), pin, self.reach_tokens, routed_dp_rank)
         loads = [InstanceLoad(rank=rank, node=0, kv_tokens=0, kv_capacity=self.pool_tokens) for rank in range(self.num_instances)]
         return self.policy.place(request, loads, self.page_size)
 

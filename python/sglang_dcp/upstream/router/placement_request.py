@@ -33,8 +33,13 @@ def most_pools(config: DynCpConfig, num_instances: int) -> int:
     return config.max_degree or num_instances
 
 
-def describe_request(prompt_tokens: int, max_new_tokens: int | None, pin: Mapping[str, Any], reach_tokens: int) -> PlacementRequest:
-    """max_new_tokens None: the client set no bound, so the output ends where `reach_tokens`, the pools of one request, end."""
+def describe_request(
+    prompt_tokens: int, max_new_tokens: int | None, pin: Mapping[str, Any], reach_tokens: int, named_home: int | None = None
+) -> PlacementRequest:
+    """max_new_tokens None: the client set no bound, so the output ends where `reach_tokens`, the pools of one request, end.
+
+    named_home: the rank that the client named by SGLang's own means (routed_dp_rank, header); never beside a pin.
+    """
     if max_new_tokens is None:
         max_new_tokens = max(0, min(EXPECTED_NEW_TOKENS, reach_tokens - prompt_tokens))
     return PlacementRequest(
@@ -42,5 +47,5 @@ def describe_request(prompt_tokens: int, max_new_tokens: int | None, pin: Mappin
         expected_new_tokens=min(EXPECTED_NEW_TOKENS, max_new_tokens),
         max_new_tokens=max_new_tokens,
         degree=pin.get("degree"),
-        home=pin.get("home"),
+        home=pin.get("home", named_home),
     )

@@ -32,23 +32,22 @@ def install_placement(result: Any, controller: Any, server_args: Any, *args: Any
 
 
 def dispatch(controller: Any, req: Any) -> None:
-    """Places a request and sends it to its home."""
+    """Places a request and sends it to its home. A rank that the client named becomes the home: without a placement its scheduler could
+    serve it from its own pool alone, and a longer prompt would wait there for ever."""
     placer: Placer = controller.dyncp
     placer.update(controller.load_snapshot_reader.read_all())
-    hints = strip_hints(req.kv_hints)
-    if getattr(req, "input_ids", None) is None or req.routed_dp_rank is not None:
-        req.kv_hints = hints
+    req.kv_hints = strip_hints(req.kv_hints)
+    if getattr(req, "input_ids", None) is None:
         controller.round_robin_scheduler(req)
         return
     try:
         placement, flexible = placer.place(req)
     except Exception:  # noqa: BLE001 - every instance's requests pass here: no single one may take the router down
         # The main process refuses what cannot be placed (request_limits.py); this is one that slipped through, or a fault of the policy.
-        # Without a placement its home serves it locally, or refuses it by length.
+        # Without a placement an instance serves it from its own pool, or refuses it by length (admission.py).
         logger.exception("dyncp: request %s has no placement", req.rid)
-        req.kv_hints = hints
         controller.total_tokens_scheduler(req)
         return
-    req.kv_hints = write_placement(hints, placement, flexible=flexible)
+    req.kv_hints = write_placement(req.kv_hints, placement, flexible=flexible, number=placer.num_placed(placement.home))
     req.routed_dp_rank = placement.home
     controller.maybe_external_dp_rank_routing(req)

@@ -14,12 +14,31 @@ from sglang_dcp.upstream.step.instance import is_managed
 
 def attach_placement(req: Any, scheduler: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
     """AFTER Scheduler._create_generation_req: keeps the router's placement on the request."""
+    hint, binding = read_placement(recv_req.kv_hints), current()
     req.dyncp = None
-    placement, req.dyncp_placement_flexible = read_placement(recv_req.kv_hints)
-    req.dyncp_placement = placement
-    if placement is not None and not placement.is_local:
+    req.dyncp_placement = None if hint is None else hint.placement
+    req.dyncp_placement_flexible = hint is not None and hint.flexible
+    if hint is None:
+        if binding is not None:
+            refuse_beyond_pool(binding, req)
+        return req
+    if binding is not None:
+        binding.placements_taken_in = hint.number
+    if not hint.placement.is_local:
         keep_out_of_prefix_cache(req)
     return req
+
+
+def refuse_beyond_pool(binding: Binding, req: Any) -> None:
+    """A request without a placement lives in the own pool. SGLang's limits are those of the cluster (capacity.py), so a longer one would
+    wait for ever, and those behind it with it."""
+    instance, num_tokens = binding.instance, len(req.origin_input_ids)
+    limit = (instance.num_pages - 1) * instance.page_size
+    if num_tokens > limit:
+        req.set_finish_with_abort(
+            f"The input ({num_tokens} tokens) has no placement and exceeds {limit} tokens, what the KV pool of instance {instance.rank} "
+            "holds beside a page of output (--max-total-tokens); the router's log tells why it was not placed"
+        )
 
 
 def keep_out_of_prefix_cache(req: Any) -> None:

@@ -25,7 +25,7 @@ class Binding:
     graph_steps, eager_steps: forward passes that this instance ran as a CUDA graph (sharded_graph_steps: those of them with sharded
     rows), and otherwise. step_ran: the last step had rows on some instance. own_row, fallback_row: what SGLang's all-gather gets of us.
     idle_audited: the pool was looked at since this instance fell idle. givable_pages: free ones and what eviction would free, when the
-    last step was synchronised.
+    last step was synchronised. placements_taken_in: number of the newest placement by the router that has arrived here.
     """
 
     scheduler: Any
@@ -52,6 +52,7 @@ class Binding:
     own_row: WidenedRow = field(default_factory=WidenedRow)
     fallback_row: torch.Tensor | None = None
     givable_pages: int = 0
+    placements_taken_in: int = 0
     own_batch: OwnBatch = field(init=False)
 
     def __post_init__(self) -> None:
