@@ -394,3 +394,25 @@ def test_gauges_show_guests(client: Client) -> None:
     assert values["guest_tokens"][1] >= PAGE
     assert values["kv_tokens"][1] >= values["guest_tokens"][1]
     assert values["attention_rows"] == {0: 1.0, 1: 1.0}
+
+
+# ---- a rank that the client names
+
+
+@pytest.mark.parametrize("field", ["routed_dp_rank", "data_parallel_rank"])
+def test_a_named_rank_is_home_to_a_prompt_beyond_its_pool(client: Client, field: str, others: None) -> None:
+    prompt = recall_prompt(1500, 0.3, seed=77)
+    for rank in range(INSTANCES):
+        answer = client.generate(prompt.ids, max_new_tokens=12, **{field: rank})
+        assert answer.meta["dyncp"]["home"] == rank and len(answer.meta["dyncp"]["shards"]) == INSTANCES
+
+
+def test_a_batch_with_a_named_rank_is_answered_there(client: Client, others: None) -> None:
+    ids = [random_ids(length, seed=length) for length in (1400, 40, 1300)]
+    body = {"input_ids": ids, "routed_dp_rank": 1, "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
+    assert [answer["meta_info"]["dyncp"]["home"] for answer in client.json("POST", "/generate", body)] == [1, 1, 1]
+
+
+def test_a_rank_outside_the_cluster_is_named(client: Client, others: None) -> None:
+    message = refused(lambda: client.generate(random_ids(40, seed=1), routed_dp_rank=INSTANCES))
+    assert f"routed_dp_rank={INSTANCES} out of range [0, {INSTANCES})" in message

@@ -45,7 +45,8 @@ def build_report(binding: Binding, used_tokens: int) -> HomeReport:
     waits, where its placement puts it. Both change in one step of this scheduler, so no token is in the report twice or missing.
     """
     instance, scheduler = binding.instance, binding.scheduler
-    tokens = {owner: pages * instance.page_size for owner, pages in instance.homes.granted_pages.items() if owner != instance.rank and pages}
+    granted = instance.homes.granted_pages.items()
+    tokens = {owner: pages * instance.page_size for owner, pages in granted if owner != instance.rank and pages}
     tokens[instance.rank] = used_tokens - instance.guests.num_pages * instance.page_size
     queued = [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]
     for req in queued:
