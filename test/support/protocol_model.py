@@ -1,7 +1,7 @@
 """N instances' protocol without SGLang: random requests driven through the real books, messages, admission and decode decisions.
 
 What is SGLang's in a server is a small fake here: the page pool, the scheduler's queues, requests whose tokens are only counted. What is
-ours is the code that serves: `Instance`, and the parts of admission.py, decode.py and step_sync.py that decide about pages.
+ours is the code that serves: `Instance`, and the parts of admission.py, sitting_out.py, retraction.py and sync.py that decide about pages.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from sglang_dcp.mutants import install_mutant
 from sglang_dcp.policy.types import Placement
 from sglang_dcp.upstream.step.admission import _reserved
 from sglang_dcp.upstream.step.binding import Binding
-from sglang_dcp.upstream.step.decode import find_leavers, has_room, place_again
 from sglang_dcp.upstream.step.instance import Instance
+from sglang_dcp.upstream.step.retraction import place_again
+from sglang_dcp.upstream.step.sitting_out import find_leavers, has_room
 from sglang_dcp.upstream.step.sync import free_pages, sweep_waiting
 
 

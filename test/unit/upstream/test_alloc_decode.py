@@ -10,7 +10,7 @@ from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.upstream.pool.kv_pool import PAGES_AHEAD, LedgerAllocator
 from sglang_dcp.upstream.step import binding as bindings
-from sglang_dcp.upstream.step.decode import alloc_decode
+from sglang_dcp.upstream.step.allocation import alloc_decode
 from sglang_dcp.upstream.step.instance import Instance
 
 PAGE_SIZE, NUM_PAGES = 4, 100

@@ -11,11 +11,11 @@ from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.messages import Row
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.ledger.page_phases import PagePhases
-from sglang_dcp.upstream.step import decode
+from sglang_dcp.upstream.step import sitting_out
 from sglang_dcp.upstream.step.binding import Binding
-from sglang_dcp.upstream.step.decode import GROW_AHEAD_TOKENS, secure_next_token
 from sglang_dcp.upstream.step.instance import Instance
 from sglang_dcp.upstream.step.own_batch import OwnBatch
+from sglang_dcp.upstream.step.sitting_out import GROW_AHEAD_TOKENS, secure_next_token
 
 PAGE_SIZE = 16
 
@@ -128,7 +128,7 @@ def test_requests_passed_over_had_nothing_to_secure(empty: bool, roomy: bool, mo
     """`find_leavers` against asking every request: same answers, same growth, same asks; and claims, which a roomy pool can do without."""
     rng, outcomes = random.Random(3), []
     asked: list[Any] = []
-    monkeypatch.setattr(decode, "secure_next_token", lambda *args: asked.append(args) or secure_next_token(*args))
+    monkeypatch.setattr(sitting_out, "secure_next_token", lambda *args: asked.append(args) or secure_next_token(*args))
     kinds = [rng.choice(["local", "home", "away", "more"]) for _ in range(200)]
     lengths = [rng.randrange(1, 6 * PAGE_SIZE) for _ in kinds]
     for ask_all in (True, False):
@@ -148,7 +148,7 @@ def test_requests_passed_over_had_nothing_to_secure(empty: bool, roomy: bool, mo
             refused = [i for i, req in enumerate(reqs) if not secure_next_token(binding, req)]
         else:
             known = torch.tensor([req.kv.kv_allocated_len for req in reqs])
-            refused = sorted(decode.find_leavers(binding, SimpleNamespace(reqs=reqs, seq_lens_cpu=known)))
+            refused = sorted(sitting_out.find_leavers(binding, SimpleNamespace(reqs=reqs, seq_lens_cpu=known)))
             assert 0 < len(asked) < len(reqs) * (GROW_AHEAD_TOKENS + 3) / PAGE_SIZE
         sizes = [len(req.dyncp.pages) for req in reqs if req.dyncp is not None]
         outcomes.append((refused, sizes, [str(message) for message in instance.outbox], 0 if roomy else len(pool.claims)))

@@ -15,7 +15,7 @@ from sglang_dcp.upstream.step.instance import is_managed
 def attach_placement(req: Any, scheduler: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
     """AFTER Scheduler._create_generation_req: keeps the router's placement on the request."""
     hint, binding = read_placement(recv_req.kv_hints), current()
-    req.dyncp = None
+    req.dyncp = req.dyncp_parked_row = None
     req.dyncp_placement = None if hint is None else hint.placement
     req.dyncp_placement_flexible = hint is not None and hint.flexible
     if hint is None:

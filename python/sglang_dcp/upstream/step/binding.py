@@ -34,7 +34,6 @@ class Binding:
     control_group: Any
     parked: list[Any] = field(default_factory=list)
     waiting: dict[int, Any] = field(default_factory=dict)
-    aborted: set[str] = field(default_factory=set)
     local_batch: Any = None
     pending_rows: Any = None
     idle_audited: bool = False

@@ -1,0 +1,64 @@
+"""Penalties of a request's earlier tokens, where SGLang's batch would begin to count anew."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sglang_dcp.upstream.step.binding import current
+
+
+def copy_penalizers(penalizers: Any, batch: Any) -> Any:
+    """SGLang's BatchedPenalizerOrchestrator for `batch`, which has the same rows; filtering either leaves the other as it is."""
+    copied = copy.copy(penalizers)
+    copied.batch = batch
+    copied.penalizers = {kind: copy.copy(penalizer) for kind, penalizer in penalizers.penalizers.items()}
+    for penalizer in copied.penalizers.values():
+        penalizer._orchestrator_ref = weakref.ref(copied)
+    return copied
+
+
+def count_earlier_output(result: Any, batch: Any) -> None:
+    """AFTER ScheduleBatch.prepare_for_extend: a request that starts over brings output tokens along, SGLang counts none of them.
+
+    They are fed to the penalizers one by one, in the chunk that ends the prefill: only its sampling uses them.
+    """
+    if current() is None or not any(req.output_ids for req in batch.reqs):
+        return
+    penalizers = batch.sampling_info.penalizer_orchestrator
+    ends = [prefix_len + num_new for prefix_len, num_new in zip(batch.prefix_lens, batch.extend_lens, strict=True)]
+    again = [
+        bool(req.output_ids) and end == len(req.origin_input_ids) + len(req.output_ids) for req, end in zip(batch.reqs, ends, strict=True)
+    ]
+    if penalizers.is_required and any(again):
+        batch.sampling_info.penalizer_orchestrator = _rebuilt(penalizers, batch, again)
+
+
+@dataclass(eq=False)
+class _Rows:
+    """What the penalizers read of a batch."""
+
+    reqs: list[Any]
+    device: Any
+
+
+def _rebuilt(penalizers: Any, batch: Any, again: list[bool]) -> Any:
+    """Penalizers of the batch, joined row by row. again: rows whose output tokens count."""
+    parts = []
+    for req, counts in zip(batch.reqs, again, strict=True):
+        rows = _Rows([req], batch.device)
+        part = type(penalizers)(vocab_size=penalizers.vocab_size, batch=rows, penalizers=set(penalizers.penalizers))
+        if counts and part.is_required:
+            for token in torch.tensor(list(req.output_ids), dtype=torch.int64).to(batch.device).split(1):
+                part.cumulate_output_tokens(token)
+        parts.append((rows, part))
+    joined_rows, joined = parts[0]
+    for rows, part in parts[1:]:
+        joined.merge(part)
+        joined_rows.reqs = joined_rows.reqs + rows.reqs
+    joined.batch = batch
+    return joined

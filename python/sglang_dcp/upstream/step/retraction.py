@@ -1,0 +1,101 @@
+"""How requests that sit out end early: as the victim that makes room, by an abort or a timeout, or with the step that was in flight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_dcp.policy.types import Placement
+from sglang_dcp.upstream.step.admission import keep_out_of_prefix_cache
+from sglang_dcp.upstream.step.binding import Binding, current
+
+
+def retract_victims(binding: Binding) -> None:
+    """Sends the requests that the last step named back to the queue; they start over when their pages are there."""
+    from sglang.srt.managers.schedule_batch import release_req
+
+    scheduler = binding.scheduler
+    for request in binding.instance.victims:
+        req = next((r for r in binding.parked if r.dyncp is request and not r.finished()), None)
+        if req is None:
+            continue
+        binding.parked.remove(req)
+        req.dyncp_parked_row = None
+        release_req(
+            req=req,
+            remaing_req_count=len(scheduler.running_batch.reqs),
+            req_to_token_pool=scheduler.req_to_token_pool,
+            token_to_kv_pool_allocator=scheduler.token_to_kv_pool_allocator,
+            tree_cache=scheduler.tree_cache,
+            hisparse_coordinator=None,
+        )
+        release_unwritten(binding, req)
+        req.dyncp = None
+        place_again(binding, req)
+        scheduler._add_request_to_queue(req, is_retracted=True)
+    binding.instance.victims = []
+
+
+def release_unwritten(binding: Binding, req: Any) -> None:
+    """Closes the books of a request that owns no written page: freeing its row does not pass the allocator.
+
+    That is a local one which was taken over with all its tokens in prefix-cache pages and has not stored a token since.
+    """
+    if req.dyncp.handle in binding.instance.homes.requests:
+        binding.instance.release(req.dyncp)
+
+
+def release_finished(binding: Binding) -> None:
+    """Requests that finished while they sat out: by the result of the step before, or by an abort that SGLang carried out."""
+    for req in binding.parked:
+        if req.finished():
+            req.dyncp_parked_row = None
+            release_unwritten(binding, req)
+
+
+def place_again(binding: Binding, req: Any) -> None:
+    """A retracted request that no longer fits its pool is spread: over all instances, the split left to the grant."""
+    instance = binding.instance
+    page_size, total = instance.page_size, len(req.origin_input_ids) + len(req.output_ids)
+    placement = req.dyncp_placement
+    if (placement is None or placement.is_local) and total + 2 * page_size <= instance.num_pages * page_size:
+        return
+    pages = -(-total // page_size)
+    others = [rank for rank in range(instance.num_instances) if rank != instance.rank]
+    order = sorted(others, key=lambda rank: (int(instance.kv_tokens[rank]), rank))
+    degree = min(instance.config.max_degree or instance.num_instances, instance.num_instances, pages)
+    shards = [*order[: degree - 1], instance.rank]
+    share = pages // degree
+    tokens = [share * page_size] * (degree - 1)
+    req.dyncp_placement = Placement(instance.rank, tuple(shards), (*tokens, total - sum(tokens)))
+    req.dyncp_placement_flexible = True
+    keep_out_of_prefix_cache(req)
+
+
+def inflight_batches(result: list[Any], scheduler: Any) -> list[Any]:
+    """AFTER Scheduler._collect_inflight_batches, which aborts and the running timeout go through: rows that sit out run too."""
+    binding = current()
+    return result if binding is None else result + [req.dyncp_parked_row for req in binding.parked]
+
+
+def count_parked(result: Any, inquirer: Any) -> Any:
+    """AFTER SchedulerLoadInquirer.get_loads: requests that sit out are running ones to everybody who asks."""
+    binding = current()
+    if binding is not None:
+        result.num_running_reqs += len(binding.parked)
+    return result
+
+
+def drop_aborted(binding: Binding) -> None:
+    """Ends those that SGLang marked, by an abort of the client or a timeout, with SGLang's reason."""
+    from sglang.srt.managers.scheduler import _make_abort_req
+    from sglang.srt.mem_cache.common import release_kv_cache
+
+    scheduler = binding.scheduler
+    for req in [req for req in binding.parked if req.to_finish is not None and not req.finished()]:
+        binding.parked.remove(req)
+        req.dyncp_parked_row = None
+        req.finished_reason = req.to_finish
+        scheduler._release_aborted_request(req)
+        release_kv_cache(req, scheduler.tree_cache, checkpoint=False)
+        release_unwritten(binding, req)
+        scheduler.send_abort_output(_make_abort_req(req, finished_reason=req.finished_reason.to_json()), req)
