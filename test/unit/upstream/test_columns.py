@@ -8,7 +8,7 @@ import torch
 from sglang_dcp.upstream.step import binding as bindings
 from sglang_dcp.upstream.step.binding import Binding
 from sglang_dcp.upstream.step.columns import NUM_COLUMNS, WidenedRow
-from sglang_dcp.upstream.step.sync import fallback_columns
+from sglang_dcp.upstream.step.sync import fallback_columns, settle_step
 
 OWN = [3, 2, 2**31 - 2, 17, 5, 900_000, 128, 2**40]
 
@@ -36,3 +36,18 @@ def test_the_row_of_a_rank_that_is_gone_is_made_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(bindings, "_binding", binding)
     first, second = (fallback_columns(torch.arange(11), None, "cpu") for _ in range(2))
     assert first.tolist() == [*range(11), *[0] * NUM_COLUMNS] and second is first
+
+
+def test_waits_for_pages_are_forgotten_where_there_are_no_metrics() -> None:
+    waits: list[float] = []
+    instance = SimpleNamespace(
+        admission_waits=waits,
+        num_sharded_rows=0,
+        read_columns=lambda columns: 0,
+        finish_step=lambda words, anybody_runs: waits.append(0.5),
+    )
+    told = torch.zeros(1, NUM_COLUMNS, dtype=torch.int64)
+    info = SimpleNamespace(tp0_info_cpu=told, global_num_tokens=[1], can_run_decode_cuda_graph=False)
+    for _ in range(100):
+        settle_step(Binding(None, instance, None, None), info)  # type: ignore[arg-type]
+    assert waits == []

@@ -88,6 +88,7 @@ def settle_step(binding: Binding, info: Any) -> None:
     instance.finish_step(words, anybody_runs=binding.step_ran)
     if binding.metrics is not None:
         binding.metrics.after_step(binding)
+    instance.admission_waits.clear()  # nobody else takes them where there are no metrics
     instance.plan = None
     binding.pending_rows = None
     plan_graph(binding, info)
