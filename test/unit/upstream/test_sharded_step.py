@@ -188,6 +188,7 @@ def test_a_sharded_row_anywhere_makes_the_step_eager_everywhere(bound: Any, monk
     for num_sharded, graph in ((0, True), (1, False)):
         bound.instance = SimpleNamespace(
             num_instances=2,
+            admission_waits=[],
             num_sharded_rows=num_sharded,
             rows_of=[(), ()],
             plan="old",
