@@ -1,13 +1,15 @@
 """Degree that moves while decoding: growth, shortage, sitting out, retraction, abort, flush. Pools of 256 tokens."""
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from support.comparison import first_tie
 from support.dyncp_grid import GROWING, small_pool_server
-from support.recall import recall_prompt
+from support.recall import model_path, recall_prompt
 from support.stock_answers import FOREVER
 
 POOL = 256
@@ -73,6 +75,17 @@ def test_disconnect_in_the_middle_of_a_sharded_prefill(server):
         time.sleep(0.2 * index)
         stream.close()
     assert_drained(server)
+
+
+@pytest.mark.parametrize("pins", [{}, {"custom_params": {"dyncp": {"degree": 2}}}])
+def test_min_new_tokens_holds_for_a_request_that_sits_out(server, pins):
+    """A lone request that outgrows its pool sits out once; it ends where one that never had to does."""
+    end = json.loads((Path(model_path(SERVER.model)) / "config.json").read_text())["eos_token_id"]
+    prompt = [1 + i % 90 for i in range(POOL - 50)]
+    sampling = {"min_new_tokens": 80, "logit_bias": {str(end): 100.0}, "ignore_eos": False} | pins
+    answer = server.client.generate(prompt, max_new_tokens=120, sampling=sampling)
+    assert answer.meta["dyncp"]["degree_end"] >= 2
+    assert (len(answer.ids), answer.ids[-1], answer.finish_reason) == (81, end, "stop")
 
 
 def assert_drained(server, limit_s: float = 60.0) -> None:
