@@ -48,6 +48,7 @@ figures: $(READY) ## Recomputes the simulator's figures from the traces
 	$(PYTHON) -m benchmark.simulate.figures
 
 results: $(READY) ## Writes the tables of docs/results from benchmark/results
+	$(PYTHON) -m benchmark.headline.plot
 	$(PYTHON) -m scripts.results_tables
 
 docs-check: $(READY) ## Relative links in the documentation resolve

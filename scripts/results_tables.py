@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts.result_pages import kernels, one_host, several_gpus, simulation
+from scripts.result_pages import headline, kernels, one_host, several_gpus, simulation
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "docs" / "results"
 
 PAGES: dict[str, Callable[[], str]] = {
+    "headline.md": headline.render,
     "one_host.md": one_host.render,
     "several_gpus.md": several_gpus.render,
     "kernels.md": kernels.render,

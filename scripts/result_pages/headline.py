@@ -1,0 +1,54 @@
+"""docs/results/headline.md: what it gains on real GPUs, measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scripts.result_pages.markdown import load, page, source, table
+
+RATIOS = ("rate_over_stock", "rate_over_whole", "p99_over_stock")
+
+
+def render() -> str:
+    result, split = load("headline.json"), load("split.json")
+    points = next(iter(result["cases"].values()))
+    return page(
+        "What it gains, measured",
+        source("headline.json", result),
+        "\n".join(f"- {note}" for note in result["notes"]),
+        "![P99 TPOT over the request rate](../figures/headline.png)",
+        table(["server", "requests/s", "P50 TPOT, ms", "P99 TPOT, ms", "KV max over mean", "degrees"], _points(points)),
+        "Highest rate under a limit on P99 TPOT, requests/s, interpolated, and ours over the others:",
+        table(["limit, ms", "stock", "whole", "ours", *(f"`{name}`" for name in RATIOS)], _limits(result["two_gpus"]["by_limit"])),
+        "## A long row beside many",
+        source("split.json", split),
+        "One layer of a captured decode, microseconds: a row of 300,000 tokens, 128 of 1,000, both together, and both over their sum.",
+        table(["heads / KV heads", "split", "long row alone", "others alone", "together", "ratio"], _split(split)),
+    )
+
+
+def _points(cases: dict[str, Any]) -> list[tuple[Any, ...]]:
+    rows = []
+    for name, case in cases.items():
+        for found in case["points"]:
+            degrees = ", ".join(f"{count} at {degree}" for degree, count in found["degrees"].items())
+            times = (f"{found[key]:.1f}" for key in ("p50_tpot_ms", "p99_tpot_ms"))
+            rows.append((f"`{name}`", f"{found['requests_per_s']:g}", *times, f"{found['kv_max_over_mean']:.2f}", degrees))
+    return rows
+
+
+def _limits(limits: dict[str, Any]) -> list[tuple[Any, ...]]:
+    rows = []
+    for limit, found in limits.items():
+        rates = (f"{found['rates'][name]:.1f}" for name in ("stock", "whole", "ours"))
+        rows.append((limit, *rates, *(found.get(name) for name in RATIOS)))
+    return rows
+
+
+def _split(result: dict[str, Any]) -> list[tuple[Any, ...]]:
+    rows = []
+    for shape, case in result["gqa"].items():
+        for name, key in (("FlashInfer's", "stock"), ("ours", "shares 2")):
+            times = [case["us"][which][key] for which in ("1 rows, 300000", "128 rows, 0", "129 rows, 300000")]
+            rows.append((shape, name, *(round(time) for time in times), case["long_row_ratio"][key]))
+    return rows
