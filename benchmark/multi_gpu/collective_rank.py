@@ -13,10 +13,11 @@ import torch.distributed as dist
 
 from benchmark.multi_gpu.clocks import DeviceClock, HostClock, graph_time, stage_times
 from benchmark.multi_gpu.exchange_cases import ExchangeCase, step_plan
-from sglang_dcp.dataflow.attention_step import merge_returned
+from sglang_dcp.dataflow.attention_step import nothing
 from sglang_dcp.dataflow.contracts import NewKV, PartialState
 from sglang_dcp.dataflow.device_plan import plan_on_device
 from sglang_dcp.dataflow.dispatch import Received, dispatch, return_partials
+from sglang_dcp.dataflow.merge import merge_into
 from sglang_dcp.dataflow.transport.base import Transport
 from sglang_dcp.dataflow.transport.gloo import GlooTransport, create_gloo_group
 from sglang_dcp.dataflow.transport.nccl import NcclTransport, create_nccl_group
@@ -90,7 +91,8 @@ class CollectiveExchange:
 
     def merge(self) -> None:
         """In place: the own partials of the next exchange are merged ones, which costs the same."""
-        merge_returned(self.own, self.returned, self.plan)
+        if len(self.plan.merges):
+            merge_into(self.own, self.plan.merges, nothing(self.own), self.returned)
 
     def check(self) -> None:
         """One exchange with the stand-in: every row must come back as it left."""

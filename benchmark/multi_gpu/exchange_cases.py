@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sglang_dcp.dataflow.contracts import StepPlan, TokenList
+from sglang_dcp.dataflow.step_plan import merge_list
 
 NANOCP_FIXED_US = 15.8
 NANOCP_GB_PER_S = 361.0
@@ -88,7 +89,8 @@ def step_plan(case: ExchangeCase, rank: int) -> StepPlan:
     n, rows = case.num_instances, case.home_rows[rank]
     targets = [d for d in case.shards(rank) if d != rank] if rows else []
     receive = case.guest_rows(rank)
-    none, own = TokenList.of(np.zeros(0, dtype=np.int64)), TokenList.of(np.arange(rows))
+    nobody = np.zeros(0, dtype=np.int64)
+    none, own = TokenList.of(nobody), TokenList.of(np.arange(rows))
     return StepPlan(
         step=0,
         num_tokens=max(1, rows),
@@ -101,4 +103,5 @@ def step_plan(case: ExchangeCase, rank: int) -> StepPlan:
         pool_tokens=none,
         chunk_rows=(),
         chunk_tokens=none,
+        merges=merge_list(max(1, rows), nobody, [np.arange(rows) if d in targets else nobody for d in range(n)]),
     )
