@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_dcp.policy.cost_model import CostModel, InstanceWork, load_cost_model
+from sglang_dcp.policy.expected_output import EXPECTED_NEW_TOKENS, expected_new_tokens
 from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementRequest
 
@@ -22,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
     parser.add_argument("--load", type=Path, required=True, help=LOAD_HELP)
     parser.add_argument("--prompt", type=int, required=True, help="prompt tokens of the request")
-    parser.add_argument("--expected-new", type=int, default=512, help="output tokens to expect (default 512)")
+    expected = f"output tokens to expect (default: as a server does, at most {EXPECTED_NEW_TOKENS} where a request may grow elsewhere)"
+    parser.add_argument("--expected-new", type=int, help=expected)
     parser.add_argument("--max-new", type=int, default=4096, help="max_new_tokens of the request (default 4096)")
     parser.add_argument("--degree", type=int, help="pin the degree")
     parser.add_argument("--home", type=int, help="pin the home")
@@ -47,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     shards = ", ".join(f"{rank}: {tokens}" for rank, tokens in zip(plan["shards"], plan["shard_tokens"], strict=True))
     note = "" if plan["fits_now"] else " (has to wait for room)"
     print(f"home {plan['home']}, degree {plan['degree']}, tokens per shard {{{shards}}}{note}")
+    print(f"expects {plan['expected_new_tokens']} of at most {args.max_new} new tokens")
     print(f"step {plan['step_ms_before']:.2f} ms -> {plan['step_ms_after']:.2f} ms ({plan['policy']}, {plan['cost_model']})")
     return 0
 
@@ -68,7 +71,9 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
         max_degree=len(loads),
         max_guest_fraction=1.0,
     )
-    request = PlacementRequest(args.prompt, args.expected_new, args.max_new, args.degree, args.home)
+    largest_degree = 1 if args.policy.startswith("local") else args.policy_degree or len(loads)
+    expected = expected_new_tokens(args.max_new, largest_degree) if args.expected_new is None else args.expected_new
+    request = PlacementRequest(args.prompt, expected, args.max_new, args.degree, args.home)
     placement = policy.place(request, loads, args.page_size)
     needed = {rank: -(-tokens // args.page_size) for rank, tokens in zip(placement.shards, placement.shard_tokens, strict=True)}
     return {
@@ -78,6 +83,7 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
         "degree": placement.degree,
         "shards": list(placement.shards),
         "shard_tokens": list(placement.shard_tokens),
+        "expected_new_tokens": expected,
         "fits_now": all(pages * args.page_size <= loads[rank].free_tokens for rank, pages in needed.items()),
         "step_ms_before": step_ms(cost, loads, None),
         "step_ms_after": step_ms(cost, loads, placement),

@@ -68,7 +68,11 @@ def test_plan_prints_placement_and_step(tmp_path: Path, capsys):
     assert plan["degree"] > 1 and sum(plan["shard_tokens"]) == 500_000
     assert plan["step_ms_after"] > plan["step_ms_before"] > 30
     assert run(cli_plan, "--load", str(load), "--prompt", "500000", "--degree", "1", "--home", "3") == 0
-    assert "home 3, degree 1" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "home 3, degree 1" in told and "expects 256 of at most 4096 new tokens" in told
+    for flags, expected in (["--max-new", "90"], 90), (["--policy", "local"], 4096), (["--expected-new", "7"], 7):
+        assert run(cli_plan, "--load", str(load), "--prompt", "5000", "--json", *flags) == 0
+        assert json.loads(capsys.readouterr().out)["expected_new_tokens"] == expected
     load.write_text(json.dumps({"instances": [{"kv_tokens": 1, "home_requests": 1, "typo": 1}]}), encoding="utf-8")
     assert run(cli_plan, "--load", str(load), "--prompt", "5") == 2
     assert "typo" in capsys.readouterr().err

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from sglang.srt.managers.schedule_policy import AddReqResult
 
+from sglang_dcp.config import DynCpConfig
 from sglang_dcp.policy.types import Placement
 from sglang_dcp.upstream.router.placement_hint import write_placement
+from sglang_dcp.upstream.router.placement_request import describe_request
 from sglang_dcp.upstream.step import admission
 
 PAGE, PROMISED_PAGES = 16, 10
@@ -94,3 +96,52 @@ def test_an_arriving_placement_is_taken_in_by_its_number(monkeypatch: pytest.Mon
         admission.attach_placement(req, None, SimpleNamespace(kv_hints=hints))
         assert not refusals and bound.placements_taken_in == number
         assert req.dyncp_placement.shards == (1, 0) and req.dyncp_placement_flexible and req.skip_radix_cache_insert
+
+
+# ---- what a local request is charged
+
+POOL = 1024
+CONFIGS = [({}, 256), ({"max_degree": 2}, 256), ({"policy": "local"}, 900), ({"max_degree": 1}, 900)]
+
+
+def local_request(prompt: int, new: int, generated: int = 0, *, ignore_eos: bool = True) -> SimpleNamespace:
+    params = SimpleNamespace(max_new_tokens=new, ignore_eos=ignore_eos)
+    ids = {"origin_input_ids": range(prompt), "output_ids": range(generated)}
+    return SimpleNamespace(**ids, sampling_params=params, dyncp=None, dyncp_placement=None)
+
+
+@pytest.fixture(params=CONFIGS, ids=str)
+def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """One of four instances. (largest degree, tokens that an output of 900 is expected to have)."""
+    settings, expected = request.param
+    config = DynCpConfig(**settings).resolve(4)
+    instance = SimpleNamespace(rank=0, page_size=PAGE, num_pages=POOL // PAGE, num_instances=4, config=config, promised=(0,) * 4)
+    monkeypatch.setattr(admission, "current", lambda: SimpleNamespace(instance=instance, waiting={}))
+    return admission.most_pools(config, 4), expected
+
+
+def test_admission_charges_what_placement_expects(cluster: tuple[int, int]) -> None:
+    largest_degree, expected = cluster
+    assert describe_request(64, 900, {}, largest_degree * POOL, largest_degree=largest_degree).expected_new_tokens == expected
+    req, seen = local_request(64, 900), []
+
+    def original(adder: Any, req: Any, *_: Any) -> AddReqResult:
+        seen.append((req.sampling_params.max_new_tokens, req.sampling_params.ignore_eos))
+        return AddReqResult.CONTINUE
+
+    admission.add_one_req(original, adder_with(), req, False, None)
+    assert seen == [(min(expected, POOL - 64 - 2 * PAGE - 1), largest_degree == 1)]
+    assert (req.sampling_params.max_new_tokens, req.sampling_params.ignore_eos) == (900, True)
+
+
+def test_a_running_request_is_charged_what_it_is_expected_to_generate_yet(cluster: tuple[int, int]) -> None:
+    _, expected = cluster
+
+    def original(adder: Any, req: Any) -> int:
+        assert req.sampling_params.ignore_eos
+        return req.sampling_params.max_new_tokens - len(req.output_ids)
+
+    for prompt, new, generated in ((64, 900, 0), (64, 900, 500), (64, 900, 800), (64, 20, 0), (64, 20, 20), (900, 900, 100)):
+        left = min(new - generated, POOL - prompt - 2 * PAGE - 1 - generated)
+        charged = admission.running_offset(original, adder_with(), local_request(prompt, new, generated))
+        assert charged == max(0, min(left, 256) if expected == 256 else left)

@@ -85,9 +85,9 @@ def test_border_of_the_capacity(prompt: int, new: int, fits: bool) -> None:
 def test_output_without_a_bound_takes_what_is_left() -> None:
     limits().check(4064, {})
     limits().check(4064, {"max_new_tokens": None})
-    request = describe_request(4000, None, {}, 4096)
+    request = describe_request(4000, None, {}, 4096, largest_degree=4)
     assert (request.max_new_tokens, request.expected_new_tokens) == (96, 96)
-    assert describe_request(5000, None, {}, 4096).max_new_tokens == 0
+    assert describe_request(5000, None, {}, 4096, largest_degree=4).max_new_tokens == 0
 
 
 def test_pinned_degree_must_hold_the_prompt() -> None:
@@ -107,7 +107,7 @@ def test_whatever_passes_can_be_placed() -> None:
                     checker.check(prompt, sampling)
                 except ValueError:
                     continue
-                request = describe_request(prompt, new, pin, checker.reach_tokens)
+                request = describe_request(prompt, new, pin, checker.reach_tokens, largest_degree=2)
                 assert request.prompt_tokens + request.max_new_tokens <= 2 * POOL
 
 

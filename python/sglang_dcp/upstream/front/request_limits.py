@@ -113,7 +113,14 @@ class RequestLimits:
             raise RequestError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
         self._check_length(prompt_tokens, max_new_tokens or 0)
         # Negative lengths are SGLang's to refuse, with its own words.
-        request = describe_request(prompt_tokens, max_new_tokens and max(0, max_new_tokens), pin, self.reach_tokens, routed_dp_rank)
+        request = describe_request(
+            prompt_tokens,
+            max_new_tokens and max(0, max_new_tokens),
+            pin,
+            self.reach_tokens,
+            routed_dp_rank,
+            largest_degree=most_pools(self.config, self.num_instances),
+        )
         loads = [InstanceLoad(rank=rank, node=0, kv_tokens=0, kv_capacity=self.pool_tokens) for rank in range(self.num_instances)]
         return self.policy.place(request, loads, self.page_size)
 

@@ -7,12 +7,11 @@ from typing import Any
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.policy.cost_model import CostModel
+from sglang_dcp.policy.expected_output import expected_new_tokens
 from sglang_dcp.policy.served_model import served_cost
 from sglang_dcp.policy.types import PlacementRequest
 
 GPUS_PER_NODE = 8
-EXPECTED_NEW_TOKENS = 256
-"""Output length that placement assumes, at most what the request allows: no policy knows the true one."""
 
 
 def node_of(rank: int) -> int:
@@ -34,17 +33,24 @@ def most_pools(config: DynCpConfig, num_instances: int) -> int:
 
 
 def describe_request(
-    prompt_tokens: int, max_new_tokens: int | None, pin: Mapping[str, Any], reach_tokens: int, named_home: int | None = None
+    prompt_tokens: int,
+    max_new_tokens: int | None,
+    pin: Mapping[str, Any],
+    reach_tokens: int,
+    named_home: int | None = None,
+    *,
+    largest_degree: int,
 ) -> PlacementRequest:
     """max_new_tokens None: the client set no bound, so the output ends where `reach_tokens`, the pools of one request, end.
+    largest_degree: how many these are (`most_pools`).
 
     named_home: the rank that the client named by SGLang's own means (routed_dp_rank, header); never beside a pin.
     """
     if max_new_tokens is None:
-        max_new_tokens = max(0, min(EXPECTED_NEW_TOKENS, reach_tokens - prompt_tokens))
+        max_new_tokens = expected_new_tokens(max(0, reach_tokens - prompt_tokens), largest_degree)
     return PlacementRequest(
         prompt_tokens=prompt_tokens,
-        expected_new_tokens=min(EXPECTED_NEW_TOKENS, max_new_tokens),
+        expected_new_tokens=expected_new_tokens(max_new_tokens, largest_degree),
         max_new_tokens=max_new_tokens,
         degree=pin.get("degree"),
         home=pin.get("home", named_home),

@@ -70,10 +70,11 @@ class Placer:
         assert self._policy is not None, "configure() comes first"
         pin = (req.sampling_params.custom_params or {}).get("dyncp") or {}
         page_size = self._page_size
-        reach_tokens = most_pools(self._config, self._num_instances) * (self._view.smallest_capacity // page_size * page_size)
+        pools = most_pools(self._config, self._num_instances)
+        reach_tokens = pools * (self._view.smallest_capacity // page_size * page_size)
         max_new_tokens = req.sampling_params.max_new_tokens
         named_home = getattr(req, "routed_dp_rank", None)
-        request = describe_request(len(req.input_ids), max_new_tokens, pin, reach_tokens, named_home)
+        request = describe_request(len(req.input_ids), max_new_tokens, pin, reach_tokens, named_home, largest_degree=pools)
         loads = self.loads()
         placement = self._policy.place(request, loads, page_size)
         self._view.place(placement)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sglang_dcp.ledger.homes import HomeRequest
+from sglang_dcp.policy.expected_output import expected_new_tokens
 from sglang_dcp.upstream.router.placement_hint import read_placement
+from sglang_dcp.upstream.router.placement_request import most_pools
 from sglang_dcp.upstream.step.binding import Binding, current
 from sglang_dcp.upstream.step.instance import is_managed
 
@@ -78,7 +80,7 @@ def _add_local(original: Callable[..., Any], adder: Any, binding: Binding, req: 
 
     if getattr(adder, "dyncp_local_blocked", False):
         return AddReqResult.CONTINUE
-    with _charge_no_more_than_a_pool(req, binding):
+    with _charge_expected_output(req, binding), _admit_like_others(req, binding):
         result = original(adder, req, *args, **kwargs)
     if result is AddReqResult.NO_TOKEN and binding.waiting:
         adder.dyncp_local_blocked = True
@@ -107,7 +109,7 @@ def running_offset(original: Callable[..., Any], adder: Any, req: Any) -> Any:
         return original(adder, req)
     if is_managed(req):
         return binding.instance.page_size
-    with _charge_no_more_than_a_pool(req, binding):
+    with _charge_expected_output(req, binding):
         return max(0, original(adder, req))
 
 
@@ -203,13 +205,33 @@ def _charge_less(adder: Any, tokens: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _charge_no_more_than_a_pool(req: Any, binding: Binding) -> Iterator[None]:
+def _charge_expected_output(req: Any, binding: Binding) -> Iterator[None]:
+    """As placement counts it (policy/expected_output.py), beyond what the request has generated, and never more than a pool holds. One
+    that runs past this estimate and its pool grows elsewhere."""
     params, instance = req.sampling_params, binding.instance
-    pool = instance.num_pages * instance.page_size
+    pool, generated = instance.num_pages * instance.page_size, len(req.output_ids)
     limit = max(0, pool - len(req.origin_input_ids) - 2 * instance.page_size - 1)
     asked = params.max_new_tokens
-    params.max_new_tokens = min(asked, limit)
+    left = max(0, asked - generated)
+    params.max_new_tokens = min(generated + expected_new_tokens(left, _largest_degree(binding)), limit)
     try:
         yield
     finally:
         params.max_new_tokens = asked
+
+
+@contextlib.contextmanager
+def _admit_like_others(req: Any, binding: Binding) -> Iterator[None]:
+    """Without a prefix cache SGLang admits requests that ignore the end of sequence by a simulation of all full outputs. It knows nothing
+    of growth elsewhere."""
+    params = req.sampling_params
+    ignore_eos = params.ignore_eos
+    params.ignore_eos = ignore_eos and _largest_degree(binding) == 1
+    try:
+        yield
+    finally:
+        params.ignore_eos = ignore_eos
+
+
+def _largest_degree(binding: Binding) -> int:
+    return most_pools(binding.instance.config, binding.instance.num_instances)
