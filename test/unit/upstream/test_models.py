@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_dcp.upstream.attach.models import SERVED_CLASSES, UnsupportedModelError, check_model, find_unsupported_layer
+from sglang_dcp.upstream.attach.models import SERVED_CLASSES, UnsupportedModelError, attention_layers, check_model, find_unsupported_layer
 
 
 class RadixAttention(torch.nn.Module):
@@ -60,6 +60,14 @@ def test_what_is_refused(changes: dict[str, Any], owner: dict[str, Any], reason:
 def test_another_class_is_refused_by_the_layers_name() -> None:
     with pytest.raises(UnsupportedModelError, match=r"layers.0.self_attn \(LlamaAttention\): not tested; served are Qwen2MoeAttention"):
         check_model(model_with(RadixAttention(), "LlamaAttention"))
+
+
+def test_layers_are_named_by_id_whatever_forms_they_have() -> None:
+    """MLA's layer has an absorbed and an expanded form under one id."""
+    model = model_with(RadixAttention(layer_id=0))
+    model.layers[0].self_attn.attn_mha = RadixAttention(layer_id=0)
+    model.layers.append(model_with(RadixAttention(layer_id=3)).layers[0])
+    assert attention_layers(model) == {0: "layers.0.self_attn", 3: "layers.1.self_attn"}
 
 
 def test_layers_with_a_state_are_refused() -> None:

@@ -83,7 +83,9 @@ class Scheduler:
 
 @pytest.fixture
 def attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[Attention]:
-    found: Any = SimpleNamespace(graph_guest_rows=0, graph_step=None, graph_steps=0, sharded_graph_steps=0, eager_steps=0)
+    found: Any = SimpleNamespace(
+        graph_guest_rows=0, graph_step=None, graph_steps=0, sharded_graph_steps=0, eager_steps=0, pending_rows=None
+    )
     found.host_clock = HostClock()
     binding.bind(found)
     built = Attention()

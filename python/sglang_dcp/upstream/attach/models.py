@@ -14,6 +14,15 @@ class UnsupportedModelError(RuntimeError):
     """A layer that dynamic context parallelism does not serve; the message names it and the reason."""
 
 
+def attention_layers(model: Any) -> dict[int, str]:
+    """Names of the layers that attend, by layer id. MLA has two forms of one layer under one id, of which a step runs one."""
+    names: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if type(module).__name__ == "RadixAttention":
+            names[module.layer_id] = name.rpartition(".")[0] or name
+    return names
+
+
 def find_unsupported_layer(model: Any) -> str | None:
     """The first attention layer that is not served, as "NAME (CLASS): REASON", or None. `model`: a torch module."""
     modules = dict(model.named_modules())

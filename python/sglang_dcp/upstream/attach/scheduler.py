@@ -14,9 +14,10 @@ from sglang_dcp.dataflow.token_ids import kernel_token_ids, torch_token_ids
 from sglang_dcp.dataflow.transport.gloo import create_gloo_group
 from sglang_dcp.upstream.attach.agreement import check_agreement
 from sglang_dcp.upstream.attach.install import verify_installed
-from sglang_dcp.upstream.attach.models import check_model
+from sglang_dcp.upstream.attach.models import attention_layers, check_model
 from sglang_dcp.upstream.layers import synthetic_prefill
 from sglang_dcp.upstream.layers.graphs import engine
+from sglang_dcp.upstream.layers.layer_roll import LayerRoll
 from sglang_dcp.upstream.layers.step_path import choose_partial_attention, choose_transport, prepare_merge
 from sglang_dcp.upstream.observe.metrics import attach_metrics
 from sglang_dcp.upstream.pool.kv_pool import LedgerAllocator
@@ -45,22 +46,26 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
         from sglang_dcp.mutants import install_mutant
 
         install_mutant()
-    check_model(scheduler.tp_worker.model_runner.model)
+    runner = scheduler.tp_worker.model_runner
+    check_model(runner.model)
     pool = scheduler.token_to_kv_pool_allocator
     if not isinstance(pool, LedgerAllocator):
         raise UnsupportedError(f"--enable-dyncp needs a paged KV pool (--page-size above 1), this server has {type(pool).__name__}")
     parallel = get_parallel()
     rank, num_instances = parallel.tp_rank, parallel.num_dp_ranks
+    graphs = engine()
+    if graphs is not None:
+        graphs.end_captured()
     instance = Instance(config.resolve(num_instances), rank, num_instances, pool.num_pages, pool.page_size, pool)
     # With graphs the kernels are here; without, torch does it.
-    pool.bind(instance, scheduler.tree_cache, torch_token_ids if engine() is None else kernel_token_ids())
+    pool.bind(instance, scheduler.tree_cache, torch_token_ids if graphs is None else kernel_token_ids())
     group = create_gloo_group(EXCHANGE_TIMEOUT_SECONDS)
-    runner = scheduler.tp_worker.model_runner
     check_agreement(instance, runner.kv_cache_dtype, group)
     device = torch.device(runner.device)
     transport = choose_transport(config.transport, device, group, EXCHANGE_TIMEOUT_SECONDS)
     attention = choose_partial_attention(device, pool.page_size, runner)
     binding = bindings.Binding(scheduler, instance, transport, group, device=device, partial_attention=attention)
+    binding.layer_roll = LayerRoll(attention_layers(runner.model))
     prepare_merge(runner, device)
     if synthetic_prefill.is_enabled():
         synthetic_prefill.fill_pool(runner.token_to_kv_pool, rank)

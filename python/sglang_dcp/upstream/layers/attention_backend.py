@@ -130,6 +130,7 @@ def with_rotary_part(
 
 def forward_sharded(binding: Binding, pool: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any) -> torch.Tensor:
     """Attention of a step with sharded rows. Returns [T, heads * v_head_dim]."""
+    binding.layer_roll.enter(layer.layer_id)
     plan = plan_of_step(binding, q.shape[0])
     cache = PoolLayer(pool, layer, latent=layer.tp_k_head_num == 1 and layer.qk_head_dim != layer.v_head_dim)
     queries = q.reshape(q.shape[0], layer.tp_q_head_num, layer.qk_head_dim).contiguous()
@@ -152,6 +153,7 @@ def forward_captured(
     """A layer of a decode graph with sharded rows, while it is captured. Returns [T, heads * v_head_dim]."""
     graphs = engine()
     assert graphs is not None
+    graphs.layer_roll.enter(layer.layer_id)
     num_tokens, heads = q.shape[0], layer.tp_q_head_num
     cache = PoolLayer(pool, layer, latent=graphs.attention.shape.latent)
     q_rope, k_rope = kwargs.get("q_rope"), kwargs.get("k_rope")

@@ -19,6 +19,8 @@ from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
 from sglang_dcp.dataflow.graph.static_tables import ListedRow, PooledRow, guests_per_instance, route_word32, route_words
 from sglang_dcp.ledger.routes import shard_mask, travelling_tail
+from sglang_dcp.upstream.attach.models import attention_layers
+from sglang_dcp.upstream.layers.layer_roll import LayerRoll
 from sglang_dcp.upstream.layers.peers import Place, find_obstacle, num_sharing, own_place, tell_everybody
 from sglang_dcp.upstream.step.binding import Binding, current
 
@@ -75,6 +77,7 @@ class GraphEngine:
         self.guest_rows, self.places, self.rank, self._group = guest_rows, places, rank, group
         self.attention: Any = None
         self.max_home_rows = 0
+        self.layer_roll = LayerRoll({})
         self._own_slots = torch.zeros(0)
 
     @property
@@ -109,6 +112,7 @@ class GraphEngine:
             own_split=splits_long_rows(),
         )
         self.attention.exchange.connect_processes(tell_everybody(self.attention.exchange.ipc_handle(), self._group))
+        self.layer_roll = LayerRoll(attention_layers(runner.model))
         self.max_home_rows = max_batch
         self._own_slots = torch.zeros(max_batch, dtype=torch.int64, device=device)
         logger.info(
@@ -163,10 +167,17 @@ class GraphEngine:
 
     def begin_captured(self, forward_batch: Any, guest_rows: int, token_table: torch.Tensor, pool_slots: int) -> None:
         """Recorded once per graph: the step's tables, and where each new token's K/V goes here; slot 0 (padding) for those that travel."""
+        self.end_captured()
+        self.layer_roll.open()
         self.attention.begin(forward_batch.batch_size, guest_rows, token_table)
         slots = forward_batch.out_cache_loc
         here = torch.where(slots < pool_slots, slots, torch.zeros_like(slots))
         self._own_slots[: len(slots)].copy_(here)
+
+    def end_captured(self) -> None:
+        """All layers of the graph before this one were recorded in our form: LayerMissedError otherwise. Also behind the last graph."""
+        if self.layer_roll.is_open:
+            self.layer_roll.close(f"rank {self.rank}, decode graph with sharded rows")
 
     def own_slots(self, num_tokens: int) -> torch.Tensor:
         return self._own_slots[:num_tokens]

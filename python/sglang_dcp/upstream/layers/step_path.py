@@ -73,7 +73,8 @@ def prepare_merge(runner: Any, device: torch.device) -> None:
 
 
 def count_forward(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER TpModelWorker.forward_batch_generation: which share of the steps runs as a graph, and who did not answer in one."""
+    """AFTER TpModelWorker.forward_batch_generation: which share of the steps runs as a graph, who did not answer in one, and that every
+    attention layer of an eager sharded step was ours."""
     binding = current()
     if binding is None:
         return
@@ -84,3 +85,5 @@ def count_forward(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
             note_silence(binding, result)
     else:
         binding.eager_steps += 1
+        if binding.pending_rows is not None:
+            binding.layer_roll.close(f"rank {binding.instance.rank}, step {binding.instance.step}")

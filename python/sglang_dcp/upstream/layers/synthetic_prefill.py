@@ -52,8 +52,10 @@ def fill_pool(pool: Any, rank: int) -> None:
 
 def skip_prefill(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND ModelRunner.forward: equal logits for every row of a step that prefills on some instance."""
-    if current() is None or not forward_batch.is_extend_in_batch:
+    binding = current()
+    if binding is None or not forward_batch.is_extend_in_batch:
         return original(runner, forward_batch, *args, **kwargs)
+    binding.layer_roll.excuse()
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
     from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 

@@ -10,6 +10,7 @@ import torch
 from sglang_dcp.dataflow.attention.partial_attention import PartialAttention, torch_partial_attention
 from sglang_dcp.dataflow.transport.base import Transport
 from sglang_dcp.observe.request_log import RequestLog
+from sglang_dcp.upstream.layers.layer_roll import LayerRoll
 from sglang_dcp.upstream.observe.host_clock import HostClock
 from sglang_dcp.upstream.observe.metrics import StepMetrics
 from sglang_dcp.upstream.step.columns import WidenedRow
@@ -25,7 +26,8 @@ class Binding:
     graph_steps, eager_steps: forward passes that this instance ran as a CUDA graph (sharded_graph_steps: those of them with sharded
     rows), and otherwise. step_ran: the last step had rows on some instance. own_row, fallback_row: what SGLang's all-gather gets of us.
     idle_audited: the pool was looked at since this instance fell idle. givable_pages: free ones and what eviction would free, when the
-    last step was synchronised. placements_taken_in: number of the newest placement by the router that has arrived here.
+    last step was synchronised. layer_roll: attention layers of the eager sharded step being run, as they enter our path.
+    placements_taken_in: number of the newest placement by the router that has arrived here.
     """
 
     scheduler: Any
@@ -52,6 +54,7 @@ class Binding:
     fallback_row: torch.Tensor | None = None
     givable_pages: int = 0
     placements_taken_in: int = 0
+    layer_roll: LayerRoll = field(default_factory=lambda: LayerRoll({}))
     own_batch: OwnBatch = field(init=False)
 
     def __post_init__(self) -> None:

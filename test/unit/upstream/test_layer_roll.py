@@ -1,0 +1,135 @@
+"""A sharded step that ran an attention layer past our path ends with the layer's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_dcp.upstream.layers import attention_backend, graphs, step_path, synthetic_prefill
+from sglang_dcp.upstream.layers.layer_roll import LayerMissedError, LayerRoll
+from sglang_dcp.upstream.step import binding
+
+NAMES = {0: "model.layers.0.self_attn", 1: "model.layers.1.self_attn", 2: "model.layers.2.self_attn"}
+EAGER, GRAPH = SimpleNamespace(can_run_cuda_graph=False), SimpleNamespace(can_run_cuda_graph=True)
+
+
+@pytest.fixture
+def bound(monkeypatch: pytest.MonkeyPatch) -> Iterator[binding.Binding]:
+    """A binding in a sharded eager step, whose attention gives the queries back."""
+    found = binding.Binding(None, SimpleNamespace(rank=1, step=7), None, None)  # type: ignore[arg-type]
+    found.layer_roll, found.pending_rows = LayerRoll(NAMES), []
+    monkeypatch.setattr(attention_backend, "plan_of_step", lambda *args: None)
+    monkeypatch.setattr(attention_backend, "attention_step", lambda queries, *args, **kwargs: queries)
+    binding.bind(found)
+    yield found
+    binding.bind(None)  # type: ignore[arg-type]
+
+
+class Stock:
+    token_to_kv_pool = None
+
+    def forward(self, q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return q
+
+
+def run_layers(layer_ids: list[int]) -> None:
+    """A model's forward pass, as far as attention goes."""
+    backend = attention_backend.make_backend_class(Stock)()
+    for layer_id in layer_ids:
+        layer = SimpleNamespace(layer_id=layer_id, tp_q_head_num=2, tp_k_head_num=2, qk_head_dim=4, v_head_dim=4, scaling=1.0)
+        rows = torch.zeros(3, 8)
+        assert backend.forward(rows, rows, rows, layer, None).shape == (3, 8)
+
+
+def test_steps_that_run_all_layers_pass(bound: binding.Binding) -> None:
+    for _ in range(2):
+        run_layers([0, 1, 2])
+        step_path.count_forward(EAGER, None)
+    assert bound.eager_steps == 2
+
+
+def test_a_layer_that_bypasses_ends_the_server(bound: binding.Binding) -> None:
+    """One good step first: what entered in it does not count for the next."""
+    run_layers([0, 1, 2])
+    step_path.count_forward(EAGER, None)
+    run_layers([0, 2])
+    with pytest.raises(LayerMissedError, match=r"^rank 1, step 7: 1 of 3 attention layers .*: model\.layers\.1\.self_attn$"):
+        step_path.count_forward(EAGER, None)
+
+
+def test_a_step_that_ran_no_layer_names_them_all(bound: binding.Binding) -> None:
+    with pytest.raises(LayerMissedError, match="3 of 3 attention layers .*layers.0.*layers.1.*layers.2"):
+        step_path.count_forward(EAGER, None)
+
+
+def test_a_layer_that_was_not_there_at_load(bound: binding.Binding) -> None:
+    run_layers([0, 1, 2, 9])
+    with pytest.raises(LayerMissedError, match=r"rank 1, step 7: layers with ids \[9\]"):
+        step_path.count_forward(EAGER, None)
+
+
+def test_steps_without_sharded_rows_count_no_layers(bound: binding.Binding) -> None:
+    bound.pending_rows = None
+    run_layers([0])
+    step_path.count_forward(EAGER, None)
+    step_path.count_forward(GRAPH, None)
+    assert (bound.eager_steps, bound.graph_steps) == (1, 1)
+
+
+def test_a_skipped_prefill_misses_nothing(bound: binding.Binding) -> None:
+    """For benchmarks: no layer runs, on purpose, and only in the step that said so."""
+    pytest.importorskip("sglang.srt.model_executor.model_runner")
+    runner = SimpleNamespace(model_config=SimpleNamespace(vocab_size=8))
+    mode = SimpleNamespace(is_idle=lambda: False)
+    batch = SimpleNamespace(is_extend_in_batch=True, forward_mode=mode, seq_lens=[3], input_ids=torch.zeros(3))
+    synthetic_prefill.skip_prefill(lambda *args: pytest.fail("the model ran"), runner, batch)
+    step_path.count_forward(EAGER, None)
+    with pytest.raises(LayerMissedError):
+        step_path.count_forward(EAGER, None)
+
+
+def captured(engine: graphs.GraphEngine, layer_ids: list[int]) -> None:
+    """What a capture of one graph does: the shared part first, then each layer."""
+    engine.begin_captured(SimpleNamespace(batch_size=1, out_cache_loc=torch.zeros(1, dtype=torch.int64)), 4, torch.zeros(1, 1), 64)
+    for layer_id in layer_ids:
+        layer = SimpleNamespace(layer_id=layer_id, tp_q_head_num=2, tp_k_head_num=1, qk_head_dim=4, v_head_dim=4)
+        pool = SimpleNamespace(
+            set_kv_buffer=lambda *args: None, get_key_buffer=lambda layer_id: None, get_value_buffer=lambda layer_id: None
+        )
+        attention_backend.forward_captured(4, pool, torch.zeros(1, 8), torch.zeros(1, 4), torch.zeros(1, 4), layer)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> graphs.GraphEngine:
+    made = graphs.GraphEngine((4,), [], 0, None)
+    made.attention = SimpleNamespace(
+        begin=lambda *args: None, run=lambda tokens, *args: torch.zeros(tokens, 2, 4), shape=SimpleNamespace(latent=False)
+    )
+    made.layer_roll, made._own_slots = LayerRoll(NAMES), torch.zeros(4, dtype=torch.int64)
+    monkeypatch.setattr(attention_backend, "engine", lambda: made)
+    monkeypatch.setattr(attention_backend.PoolLayer, "_write_location", staticmethod(lambda slots: slots))
+    return made
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_layer_missing_from_a_captured_graph(engine: graphs.GraphEngine, last: bool) -> None:
+    """Found when the next graph begins, and behind the last one."""
+    captured(engine, [0, 1, 2])
+    captured(engine, [0, 1])
+    with pytest.raises(LayerMissedError, match=r"rank 0, decode graph with sharded rows: 1 of 3 .*layers\.2\.self_attn"):
+        if last:
+            engine.end_captured()
+        else:
+            captured(engine, [0, 1, 2])
+
+
+def test_captured_graphs_with_all_layers(engine: graphs.GraphEngine) -> None:
+    engine.end_captured()
+    for _ in range(2):
+        captured(engine, [0, 1, 2])
+    engine.end_captured()
+    engine.end_captured()
