@@ -29,7 +29,7 @@ CONFIG = ServerConfig(
     page_size=PAGE,
     chunk_tokens=256,
     dyncp=True,
-    flags=("--enable-metrics", "--chat-template", "chatml"),
+    flags=("--enable-metrics",),
     environment=(("SGLANG_DYNCP_CHECK_EVERY_STEP", "1"),),
 )
 GAUGES = ("kv_tokens", "guest_tokens", "home_requests", "attention_rows")
@@ -294,6 +294,14 @@ def test_meta_info_of_streams_and_chats(client: Client) -> None:
     choice = client.chat("hello", return_meta_info=True)["choices"][0]
     assert choice["meta_info"]["dyncp"]["degree_start"] == 1
     assert "meta_info" not in client.chat("hello")["choices"][0]
+
+
+def test_chats_need_no_template_of_the_client(client: Client) -> None:
+    """The model's tokenizer has one; a byte is a token."""
+    prompt = "user: hello\nassistant: "
+    reply = client.chat("hello", max_tokens=4, ignore_eos=True)
+    assert reply["usage"]["prompt_tokens"] == len(prompt)
+    assert reply["choices"][0]["message"]["content"] == client.complete(prompt, max_tokens=4, ignore_eos=True)["choices"][0]["text"]
 
 
 def run_command(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
