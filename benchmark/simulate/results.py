@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from benchmark.simulate.cluster import SimulatedRequest
-
-if TYPE_CHECKING:
-    from benchmark.simulate.engine import SimulationSettings
+from benchmark.simulate.settings import SimulationSettings
 
 # Requests that arrive in the first tenth of a run see a cluster that still fills up; they load it but are not measured.
 WARM_UP_SHARE = 0.1

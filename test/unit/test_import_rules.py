@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[2] / "python" / "sglang_dcp"
-LINE_LIMIT = 400
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = REPOSITORY / "python" / "sglang_dcp"
+LINE_LIMIT = 350
 FUNCTION_LIMIT = 60
 
 STAND_IN = PACKAGE / "cpu" / "standin"
@@ -100,3 +101,58 @@ def test_names_and_docstring(path: Path) -> None:
     assert path.stem not in ("utils", "util", "common", "manager", "helpers", "misc"), "name the file after what it does"
     if path.name != "__init__.py":
         assert ast.get_docstring(ast.parse(path.read_text())), f"{relative(path)} has no module docstring"
+
+
+# ---- circles
+
+
+def module_names(root: Path, package: str) -> dict[str, Path]:
+    """Dotted name -> file of every module below `root`."""
+    found = {}
+    for path in root.rglob("*.py"):
+        if STAND_IN not in path.parents:
+            parts = [package, *path.relative_to(root).with_suffix("").parts]
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of(tree: ast.AST, known: Collection[str]) -> set[str]:
+    """Modules among `known` that are imported anywhere, for their types alone too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in known else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & set(known)
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Sets of modules that reach each other, of two or more."""
+
+    def reach(start: str) -> set[str]:
+        seen, todo = set(), [start]
+        while todo:
+            for name in graph[todo.pop()] - seen:
+                seen.add(name)
+                todo.append(name)
+        return seen
+
+    reached = {name: reach(name) for name in graph}
+    groups = {tuple(sorted(other for other in reached[name] if name in reached[other])) for name in graph if name in reached[name]}
+    return [list(group) for group in sorted(groups)]
+
+
+def test_no_two_modules_import_each_other_in_a_circle() -> None:
+    modules = module_names(PACKAGE, "sglang_dcp") | module_names(REPOSITORY / "benchmark", "benchmark")
+    graph = {name: imports_of(ast.parse(path.read_text()), modules) - {name} for name, path in modules.items()}
+    assert len(graph) > 150
+    assert circles(graph) == []
+
+
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}
+    assert circles(graph) == [["a", "b", "c"]]
+    tree = ast.parse("if TYPE_CHECKING:\n    from x.b import name\ndef f():\n    from x import c")
+    assert imports_of(tree, {"x.b", "x.c", "x.d"}) == {"x.b", "x.c"}

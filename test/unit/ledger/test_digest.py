@@ -7,7 +7,8 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dcp.ledger.digest import MASK, DecisionDigest, OpenDigest, digest
+from sglang_dcp.ledger.decision_digest import DecisionDigest
+from sglang_dcp.ledger.digest import MASK, OpenDigest, digest
 from sglang_dcp.ledger.messages import AskAdmission, AskGrowth
 from sglang_dcp.ledger.reservations import Decision, Grant, GrantedSegment, ReservationTable
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 
 from sglang_dcp.dataflow.token_ids import TokenIds, torch_token_ids
-
-if TYPE_CHECKING:
-    from sglang_dcp.upstream.step.instance import Instance
-
+from sglang_dcp.ledger.homes import HomeBook, HomeRequest
 
 PAGES_AHEAD = 32
 """Free pages whose numbers are read from the device at once: a request that grows takes one, and reading it alone waits for the device."""
+
+
+class Books(Protocol):
+    """What the allocator asks of the instance whose pool it is: who owns a page, and what is promised."""
+
+    rank: int
+    homes: HomeBook
+    promised: tuple[int, ...]
+
+    def release(self, request: HomeRequest) -> None: ...
 
 
 class LedgerAllocator(PagedTokenToKVPoolAllocator):
@@ -24,14 +31,14 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
     free_pages: torch.Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.instance: Instance | None = None
+        self.instance: Books | None = None
         self.tree_cache: Any = None
         self._claimed_pages = 0
         self._ahead: list[int] = []  # free, but not in free_pages
         self._token_ids: TokenIds = torch_token_ids
         super().__init__(*args, **kwargs)
 
-    def bind(self, instance: Instance, tree_cache: Any, token_ids: TokenIds = torch_token_ids) -> None:
+    def bind(self, instance: Books, tree_cache: Any, token_ids: TokenIds = torch_token_ids) -> None:
         self.instance, self.tree_cache, self._token_ids = instance, tree_cache, token_ids
 
     def num_givable_pages(self) -> int:

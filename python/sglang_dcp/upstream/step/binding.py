@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -12,10 +12,17 @@ from sglang_dcp.dataflow.transport.base import Transport
 from sglang_dcp.observe.request_log import RequestLog
 from sglang_dcp.upstream.layers.layer_roll import LayerRoll
 from sglang_dcp.upstream.observe.host_clock import HostClock
-from sglang_dcp.upstream.observe.metrics import StepMetrics
 from sglang_dcp.upstream.step.columns import WidenedRow
 from sglang_dcp.upstream.step.instance import Instance
 from sglang_dcp.upstream.step.own_batch import OwnBatch
+
+
+class StepObserver(Protocol):
+    """Takes note of steps and ends of requests: the metrics, where they are on."""
+
+    def after_step(self, binding: Binding) -> None: ...
+
+    def observe_end(self, where: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -47,7 +54,7 @@ class Binding:
     sharded_graph_steps: int = 0
     eager_steps: int = 0
     request_log: RequestLog = field(default_factory=RequestLog)
-    metrics: StepMetrics | None = None
+    metrics: StepObserver | None = None
     host_clock: HostClock = field(default_factory=HostClock)
     step_ran: bool = False
     own_row: WidenedRow = field(default_factory=WidenedRow)

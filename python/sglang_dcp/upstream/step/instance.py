@@ -18,7 +18,7 @@ from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.contracts import GuestRow, HomeRow, StepPlan
 from sglang_dcp.dataflow.step_plan import asks, build_step_plan, holds_active_page
 from sglang_dcp.ledger import messages
-from sglang_dcp.ledger.digest import DecisionDigest
+from sglang_dcp.ledger.decision_digest import DecisionDigest
 from sglang_dcp.ledger.guests import GuestBook
 from sglang_dcp.ledger.homes import HomeBook, HomeRequest
 from sglang_dcp.ledger.messages import AskAdmission, AskGrowth, Granted, Message, Release, Row, Rows
