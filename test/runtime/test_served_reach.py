@@ -1,12 +1,16 @@
 """A prompt longer than any one pool is answered, wherever its key lies; stock with the same pools refuses it (test_stock_serving)."""
 
 import random
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
+from support.client import Client
 from support.dyncp_grid import INSTANCES, POOL_TOKENS, grid_server
-from support.recall import MODEL_NAMES, depth_at, recall_prompt
+from support.recall import MODEL_NAMES, depth_at, random_ids, recall_prompt
+from support.stock_answers import FOREVER
 
 LENGTH = 3500
 NUM_LONG, NUM_SHORT = 20, 8
@@ -80,3 +84,38 @@ def test_a_long_prompt_is_not_starved_by_short_ones(serve):
         finally:
             done.append(True)
         assert all(f.result() > 0 for f in stream)
+
+
+def first_token(client: Client, rid: str, prompt: int, new: int, pin: dict[str, int] | None = None, **fields: Any) -> Iterator[Any]:
+    """The events behind the first token, once that is there."""
+    sampling = FOREVER | ({"custom_params": {"dyncp": pin}} if pin else {})
+    events = client.stream(random_ids(prompt, seed=sum(rid.encode())), max_new_tokens=new, sampling=sampling, rid=rid, **fields).events()
+    next(events)
+    return events
+
+
+def assert_none_had_ended(client: Client, streams: dict[str, Iterator[Any]]) -> None:
+    """An abort ends only what still runs."""
+    for rid in streams:
+        client.abort(rid)
+    reasons = {rid: list(events)[-1]["meta_info"]["finish_reason"]["type"] for rid, events in streams.items()}
+    assert reasons == dict.fromkeys(streams, "abort")
+
+
+@pytest.mark.on_server(grid_server("qwen3moe", 16, 256))
+def test_short_prompts_with_long_outputs_start_beside_a_long_prompt(serve):
+    """Sent at once to an idle cluster that has 2,500 tokens left: all of them have a first token before any has its last."""
+    client = serve(grid_server("qwen3moe", 16, 256)).client
+    jobs = [("long", 1500, 1200), ("short-0", 64, 900), ("short-1", 64, 900)]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        streams = dict(zip([rid for rid, _, _ in jobs], pool.map(lambda job: first_token(client, *job), jobs), strict=True))
+    assert_none_had_ended(client, streams)
+
+
+@pytest.mark.on_server(grid_server("qwen3moe", 16, 256))
+def test_a_local_request_does_not_wait_for_its_pool_while_another_has_room(serve):
+    """500 tokens and the output expected of both requests are more than a pool holds. The second has the same home, not by a pin."""
+    client = serve(grid_server("qwen3moe", 16, 256)).client
+    streams = {"fill": first_token(client, "fill", 500, 900, {"degree": 1, "home": 0})}
+    streams["moved"] = first_token(client, "moved", 64, 900, routed_dp_rank=0)
+    assert_none_had_ended(client, streams)

@@ -18,8 +18,9 @@ from sglang_dcp.ledger.integrity import check_instance
 from sglang_dcp.ledger.messages import Granted, Release
 from sglang_dcp.mutants import install_mutant
 from sglang_dcp.policy.types import Placement
-from sglang_dcp.upstream.step.admission import _reserved
+from sglang_dcp.upstream.step.admission import note_blocked, reserved
 from sglang_dcp.upstream.step.binding import Binding
+from sglang_dcp.upstream.step.elsewhere import ask_elsewhere
 from sglang_dcp.upstream.step.instance import Instance
 from sglang_dcp.upstream.step.retraction import place_again
 from sglang_dcp.upstream.step.sitting_out import find_leavers, has_room
@@ -123,6 +124,7 @@ class ModelScheduler:
         self.decodes = False
         self.rows_by_slot: dict[int, ModelRequest] = {}
         self.req_to_token_pool = self
+        self.running_batch = SimpleNamespace(batch_is_full=False)
         self.done: list[ModelRequest] = []
         self.num_retractions = self.num_adoptions = 0
 
@@ -156,6 +158,7 @@ class ModelScheduler:
         if self.decodes:
             self.batch = self._decode()
         sweep_waiting(self.binding)
+        ask_elsewhere(self.binding)
 
     def columns(self) -> list[int]:
         own = self.binding.own_batch
@@ -229,10 +232,12 @@ class ModelScheduler:
             placement = req.dyncp_placement
             if placement is None or placement.is_local:
                 # A local request that finds no room holds back local ones only: what runs must never wait for what has not started.
-                blocked = blocked or not self._fits(req, batch)
+                if not blocked and not self._fits(req, batch):
+                    note_blocked(self.binding, req)
+                    blocked = True
                 if blocked or self.chunked_req is not None or budget <= 0:
                     continue
-            elif not _reserved(self.binding, req) or self.chunked_req is not None or budget <= 0:
+            elif not reserved(self.binding, req) or self.chunked_req is not None or budget <= 0:
                 continue
             self.waiting_queue.remove(req)
             budget = self._add_chunk(req, budget, batch)

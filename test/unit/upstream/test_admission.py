@@ -21,7 +21,8 @@ PAGE, PROMISED_PAGES = 16, 10
 @pytest.fixture
 def binding(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Rank 0 of two; ten of its pages are promised to a reservation."""
-    bound = SimpleNamespace(instance=SimpleNamespace(rank=0, page_size=PAGE, promised=(PROMISED_PAGES, 0)), waiting={})
+    instance = SimpleNamespace(rank=0, page_size=PAGE, promised=(PROMISED_PAGES, 0), step=7)
+    bound = SimpleNamespace(instance=instance, waiting={}, blocked=None)
     monkeypatch.setattr(admission, "current", lambda: bound)
     yield bound
 
@@ -116,7 +117,7 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     settings, expected = request.param
     config = DynCpConfig(**settings).resolve(4)
     instance = SimpleNamespace(rank=0, page_size=PAGE, num_pages=POOL // PAGE, num_instances=4, config=config, promised=(0,) * 4)
-    monkeypatch.setattr(admission, "current", lambda: SimpleNamespace(instance=instance, waiting={}))
+    monkeypatch.setattr(admission, "current", lambda: SimpleNamespace(instance=instance, waiting={}, blocked=None))
     return admission.most_pools(config, 4), expected
 
 
@@ -145,3 +146,16 @@ def test_a_running_request_is_charged_what_it_is_expected_to_generate_yet(cluste
         left = min(new - generated, POOL - prompt - 2 * PAGE - 1 - generated)
         charged = admission.running_offset(original, adder_with(), local_request(prompt, new, generated))
         assert charged == max(0, min(left, 256) if expected == 256 else left)
+
+
+def test_a_local_request_without_room_is_noted_from_its_first_time_on(binding: SimpleNamespace) -> None:
+    binding.instance.num_pages, binding.instance.num_instances = POOL // PAGE, 2
+    binding.instance.config = DynCpConfig().resolve(2)
+    req, outcome = local_request(64, 900), [AddReqResult.NO_TOKEN]
+    for step in (7, 9):
+        binding.instance.step = step
+        assert admission.add_one_req(lambda *_: outcome[0], adder_with(), req, False, None) is AddReqResult.NO_TOKEN
+        assert binding.blocked is req and req.dyncp_blocked_since == 7
+    outcome[0] = AddReqResult.CONTINUE
+    admission.add_one_req(lambda *_: outcome[0], adder_with(), req, False, None)
+    assert binding.blocked is None and req.dyncp_blocked_since is None

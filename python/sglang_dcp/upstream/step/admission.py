@@ -63,7 +63,7 @@ def add_one_req(original: Callable[..., Any], adder: Any, req: Any, has_chunked_
         return _add_local(original, adder, binding, req, has_chunked_req, truncation_align_size)
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    if not _reserved(binding, req):
+    if not reserved(binding, req):
         return AddReqResult.CONTINUE
     # SGLang keeps one unfinished prefill at a time, and relies on its token budget to stop at that; ours is unbounded. The round ends:
     # those behind would only ask early, and hold pages that they cannot use yet.
@@ -82,10 +82,21 @@ def _add_local(original: Callable[..., Any], adder: Any, binding: Binding, req: 
         return AddReqResult.CONTINUE
     with _charge_expected_output(req, binding), _admit_like_others(req, binding):
         result = original(adder, req, *args, **kwargs)
-    if result is AddReqResult.NO_TOKEN and binding.waiting:
-        adder.dyncp_local_blocked = True
-        return AddReqResult.CONTINUE
+    if result is AddReqResult.NO_TOKEN:
+        note_blocked(binding, req)
+        if binding.waiting:
+            adder.dyncp_local_blocked = True
+            return AddReqResult.CONTINUE
+    elif binding.blocked is req:
+        binding.blocked = req.dyncp_blocked_since = None
     return result
+
+
+def note_blocked(binding: Binding, req: Any) -> None:
+    """The local request that found no room now, and the step in which it found none for the first time (elsewhere.py)."""
+    binding.blocked = req
+    if getattr(req, "dyncp_blocked_since", None) is None:
+        req.dyncp_blocked_since = binding.instance.step
 
 
 def add_chunked_req(original: Callable[..., Any], adder: Any, req: Any) -> Any:
@@ -113,7 +124,8 @@ def running_offset(original: Callable[..., Any], adder: Any, req: Any) -> Any:
         return max(0, original(adder, req))
 
 
-def _reserved(binding: Binding, req: Any) -> bool:
+def reserved(binding: Binding, req: Any) -> bool:
+    """Whether the pages of a request are there; asks for them once."""
     request: HomeRequest | None = req.dyncp
     if request is not None:
         return request.ready

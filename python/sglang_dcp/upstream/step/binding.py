@@ -34,7 +34,8 @@ class Binding:
     rows), and otherwise. step_ran: the last step had rows on some instance. own_row, fallback_row: what SGLang's all-gather gets of us.
     idle_audited: the pool was looked at since this instance fell idle. givable_pages: free ones and what eviction would free, when the
     last step was synchronised. layer_roll: attention layers of the eager sharded step being run, as they enter our path.
-    placements_taken_in: number of the newest placement by the router that has arrived here.
+    placements_taken_in: number of the newest placement by the router that has arrived here. blocked: the local request that found no room
+    last; asked_elsewhere: handle of the newest one whose pages were asked for elsewhere instead.
     """
 
     scheduler: Any
@@ -61,6 +62,8 @@ class Binding:
     fallback_row: torch.Tensor | None = None
     givable_pages: int = 0
     placements_taken_in: int = 0
+    blocked: Any = None
+    asked_elsewhere: int | None = None
     layer_roll: LayerRoll = field(default_factory=lambda: LayerRoll({}))
     own_batch: OwnBatch = field(init=False)
 

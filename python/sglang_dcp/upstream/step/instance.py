@@ -79,6 +79,7 @@ class Instance:
         self.num_degree_growths = 0
         self.admission_waits: list[float] = []
         self._asked_at: dict[int, float] = {}
+        self._columns: list[list[int]] = [[0] * col.NUM_COLUMNS for _ in range(num_instances)]
 
     # ---- what a home does with its requests
 
@@ -120,6 +121,12 @@ class Instance:
     def _may_hold(self, request: HomeRequest, rank: int) -> bool:
         shards = request.shards
         return rank in shards or len(shards) < (self.config.max_degree or self.num_instances)
+
+    def room_for_guests(self, rank: int) -> int:
+        """Pages that instance `rank` could lend by the columns of the last step, beyond what is promised there."""
+        row = self._columns[rank]
+        most_guests = int(self.config.max_guest_fraction * self.num_pages)
+        return min(row[col.FREE_PAGES] - self.promised[rank], most_guests - row[col.GUEST_PAGES])
 
     def token_ids(self, request: HomeRequest, start: int, stop: int) -> np.ndarray:
         """Token ids (as in req_to_token) of positions start .. stop - 1."""

@@ -15,6 +15,7 @@ from sglang_dcp.dataflow.transport.base import TransportError
 from sglang_dcp.upstream.layers.graphs import engine
 from sglang_dcp.upstream.step import columns as col
 from sglang_dcp.upstream.step.binding import Binding, current
+from sglang_dcp.upstream.step.elsewhere import ask_elsewhere
 from sglang_dcp.upstream.step.instance import is_managed
 
 
@@ -38,6 +39,7 @@ def local_columns(result: torch.Tensor, info: Any, device: Any, dtype: torch.dty
     began = perf_counter()
     instance, batch = binding.instance, binding.own_batch
     sweep_waiting(binding)
+    ask_elsewhere(binding)
     batch.take(binding.local_batch)
     rows = None if batch.steady else batch.sharded_rows()
     binding.givable_pages = givable = instance.pool.num_givable_pages()

@@ -1,0 +1,45 @@
+"""A local request that waits while another instance has room: its pages are asked for there. The home stays the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_dcp.policy.split import num_pages
+from sglang_dcp.policy.types import Placement
+from sglang_dcp.upstream.router.placement_request import most_pools, node_of
+from sglang_dcp.upstream.step.admission import keep_out_of_prefix_cache, reserved
+from sglang_dcp.upstream.step.binding import Binding
+
+PATIENCE_STEPS = 8
+"""Steps that a request waits for its own pool first: there it may use the prefix cache, and costs no exchange."""
+
+
+def ask_elsewhere(binding: Binding) -> None:
+    """The local request that found no room last becomes an ask of the ledger once it has waited long enough and an instance has room
+    beyond its promises. One such ask is open at a time: what it is granted changes the room of the next."""
+    req, instance = binding.blocked, binding.instance
+    if req is None or instance.step - req.dyncp_blocked_since < PATIENCE_STEPS or binding.asked_elsewhere in binding.waiting:
+        return
+    if most_pools(instance.config, instance.num_instances) == 1:
+        return
+    num_tokens = len(req.origin_input_ids) + len(req.output_ids)
+    pages = num_pages(num_tokens, instance.page_size) + 1
+    others = [rank for rank in range(instance.num_instances) if rank != instance.rank and instance.room_for_guests(rank) >= pages]
+    if not others:
+        return
+    scheduler, binding.blocked = binding.scheduler, None
+    if not _may_move(req) or not any(waiting is req for waiting in scheduler.waiting_queue):
+        return
+    node = node_of(instance.rank)
+    rank = max(others, key=lambda rank: (node_of(rank) == node, instance.room_for_guests(rank), -rank))
+    req.dyncp_placement = Placement(instance.rank, (rank,), (num_tokens,))
+    keep_out_of_prefix_cache(req)
+    reserved(binding, req)
+    binding.asked_elsewhere = req.dyncp.handle
+    # SGLang looks at its queue again only once a running request has left; this one waits for none.
+    scheduler.running_batch.batch_is_full = False
+
+
+def _may_move(req: Any) -> bool:
+    """A pinned placement is the client's, and pages that the request holds already cannot leave."""
+    return req.dyncp is None and getattr(req, "dyncp_placement_flexible", False) and not req.kv.holds_kv
