@@ -13,7 +13,7 @@ from sglang_dcp.dataflow.attention import flashinfer_step as adapters
 from sglang_dcp.dataflow.attention.kernel_table import kernel_table
 from sglang_dcp.dataflow.attention.paged_attention import AttentionShape, PagedPartialAttention
 from sglang_dcp.dataflow.attention.partial_attention import torch_partial_attention
-from sglang_dcp.dataflow.contracts import AttentionRow, PartialState, StepPlan, TokenList
+from sglang_dcp.dataflow.contracts import AttentionRow, MergeList, PartialState, StepPlan, TokenList
 from sglang_dcp.dataflow.device_plan import index_lists, plan_on_device
 from sglang_dcp.dataflow.step_plan import chunk_row, pool_row
 from test.unit.dataflow.cluster import Cluster
@@ -151,6 +151,8 @@ def test_plan_on_device_moves_every_index_list(monkeypatch):
 
 
 def count_indices(value) -> int:
+    if isinstance(value, MergeList):
+        return sum(part.numel() for part in value.index_lists)
     if isinstance(value, tuple):
         return sum(map(count_indices, value))
     return value.numel() if isinstance(value, torch.Tensor) else len(value) if isinstance(value, TokenList) else 0
