@@ -123,6 +123,12 @@ def test_without_room_the_request_is_spread_over_the_most_free_pools():
     assert by_rank[1] > by_rank[3], "the freest pool should take more than the full one"
 
 
+def test_the_constants_of_a_cpu_spread_a_prompt_that_one_pool_could_hold():
+    """They are not measured; the operator's guide says so. Tests with small pools rely on it."""
+    policy, idle = policy_of("dual-balance"), loads_of([0] * 4)
+    assert [policy.place(request_of(prompt), idle, PAGE).degree for prompt in (64, 900)] == [1, 4]
+
+
 def test_a_guest_limit_of_zero_means_degree_one():
     policy = policy_of("dual-balance", max_guest_fraction=0.0)
     assert policy.place(request_of(600), loads_of([0] * 4), PAGE).is_local
