@@ -92,6 +92,15 @@ def test_a_skipped_prefill_misses_nothing(bound: binding.Binding) -> None:
         step_path.count_forward(EAGER, None)
 
 
+@pytest.mark.parametrize(("with_keys", "save_kv_cache"), [(False, True), (True, False)])
+def test_a_layer_that_keeps_its_keys_to_itself_is_refused(bound: binding.Binding, with_keys: bool, save_kv_cache: bool) -> None:
+    rows = torch.zeros(3, 8)
+    with pytest.raises(attention_backend.LayerCallError, match="attention layer 5 .*the backend writes them"):
+        attention_backend.make_backend_class(Stock)().forward(
+            rows, rows if with_keys else None, rows, SimpleNamespace(layer_id=5), None, save_kv_cache
+        )
+
+
 def captured(engine: graphs.GraphEngine, layer_ids: list[int]) -> None:
     """What a capture of one graph does: the shared part first, then each layer."""
     engine.begin_captured(SimpleNamespace(batch_size=1, out_cache_loc=torch.zeros(1, dtype=torch.int64)), 4, torch.zeros(1, 1), 64)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sglang_dcp.upstream.attach.models import SERVED_CLASSES, UnsupportedModelError, attention_layers, check_model, find_unsupported_layer
+from sglang_dcp.upstream.attach.models import (
+    SERVED_CLASSES,
+    TRIED_MODELS,
+    UnsupportedModelError,
+    attention_layers,
+    check_model,
+    find_unsupported_layer,
+)
 
 
 class RadixAttention(torch.nn.Module):
@@ -20,8 +29,9 @@ class RadixAttention(torch.nn.Module):
             setattr(self, name, value)
 
 
-def model_with(layer: torch.nn.Module, class_name: str = "Qwen3MoeAttention", **owner_attributes: Any) -> torch.nn.Module:
-    owner = type(class_name, (torch.nn.Module,), {})()
+def model_with(layer: torch.nn.Module, class_name: str = "Qwen3MoeAttention", module: str = "", **owner_attributes: Any) -> torch.nn.Module:
+    module = f"sglang.srt.models.{module or SERVED_CLASSES.get(class_name, 'llama')}"
+    owner = type(class_name, (torch.nn.Module,), {"__module__": module})()
     owner.attn = layer
     for name, value in owner_attributes.items():
         setattr(owner, name, value)
@@ -47,6 +57,7 @@ def test_served_classes_pass(name: str) -> None:
         ({"attn_type": "decoder_bidirectional"}, {}, "decoder_bidirectional"),
         ({"use_irope": True}, {}, "chunked local attention"),
         ({}, {"sinks": torch.nn.Parameter(torch.zeros(2))}, "sinks"),
+        ({}, {"learnable_sink_param": torch.nn.Parameter(torch.zeros(2))}, "sinks"),
         ({}, {"use_dsa": True}, "sparse attention"),
     ],
 )
@@ -60,6 +71,34 @@ def test_what_is_refused(changes: dict[str, Any], owner: dict[str, Any], reason:
 def test_another_class_is_refused_by_the_layers_name() -> None:
     with pytest.raises(UnsupportedModelError, match=r"layers.0.self_attn \(LlamaAttention\): not tested; served are Qwen2MoeAttention"):
         check_model(model_with(RadixAttention(), "LlamaAttention"))
+
+
+def test_another_class_of_the_same_name_is_refused() -> None:
+    """SGLang has a BailingMoEAttention in three modules, two of them of models with linear attention."""
+    check_model(model_with(RadixAttention(), "BailingMoEAttention"))
+    with pytest.raises(UnsupportedModelError, match="BailingMoEAttention"):
+        check_model(model_with(RadixAttention(), "BailingMoEAttention", module="bailing_moe_linear"))
+
+
+@pytest.mark.parametrize("name", ["DeepseekV3ForCausalLM", "SomethingForCausalLM"])
+def test_a_model_that_nobody_tried_is_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = model_with(RadixAttention(), "DeepseekV2AttentionMLA")
+    model.__class__ = type(name, (torch.nn.Module,), {})
+    check_model(model)
+    assert ("SomethingForCausalLM was not tried" in caplog.text) == (name not in TRIED_MODELS)
+
+
+ROW = re.compile(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \|$", re.MULTILINE)
+
+
+def test_the_documented_list_is_the_list() -> None:
+    """docs/extending.md: class, models tried, and for the refused ones the reason."""
+    text = (Path(__file__).resolve().parents[3] / "docs" / "extending.md").read_text()
+    rows = {name: (models, served.strip()) for name, models, served in ROW.findall(text.partition("## A model")[2].partition("\n## ")[0])}
+    assert {name for name, (_, served) in rows.items() if served == "yes"} == set(SERVED_CLASSES)
+    tried = {model for models, served in rows.values() if served == "yes" for model in re.findall(r"`(\w+)`", models)}
+    assert tried == set(TRIED_MODELS)
+    assert len(rows) > len(SERVED_CLASSES), "the classes that were tried and do not fit are named too"
 
 
 def test_layers_are_named_by_id_whatever_forms_they_have() -> None:

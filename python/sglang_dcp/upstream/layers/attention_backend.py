@@ -86,12 +86,7 @@ def make_backend_class(stock: type, *, flash_mla: bool = False) -> type:
             super().init_forward_metadata_in_graph(forward_batch)
 
         def init_forward_metadata(self, forward_batch: Any) -> None:
-            binding = current()
-            if binding is not None and binding.graph_guest_rows:
-                raise GraphError(
-                    f"rank {binding.instance.rank}, step {binding.instance.step}: all instances agreed on a graph with "
-                    f"{binding.graph_guest_rows} guest rows, SGLang runs this batch without one"
-                )
+            check_runs_as_agreed()
             if step_is_sharded():
                 # Stock's metadata would list remote token ids; nobody reads it in such a step.
                 self.forward_metadata = None
@@ -102,19 +97,42 @@ def make_backend_class(stock: type, *, flash_mla: bool = False) -> type:
         def forward(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any) -> Any:
             binding, guest_rows = current(), captured_guest_rows()
             if guest_rows:
+                check_call(layer, k, save_kv_cache)
                 return forward_captured(guest_rows, self.token_to_kv_pool, q, k, v, layer, **kwargs)
             if binding is None or binding.pending_rows is None:
                 return super().forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            check_call(layer, k, save_kv_cache)
             return forward_sharded(binding, self.token_to_kv_pool, *with_rotary_part(q, k, v, **kwargs), layer)
 
     DynCpBackend.__name__ = DynCpBackend.__qualname__ = f"DynCp{stock.__name__}"
     return DynCpBackend
 
 
+def check_runs_as_agreed() -> None:
+    """In a step that SGLang runs without a graph. GraphError when all instances agreed on one."""
+    binding = current()
+    if binding is not None and binding.graph_guest_rows:
+        raise GraphError(
+            f"rank {binding.instance.rank}, step {binding.instance.step}: all instances agreed on a graph with "
+            f"{binding.graph_guest_rows} guest rows, SGLang runs this batch without one"
+        )
+
+
 def step_is_sharded() -> bool:
     """Whether a row of the step that is being launched is sharded, on any instance: every instance answers alike."""
     binding = current()
     return binding is not None and binding.pending_rows is not None
+
+
+class LayerCallError(RuntimeError):
+    """A layer asks for something that its class did not when it was put on the list of served classes."""
+
+
+def check_call(layer: Any, keys: torch.Tensor | None, save_kv_cache: bool) -> None:
+    """Where a sharded row's K/V goes is decided in our path: a layer hands both over and leaves writing to the backend."""
+    if keys is None or not save_kv_cache:
+        what = "hands over no keys" if keys is None else "has written its K/V by itself"
+        raise LayerCallError(f"attention layer {layer.layer_id} {what}: in a step with sharded rows the backend writes them")
 
 
 def with_rotary_part(
@@ -148,7 +166,14 @@ def forward_sharded(binding: Binding, pool: Any, q: torch.Tensor, k: torch.Tenso
 
 
 def forward_captured(
-    guest_rows: int, pool: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, **kwargs: Any
+    guest_rows: int,
+    pool: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer: Any,
+    q_rope: torch.Tensor | None = None,
+    k_rope: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A layer of a decode graph with sharded rows, while it is captured. Returns [T, heads * v_head_dim]."""
     graphs = engine()
@@ -156,7 +181,6 @@ def forward_captured(
     graphs.layer_roll.enter(layer.layer_id)
     num_tokens, heads = q.shape[0], layer.tp_q_head_num
     cache = PoolLayer(pool, layer, latent=graphs.attention.shape.latent)
-    q_rope, k_rope = kwargs.get("q_rope"), kwargs.get("k_rope")
     # The exchange takes a query in two parts: it is not joined here. The pool takes keys joined.
     queries = q.reshape(num_tokens, heads, -1), None if q_rope is None else q_rope.reshape(num_tokens, heads, -1)
     if cache.latent:
