@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from sglang_dcp.upstream.step.elsewhere import PATIENCE_STEPS
@@ -58,6 +60,22 @@ def test_one_at_a_time_per_home_and_all_of_them_in_the_end() -> None:
             break
     assert all(req.output_ids for req in reqs) and not any(filler.finished() for filler in fillers)
     model.drain(2_000)
+
+
+def test_sglang_looks_at_its_queue_for_as_long_as_it_asks() -> None:
+    """Also where SGLang goes on with another batch, which says that it is full."""
+    model = cluster()
+    fill(model, 0)
+    home, req = model.homes[0], arrive_local(model, 0, 20, 30)
+    seen = 0
+    while not req.output_ids:
+        home.running_batch = SimpleNamespace(batch_is_full=True)
+        asked = home.binding.asked_elsewhere in home.binding.waiting
+        model.step()
+        still_asks = home.binding.asked_elsewhere in home.binding.waiting
+        assert home.running_batch.batch_is_full is not (asked and still_asks)
+        seen += asked and still_asks
+    assert seen >= 1
 
 
 def test_a_short_wait_is_sat_out_at_home() -> None:

@@ -18,7 +18,12 @@ def ask_elsewhere(binding: Binding) -> None:
     """The local request that found no room last becomes an ask of the ledger once it has waited long enough and an instance has room
     beyond its promises. One such ask is open at a time: what it is granted changes the room of the next."""
     req, instance = binding.blocked, binding.instance
-    if req is None or instance.step - req.dyncp_blocked_since < PATIENCE_STEPS or binding.asked_elsewhere in binding.waiting:
+    if binding.asked_elsewhere in binding.waiting:
+        # SGLang looks at its queue again only once a running request has left; this one waits for none. Said in every step, because SGLang
+        # may hand on another batch object at the end of one.
+        binding.scheduler.running_batch.batch_is_full = False
+        return
+    if req is None or instance.step - req.dyncp_blocked_since < PATIENCE_STEPS:
         return
     if most_pools(instance.config, instance.num_instances) == 1:
         return
@@ -36,8 +41,6 @@ def ask_elsewhere(binding: Binding) -> None:
     keep_out_of_prefix_cache(req)
     reserved(binding, req)
     binding.asked_elsewhere = req.dyncp.handle
-    # SGLang looks at its queue again only once a running request has left; this one waits for none.
-    scheduler.running_batch.batch_is_full = False
 
 
 def _may_move(req: Any) -> bool:
