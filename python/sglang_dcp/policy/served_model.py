@@ -48,7 +48,7 @@ class ServedModel:
             kv_bytes_per_token=2 * kv_width,
             exchange_bytes_per_row=heads * (2 * (key + value) + 4),
             hidden_size=hidden,
-            experts_per_token=getattr(config, "num_experts_per_tok", None) or 1,
+            experts_per_token=getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1,
         )
 
     @property

@@ -21,7 +21,7 @@ def server_args(monkeypatch: pytest.MonkeyPatch) -> Any:
     found = SimpleNamespace(_dyncp=DynCpConfig())
     monkeypatch.setenv(CONFIG_VARIABLE, found._dyncp.to_json())
     path = "sglang.srt.arg_groups.model_override_base.model_config_of"
-    monkeypatch.setattr(path, lambda args: SimpleNamespace(hf_text_config=config))
+    monkeypatch.setattr(path, lambda args: SimpleNamespace(hf_text_config=config, num_attention_layers=config.num_hidden_layers))
     return found
 
 
@@ -44,6 +44,17 @@ def test_a_cpu_server_is_placed_by_the_tiny_constants(server_args: Any, caplog: 
         served_model.learn_served_model(server_args, "cpu")
     assert "cost model cpu, 4 layers there, 4 here" in caplog.text and not [r for r in caplog.records if r.levelname == "WARNING"]
     assert cost_model_of(server_args._dyncp, 4).name == cost_model_of(DynCpConfig(), 4).name == "tiny.cpu"
+
+
+def test_a_layer_that_attends_twice_counts_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LongCat, which besides has a name of its own for experts per token."""
+    shape = {name: value for name, value in SHAPES["deepseek-v3"].items() if name != "num_experts_per_tok"}
+    model = SimpleNamespace(hf_text_config=SimpleNamespace(**shape, num_hidden_layers=28, moe_topk=12), num_attention_layers=56)
+    found: Any = SimpleNamespace(_dyncp=DynCpConfig())
+    monkeypatch.setenv(CONFIG_VARIABLE, found._dyncp.to_json())
+    monkeypatch.setattr("sglang.srt.arg_groups.model_override_base.model_config_of", lambda args: model)
+    served_model.learn_served_model(found, "cpu")
+    assert (found._dyncp.served_model.num_layers, found._dyncp.served_model.experts_per_token) == (56, 12)
 
 
 def test_a_model_of_unknown_sizes_is_no_error_here(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

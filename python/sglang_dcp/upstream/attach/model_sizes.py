@@ -26,7 +26,10 @@ def learn_served_model(server_args: Any, device: str) -> None:
     from sglang.srt.arg_groups.model_override_base import model_config_of
 
     try:
-        served = ServedModel.of_config(model_config_of(server_args).hf_text_config, card_name(device))
+        model = model_config_of(server_args)
+        served = ServedModel.of_config(model.hf_text_config, card_name(device))
+        # LongCat attends twice in a layer.
+        served = dataclasses.replace(served, num_layers=model.num_attention_layers)
     except AttributeError as error:
         logger.warning("dyncp: the model's sizes are not known (%s); requests are placed by constants of a tiny model", error)
         return
