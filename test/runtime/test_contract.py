@@ -151,7 +151,6 @@ def test_client_hints_place_nothing(client: Client) -> None:
 OPTIONS: list[dict[str, Any]] = [
     {"session_params": {"id": "s"}},
     {"return_hidden_states": True},
-    {"priority": 5},
     {"lora_path": "adapter"},
     {"image_data": "http://localhost/x.png"},
     {"sampling": {"beam_width": 2}},
@@ -173,8 +172,7 @@ def test_options_that_are_not_served(client: Client, option: dict[str, Any]) -> 
         ("/generate", {"input_embeds": [[0.1] * 8], "sampling_params": {}}),
         ("/encode", {"text": "x"}),
         ("/v1/embeddings", {"model": "default", "input": "x"}),
-        ("/pause_generation", {}),
-        ("/continue_generation", {}),
+        ("/pause_generation", {"mode": "retract"}),
         ("/release_memory_occupation", {}),
         ("/resume_memory_occupation", {}),
         ("/update_weights_from_disk", {"model_path": "x"}),
@@ -185,6 +183,52 @@ def test_options_that_are_not_served(client: Client, option: dict[str, Any]) -> 
 def test_endpoints_that_are_not_served(client: Client, path: str, body: dict[str, Any]) -> None:
     status, text = client.request("POST", path, body)
     assert (status, "not work with --enable-dyncp" in text) == (400, True), text
+
+
+def test_priority_changes_nothing(client: Client) -> None:
+    """SGLang ignores it without --enable-priority-scheduling."""
+    ids = recall_prompt(700, 0.5, seed=16).ids
+    expected = client.generate(ids, max_new_tokens=6, sampling=pinned(degree=2)).ids
+    for priority in (-1, 5):
+        assert client.generate(ids, max_new_tokens=6, sampling=pinned(degree=2), priority=priority).ids == expected
+
+
+def runs_now(client: Client) -> list[dict[str, Any]]:
+    return [{name: entry[name] for name in ("rid", "state", "shards")} for entry in client.json("GET", "/dyncp/requests")["requests"]]
+
+
+def test_a_pause_in_place_keeps_sharded_requests(client: Client) -> None:
+    """Paused with a request spread over both instances and one beside it; a third comes while paused. All answers are those without."""
+    sampling = {"ignore_eos": True} | pinned(degree=2, home=0)
+    ids, beside = recall_prompt(700, 0.5, seed=17).ids, random_ids(100, seed=18)
+    expected = client.generate(ids, max_new_tokens=200, sampling=sampling).ids
+    expected_beside = client.generate(beside, max_new_tokens=6).ids
+    with client.stream(ids, max_new_tokens=200, sampling=sampling, rid="paused") as stream, ThreadPoolExecutor(1) as executor:
+        events = stream.events()
+        next(events)
+        try:
+            client.json("POST", "/pause_generation", {"mode": "in_place"})
+            waiting = executor.submit(client.generate, beside, max_new_tokens=6)
+            first, second = ([entry for entry in runs_now(client) if entry["rid"] == "paused"] for _ in range(2))
+            assert first == second, "control requests are answered, and nothing is computed"
+        finally:
+            client.json("POST", "/continue_generation", {})
+        assert tuple(list(events)[-1]["output_ids"]) == expected
+        assert waiting.result().ids == expected_beside
+
+
+def test_a_pause_that_aborts_leaves_a_server(client: Client) -> None:
+    ids = random_ids(700, seed=19)
+    expected = client.generate(ids, max_new_tokens=6, sampling=pinned(degree=2)).ids
+    with client.stream(ids, max_new_tokens=1000, sampling={"ignore_eos": True} | pinned(degree=2, home=1)) as stream:
+        events = stream.events()
+        next(events)
+        try:
+            client.json("POST", "/pause_generation", {"mode": "abort"})
+            assert list(events)[-1]["meta_info"]["finish_reason"]["type"] == "abort"
+        finally:
+            client.json("POST", "/continue_generation", {})
+    assert client.generate(ids, max_new_tokens=6, sampling=pinned(degree=2)).ids == expected
 
 
 FEW = list(range(5, 25))

@@ -150,6 +150,11 @@ def test_options_that_are_not_set_pass() -> None:
     check_options(SimpleNamespace(sampling_params=[{"n": 2}, {}]))
 
 
+@pytest.mark.parametrize("priority", [-5, 0, 5])
+def test_priority_is_ignored_as_by_a_server_without_priority_scheduling(priority: int) -> None:
+    check_options(SimpleNamespace(priority=priority))
+
+
 @pytest.mark.parametrize("sampling", [{"beam_width": 4}, [{}, {"beam_width": 2}]])
 def test_beam_search_is_refused(sampling: Any) -> None:
     with pytest.raises(RequestError, match="beam_width"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sglang_dcp.upstream.front.requests import ControlRefused, refuse_control, serve_generate
+from sglang_dcp.upstream.front.requests import ControlRefused, pause_generation, refuse_control, serve_generate
 
 
 def event(body: dict[str, Any]) -> bytes:
@@ -62,10 +62,27 @@ def test_other_streams_are_unchanged(chunks: list[bytes]) -> None:
 
 
 def test_refused_control() -> None:
-    async def pause_generation(_manager: Any, _obj: Any) -> None:
+    async def open_session(_manager: Any, _obj: Any) -> None:
         raise AssertionError("must not be called")
 
     with pytest.raises(ControlRefused) as failure:
-        asyncio.run(refuse_control(pause_generation)(None, None))
+        asyncio.run(refuse_control(open_session)(None, None))
     assert failure.value.status_code == 400
-    assert str(failure.value).startswith("pause_generation does not work with --enable-dyncp")
+    assert str(failure.value).startswith("open_session does not work with --enable-dyncp")
+
+
+@pytest.mark.parametrize("mode", ["in_place", "abort", "retract"])
+def test_modes_of_a_pause(mode: str) -> None:
+    paused: list[str] = []
+
+    async def pause(_manager: Any, obj: Any) -> None:
+        paused.append(obj.mode)
+
+    call = pause_generation(pause, None, SimpleNamespace(mode=mode))
+    if mode != "retract":
+        asyncio.run(call)
+        assert paused == [mode]
+        return
+    with pytest.raises(ControlRefused, match='pause_generation with mode "retract" does not work with --enable-dyncp') as failure:
+        asyncio.run(call)
+    assert (failure.value.status_code, paused) == (400, [])

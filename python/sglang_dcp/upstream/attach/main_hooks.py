@@ -9,8 +9,6 @@ _CONTROLS = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
 _HTTP = "sglang.srt.entrypoints.http_server"
 
 REFUSED_CONTROLS = (
-    f"{_MANAGER}.pause_generation",
-    f"{_MANAGER}.continue_generation",
     f"{_MANAGER}.update_weights_from_disk",
     f"{_CONTROLS}.init_weights_update_group",
     f"{_CONTROLS}.begin_weight_update",
@@ -109,6 +107,16 @@ DYNCP_MAIN_HOOKS: tuple[Hook, ...] = (
         upstream="nothing: this is FastAPI's own registry",
         remove_when="never",
         parameters=("path", "endpoint"),
+    ),
+    Hook(
+        target=f"{_MANAGER}.pause_generation",
+        kind="around",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.front.requests:pause_generation",
+        why="mode retract is refused by name; in_place and abort are SGLang's own",
+        upstream="a switch per control endpoint",
+        remove_when="a retraction of all requests at once frees sharded ones on every instance",
+        parameters=("obj",),
     ),
     *_REFUSALS,
 )

@@ -18,7 +18,6 @@ REFUSED_OPTIONS: Mapping[str, str] = {
     "input_embeds": "prompts without token ids are not placed",
     "positional_embed_overrides": "prompts are token ids only",
     "return_hidden_states": "not tested with sharded requests",
-    "priority": "preemption would free pages that reservations count on",
     "lora_path": "LoRA is not tested with sharded requests",
     "image_data": "multimodal prompts are not served",
     "video_data": "multimodal prompts are not served",

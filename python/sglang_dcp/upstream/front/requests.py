@@ -122,8 +122,7 @@ async def _prepend(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
 class ControlRefused(HTTPException):
     """HTTP 400 from any endpoint: some print an exception's text, others leave it to FastAPI."""
 
-    def __init__(self, call: str) -> None:
-        reason = "it would change weights or pools under requests that live on several instances"
+    def __init__(self, call: str, reason: str = "it would change weights or pools under requests that live on several instances") -> None:
         super().__init__(status_code=400, detail=f"{call} does not work with --enable-dyncp: {reason}")
 
     def __str__(self) -> str:
@@ -131,10 +130,22 @@ class ControlRefused(HTTPException):
 
 
 def refuse_control(original: Callable[..., Any]) -> Callable[..., Any]:
-    """In place of control calls that would touch pages of every instance: pause, weight updates, memory release, sessions, adapters."""
+    """In place of control calls that would touch pages of every instance: weight updates, memory release, sessions, adapters."""
 
     @functools.wraps(original)
     async def refused(manager: Any, *args: Any, **kwargs: Any) -> None:
         raise ControlRefused(original.__name__)
 
     return refused
+
+
+async def pause_generation(original: Callable[..., Any], manager: Any, obj: Any) -> None:
+    """AROUND TokenizerManager.pause_generation.
+
+    in_place: schedulers take control requests from one broadcast over all of them, so all pause between the same two steps and none waits
+    for another in an exchange. abort: the main process aborts every request and holds new ones back. retract would free the home's share of
+    a sharded request and none of its guests' pages.
+    """
+    if obj.mode == "retract":
+        raise ControlRefused('pause_generation with mode "retract"', "sharded requests cannot be taken off all instances at once")
+    await original(manager, obj)
