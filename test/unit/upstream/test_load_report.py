@@ -35,7 +35,7 @@ def binding_of(queue: list[Any], *, grammar: list[Any] | None = None, chunked: A
         req_to_token_pool=SimpleNamespace(size=32, available_size=lambda: 32 - rows),
     )
     instance = SimpleNamespace(rank=1, page_size=PAGE, homes=HomeBook(PageIds(1, 3, 64, PAGE)), guests=GuestBook())
-    return SimpleNamespace(scheduler=scheduler, instance=instance, placements_taken_in=7)
+    return SimpleNamespace(scheduler=scheduler, instance=instance, placements_taken_in=7, parked=[])
 
 
 def test_waiting_requests_count_where_their_placement_puts_them() -> None:
@@ -113,3 +113,14 @@ def test_only_an_attached_instance_reports(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(load_report, "current", lambda: binding_of([waiting(64)]))
     reported = load_report.add_report(snapshot, None)
     assert reported.dyncp == HomeReport(7, 1, {1: 144}) and reported.gen_throughput == 3.5
+
+
+def test_loads_are_told_as_in_stock_and_requests_that_sit_out_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The body of /v1/loads: stock's keys and values, whatever our report holds."""
+    snapshot = LoadSnapshot(dp_rank=1, num_running_reqs=3, num_waiting_reqs=2, num_used_tokens=5 * PAGE, queues=load_snapshot.QueueMetrics())
+    binding = binding_of([waiting(64)])
+    monkeypatch.setattr(load_report, "current", lambda: binding)
+    for include in (None, {"core"}, {"queues"}):
+        assert load_report.add_report(snapshot, None).to_dict(include) == snapshot.to_dict(include)
+    binding.parked += [object(), object()]
+    assert load_report.add_report(snapshot, None).to_dict() == snapshot.to_dict() | {"num_running_reqs": 5}
