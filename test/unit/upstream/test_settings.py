@@ -25,6 +25,7 @@ WORKING: dict[str, Any] = {
     "pp_size": 1,
     "disaggregation_mode": "null",
     "tokenizer_worker_num": 1,
+    "dwdp_size": 1,
     "page_size": 16,
     "kv_cache_dtype": "auto",
     "dcp_size": 1,
@@ -36,6 +37,7 @@ BREAKING: dict[str, Any] = {
     "pp_size": 2,
     "disaggregation_mode": "prefill",
     "tokenizer_worker_num": 2,
+    "dwdp_size": 2,
     "page_size": 1,
     "kv_cache_dtype": "fp8_e4m3",
     "dcp_size": 2,
@@ -66,6 +68,16 @@ def test_a_front_that_checks_no_requests_is_refused() -> None:
     assert find_front_refusal(False) is None
     assert "SGLANG_RUST_SERVER=1 does not work with --enable-dyncp: its requests reach the schedulers" in str(find_front_refusal(True))
     assert "--smg-grpc-mode True does not work" in str(find_refusal((WORKING | {"smg_grpc_mode": True}).get))
+
+
+TURN_IT_ON = [({"dwdp_size": 2}, "--dwdp-size 2"), ({"elastic_ep_backend": "nixl"}, "--elastic-ep-backend nixl")]
+
+
+@pytest.mark.parametrize(("given", "flag"), TURN_IT_ON)
+def test_what_turns_the_local_control_broadcast_on_is_named_instead_of_it(given: dict[str, Any], flag: str) -> None:
+    values = WORKING | {"enable_dp_attention_local_control_broadcast": True}
+    assert str(find_refusal((values | given).get)).startswith(f"{flag} does not work")
+    assert "would leave them waiting in the step's exchange" in str(find_refusal(values.get))
 
 
 def test_tp_implies_the_other_widths() -> None:

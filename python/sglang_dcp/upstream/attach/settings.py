@@ -55,12 +55,6 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda v: v == 1,
         "tokenizer workers load no plugins, so they would not check requests",
     ),
-    Refusal(
-        "enable_dp_attention_local_control_broadcast",
-        "--enable-dp-attention-local-control-broadcast",
-        _off,
-        "instances must see control requests in the same step",
-    ),
     Refusal("page_size", "--page-size", lambda v: v is not None and v > 1, "the ledger works in pages of at least 2 tokens"),
     Refusal(
         "kv_cache_dtype",
@@ -78,6 +72,14 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("enable_memory_saver", "--enable-memory-saver", _off, "released pools would take guests' pages with them"),
     Refusal("enable_streaming_session", "--enable-streaming-session", _off, "a session keeps KV rows that the ledger does not know"),
     Refusal("enable_priority_scheduling", "--enable-priority-scheduling", _off, "preemption would free pages that reservations count on"),
+    Refusal("dwdp_size", "--dwdp-size", lambda v: v <= 1, "not tested with sharded requests"),
+    # Behind the settings that turn it on themselves (DWDP, elastic EP): theirs is the flag that the user gave.
+    Refusal(
+        "enable_dp_attention_local_control_broadcast",
+        "--enable-dp-attention-local-control-broadcast",
+        _off,
+        "an instance that pauses a step before the others would leave them waiting in the step's exchange",
+    ),
     Refusal("dp_size", "--dp-size", lambda v: v == 1, "replicas do not share requests; give --tp and leave --dp out"),
 )
 
@@ -149,7 +151,7 @@ def register_resolution() -> None:
         def values(field: str) -> Any:
             return getattr(view, field)
 
-        message = find_refusal(values) or find_front_refusal(envs.SGLANG_RUST_SERVER.get())
+        message = find_front_refusal(envs.SGLANG_RUST_SERVER.get()) or find_refusal(values)
         message = message or find_transport_refusal(config.transport, view.device)
         if message is None and view.device == "cuda":
             message = find_cuda_refusal(values)
