@@ -231,6 +231,12 @@ def test_a_pause_that_aborts_leaves_a_server(client: Client) -> None:
     assert client.generate(ids, max_new_tokens=6, sampling=pinned(degree=2)).ids == expected
 
 
+def test_a_bound_on_the_degree_fits_every_prompt(client: Client) -> None:
+    pin = {"custom_params": {"dyncp": {"degree": 2, "at_most": True}}}
+    placed = [client.generate(random_ids(length, seed=length), max_new_tokens=2, sampling=pin).meta["dyncp"] for length in (10, 400)]
+    assert [where["degree_start"] for where in placed] == [1, 2]
+
+
 FEW = list(range(5, 25))
 OUT_OF_RANGE: list[tuple[dict[str, Any], str]] = [
     (

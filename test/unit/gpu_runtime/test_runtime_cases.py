@@ -77,7 +77,7 @@ def test_prompts_do_what_the_stages_claim(name: str, device: str) -> None:
 
     def degree_of(length: int, new_tokens: int, pin: dict[str, int]) -> int:
         loads = [InstanceLoad(rank=rank, node=0, kv_tokens=0, kv_capacity=sizes.pool) for rank in range(instances)]
-        request = describe_request(length, new_tokens, pin, instances * sizes.pool, largest_degree=instances)
+        request = describe_request(length, new_tokens, pin, instances * sizes.pool, page_size=16, largest_degree=instances)
         return len(policy.place(request, loads, 16).shards)
 
     for length in sizes.lengths:

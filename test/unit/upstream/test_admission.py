@@ -123,7 +123,8 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_admission_charges_what_placement_expects(cluster: tuple[int, int]) -> None:
     largest_degree, expected = cluster
-    assert describe_request(64, 900, {}, largest_degree * POOL, largest_degree=largest_degree).expected_new_tokens == expected
+    request = describe_request(64, 900, {}, largest_degree * POOL, page_size=16, largest_degree=largest_degree)
+    assert request.expected_new_tokens == expected
     req, seen = local_request(64, 900), []
 
     def original(adder: Any, req: Any, *_: Any) -> AddReqResult:

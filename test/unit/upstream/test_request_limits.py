@@ -39,7 +39,7 @@ def test_pin_must_be_an_object(pin: Any) -> None:
 
 
 def test_unknown_key_is_named() -> None:
-    with pytest.raises(RequestError, match="dyncp.degre is unknown; there are degree and home"):
+    with pytest.raises(RequestError, match="dyncp.degre is unknown; there are degree, home, at_most"):
         read_pin({"dyncp": {"degre": 2}}, 4)
 
 
@@ -85,9 +85,9 @@ def test_border_of_the_capacity(prompt: int, new: int, fits: bool) -> None:
 def test_output_without_a_bound_takes_what_is_left() -> None:
     limits().check(4064, {})
     limits().check(4064, {"max_new_tokens": None})
-    request = describe_request(4000, None, {}, 4096, largest_degree=4)
+    request = describe_request(4000, None, {}, 4096, page_size=16, largest_degree=4)
     assert (request.max_new_tokens, request.expected_new_tokens) == (96, 96)
-    assert describe_request(5000, None, {}, 4096, largest_degree=4).max_new_tokens == 0
+    assert describe_request(5000, None, {}, 4096, page_size=16, largest_degree=4).max_new_tokens == 0
 
 
 def test_pinned_degree_must_hold_the_prompt() -> None:
@@ -107,7 +107,7 @@ def test_whatever_passes_can_be_placed() -> None:
                     checker.check(prompt, sampling)
                 except ValueError:
                     continue
-                request = describe_request(prompt, new, pin, checker.reach_tokens, largest_degree=2)
+                request = describe_request(prompt, new, pin, checker.reach_tokens, page_size=checker.page_size, largest_degree=2)
                 assert request.prompt_tokens + request.max_new_tokens <= 2 * POOL
 
 
@@ -184,3 +184,22 @@ def test_a_named_rank_reaches_as_far_as_the_cluster(rank: int) -> None:
     limits().check(3500, {"max_new_tokens": 100}, rank)
     with pytest.raises(RequestError, match="exceed 1007 tokens"):
         limits(policy="local").check(3500, {"max_new_tokens": 100}, rank)
+
+
+def test_a_degree_that_is_meant_as_a_bound_is_that_of_a_short_prompt() -> None:
+    """A client library can set one pin for all its requests."""
+    checker = limits()
+    short = {"custom_params": {"dyncp": {"degree": 2, "at_most": True}}}
+    assert checker.check(PAGE - 1, short).degree == 1
+    assert checker.check(2 * PAGE, short).degree == 2
+    with pytest.raises(ValueError, match="1 pages"):
+        checker.check(PAGE - 1, {"custom_params": {"dyncp": {"degree": 2}}})
+
+
+@pytest.mark.parametrize(
+    ("pin", "message"),
+    [({"degree": 2, "at_most": 1}, "must be true or false, got 1"), ({"at_most": True}, "says how degree is meant, and there is none")],
+)
+def test_a_bound_that_makes_no_sense_is_refused(pin: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        limits().check(100, {"custom_params": {"dyncp": pin}})

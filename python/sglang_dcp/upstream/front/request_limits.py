@@ -11,7 +11,7 @@ from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementPolicy
 from sglang_dcp.upstream.router.placement_request import cost_model_of, describe_request, most_pools
 
-PIN_KEYS = ("degree", "home")
+PIN_KEYS = ("degree", "home", "at_most")
 
 REFUSED_OPTIONS: Mapping[str, str] = {
     "session_params": "a session keeps KV rows that the ledger does not know",
@@ -62,7 +62,11 @@ def read_pin(custom_params: Any, num_instances: int) -> dict[str, int]:
         raise RequestError(f'custom_params.dyncp must be an object like {{"degree": 2, "home": 0}}, got {pin!r}')
     unknown = [key for key in pin if key not in PIN_KEYS]
     if unknown:
-        raise RequestError(f"custom_params.dyncp.{unknown[0]} is unknown; there are {' and '.join(PIN_KEYS)}")
+        raise RequestError(f"custom_params.dyncp.{unknown[0]} is unknown; there are {', '.join(PIN_KEYS)}")
+    if type(pin.get("at_most", False)) is not bool:
+        raise RequestError(f"custom_params.dyncp.at_most must be true or false, got {pin['at_most']!r}")
+    if "at_most" in pin and "degree" not in pin:
+        raise RequestError("custom_params.dyncp.at_most says how degree is meant, and there is none")
     for key, first, last in (("degree", 1, num_instances), ("home", 0, num_instances - 1)):
         if key in pin and (type(pin[key]) is not int or not first <= pin[key] <= last):
             raise RequestError(f"custom_params.dyncp.{key} must be an integer in {first}..{last} (--tp {num_instances}), got {pin[key]!r}")
@@ -118,6 +122,7 @@ class RequestLimits:
             pin,
             self.reach_tokens,
             routed_dp_rank,
+            page_size=self.page_size,
             largest_degree=most_pools(self.config, self.num_instances),
         )
         loads = [InstanceLoad(rank=rank, node=0, kv_tokens=0, kv_capacity=self.pool_tokens) for rank in range(self.num_instances)]

@@ -39,19 +39,24 @@ def describe_request(
     reach_tokens: int,
     named_home: int | None = None,
     *,
+    page_size: int,
     largest_degree: int,
 ) -> PlacementRequest:
     """max_new_tokens None: the client set no bound, so the output ends where `reach_tokens`, the pools of one request, end.
     largest_degree: how many these are (`most_pools`).
 
+    A pinned degree with `at_most` is the prompt's pages where it has fewer, so that a client can pin all its requests alike.
     named_home: the rank that the client named by SGLang's own means (routed_dp_rank, header); never beside a pin.
     """
     if max_new_tokens is None:
         max_new_tokens = expected_new_tokens(max(0, reach_tokens - prompt_tokens), largest_degree)
+    degree = pin.get("degree")
+    if degree is not None and pin.get("at_most"):
+        degree = min(degree, max(1, -(-prompt_tokens // page_size)))
     return PlacementRequest(
         prompt_tokens=prompt_tokens,
         expected_new_tokens=expected_new_tokens(max_new_tokens, largest_degree),
         max_new_tokens=max_new_tokens,
-        degree=pin.get("degree"),
+        degree=degree,
         home=pin.get("home", named_home),
     )

@@ -74,7 +74,8 @@ class Placer:
         reach_tokens = pools * (self._view.smallest_capacity // page_size * page_size)
         max_new_tokens = req.sampling_params.max_new_tokens
         named_home = getattr(req, "routed_dp_rank", None)
-        request = describe_request(len(req.input_ids), max_new_tokens, pin, reach_tokens, named_home, largest_degree=pools)
+        num_tokens = len(req.input_ids)
+        request = describe_request(num_tokens, max_new_tokens, pin, reach_tokens, named_home, page_size=page_size, largest_degree=pools)
         loads = self.loads()
         placement = self._policy.place(request, loads, page_size)
         self._view.place(placement)
