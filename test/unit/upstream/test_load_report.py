@@ -18,6 +18,7 @@ from sglang_dcp.policy.cluster_view import HomeReport
 from sglang_dcp.policy.types import Placement
 from sglang_dcp.upstream.router import load_report
 from sglang_dcp.upstream.router.load_report import ReportedLoad, build_report, read_reports
+from sglang_dcp.upstream.step import retraction
 
 PAGE = 16
 
@@ -116,12 +117,15 @@ def test_only_an_attached_instance_reports(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_loads_are_told_as_in_stock_and_requests_that_sit_out_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The body of /v1/loads: stock's keys and values, whatever our report holds."""
+    """The body of /v1/loads, through both of our hooks on it: stock's keys and values, and what sits out is counted once."""
     memory = load_snapshot.MemoryMetrics(weight_gb=1.0, kv_cache_gb=2.0, graph_gb=0.0, token_capacity=64 * PAGE)
     snapshot = LoadSnapshot(dp_rank=1, num_running_reqs=3, num_waiting_reqs=2, num_used_tokens=5 * PAGE, memory=memory)
     binding = binding_of([waiting(64)])
     monkeypatch.setattr(load_report, "current", lambda: binding)
+    monkeypatch.setattr(retraction, "current", lambda: binding)
     for include in (None, {"core"}, {"memory"}):
         assert load_report.add_report(snapshot, None).to_dict(include) == snapshot.to_dict(include)
     binding.parked += [object(), object()]
-    assert load_report.add_report(snapshot, None).to_dict() == snapshot.to_dict() | {"num_running_reqs": 5}
+    stock = snapshot.to_dict()
+    told = load_report.add_report(retraction.count_parked(snapshot, None), None)
+    assert told.to_dict() == stock | {"num_running_reqs": 5}

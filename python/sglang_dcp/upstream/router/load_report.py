@@ -30,12 +30,11 @@ def read_reports() -> None:
 
 
 def add_report(result: Any, inquirer: Any) -> Any:
-    """AFTER SchedulerLoadInquirer.get_loads. Requests that sit out a step are in no batch of SGLang's; they run all the same."""
+    """AFTER SchedulerLoadInquirer.get_loads."""
     binding = current()
     if binding is None:
         return result
     fields = {name: getattr(result, name) for name in result.__struct_fields__}
-    fields["num_running_reqs"] += len(binding.parked)
     return ReportedLoad(**fields, dyncp=build_report(binding, int(result.num_used_tokens)))
 
 
