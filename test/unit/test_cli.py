@@ -149,3 +149,12 @@ def test_doctor_notices_a_plugin_that_is_left_out(capsys: pytest.CaptureFixture[
 def test_pin_is_the_same_everywhere() -> None:
     with open("UPSTREAM_VERSION") as file:
         assert file.read().strip() == cli_doctor.pinned_sglang_version()
+
+
+@pytest.mark.parametrize(("capabilities", "ok"), [([(9, 0), (9, 0)], True), ([(9, 0), (8, 0)], False), ([(10, 0)], False)])
+def test_doctor_names_a_card_that_is_not_served(monkeypatch: pytest.MonkeyPatch, capabilities: list[tuple[int, int]], ok: bool) -> None:
+    monkeypatch.setattr(cli_doctor, "count_cuda_devices", lambda: len(capabilities))
+    monkeypatch.setattr(cli_doctor, "cuda_capabilities", lambda: capabilities)
+    finding = cli_doctor._device()
+    assert finding.ok is ok
+    assert ok or f"{capabilities[-1][0]}.{capabilities[-1][1]}: --enable-dyncp needs Hopper" in finding.detail

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from sglang_dcp.cpu.environment import available_cores, count_cuda_devices
+from sglang_dcp.cpu.environment import available_cores, count_cuda_devices, cuda_capabilities
 
+HOPPER = (9, 0)
 MINIMUM_MEMORY_GIB = 6.0
 """Four ranks of a tiny model on a CPU take about 1.2 GiB each, most of it imports."""
 
@@ -85,7 +86,11 @@ def _device() -> Finding:
         return Finding("device", True, "no CUDA driver: the CPU serves, with the sgl_kernel stand-in (use `sglang-dcp serve`)")
     if devices == 0:
         return Finding("device", True, "CUDA driver without a device: the CPU serves (use `sglang-dcp serve`)")
-    return Finding("device", True, f"{devices} CUDA device(s)")
+    others = sorted({f"{major}.{minor}" for major, minor in cuda_capabilities() if (major, minor) != HOPPER})
+    if others:
+        found = f"{devices} CUDA device(s) of compute capability {', '.join(others)}"
+        return Finding("device", False, f"{found}: --enable-dyncp needs Hopper (9.0)")
+    return Finding("device", True, f"{devices} CUDA device(s), Hopper")
 
 
 def _cores() -> Finding:

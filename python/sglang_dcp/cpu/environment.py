@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 STAND_IN_FOLDER = Path(__file__).parent / "standin"
+COMPUTE_CAPABILITY = (75, 76)
+"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of the CUDA driver."""
 
 
 def count_cuda_devices() -> int | None:
@@ -25,6 +27,17 @@ def count_cuda_devices() -> int | None:
     if driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
+
+
+def cuda_capabilities() -> list[tuple[int, int]]:
+    """Compute capability (major, minor) of every CUDA device, by the driver; empty without one."""
+    found = []
+    for device in range(count_cuda_devices() or 0):
+        driver, numbers = ctypes.CDLL("libcuda.so.1"), (ctypes.c_int(0), ctypes.c_int(0))
+        for number, attribute in zip(numbers, COMPUTE_CAPABILITY, strict=True):
+            driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+        found.append((numbers[0].value, numbers[1].value))
+    return found
 
 
 def bind_ranks_to_cores(num_ranks: int, cores: Sequence[int]) -> str:

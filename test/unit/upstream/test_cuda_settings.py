@@ -6,11 +6,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sglang_dcp.upstream.attach.cuda_settings import (
     complete_attention_backend,
     complete_prefill_graph,
+    find_card_refusal,
     find_cuda_refusal,
+    find_kv_type_refusal,
     find_transport_refusal,
 )
 
@@ -113,3 +116,17 @@ def test_peer_memory_needs_a_gpu() -> None:
     message = find_transport_refusal("peer", "cpu")
     assert message is not None and message.startswith("--dyncp-transport peer is not there on --device cpu")
     assert find_transport_refusal("peer", "cuda") is None
+
+
+@pytest.mark.parametrize("sm", [80, 86, 89, 100, 120])
+def test_other_cards_than_hopper_are_refused_by_their_capability(sm: int) -> None:
+    assert find_card_refusal(90) is None
+    assert str(find_card_refusal(sm)).startswith(f"a GPU of compute capability {sm // 10}.{sm % 10} does not work with --enable-dyncp")
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "uint8"])
+def test_a_checkpoint_that_asks_for_a_quantised_pool_is_refused_by_name(name: str) -> None:
+    for served in ("bfloat16", "float16", "float32"):
+        assert find_kv_type_refusal(getattr(torch, served)) is None
+    message = str(find_kv_type_refusal(getattr(torch, name)))
+    assert message.startswith(f"--kv-cache-dtype auto is {name} for this checkpoint") and "give --kv-cache-dtype bfloat16" in message

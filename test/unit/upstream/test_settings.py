@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import subprocess
 import sys
@@ -12,12 +14,11 @@ import pytest
 from sglang_dcp.cli.serve import plan_launch
 from sglang_dcp.upstream.attach.settings import (
     REFUSALS,
-    SettingError,
     complete_page_size,
-    complete_parallelism,
     find_front_refusal,
     find_refusal,
 )
+from sglang_dcp.upstream.attach.widths import GIVEN, SettingError, complete_widths, note_given_widths
 from support.recall import model_path
 
 WORKING: dict[str, Any] = {
@@ -30,7 +31,6 @@ WORKING: dict[str, Any] = {
     "kv_cache_dtype": "auto",
     "dcp_size": 1,
     "attn_cp_size": 1,
-    "dp_size": 1,
 }
 BREAKING: dict[str, Any] = {
     "device": "xpu",
@@ -42,7 +42,6 @@ BREAKING: dict[str, Any] = {
     "kv_cache_dtype": "fp8_e4m3",
     "dcp_size": 2,
     "attn_cp_size": 2,
-    "dp_size": 2,
     "speculative_algorithm": "EAGLE",
     "lora_paths": ["a=b"],
     "dllm_algorithm": "LowConfidence",
@@ -82,13 +81,33 @@ def test_what_turns_the_local_control_broadcast_on_is_named_instead_of_it(given:
 
 def test_tp_implies_the_other_widths() -> None:
     for given in ((4, 1, 1), (4, 4, 1), (4, 1, 4), (4, 4, 4)):
-        assert complete_parallelism(*given) == {"attn_dp_size": 4, "ep_size": 4}
+        assert complete_widths(*given, dp_size=1) == {"attn_dp_size": 4, "ep_size": 4}
 
 
-@pytest.mark.parametrize(("sizes", "flag"), [((1, 1, 1), "--tp 1"), ((4, 2, 4), "--attn-dp-size 2"), ((4, 4, 2), "--ep-size 2")])
-def test_other_widths_are_refused(sizes: tuple[int, int, int], flag: str) -> None:
-    with pytest.raises(SettingError, match=flag):
-        complete_parallelism(*sizes)
+@pytest.mark.parametrize(
+    ("sizes", "given", "message"),
+    [
+        ((1, 1, 1, 1), (), "--tp 1 does not work"),
+        ((4, 2, 4, 1), (), "--attn-dp-size 2 does not work"),
+        ((4, 4, 2, 1), (), "--ep-size 2 does not work"),
+        ((4, 1, 1, 1), ("ep_size",), "--ep-size 1 does not work with --enable-dyncp: it must equal --tp 4"),
+        ((4, 1, 4, 1), ("attn_dp_size",), "--attn-dp-size 1 does not work"),
+        ((4, 1, 1, 4), (), "--dp-size 4 does not work with --enable-dyncp: replicas do not share requests"),
+    ],
+)
+def test_other_widths_are_refused(sizes: tuple[int, int, int, int], given: tuple[str, ...], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        complete_widths(*sizes, given)
+
+
+def test_a_width_that_is_named_is_told_from_the_default() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ep-size", "--ep", dest="ep_size", type=int, default=1)
+    parser.add_argument("--other", type=int, default=1)
+    note_given_widths(parser)
+    named, silent = parser.parse_args(["--ep", "1"]), parser.parse_args(["--other", "2"])
+    assert (named.ep_size, getattr(named, GIVEN)) == (1, {"ep_size"})
+    assert (silent.ep_size, hasattr(silent, GIVEN)) == (1, False)
 
 
 @pytest.mark.parametrize(
@@ -106,16 +125,56 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.server_args import prepare_server_args
-args = prepare_server_args(sys.argv[1:])
-args.resolve_once()
-print("RESOLVED", resolving_view(args).page_size)
+for line in json.loads(sys.argv[1]):
+    try:
+        args = prepare_server_args(line)
+        args.resolve_once()
+        view = resolving_view(args)
+        outcome = [view.attn_dp_size, view.ep_size, view.dp_size, view.page_size]
+    except SystemExit as end:
+        outcome = str(end)
+    except Exception as error:
+        outcome = f"SGLang's own: {error!r}"
+    print("RESOLVED", json.dumps(outcome))
 """
 
+LINES: list[tuple[str, list[int] | str]] = [
+    ("--tp 2", [2, 2, 1, 16]),
+    ("--tp 8", [8, 8, 1, 16]),
+    ("--tp 4 --page-size 32", [4, 4, 1, 32]),
+    ("--tp 4 --attn-dp-size 4", [4, 4, 1, 16]),
+    ("--tp 4 --dp-size 4 --enable-dp-attention", [4, 4, 1, 16]),
+    ("--tp-size 4 --dp 4 --enable-dp-attention --ep 4", [4, 4, 1, 16]),
+    ("--tensor-parallel-size 4 --expert-parallel-size 4", [4, 4, 1, 16]),
+    ("--tp 4 --dp 4", "sglang_dcp: --dp-size 4 does not work"),
+    ("--tp 4 --dp 2 --attn-dp-size 4", "sglang_dcp: --dp-size 2 does not work"),
+    ("--tp 4 --ep-size 1", "sglang_dcp: --ep-size 1 does not work"),
+    ("--tp 4 --attn-dp-size 2", "sglang_dcp: --attn-dp-size 2 does not work"),
+    ("--tp 4 --dp 2 --enable-dp-attention", "sglang_dcp: --attn-dp-size 2 does not work"),
+    ("--tp 1", "sglang_dcp: --tp 1 does not work"),
+    ("", "sglang_dcp: --tp 1 does not work"),
+    ("--tp 4 --page-size 1", "sglang_dcp: --page-size 1 does not work"),
+    ("--tp 4 --dyncp-degree 3", "sglang_dcp: --dyncp-degree 3 works with --dyncp-policy fixed only"),
+]
+"""Flags as launch lines have them, and the widths (attention, experts, replicas) and page size that come of them, or our own refusal."""
 
-def test_serve_line_of_the_readme_resolves_to_whole_pages() -> None:
-    """SGLang's whole resolution with our hooks, in a process of its own: without the completion it ends at page size 1."""
-    flags = ["--model-path", model_path("qwen3moe"), "--tp", "2", "--enable-dyncp"]
-    launch = plan_launch(flags, os.environ, cuda_devices=None)
-    command = [sys.executable, "-c", RESOLVE, *launch.flags]
+
+@pytest.fixture(scope="module")
+def resolved() -> list[Any]:
+    """SGLang's whole resolution with our hooks, of all lines in one process."""
+    lines = [["--model-path", model_path("qwen3moe"), "--enable-dyncp", "--device", "cpu", *flags.split()] for flags, _ in LINES]
+    launch = plan_launch(lines[0], os.environ, cuda_devices=None)
+    command = [sys.executable, "-c", RESOLVE, json.dumps(lines)]
     result = subprocess.run(command, env={**os.environ, **launch.additions}, capture_output=True, text=True, check=False, timeout=300)
-    assert "RESOLVED 16" in result.stdout, result.stderr[-2000:]
+    found = [json.loads(line.removeprefix("RESOLVED ")) for line in result.stdout.splitlines() if line.startswith("RESOLVED ")]
+    assert len(found) == len(LINES), result.stderr[-2000:]
+    return found
+
+
+@pytest.mark.parametrize("index", range(len(LINES)), ids=[flags or "no flag" for flags, _ in LINES])
+def test_a_launch_line_gets_its_widths_or_our_refusal(resolved: list[Any], index: int) -> None:
+    expected = LINES[index][1]
+    if isinstance(expected, str):
+        assert str(resolved[index]).startswith(expected)
+    else:
+        assert resolved[index] == expected

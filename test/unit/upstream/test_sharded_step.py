@@ -113,7 +113,7 @@ def test_a_captured_step_begins_with_what_its_layers_share(monkeypatch: pytest.M
 
 def test_flashmla_is_for_latent_attention() -> None:
     with pytest.raises(ValueError, match="--attention-backend flashmla serves models with latent attention"):
-        attention_backend.create_flashmla(SimpleNamespace(use_mla_backend=False))
+        attention_backend.create_flashmla(SimpleNamespace(use_mla_backend=False, kv_cache_dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", ["flashinfer", "flashmla"])
@@ -172,7 +172,7 @@ def test_plain_torch_on_a_gpu_serves_torch_native_and_no_mla() -> None:
 
 
 def test_torch_native_can_pad_a_batch_on_a_gpu() -> None:
-    runner = SimpleNamespace(device="cpu", req_to_token_pool=None, token_to_kv_pool=None)
+    runner = SimpleNamespace(device="cpu", req_to_token_pool=None, token_to_kv_pool=None, kv_cache_dtype=torch.float32)
     assert attention_backend.create_torch_native(runner).get_cuda_graph_seq_len_fill_value() == 1
 
 

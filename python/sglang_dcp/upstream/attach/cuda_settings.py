@@ -15,6 +15,7 @@ BACKENDS = (BACKEND, "flashmla", PLAIN_BACKEND)
 BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 EXPERT_BACKENDS = ("none", "deepep")
 """Expert all-to-all backends that take an instance's own rows and no others: ours changes attention, and rows stay at their home for it."""
+HOPPER_SM = 90
 CUDA_TRANSPORTS = ("auto", "peer", "nccl", "gloo")
 CPU_TRANSPORTS = ("auto", "gloo")
 
@@ -33,6 +34,27 @@ def complete_prefill_graph(values: Callable[[str], Any]) -> dict[str, bool]:
         return {}
     logger.info("dyncp: --disable-prefill-cuda-graph (a captured prefill cannot tell a sharded step)")
     return {"disable_prefill_cuda_graph": True}
+
+
+def find_card_refusal(sm: int) -> str | None:
+    """The message for a card that sharded steps were not run on, or None. sm: compute capability, major * 10 + minor."""
+    if sm == HOPPER_SM:
+        return None
+    return (
+        f"a GPU of compute capability {sm // 10}.{sm % 10} does not work with --enable-dyncp: its kernels are built for and were run on "
+        f"Hopper ({HOPPER_SM // 10}.{HOPPER_SM % 10}) alone"
+    )
+
+
+def find_kv_type_refusal(kv_cache_dtype: Any) -> str | None:
+    """The message for a KV pool that the checkpoint asks to be quantised (--kv-cache-dtype auto), or None. kv_cache_dtype: torch's."""
+    name = str(kv_cache_dtype).removeprefix("torch.")
+    if name in ("bfloat16", "float16", "float32"):
+        return None
+    return (
+        f"--kv-cache-dtype auto is {name} for this checkpoint and does not work with --enable-dyncp: quantised KV is not exchanged; "
+        "give --kv-cache-dtype bfloat16"
+    )
 
 
 def find_cuda_refusal(values: Callable[[str], Any]) -> str | None:

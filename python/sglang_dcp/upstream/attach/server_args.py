@@ -7,12 +7,14 @@ import os
 from typing import Any
 
 from sglang_dcp.config import CONFIG_VARIABLE, ConfigError, DynCpConfig, add_cli_arguments
+from sglang_dcp.upstream.attach.widths import GIVEN, note_given_widths
 from sglang_dcp.upstream.layers.synthetic_prefill import BenchmarkModeError, check_use
 
 
 def add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
     """AFTER ServerArgs.add_cli_args."""
     add_cli_arguments(parser)
+    note_given_widths(parser)
 
 
 def read_flags(server_args: Any, cls: type, args: argparse.Namespace) -> Any:
@@ -24,6 +26,7 @@ def read_flags(server_args: Any, cls: type, args: argparse.Namespace) -> Any:
         raise SystemExit(f"sglang_dcp: {error}") from error
     os.environ.pop(CONFIG_VARIABLE, None)
     server_args._dyncp = config
+    server_args._dyncp_given_widths = getattr(args, GIVEN, frozenset())
     if config is not None:
         from sglang_dcp.upstream.attach.hooks import DYNCP_HOOKS
         from sglang_dcp.upstream.attach.install import install

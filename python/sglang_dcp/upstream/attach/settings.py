@@ -10,10 +10,12 @@ from typing import Any
 from sglang_dcp.upstream.attach.cuda_settings import (
     complete_attention_backend,
     complete_prefill_graph,
+    find_card_refusal,
     find_cuda_refusal,
     find_transport_refusal,
 )
 from sglang_dcp.upstream.attach.model_sizes import learn_served_model
+from sglang_dcp.upstream.attach.widths import SettingError, complete_widths
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +82,7 @@ REFUSALS: tuple[Refusal, ...] = (
         _off,
         "an instance that pauses a step before the others would leave them waiting in the step's exchange",
     ),
-    Refusal("dp_size", "--dp-size", lambda v: v == 1, "replicas do not share requests; give --tp and leave --dp out"),
 )
-
-
-class SettingError(ValueError):
-    """A setting that cannot work with --enable-dyncp; the message names flag, value and reason."""
 
 
 def find_refusal(values: Callable[[str], Any]) -> str | None:
@@ -102,16 +99,6 @@ def find_front_refusal(rust_server: bool) -> str | None:
     return f"SGLANG_RUST_SERVER=1 does not work with --enable-dyncp: {PAST_THE_CHECKS}" if rust_server else None
 
 
-def complete_parallelism(tp_size: int, attn_dp_size: int, ep_size: int) -> dict[str, int]:
-    """--tp N implies the other two widths. Raises SettingError for an explicit other value, and for N = 1."""
-    if tp_size < 2:
-        raise SettingError(f"--tp {tp_size} does not work with --enable-dyncp: a request is spread over at least 2 instances")
-    for flag, value in (("--attn-dp-size", attn_dp_size), ("--ep-size", ep_size)):
-        if value not in (1, tp_size):
-            raise SettingError(f"{flag} {value} does not work with --enable-dyncp: it must equal --tp {tp_size} (attention TP is 1)")
-    return {"attn_dp_size": tp_size, "ep_size": tp_size}
-
-
 def complete_page_size(values: Callable[[str], Any]) -> dict[str, int]:
     """A page size where neither the user nor the attention backend (flashmla: 64) gave one. Other devices are refused later."""
     device = values("device")
@@ -126,13 +113,15 @@ def register_resolution() -> None:
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     from sglang.srt.environ import envs
+    from sglang.srt.utils import get_device_sm
 
     @register_resolution_hook("handle_deprecated_dp_attention")
-    def widths(server_args: Any, previous: Callable[[Any], None]) -> None:
+    def instances(server_args: Any, previous: Callable[[Any], None]) -> None:
         previous(server_args)
         view = resolving_view(server_args)
         try:
-            declare_resolution(server_args, SOURCE, **complete_parallelism(view.tp_size, view.attn_dp_size, view.ep_size))
+            widths = complete_widths(view.tp_size, view.attn_dp_size, view.ep_size, view.dp_size, server_args._dyncp_given_widths)
+            declare_resolution(server_args, SOURCE, **widths)
         except SettingError as error:
             raise SystemExit(f"sglang_dcp: {error}") from error
 
@@ -154,7 +143,7 @@ def register_resolution() -> None:
         message = find_front_refusal(envs.SGLANG_RUST_SERVER.get()) or find_refusal(values)
         message = message or find_transport_refusal(config.transport, view.device)
         if message is None and view.device == "cuda":
-            message = find_cuda_refusal(values)
+            message = find_card_refusal(get_device_sm()) or find_cuda_refusal(values)
         if message is not None:
             raise SystemExit(f"sglang_dcp: {message}")
         learn_served_model(server_args, view.device)

@@ -13,6 +13,7 @@ from sglang_dcp.dataflow.attention_step import attention_step
 from sglang_dcp.dataflow.contracts import NewKV, StepPlan
 from sglang_dcp.dataflow.copy_guard import CopyGuard
 from sglang_dcp.dataflow.device_plan import plan_on_device
+from sglang_dcp.upstream.attach.cuda_settings import find_kv_type_refusal
 from sglang_dcp.upstream.layers.graphs import GraphError, captured_guest_rows, engine, splits_long_rows
 from sglang_dcp.upstream.step.binding import Binding, current
 
@@ -223,6 +224,7 @@ def register_backends() -> None:
 
 
 def create_torch_native(runner: Any) -> Any:
+    check_kv_type(runner)
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
     class TorchNativeBackend(TorchNativeAttnBackend):
@@ -235,6 +237,7 @@ def create_torch_native(runner: Any) -> Any:
 
 def create_flashinfer(runner: Any) -> Any:
     """As stock's factory does without speculative decoding (which is refused)."""
+    check_kv_type(runner)
     if runner.use_mla_backend:
         from sglang.srt.layers.attention.flashinfer_mla_backend import FlashInferMLAAttnBackend
 
@@ -251,11 +254,19 @@ def create_flashinfer(runner: Any) -> Any:
 
 def create_flashmla(runner: Any) -> Any:
     """FlashMLA decodes; prefills are FlashInfer's, which it inherits."""
+    check_kv_type(runner)
     if not runner.use_mla_backend:
         raise ValueError("--attention-backend flashmla serves models with latent attention (MLA) alone; use flashinfer")
     from sglang.srt.layers.attention.flashmla_backend import FlashMLABackend
 
     return _for_runner(make_backend_class(FlashMLABackend, flash_mla=True)(runner), runner)
+
+
+def check_kv_type(runner: Any) -> None:
+    """Raises ValueError where the pool is quantised, which the checkpoint may have asked for: ahead of the first capture."""
+    message = find_kv_type_refusal(runner.kv_cache_dtype)
+    if message is not None:
+        raise ValueError(message)
 
 
 def _for_runner(backend: Any, runner: Any) -> Any:
