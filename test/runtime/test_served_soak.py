@@ -16,4 +16,5 @@ def test_nothing_lost_nothing_leaked(serve, model):
     assert result.unexpected == []
     assert result.drained
     assert result.answered + result.aborted + result.disconnected == len(load)
-    assert result.small_at_degree_one >= 0.95
+    # A short request that finds its own pool full gets its pages where there is room (step/elsewhere.py), split by the grant if need be.
+    assert result.small_at_degree_one >= 0.9
