@@ -16,5 +16,4 @@ def test_nothing_lost_nothing_leaked(serve, model):
     assert result.unexpected == []
     assert result.drained
     assert result.answered + result.aborted + result.disconnected == len(load)
-    # A short request that finds its own pool full gets its pages where there is room (step/elsewhere.py), split by the grant if need be.
-    assert result.small_at_degree_one >= 0.9
+    assert result.small_at_degree_one >= 0.95

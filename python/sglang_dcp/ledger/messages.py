@@ -20,7 +20,7 @@ class AskAdmission:
     """A home asks for all pages of a request: `segments` of (instance, pages) in sequence order, the last one being the tail.
 
     `born` is the step in which the home first asked; with the home and the handle it makes the total order. A `flexible` ask may be
-    split otherwise when its own split does not fit.
+    split otherwise when its own split does not fit; one for a single instance may go to another, whole.
     """
 
     KIND: ClassVar[int] = 1

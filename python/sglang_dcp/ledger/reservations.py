@@ -138,7 +138,11 @@ class ReservationTable:
         limits = [room[r] if r == home else min(room[r], guests[r]) for r in range(self.num_instances)]
         if all(pages <= limits[rank] for rank, pages in ask.segments):
             return ask.segments
-        return split_by_room(home, sum(pages for _, pages in ask.segments), limits) if ask.flexible else None
+        if not ask.flexible:
+            return None
+        split = split_by_room(home, sum(pages for _, pages in ask.segments), limits)
+        # What asked for one instance is short: in pieces it would cost an exchange in each of its steps. It waits; its promise makes room.
+        return split if split is None or len(ask.segments) > 1 or len(split) == 1 else None
 
     @staticmethod
     def _in_order(asks: dict[Key, Ask]) -> list[tuple[Key, Ask]]:

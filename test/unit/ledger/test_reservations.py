@@ -113,6 +113,13 @@ def test_a_flexible_ask_is_split_otherwise():
     assert [segment.rank for segment in decision.grants[0].segments] == [1, 2]
 
 
+def test_a_flexible_ask_for_one_instance_moves_whole_or_waits_with_its_promise():
+    table = table_of((0, admission(1, 0, (1, 5), flexible=True)))
+    decision = decide(table, [3, 4, 4, 0])
+    assert not decision.grants and decision.promised == (0, 5, 0, 0)
+    assert [(segment.rank, segment.num_pages) for segment in decide(table, [3, 4, 5, 0]).grants[0].segments] == [(2, 5)]
+
+
 def test_a_flexible_ask_keeps_its_own_split_when_that_fits():
     table = table_of((0, admission(1, 0, (1, 5), (0, 3), flexible=True)))
     assert [segment.rank for segment in decide(table, MANY).grants[0].segments] == [1, 0]

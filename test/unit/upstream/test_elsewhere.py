@@ -62,6 +62,21 @@ def test_one_at_a_time_per_home_and_all_of_them_in_the_end() -> None:
     model.drain(2_000)
 
 
+def test_two_homes_that_see_the_same_room_both_start_whole() -> None:
+    """The second finds it taken, and what is left here and there would do only in pieces."""
+    model = cluster()
+    fill(model, 0, 1, 2)
+    arrive_local(model, 3, 7 * PAGE, 30, flexible=False)
+    run(model, 2)
+    reqs = [arrive_local(model, home, 24, 10) for home in (0, 1)]
+    starts: dict[str, int] = {}
+    for _ in range(20 * SOON):
+        model.step()
+        starts |= {req.rid: req.dyncp.start_degree for req in reqs if req.output_ids and req.dyncp is not None}
+    assert list(starts.values()) == [1, 1]
+    model.drain(2_000)
+
+
 def test_sglang_looks_at_its_queue_for_as_long_as_it_asks() -> None:
     """Also where SGLang goes on with another batch, which says that it is full."""
     model = cluster()
