@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
+from support.documentation import serve_lines
 from support.recall import model_path
 from support.server import ServerConfig
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-OPTIONAL = re.compile(r"\s*\[[^\]]*\]\s*$")
-SERVE = ("sglang-dcp serve --model-path", "sglang serve", "python -m sglang.launch_server")
-
-
-def serve_lines() -> list[str]:
-    """Every serve command of a block, without what it says may follow."""
-    blocks = (block for page in PAGES for block in re.findall(r"```[a-z]*\n(.*?)```", page.read_text(), re.DOTALL))
-    lines = (OPTIONAL.sub("", line.split("#")[0]).strip() for block in blocks for line in block.splitlines())
-    return sorted({line for line in lines if line.startswith(SERVE)})
 
 
 @dataclass(frozen=True)
@@ -38,10 +25,6 @@ class DocumentedServe(ServerConfig):
         words[words.index("--tp") + 1] = str(self.instances)
         here = ["--port", str(port), "--max-total-tokens", str(self.pool_tokens)]
         return [sys.executable, "-m", "sglang_dcp.cli.commands", *words[1:], *here]
-
-
-def test_one_line_stands_for_all() -> None:
-    assert serve_lines() == ["sglang-dcp serve --model-path MODEL --tp 8 --enable-dyncp"]
 
 
 @pytest.mark.parametrize("line", serve_lines())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from typing import Any
@@ -19,6 +20,7 @@ from sglang_dcp.upstream.attach.settings import (
     find_refusal,
 )
 from sglang_dcp.upstream.attach.widths import GIVEN, SettingError, complete_widths, note_given_widths
+from support.documentation import serve_lines
 from support.recall import model_path
 
 WORKING: dict[str, Any] = {
@@ -30,6 +32,7 @@ WORKING: dict[str, Any] = {
     "page_size": 16,
     "kv_cache_dtype": "auto",
     "dcp_size": 1,
+    "moe_dp_size": 1,
     "attn_cp_size": 1,
 }
 BREAKING: dict[str, Any] = {
@@ -41,6 +44,7 @@ BREAKING: dict[str, Any] = {
     "page_size": 1,
     "kv_cache_dtype": "fp8_e4m3",
     "dcp_size": 2,
+    "moe_dp_size": 2,
     "attn_cp_size": 2,
     "speculative_algorithm": "EAGLE",
     "lora_paths": ["a=b"],
@@ -60,6 +64,14 @@ def test_every_refusal_names_flag_value_and_reason(refusal: Any) -> None:
     assert message is not None
     assert message.startswith(f"{refusal.flag} {value} does not work with --enable-dyncp: ")
     assert refusal.reason in message
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.field)
+def test_what_sglang_has_yet_to_decide_is_not_judged_at_the_beginning(refusal: Any) -> None:
+    undecided = WORKING | {"device": None, "page_size": None}
+    assert find_refusal(undecided.get, resolved=False) is None
+    given = undecided | {refusal.field: BREAKING.get(refusal.field, True)}
+    assert str(find_refusal(given.get, resolved=False)).startswith(refusal.flag)
 
 
 def test_a_front_that_checks_no_requests_is_refused() -> None:
@@ -154,20 +166,32 @@ LINES: list[tuple[str, list[int] | str]] = [
     ("--tp 1", "sglang_dcp: --tp 1 does not work"),
     ("", "sglang_dcp: --tp 1 does not work"),
     ("--tp 4 --page-size 1", "sglang_dcp: --page-size 1 does not work"),
+    # SGLang's own steps would end these with errors of theirs.
+    ("--tp 4 --attn-cp-size 2", "sglang_dcp: --attn-cp-size 2 does not work"),
+    ("--tp 4 --moe-dp-size 2", "sglang_dcp: --moe-dp-size 2 does not work"),
+    ("--tp 4 --speculative-algorithm NGRAM", "sglang_dcp: --speculative-algorithm NGRAM does not work"),
+    ("--tp 4 --dllm-algorithm LowConfidence", "sglang_dcp: --dllm-algorithm LowConfidence does not work"),
+    ("--tp 4 --device xpu", "sglang_dcp: --device xpu does not work"),
     ("--tp 4 --dyncp-degree 3", "sglang_dcp: --dyncp-degree 3 works with --dyncp-policy fixed only"),
 ]
 """Flags as launch lines have them, and the widths (attention, experts, replicas) and page size that come of them, or our own refusal."""
+
+DOCUMENTED = serve_lines()
+"""As they are written, with all their instances; test/runtime/test_documented_serve.py starts them with two."""
 
 
 @pytest.fixture(scope="module")
 def resolved() -> list[Any]:
     """SGLang's whole resolution with our hooks, of all lines in one process."""
     lines = [["--model-path", model_path("qwen3moe"), "--enable-dyncp", "--device", "cpu", *flags.split()] for flags, _ in LINES]
+    for line in DOCUMENTED:
+        flags = shlex.split(line.partition(" serve ")[2].replace("MODEL", model_path("qwen3moe")))
+        lines.append(list(plan_launch(flags, os.environ, cuda_devices=None).flags))
     launch = plan_launch(lines[0], os.environ, cuda_devices=None)
     command = [sys.executable, "-c", RESOLVE, json.dumps(lines)]
     result = subprocess.run(command, env={**os.environ, **launch.additions}, capture_output=True, text=True, check=False, timeout=300)
     found = [json.loads(line.removeprefix("RESOLVED ")) for line in result.stdout.splitlines() if line.startswith("RESOLVED ")]
-    assert len(found) == len(LINES), result.stderr[-2000:]
+    assert len(found) == len(lines), result.stderr[-2000:]
     return found
 
 
@@ -178,3 +202,16 @@ def test_a_launch_line_gets_its_widths_or_our_refusal(resolved: list[Any], index
         assert str(resolved[index]).startswith(expected)
     else:
         assert resolved[index] == expected
+
+
+@pytest.mark.parametrize("index", range(len(DOCUMENTED)), ids=DOCUMENTED)
+def test_a_documented_line_resolves_as_it_is_written(resolved: list[Any], index: int) -> None:
+    instances = int(DOCUMENTED[index].split("--tp ")[1].split()[0])
+    assert resolved[len(LINES) + index] == [instances, instances, 1, 16]
+
+
+def test_serve_commands_are_found_in_every_form() -> None:
+    block = "sglang serve \\\n  --tp 2 # two\nX=1 python -m sglang.launch_server --tp 4 [more]\nsglang-dcp serve --help"
+    page = f"```bash\n{block}\n```\nsglang serve prose"
+    assert serve_lines([page]) == ["X=1 python -m sglang.launch_server --tp 4", "sglang serve --tp 2"]
+    assert DOCUMENTED == ["sglang-dcp serve --model-path MODEL --tp 8 --enable-dyncp"]

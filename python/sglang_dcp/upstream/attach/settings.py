@@ -67,6 +67,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("enable_hisparse", "--enable-hisparse", _off, "it keeps KV of running requests on the host"),
     Refusal("dllm_algorithm", "--dllm-algorithm", _off, "diffusion decoding rewrites tokens"),
     Refusal("dcp_size", "--dcp-size", lambda v: v == 1, "static and dynamic context parallelism exclude each other"),
+    Refusal("moe_dp_size", "--moe-dp-size", lambda v: v == 1, "experts are spread over all instances"),
     Refusal("attn_cp_size", "--attn-cp-size", lambda v: v == 1, "static and dynamic context parallelism exclude each other"),
     Refusal("elastic_ep_backend", "--elastic-ep-backend", _off, "the number of instances is fixed"),
     Refusal("is_embedding", "--is-embedding", _off, "embedding models do not decode"),
@@ -85,10 +86,15 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
-def find_refusal(values: Callable[[str], Any]) -> str | None:
-    """The message for the first setting that cannot work, or None. `values(field)` reads a resolved setting."""
+def find_refusal(values: Callable[[str], Any], *, resolved: bool = True) -> str | None:
+    """The message for the first setting that cannot work, or None. `values(field)` reads a setting.
+
+    resolved: False before SGLang's resolution, where None says that SGLang has yet to decide it.
+    """
     for refusal in REFUSALS:
         value = values(refusal.field)
+        if value is None and not resolved:
+            continue
         if not refusal.works(value):
             return f"{refusal.flag} {value} does not work with --enable-dyncp: {refusal.reason}"
     return None
@@ -109,7 +115,10 @@ def complete_page_size(values: Callable[[str], Any]) -> dict[str, int]:
 
 
 def register_resolution() -> None:
-    """Registers with SGLang's resolution pipeline: widths before its first step reads them, refusals at its end."""
+    """Registers with SGLang's resolution pipeline: widths before its first step reads them, refusals there and at its end.
+
+    At its beginning, because later steps of SGLang's would end with errors of their own; at its end, because they also decide settings.
+    """
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     from sglang.srt.environ import envs
@@ -124,6 +133,10 @@ def register_resolution() -> None:
             declare_resolution(server_args, SOURCE, **widths)
         except SettingError as error:
             raise SystemExit(f"sglang_dcp: {error}") from error
+        message = find_front_refusal(envs.SGLANG_RUST_SERVER.get())
+        message = message or find_refusal(lambda field: getattr(view, field), resolved=False)
+        if message is not None:
+            raise SystemExit(f"sglang_dcp: {message}")
 
     @register_resolution_hook("handle_load_balance_method")
     def load_reports(server_args: Any, previous: Callable[[Any], None]) -> None:
