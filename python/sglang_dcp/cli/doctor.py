@@ -86,7 +86,10 @@ def _device() -> Finding:
         return Finding("device", True, "no CUDA driver: the CPU serves, with the sgl_kernel stand-in (use `sglang-dcp serve`)")
     if devices == 0:
         return Finding("device", True, "CUDA driver without a device: the CPU serves (use `sglang-dcp serve`)")
-    others = sorted({f"{major}.{minor}" for major, minor in cuda_capabilities() if (major, minor) != HOPPER})
+    try:
+        others = sorted({f"{major}.{minor}" for major, minor in cuda_capabilities() if (major, minor) != HOPPER})
+    except OSError as error:
+        return Finding("device", False, str(error))
     if others:
         found = f"{devices} CUDA device(s) of compute capability {', '.join(others)}"
         return Finding("device", False, f"{found}: --enable-dyncp needs Hopper (9.0)")

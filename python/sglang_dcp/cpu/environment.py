@@ -30,13 +30,20 @@ def count_cuda_devices() -> int | None:
 
 
 def cuda_capabilities() -> list[tuple[int, int]]:
-    """Compute capability (major, minor) of every CUDA device, by the driver; empty without one."""
+    """Compute capability (major, minor) of every CUDA device, by the driver; empty without one. OSError where the driver does not say."""
+    devices = count_cuda_devices()
+    if not devices:
+        return []
+    driver = ctypes.CDLL("libcuda.so.1")
     found = []
-    for device in range(count_cuda_devices() or 0):
-        driver, numbers = ctypes.CDLL("libcuda.so.1"), (ctypes.c_int(0), ctypes.c_int(0))
-        for number, attribute in zip(numbers, COMPUTE_CAPABILITY, strict=True):
-            driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
-        found.append((numbers[0].value, numbers[1].value))
+    for place in range(devices):
+        device, major, minor = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
+        status = driver.cuDeviceGet(ctypes.byref(device), place)
+        for number, attribute in zip((major, minor), COMPUTE_CAPABILITY, strict=True):
+            status = status or driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+        if status:
+            raise OSError(f"the CUDA driver does not tell the compute capability of device {place} (CUresult {status})")
+        found.append((major.value, minor.value))
     return found
 
 
