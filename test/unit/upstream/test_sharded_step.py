@@ -116,6 +116,13 @@ def test_flashmla_is_for_latent_attention() -> None:
         attention_backend.create_flashmla(SimpleNamespace(use_mla_backend=False, kv_cache_dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("create", ["create_torch_native", "create_flashinfer", "create_flashmla"])
+def test_every_backend_refuses_a_quantised_pool(create: str) -> None:
+    """Ahead of anything else: a checkpoint decides it, so no flag could be refused at start."""
+    with pytest.raises(ValueError, match="--kv-cache-dtype auto is float8_e4m3fn for this checkpoint"):
+        getattr(attention_backend, create)(SimpleNamespace(kv_cache_dtype=torch.float8_e4m3fn))
+
+
 @pytest.mark.parametrize("name", ["flashinfer", "flashmla"])
 def test_latent_attention_is_absorbed_where_rows_are_sharded(bound: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     handlers = pytest.importorskip("sglang.srt.models.deepseek_common.attention_backend_handler").AttentionBackendRegistry
