@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sglang_dcp.policy.split_limits import SplitLimits
 from sglang_dcp.policy.types import InstanceLoad, Placement
 
 
@@ -63,13 +64,16 @@ class SimulatedRequest:
 class Cluster:
     """Pools, batches and routed rows of all instances.
 
-    `loads` is what policies see: pages held plus pages promised to placed requests, in tokens. `free_pages` counts pages held only.
+    `loads` is what policies see: pages held plus pages promised to placed requests, in tokens. `free_pages` counts pages held only, and so
+    does `guest_room`, what new guests may still take; below 0 where guests have grown beyond it.
     """
 
-    def __init__(self, num_instances: int, instances_per_node: int, pool_tokens: int, page_size: int) -> None:
+    def __init__(self, limits: SplitLimits, page_size: int) -> None:
+        num_instances = limits.layout.num_instances
         self.page_size = page_size
-        self.pool_pages = pool_tokens // page_size
-        self.nodes = [rank // instances_per_node for rank in range(num_instances)]
+        self.pool_pages = limits.pool_pages
+        self.nodes = limits.layout.nodes
+        self.guest_room = [limits.guest_pages] * num_instances
         capacity = self.pool_pages * page_size
         self.loads = [InstanceLoad(rank=rank, node=self.nodes[rank], kv_tokens=0, kv_capacity=capacity) for rank in range(num_instances)]
         self.free_pages = [self.pool_pages] * num_instances
@@ -112,7 +116,7 @@ class Cluster:
         for rank, pages in request.pages.items():
             if self.free_pages[rank] < pages:
                 raise AssertionError(f"instance {rank} has {self.free_pages[rank]} free pages, request {request.identity} takes {pages}")
-            self.free_pages[rank] -= pages
+            self._hold(request, rank, pages)
             self.residents[rank][request.identity] = request
             self.kv_tokens[rank] += request.tokens[rank]
 
@@ -141,7 +145,7 @@ class Cluster:
 
     def add_page(self, request: SimulatedRequest, rank: int) -> None:
         """One more page on `rank`, which may be a new shard. The request must be out of the decode batch unless rank is its tail."""
-        self.free_pages[rank] -= 1
+        self._hold(request, rank, 1)
         load = self.loads[rank]
         load.kv_tokens += self.page_size
         if rank not in request.pages:
@@ -166,7 +170,7 @@ class Cluster:
                 self._count_row(request.home, rank, 1)
             request.pages[rank] += sign * pages
             request.tokens[rank] += sign * tokens
-            self.free_pages[rank] -= sign * pages
+            self._hold(request, rank, sign * pages)
             self.kv_tokens[rank] += sign * tokens
             self.loads[rank].kv_tokens += sign * tokens
             if rank != request.home:
@@ -176,10 +180,15 @@ class Cluster:
         """Frees every page. The request must be out of the decode batch."""
         self.withdraw(request)
         for rank, pages in request.pages.items():
-            self.free_pages[rank] += pages
+            self._hold(request, rank, -pages)
             self.kv_tokens[rank] -= request.tokens[rank]
             del self.residents[rank][request.identity]
         request.pages, request.tokens = {}, {}
+
+    def _hold(self, request: SimulatedRequest, rank: int, pages: int) -> None:
+        self.free_pages[rank] -= pages
+        if rank != request.home:
+            self.guest_room[rank] -= pages
 
     def _count_row(self, home: int, rank: int, sign: int) -> None:
         self.rows[rank] += sign

@@ -13,7 +13,7 @@ from benchmark.simulate.moves import move_pages
 from benchmark.simulate.results import Recorder, SimulationResult
 from benchmark.simulate.settings import SimulationSettings
 from sglang_dcp.policy.cost_model import CostModel
-from sglang_dcp.policy.growth import RequestOrder, choose_victim, next_tail, predicted_level
+from sglang_dcp.policy.growth import Order, choose_victim, may_grow_on, next_tail, predicted_level
 from sglang_dcp.policy.types import CapacityError, PlacementPolicy, PlacementRequest
 
 
@@ -33,7 +33,8 @@ class Simulation:
         self.policy = policy
         self.cost = cost
         self.settings = settings
-        self.cluster = Cluster(settings.num_instances, settings.instances_per_node, settings.pool_tokens, settings.page_size)
+        self.limits = settings.limits()
+        self.cluster = Cluster(self.limits, settings.page_size)
         self.recorder = Recorder(settings)
         self.clock = 0.0
         self.step = 0
@@ -121,7 +122,9 @@ class Simulation:
             self._changed = False
             return
         free, max_running, pool_pages = self.cluster.free_pages, self.settings.max_running, self.cluster.pool_pages
-        promised = [0] * self.settings.num_instances
+        guest_room = self.cluster.guest_room
+        promised = self._promised_to_growth()
+        promised_guests = [0] * self.settings.num_instances
         blocked: set[int] = set()
         still = []
         in_prefill = [len(queue) for queue in self._prefilling]
@@ -131,7 +134,8 @@ class Simulation:
             granted = home not in blocked and self.cluster.batch[home] + in_prefill[home] < max_running
             if granted:
                 for rank, pages in request.pages.items():
-                    if free[rank] - promised[rank] < min(pages + (rank == tail), pool_pages):
+                    is_short = free[rank] - promised[rank] < min(pages + (rank == tail), pool_pages)
+                    if is_short or (rank != home and guest_room[rank] - promised_guests[rank] < pages):
                         granted = False
                         break
             if granted:
@@ -142,6 +146,7 @@ class Simulation:
                     blocked.update((home,) if order == "home" else range(self.settings.num_instances))
                     for rank, pages in request.pages.items():
                         promised[rank] += pages + (rank == tail)
+                        promised_guests[rank] += pages if rank != home else 0
                 still.append(request)
         self.waiting = still
         self._changed = False
@@ -273,15 +278,20 @@ class Simulation:
         self._resume(request)
 
     def _retry_stalled(self) -> None:
-        retry, self.stalled = self.stalled, []
+        """In order; then whoever yields (policy/growth.py) starts over."""
+        retry, self.stalled = sorted(self.stalled, key=_order), []
         for request in retry:
-            if request.pages:
-                self._resume(request)
+            self._resume(request)
+        stuck = {_order(request): request for request in self.stalled}
+        victim = choose_victim(list(stuck), somebody_gets_on=bool(self.num_running or self._num_prefilling)) if stuck else None
+        if victim is not None:
+            self._retract(stuck[victim])
 
     def _resume(self, request: SimulatedRequest) -> None:
-        """Gives a request without room on its tail a page and puts it back, retracting the youngest when nothing has room."""
+        """Gives a request without room on its tail a page and puts it back; without one it stalls. Where nothing grows, SGLang retracts the
+        youngest of the instance at once."""
         rank = self._tail_with_room(request)
-        if rank is None:
+        if rank is None and not self.settings.grows:
             full = request.home if request.home in request.pages else request.tail
             self._retract(self._youngest(full, request))
             if not request.pages:
@@ -289,6 +299,7 @@ class Simulation:
             rank = self._tail_with_room(request)
         if rank is None:
             self.stalled.append(request)
+            self._changed = True
             return
         if rank not in request.pages:
             self.recorder.num_growths += 1
@@ -299,22 +310,27 @@ class Simulation:
         self._schedule(request)
 
     def _youngest(self, rank: int, asking: SimulatedRequest) -> SimulatedRequest:
-        """The youngest request on `rank` that decodes or has stalled (one in prefill keeps its pages)."""
-        residents = self.cluster.residents[rank]
-        able = [other for other in residents.values() if other.finish_step >= 0 or other is asking or other in self.stalled]
-        victim = choose_victim(RequestOrder(other.identity, other.home) for other in able)
-        return asking if victim is None else residents[victim.first_asked_step]
+        """The youngest request on `rank` that decodes or has stalled (one in prefill keeps its pages): stock's victim."""
+        residents = self.cluster.residents[rank].values()
+        able = [other for other in residents if other.finish_step >= 0 or other is asking or other in self.stalled]
+        return max(able, key=_order, default=asking)
 
     def _tail_with_room(self, request: SimulatedRequest) -> int | None:
-        free, home = self.cluster.free_pages, request.home
-        if free[home] > 0 and (home in request.pages or self.settings.grows):
-            return home
+        cluster, size = self.cluster, self.settings.page_size
         if not self.settings.grows:
-            return request.tail if free[request.tail] > 0 else None
-        size, loads = self.settings.page_size, self.cluster.loads
+            return request.tail if cluster.free_pages[request.tail] > 0 else None
+        loads, free = cluster.loads, cluster.free_pages
         levels = [predicted_level(self.cost, load.kv_capacity - free[load.rank] * size, load.home_requests) for load in loads]
-        nodes = [load.node for load in loads]
-        return next_tail(home, tuple(request.pages), free, max_degree=self.settings.max_degree, levels=levels, nodes=nodes)
+        pages, shards = sum(request.pages.values()) + 1, tuple(request.pages)
+        return next_tail(request.home, shards, pages, free, limits=self.limits, guest_room=cluster.guest_room, levels=levels)
+
+    def _promised_to_growth(self) -> list[int]:
+        """Pages that new requests leave to those that have stalled, per instance."""
+        promised = [0] * self.settings.num_instances
+        for request in self.stalled:
+            for rank in may_grow_on(request.home, tuple(request.pages), sum(request.pages.values()) + 1, self.limits):
+                promised[rank] += 1
+        return promised
 
     def _retract(self, victim: SimulatedRequest) -> None:
         """Frees the victim's pages; it comes back with its tokens as prompt once they are computed again."""
@@ -334,3 +350,8 @@ class Simulation:
             delay = (victim.prompt + victim.decoded) * self.cost.prefill_us_per_token * 1e-6
         victim.ready = self.clock + delay
         heapq.heappush(self._delayed, (victim.ready, victim.identity))
+
+
+def _order(request: SimulatedRequest) -> Order:
+    """Requests are numbered as they arrive."""
+    return request.identity, request.home, 0

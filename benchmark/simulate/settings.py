@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sglang_dcp.policy.split_limits import Layout, SplitLimits, guest_pages
+
 
 @dataclass(frozen=True, slots=True)
 class SimulationSettings:
@@ -23,6 +25,7 @@ class SimulationSettings:
     max_running: int = 256
     max_new_tokens: int = 4096
     max_degree: int = 32
+    max_guest_fraction: float = 1.0
     grows: bool = True
     moves: bool = False
     prefill: str = "elsewhere"
@@ -30,6 +33,12 @@ class SimulationSettings:
     chunk_tokens: int = 512
     overload_fraction: float = 0.05
     first_estimate: float = 512.0
+
+    def limits(self) -> SplitLimits:
+        """How a request may be split, for grants and growth."""
+        pages, count = self.pool_tokens // self.page_size, self.num_instances
+        layout = Layout(count, self.instances_per_node)
+        return SplitLimits(pages, min(self.max_degree, count), guest_pages(pages, self.max_guest_fraction), layout)
 
     def __post_init__(self) -> None:
         if self.prefill not in ("elsewhere", "same"):

@@ -12,6 +12,7 @@ from typing import Any
 
 from sglang_dcp.policy.cost_model import available_cost_models
 from sglang_dcp.policy.served_model import ServedModel
+from sglang_dcp.policy.split_limits import Layout, SplitLimits, guest_pages
 
 POLICIES = ("dual-balance", "length-buckets", "fixed", "local")
 TRANSPORTS = ("auto", "gloo", "nccl", "peer")
@@ -30,6 +31,7 @@ class DynCpConfig:
     """Settings of one server. `None` stands for "number of instances" and is resolved by `resolve`.
 
     cost_model None: the constants that fit the served model best. served_model: no setting; read off the model by the main process.
+    num_nodes: no setting of ours either; SGLang's --nnodes.
     """
 
     policy: str = "dual-balance"
@@ -41,6 +43,7 @@ class DynCpConfig:
     max_rows: int = 64
     split_budget: str = "auto"
     served_model: ServedModel | None = field(default=None, metadata={"flag": False})
+    num_nodes: int = field(default=1, metadata={"flag": False})
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -67,10 +70,19 @@ class DynCpConfig:
         for flag, value in (("--dyncp-degree", self.degree), ("--dyncp-max-degree", self.max_degree)):
             if value is not None and value > num_instances:
                 raise ConfigError(f"{flag} {value} exceeds the number of instances, {num_instances} (--tp)")
-        max_degree = self.max_degree or {"local": 1, "fixed": self.degree}.get(self.policy) or num_instances
+        max_degree = 1 if self.policy == "local" else self.max_degree or self.degree or num_instances
         if self.degree is not None and self.degree > max_degree:
             raise ConfigError(f"--dyncp-degree {self.degree} exceeds --dyncp-max-degree {max_degree}")
         return dataclasses.replace(self, max_degree=max_degree)
+
+    def layout(self, num_instances: int) -> Layout:
+        """Which instances share a node."""
+        return Layout.of_nodes(num_instances, self.num_nodes)
+
+    def split_limits(self, num_instances: int, pool_pages: int) -> SplitLimits:
+        """How a request may be split over `num_instances` pools of `pool_pages` each; the same in every process."""
+        max_degree = self.resolve(num_instances).max_degree or num_instances
+        return SplitLimits(pool_pages, max_degree, guest_pages(pool_pages, self.max_guest_fraction), self.layout(num_instances))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -97,7 +109,7 @@ class DynCpConfig:
             if given:
                 raise ConfigError(f"--dyncp-{next(iter(given)).replace('_', '-')} has no effect without --enable-dyncp")
             return None
-        return cls(**given)
+        return cls(**given, num_nodes=getattr(args, "nnodes", 1))
 
 
 def add_cli_arguments(parser: argparse.ArgumentParser) -> None:

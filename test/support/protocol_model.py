@@ -25,6 +25,7 @@ from sglang_dcp.upstream.step.instance import Instance
 from sglang_dcp.upstream.step.retraction import place_again
 from sglang_dcp.upstream.step.sitting_out import find_leavers, has_room
 from sglang_dcp.upstream.step.sync import free_pages, sweep_waiting
+from test.support.limit_checks import LimitChecks
 
 
 class FakePool:
@@ -307,13 +308,18 @@ class ProtocolModel:
         *,
         chunk_tokens: int = 24,
         max_degree: int | None = None,
+        max_guest_fraction: float = 1.0,
+        num_nodes: int = 1,
         check_every: int = 1,
     ) -> None:
         install_mutant()
         self.random = random.Random(seed)
         self.num_instances, self.num_pages, self.page_size = num_instances, num_pages, page_size
-        config = DynCpConfig(max_degree=max_degree).resolve(num_instances)
+        config = DynCpConfig(max_degree=max_degree, max_guest_fraction=max_guest_fraction, num_nodes=num_nodes).resolve(num_instances)
         self.max_degree = config.max_degree or num_instances
+        self.limits = LimitChecks(
+            num_instances, num_pages, self.max_degree, int(max_guest_fraction * num_pages), num_instances // num_nodes
+        )
         self.homes = [
             ModelScheduler(Instance(config, rank, num_instances, num_pages, page_size, FakePool(num_pages)), chunk_tokens)  # type: ignore[arg-type]
             for rank in range(num_instances)
@@ -345,11 +351,14 @@ class ProtocolModel:
         if choose.random() < 0.6:
             prompt = choose.randint(1, pool // 3)
             return self.arrive(home, prompt, choose.randint(1, max(1, pool // 2)))
-        degree = choose.randint(1, self.max_degree)
-        prompt = choose.randint(degree * self.page_size, degree * (self.num_pages - 3) * self.page_size)
-        room = self.max_degree * (self.num_pages - 1) * self.page_size - prompt
-        max_new = choose.randint(1, max(1, min(room, pool // 2)))
-        return self.arrive(home, prompt, max_new, tuple(choose.sample(range(self.num_instances), degree)), flexible=choose.random() < 0.5)
+        degree, reach = choose.randint(1, self.max_degree), self.limits.reach(self.num_instances)
+        pages = choose.randint(degree, max(degree, min(degree * (self.num_pages - 3), reach - 3)))
+        prompt = pages * self.page_size - choose.randrange(self.page_size)
+        max_new = choose.randint(1, max(1, min((reach - 1 - pages) * self.page_size - 1, pool // 2)))
+        flexible = choose.random() < 0.5
+        members = self.limits.members_for(home, pages + 1) if flexible else range(self.num_instances)
+        shards = tuple(choose.sample(members, min(degree, len(members))))
+        return self.arrive(home, prompt, max_new, shards, flexible=flexible)
 
     def abort_at_random(self) -> None:
         home = self.random.choice(self.homes)
@@ -369,6 +378,7 @@ class ProtocolModel:
         assert all(decision == decisions[0] for decision in decisions), decisions
         for grant in decisions[0].grants:
             self.num_growths[grant.home] += grant.segments[0].first_index > 0
+        self.limits.check_step(columns, words, decisions[0])
         self.run_batches()
         for home in homes:
             home.complete_batch()

@@ -9,6 +9,7 @@ import pytest
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.messages import AskAdmission
+from sglang_dcp.policy.growth import Order
 from sglang_dcp.upstream.step.columns import DECISIONS
 from sglang_dcp.upstream.step.instance import Instance, ProtocolError
 from test.support.protocol_model import FakePool
@@ -71,17 +72,22 @@ def test_instances_that_agree_go_on(instances: Instances) -> None:
     assert [len(instance.table) for instance in instances.all] == [1] * NUM_INSTANCES
 
 
+def waiting(instance: Instance) -> list[tuple[Order, AskAdmission]]:
+    return list(instance.table._admissions.in_turn())
+
+
 def lose(instance: Instance) -> None:
-    instance.table.withdraw(2, next(iter(instance.table._admissions))[1])
+    (_, home, handle), _ = waiting(instance)[0]
+    instance.table.withdraw(home, handle)
 
 
 def reorder(instance: Instance) -> None:
-    (home, handle), ask = next(iter(instance.table._admissions.items()))
+    (_, home, _), ask = waiting(instance)[0]
     instance.table.ask(home, dataclasses.replace(ask, born=ask.born + 100))
 
 
 def move(instance: Instance) -> None:
-    (home, _), ask = list(instance.table._admissions.items())[-1]
+    (_, home, _), ask = waiting(instance)[-1]
     (rank, pages), (other, more) = ask.segments
     instance.table.ask(home, dataclasses.replace(ask, segments=((rank, pages + 1), (other, more - 1))))
 
@@ -92,7 +98,7 @@ def invent(instance: Instance) -> None:
 
 def forget_limits(instance: Instance) -> None:
     """A setting that only one instance has, and that shows when guests are many."""
-    instance.config = dataclasses.replace(instance.config, max_guest_fraction=0.5)
+    instance.limits = dataclasses.replace(instance.limits, guest_pages=NUM_PAGES // 2)
 
 
 @pytest.mark.parametrize("rank", range(NUM_INSTANCES))

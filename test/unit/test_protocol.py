@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from sglang_dcp.ledger.integrity import check_cluster
+from sglang_dcp.ledger.promise_turns import FIRST_TURN_STEPS
 from test.support.protocol_model import ProtocolModel, random_walk
 
 NUM_PAGES, PAGE_SIZE = 8, 4
@@ -18,10 +19,23 @@ NUM_PAGES, PAGE_SIZE = 8, 4
 class ProtocolMachine(RuleBasedStateMachine):
     """Hypothesis chooses arrivals, aborts and the moments in between; the model checks itself after every step."""
 
-    @initialize(num_instances=st.integers(2, 4), max_degree=st.integers(1, 4), chunk_pages=st.integers(1, 4))
-    def start(self, num_instances, max_degree, chunk_pages):
+    @initialize(
+        num_instances=st.integers(2, 4),
+        max_degree=st.integers(1, 4),
+        chunk_pages=st.integers(1, 4),
+        fraction=st.sampled_from([1.0, 0.5, 0.25, 0.0]),
+        has_nodes=st.booleans(),
+    )
+    def start(self, num_instances, max_degree, chunk_pages, fraction, has_nodes):
         self.model = ProtocolModel(
-            0, num_instances, NUM_PAGES, PAGE_SIZE, chunk_tokens=chunk_pages * PAGE_SIZE, max_degree=min(max_degree, num_instances)
+            0,
+            num_instances,
+            NUM_PAGES,
+            PAGE_SIZE,
+            chunk_tokens=chunk_pages * PAGE_SIZE,
+            max_degree=min(max_degree, num_instances),
+            max_guest_fraction=fraction,
+            num_nodes=2 if has_nodes and num_instances % 2 == 0 else 1,
         )
 
     @rule(home=st.integers(0, 3), prompt=st.integers(1, 20), max_new=st.integers(1, 11))
@@ -32,9 +46,12 @@ class ProtocolMachine(RuleBasedStateMachine):
     def sharded_request(self, home, order, degree, data, flexible):
         model = self.model
         degree = min(degree, model.max_degree)
-        shards = tuple(rank for rank in order if rank < model.num_instances)[:degree]
-        prompt = data.draw(st.integers(degree * PAGE_SIZE, degree * (NUM_PAGES - 3) * PAGE_SIZE))
-        room = model.max_degree * (NUM_PAGES - 1) * PAGE_SIZE - prompt
+        reach = model.limits.reach(model.num_instances)
+        pages = min(degree * (NUM_PAGES - 3), reach - 3)
+        prompt = data.draw(st.integers(degree * PAGE_SIZE, pages * PAGE_SIZE))
+        able = model.limits.members_for(home % model.num_instances, prompt // PAGE_SIZE + 2) if flexible else range(model.num_instances)
+        shards = tuple(rank for rank in order if rank in able)[:degree]
+        room = (reach - 1) * PAGE_SIZE - prompt
         model.arrive(home % model.num_instances, prompt, data.draw(st.integers(1, min(room, 24))), shards, flexible=flexible)
 
     @rule(home=st.integers(0, 3), which=st.integers(0, 50))
@@ -67,6 +84,8 @@ TestProtocolMachine.settings = settings(
 
 SHAPES = [(2, 8, 4), (2, 12, 16), (3, 12, 8), (2, 20, 4), (2, 8, 8), (4, 8, 16), (2, 12, 4), (2, 16, 16)]
 """(instances, pages per pool, page size); mostly two instances, where a step of the model is cheapest."""
+FRACTIONS = (1.0, 1.0, 0.5, 1.0, 0.25, 1.0, 0.0)
+"""--dyncp-max-guest-fraction of a walk. Every step is checked against it, the degree and the nodes (limit_checks.py)."""
 
 
 def walk(num_steps: int, *, check_every: int) -> ProtocolModel:
@@ -74,7 +93,15 @@ def walk(num_steps: int, *, check_every: int) -> ProtocolModel:
     left, seed = num_steps, 0
     while left > 0:
         shape = SHAPES[seed % len(SHAPES)]
-        model = ProtocolModel(seed, *shape, chunk_tokens=3 * shape[2], max_degree=2 if seed % 3 == 0 else None, check_every=check_every)
+        model = ProtocolModel(
+            seed,
+            *shape,
+            chunk_tokens=3 * shape[2],
+            max_degree=2 if seed % 3 == 0 else None,
+            max_guest_fraction=FRACTIONS[seed % len(FRACTIONS)],
+            num_nodes=2 if seed % 4 == 1 and shape[0] % 2 == 0 else 1,
+            check_every=check_every,
+        )
         random_walk(model, min(left, 10_000))
         left -= model.num_steps
         seed += 1
@@ -143,6 +170,35 @@ def test_short_ones_that_fit_exactly_what_others_free(num_pages, prompt, lives):
         if long.dyncp is not None and long.dyncp.admitted:
             return
     pytest.fail("starved")
+
+
+def test_a_prompt_of_the_cluster_s_size_does_not_stop_the_others():
+    """They last for longer than its first turns. They go on starting while it waits, and it starts all the same."""
+    model = ProtocolModel(7, 2, 96, 16, chunk_tokens=64, check_every=10)
+    lives, starts = 200, []
+
+    def keep_busy():
+        for rank, home in enumerate(model.homes):
+            while len(home.waiting_queue) < 3:
+                model.arrive(rank, 20, model.random.randint(lives // 2, lives))
+
+    def run(steps):
+        for _ in range(steps):
+            keep_busy()
+            queued = {req.rid for home in model.homes for req in home.waiting_queue}
+            model.step()
+            starts.append(len(queued) - sum(req.rid in queued for home in model.homes for req in home.waiting_queue))
+
+    run(2 * lives)
+    usual = sum(starts[lives:]) / lives
+    long = model.arrive(0, 180 * 16, 10, (1, 0))
+    before = len(starts)
+    while long.dyncp is None or not long.dyncp.admitted:
+        run(1)
+        assert len(starts) < before + 12 * lives, "starved"
+    wait = starts[before:]
+    assert len(wait) > 2 * FIRST_TURN_STEPS
+    assert sum(wait[FIRST_TURN_STEPS : 2 * FIRST_TURN_STEPS]) >= usual * FIRST_TURN_STEPS / 2
 
 
 def test_a_growing_request_gets_its_page_from_pools_full_of_short_ones():

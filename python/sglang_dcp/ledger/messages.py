@@ -42,7 +42,7 @@ class AskAdmission:
 class AskGrowth:
     """A home asks for one more tail page: number `page_index` of the sequence. `shards` hold the request already.
 
-    `stuck` says that the request sits out until it gets the page. `max_degree` bounds the distinct shards.
+    `stuck` says that the request sits out until it gets the page.
     """
 
     KIND: ClassVar[int] = 2
@@ -50,16 +50,15 @@ class AskGrowth:
     born: int
     stuck: bool
     page_index: int
-    max_degree: int
     shards: tuple[int, ...]
 
     def words(self) -> list[int]:
-        return [self.handle, self.born, int(self.stuck), self.page_index, self.max_degree, *self.shards]
+        return [self.handle, self.born, int(self.stuck), self.page_index, *self.shards]
 
     @classmethod
     def parse(cls, words: Sequence[int]) -> AskGrowth:
-        handle, born, stuck, page_index, max_degree, *shards = words
-        return cls(handle, born, bool(stuck), page_index, max_degree, tuple(shards))
+        handle, born, stuck, page_index, *shards = words
+        return cls(handle, born, bool(stuck), page_index, tuple(shards))
 
 
 @dataclass(frozen=True, slots=True)

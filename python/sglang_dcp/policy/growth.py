@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from sglang_dcp.policy.cost_model import CostModel
+from sglang_dcp.policy.split_limits import SplitLimits
 
-
-@dataclass(frozen=True, slots=True, order=True)
-class RequestOrder:
-    """The total order of requests that every instance computes alike: step of the first ask, then home, then a serial per home."""
-
-    first_asked_step: int
-    home: int
-    serial: int = 0
+Order = tuple[int, int, int]
+"""(step of the first ask, home, a serial per home): the total order of requests that every instance computes alike."""
 
 
 def next_tail(
-    home: int, shards: Sequence[int], room: Sequence[int], *, max_degree: int, levels: Sequence[float], nodes: Sequence[int]
+    home: int,
+    shards: Sequence[int],
+    num_pages: int,
+    room: Sequence[int],
+    *,
+    limits: SplitLimits,
+    guest_room: Sequence[int],
+    levels: Sequence[float],
 ) -> int | None:
-    """Rank that takes the next tail page of a request, or None when nothing has room.
+    """Rank that takes the next tail page of a request of `num_pages`, that page included, or None when nothing has room.
 
     The home first (then only queries and partial results travel), then the existing shard with most room, then a new shard of the
-    lowest predicted level, in the home's node before any other, while the distinct shards stay within `max_degree`.
-    room[r]: free pages of rank r. levels[r]: `predicted_level`. nodes[r]: the node of rank r.
+    lowest predicted level, within the degree and the home's scope.
+    room[r]: free pages of rank r. guest_room[r]: pages that new guests may take there. levels[r]: `predicted_level`.
     """
     held = set(shards)
-    may_widen = len(held) < max_degree
+    may_widen = len(held) < limits.max_degree
     if room[home] > 0 and (home in held or may_widen):
         return home
     existing = [rank for rank in held if room[rank] > 0]
     if existing:
         return max(existing, key=lambda rank: (room[rank], -rank))
-    fresh = [rank for rank in range(len(room)) if rank not in held and room[rank] > 0] if may_widen else []
-    return min(fresh, key=lambda rank: (nodes[rank] != nodes[home], levels[rank], -room[rank], rank), default=None)
+    if not may_widen:
+        return None
+    node_of, node = limits.layout.node_of, limits.layout.node_of(home)
+    fresh = [rank for rank in limits.scope(home, num_pages) if room[rank] > 0 and guest_room[rank] > 0 and rank not in held]
+    return min(fresh, key=lambda rank: (node_of(rank) != node, levels[rank], -room[rank], rank), default=None)
+
+
+def may_grow_on(home: int, shards: Sequence[int], num_pages: int, limits: SplitLimits) -> Sequence[int]:
+    """The ranks that `next_tail` may ever answer for these shards and pages."""
+    held = set(shards)
+    if len(held) >= limits.max_degree:
+        return sorted(held)
+    return sorted({home, *held, *(limits.scope(home, num_pages) if limits.guest_pages else ())})
 
 
 def predicted_level(cost_model: CostModel, kv_tokens: int, home_requests: int) -> float:
@@ -42,6 +54,7 @@ def predicted_level(cost_model: CostModel, kv_tokens: int, home_requests: int) -
     return cost_model.attention_us_per_token * kv_tokens + cost_model.request_us * home_requests
 
 
-def choose_victim(candidates: Iterable[RequestOrder]) -> RequestOrder | None:
-    """The youngest of the requests that hold pages on the full shard, wherever its home is; None when there is none."""
-    return max(candidates, default=None)
+def choose_victim(stuck: Sequence[Order], *, somebody_gets_on: bool) -> Order | None:
+    """Who of the requests without a page for their next token gives all pages back: the youngest, as soon as two are stuck or nobody else
+    gets on. Among two, one must yield, or each may hold what the other needs."""
+    return max(stuck) if len(stuck) > 1 or (stuck and not somebody_gets_on) else None

@@ -11,6 +11,7 @@ from sglang_dcp.ledger.decision_digest import DecisionDigest
 from sglang_dcp.ledger.digest import MASK, OpenDigest, digest
 from sglang_dcp.ledger.messages import AskAdmission, AskGrowth
 from sglang_dcp.ledger.reservations import Decision, Grant, GrantedSegment, ReservationTable
+from sglang_dcp.policy.split_limits import Layout, SplitLimits
 
 word = st.integers(-(2**62), 2**62)
 words = st.lists(word, max_size=6)
@@ -45,8 +46,8 @@ def test_what_is_open_counts_not_how_it_came(changes: list[tuple[int, list[int] 
 
 def test_the_table_keeps_the_digest_of_its_asks() -> None:
     """Through asks, replacements, grants and withdrawals; an ask for growth is none for admission."""
-    table = ReservationTable(2)
-    admission, growth = AskAdmission(1, 0, False, ((0, 2), (1, 3))), AskGrowth(1, 0, True, 4, 2, (0, 1))
+    table = ReservationTable(SplitLimits(9, 2, 9, Layout(2, 2)))
+    admission, growth = AskAdmission(1, 0, False, ((0, 2), (1, 3))), AskGrowth(1, 0, True, 4, (0, 1))
     seen = {table.digest}
     for ask in (admission, growth, dataclasses.replace(growth, page_index=5), dataclasses.replace(admission, born=1)):
         table.ask(0, ask)

@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dcp.ledger.messages import AskAdmission, AskGrowth
-from sglang_dcp.ledger.reservations import Decision, GrantedSegment, ReservationTable, split_by_room
+from sglang_dcp.ledger.promise_turns import FIRST_TURN_STEPS, PromiseTurns
+from sglang_dcp.ledger.reservations import MOST_REFUSED, Decision, GrantedSegment, ReservationTable
+from sglang_dcp.policy.split_limits import Layout, SplitLimits
 
 MANY = (100, 100, 100, 100)
 
@@ -14,13 +16,14 @@ def admission(handle, born, *segments, flexible=False):
     return AskAdmission(handle, born, flexible, segments)
 
 
-def growth(handle, born, *shards, stuck=False, page_index=7, max_degree=4):
-    return AskGrowth(handle, born, stuck, page_index, max_degree, shards)
+def growth(handle, born, *shards, stuck=False, page_index=7):
+    return AskGrowth(handle, born, stuck, page_index, shards)
 
 
-def table_of(*asks, num_instances=4):
-    """asks: (home, ask)."""
-    table = ReservationTable(num_instances)
+def table_of(*asks, num_instances=4, max_degree=None, guest_pages=100, node_size=None):
+    """asks: (home, ask). Pools of 100 pages."""
+    layout = Layout(num_instances, node_size or num_instances)
+    table = ReservationTable(SplitLimits(100, max_degree or num_instances, guest_pages, layout))
     for home, ask in asks:
         table.ask(home, ask)
     return table
@@ -48,7 +51,7 @@ def test_the_order_of_asking_does_not_matter(asks, free):
 
 
 def test_growth_goes_before_an_older_admission():
-    table = table_of((0, admission(1, 0, (2, 1))), (1, growth(1, 99, 2, max_degree=1)))
+    table = table_of((0, admission(1, 0, (2, 1))), (1, growth(1, 99, 2)), max_degree=1)
     decision = decide(table, [0, 0, 1, 0])
     assert granted(decision) == [(1, 1)]
     assert decision.grants[0].segments == (GrantedSegment(2, 7, 1),)
@@ -134,7 +137,7 @@ def test_withdrawn_asks_are_gone():
 
 
 def test_asking_again_replaces():
-    table = table_of((0, growth(1, 0, 1, max_degree=1)), (0, growth(1, 0, 1, max_degree=1, stuck=True)))
+    table = table_of((0, growth(1, 0, 1)), (0, growth(1, 0, 1, stuck=True)), max_degree=1)
     assert len(table) == 1
     assert decide(table, [0, 0, 0, 0], anybody_runs=False).victims == ((0, 1),)
 
@@ -155,14 +158,14 @@ def test_one_stuck_request_waits_while_others_run():
 
 
 def test_a_grant_in_the_step_spares_the_last_stuck_request():
-    table = table_of((0, growth(1, 3, 0, stuck=True, max_degree=1)), (1, growth(1, 9, 1, stuck=True)))
+    table = table_of((0, growth(1, 3, 0, stuck=True)), (1, growth(1, 9, 1, stuck=True)), max_degree=1)
     decision = decide(table, [0, 1, 0, 0], anybody_runs=False)
     assert granted(decision) == [(1, 1)]
     assert decision.victims == ()
 
 
 def test_a_stuck_growth_is_promised_a_page_wherever_it_may_grow():
-    assert decide(table_of((0, growth(1, 3, 0, 2, stuck=True, max_degree=2))), [0, 5, 0, 5]).promised == (1, 0, 1, 0)
+    assert decide(table_of((0, growth(1, 3, 0, 2, stuck=True)), max_degree=2), [0, 5, 0, 5]).promised == (1, 0, 1, 0)
     assert decide(table_of((0, growth(1, 3, 0, stuck=True))), [0, 0, 0, 0]).promised == (1, 1, 1, 1)
     assert decide(table_of((0, growth(1, 3, 0))), [0, 0, 0, 0]).promised == (0, 0, 0, 0)
 
@@ -172,30 +175,113 @@ def test_two_growths_do_not_share_a_page():
     assert granted(decide(table, [0, 0, 0, 1])) == [(0, 1)]
 
 
-# ---- split_by_room
+# ---- limits of a split
 
 
-@given(st.integers(0, 3), st.integers(1, 60), st.lists(st.integers(-3, 20), min_size=4, max_size=4))
-def test_split_by_room(home, num_pages, limits):
-    split = split_by_room(home, num_pages, limits)
-    positive = sorted((max(0, limit) for limit in limits), reverse=True)
-    if split is None:
-        assert sum(positive) < num_pages
-        return
-    assert sum(pages for _, pages in split) == num_pages
-    assert all(0 < pages <= limits[rank] for rank, pages in split)
-    assert len({rank for rank, _ in split}) == len(split)
-    fewest = next(count for count in range(1, 5) if sum(positive[:count]) >= num_pages)
-    assert len(split) <= fewest
-    ranks = [rank for rank, _ in split]
-    assert home not in ranks[:-1]
-    left = [limits[rank] - pages for rank, pages in split]
-    assert max(left) - min(left) <= 1, "equally empty"
+def test_a_flexible_ask_is_never_split_over_more_than_the_degree():
+    """Three pieces would fit: on today's books that was granted, whatever --dyncp-max-degree said."""
+    table = table_of((0, admission(1, 0, (1, 5), (0, 5), flexible=True)), max_degree=2)
+    assert not decide(table, [4, 3, 3, 3]).grants
+    assert granted(decide(table, [4, 3, 6, 3])) == [(0, 1)]
 
 
-def test_split_by_room_prefers_home_among_equals():
-    assert split_by_room(2, 5, [5, 5, 5, 5]) == ((2, 5),)
+def test_a_flexible_ask_stays_in_its_node_which_could_hold_it():
+    table = table_of((0, admission(1, 0, (1, 5), (0, 5), flexible=True)), node_size=2)
+    assert not decide(table, [4, 3, 60, 60]).grants
+    assert [segment.rank for segment in decide(table, [4, 6, 60, 60]).grants[0].segments] == [1, 0]
 
 
-def test_split_by_room_leaves_the_chosen_equally_empty():
-    assert split_by_room(0, 20, [18, 12, 3, 4]) == ((1, 7), (0, 13))
+def test_a_request_beyond_its_node_is_split_over_others():
+    table = table_of((0, admission(1, 0, (1, 100), (2, 60), (0, 90), flexible=True)), node_size=2)
+    assert granted(decide(table, [100, 60, 60, 60])) == [(0, 1)]
+
+
+def test_growth_stays_in_its_node_while_that_could_hold_it():
+    table = table_of((0, growth(1, 0, 0, stuck=True)), node_size=2)
+    assert decide(table, [0, 0, 9, 9]).promised == (1, 1, 0, 0)
+    assert decide(table, [0, 1, 9, 9]).grants[0].segments[0].rank == 1
+    table = table_of((0, growth(1, 0, 0, 1, page_index=200)), node_size=2)
+    assert decide(table, [0, 0, 9, 9]).grants[0].segments[0].rank == 2
+
+
+def test_growth_takes_a_guest_page_of_a_new_shard_only_where_guests_have_room():
+    table = table_of((0, growth(1, 0, 0)), (0, growth(2, 0, 0, 2)))
+    assert [grant.segments[0].rank for grant in decide(table, [0, 9, 9, 9], guest_room=(0, 0, 0, 1)).grants] == [3, 2]
+    assert not decide(table_of((0, growth(1, 0, 0))), [0, 9, 9, 9], guest_room=(0, 0, 0, 0)).grants
+
+
+@pytest.mark.parametrize(
+    ("segments", "why"),
+    [([(1, 31), (0, 1)], "guest pages"), ([(0, 101)], "the pool"), ([(1, 1), (2, 1), (0, 1)], "degree"), ([(1, 1), (1, 1)], "twice")],
+)
+def test_a_split_that_no_cluster_can_grant_is_no_ask(segments, why):
+    """Its pages would stay promised for ever, on an empty cluster too."""
+    table = table_of(max_degree=2, guest_pages=30)
+    with pytest.raises(ValueError, match="can never be granted"):
+        table.ask(0, admission(1, 0, *segments, flexible=True))
+    assert not len(table), why
+
+
+# ---- what a decision costs
+
+
+@pytest.mark.parametrize("kind", ["admission", "flexible", "stuck growth", "growth"])
+def test_a_decision_looks_at_few_asks_however_many_wait(kind):
+    make = {
+        "admission": lambda i: admission(i, i, (1, 5), (0, 5)),
+        "flexible": lambda i: admission(i, i, (1, 5), (0, 5), flexible=True),
+        "stuck growth": lambda i: growth(i, i, 0, stuck=True),
+        "growth": lambda i: growth(i, i, 0),
+    }[kind]
+    table = table_of(*((0, make(i)) for i in range(1000)))
+    seen = []
+    for _ in range(3):
+        decide(table, [0, 0, 0, 0])
+        seen.append(table.num_looked_at)
+    assert max(seen) <= MOST_REFUSED + 2 and len(table) == 1000
+
+
+def test_every_waiting_ask_gets_its_look():
+    """Nine tenths of the asks wait for instance 1; those for instance 3 are granted all the same, each within a round."""
+    table = table_of(*((0, admission(i, i, (1 if i % 10 else 3, 5))) for i in range(1, 301)))
+    found = []
+    for _ in range(300 // MOST_REFUSED + 1):
+        found += [handle for _, handle in granted(decide(table, [0, 0, 0, 5 * 30]))]
+    assert sorted(found) == list(range(10, 301, 10))
+
+
+def test_the_youngest_of_a_thousand_stuck_requests_yields():
+    table = table_of(*((i % 4, growth(i, 5000 - i, i % 4, stuck=True)) for i in range(1000)))
+    assert decide(table, [0, 0, 0, 0]).victims == ((0, 0),)
+
+
+# ---- whose turn it is while an ask waits
+
+
+def test_an_ask_near_the_cluster_s_size_leaves_others_half_of_the_steps():
+    table = table_of((0, admission(1, 0, (1, 100), (0, 90))))
+    held = [any(decide(table, [50, 50, 9, 9]).promised) for _ in range(40 * FIRST_TURN_STEPS)]
+    assert all(held[:FIRST_TURN_STEPS]) and not any(held[FIRST_TURN_STEPS : 2 * FIRST_TURN_STEPS])
+    for steps in range(2 * FIRST_TURN_STEPS, len(held), FIRST_TURN_STEPS):
+        assert sum(held[:steps]) <= steps * 2 / 3 + FIRST_TURN_STEPS
+
+
+def test_behind_it_asks_are_granted_in_the_others_turn():
+    table = table_of((0, admission(1, 0, (1, 100), (0, 90))), (2, admission(1, 1, (1, 5))))
+    steps = next(step for step in range(1000) if granted(decide(table, [50, 50, 9, 9])))
+    assert steps == FIRST_TURN_STEPS
+
+
+def test_turns_grow_until_all_that_ran_has_ended():
+    """Whatever starts in the others' turn and lasts LIFE steps: a turn of the waiting ask comes that is longer."""
+    turns, own, longest = PromiseTurns(), 0, 0
+    for _ in range(20_000):
+        own = own + 1 if turns.is_promised((0, 0, 1)) else 0
+        longest = max(longest, own)
+    assert longest >= 4096
+
+
+def test_turns_begin_anew_with_another_ask():
+    turns = PromiseTurns()
+    assert [turns.is_promised((0, 0, 1)) for _ in range(FIRST_TURN_STEPS + 1)].count(False) == 1
+    assert turns.is_promised((0, 0, 2)) and turns.is_promised((0, 0, 1))

@@ -19,6 +19,7 @@ from sglang_dcp.observe.placement_log import LOG_VARIABLE, PlacementLog
 from sglang_dcp.policy.cluster_view import HomeReport
 from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.placement import make_policy
+from sglang_dcp.policy.split_limits import Layout, SplitLimits
 from sglang_dcp.policy.types import Placement, PlacementRequest
 from sglang_dcp.upstream.router.placer import Placer
 
@@ -32,7 +33,7 @@ def new_policy():
 
 def served() -> list[ObservedRequest]:
     """What a router with this policy does for a fixed list of requests, each leaving after five more have come."""
-    policy, cluster, observed, present = new_policy(), Cluster(4, 8, 1024, 16), [], []
+    policy, cluster, observed, present = new_policy(), Cluster(SplitLimits(64, 4, 64, Layout(4, 4)), 16), [], []
     for index in range(60):
         prompt = 500 + 13 * index if index % 9 == 4 else 20 + index
         if len(present) == 5:

@@ -116,9 +116,10 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """One of four instances. (largest degree, tokens that an output of 900 is expected to have)."""
     settings, expected = request.param
     config = DynCpConfig(**settings).resolve(4)
-    instance = SimpleNamespace(rank=0, page_size=PAGE, num_pages=POOL // PAGE, num_instances=4, config=config, promised=(0,) * 4)
+    instance = SimpleNamespace(rank=0, page_size=PAGE, num_pages=POOL // PAGE, num_instances=4, promised=(0,) * 4)
+    instance.limits = config.split_limits(4, instance.num_pages)
     monkeypatch.setattr(admission, "current", lambda: SimpleNamespace(instance=instance, waiting={}, blocked=None))
-    return admission.most_pools(config, 4), expected
+    return instance.limits.max_degree, expected
 
 
 def test_admission_charges_what_placement_expects(cluster: tuple[int, int]) -> None:
@@ -151,7 +152,7 @@ def test_a_running_request_is_charged_what_it_is_expected_to_generate_yet(cluste
 
 def test_a_local_request_without_room_is_noted_from_its_first_time_on(binding: SimpleNamespace) -> None:
     binding.instance.num_pages, binding.instance.num_instances = POOL // PAGE, 2
-    binding.instance.config = DynCpConfig().resolve(2)
+    binding.instance.limits = DynCpConfig().split_limits(2, POOL // PAGE)
     req, outcome = local_request(64, 900), [AddReqResult.NO_TOKEN]
     for step in (7, 9):
         binding.instance.step = step

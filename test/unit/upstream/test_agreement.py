@@ -34,6 +34,7 @@ def test_instances_started_alike_agree() -> None:
         ({"page_size": 32}, "--page-size is 16 on instances [0], 32 on instances [1]"),
         ({"max_degree": 1}, "--dyncp-max-degree is 2 on instances [0], 1 on instances [1]"),
         ({"max_guest_fraction": 0.5}, "--dyncp-max-guest-fraction is 1.0 on instances [0], 0.5 on instances [1]"),
+        ({"num_nodes": 2}, "--nnodes is 1 on instances [0], 2 on instances [1]"),
         ({"max_rows": 32}, "--dyncp-max-rows is 64 on instances [0], 32 on instances [1]"),
     ],
 )
@@ -53,8 +54,9 @@ def test_constants_and_element_types_count() -> None:
 def test_every_setting_is_compared() -> None:
     """One that is added later, too."""
     facts = facts_of(instance(), torch.bfloat16)
+    names = {"served_model": "the served model", "num_nodes": "--nnodes"}
     for field in dataclasses.fields(DynCpConfig):
-        assert (f"--dyncp-{field.name.replace('_', '-')}" in facts) or field.name == "served_model"
+        assert names.get(field.name, f"--dyncp-{field.name.replace('_', '-')}") in facts
     for field in dataclasses.fields(instance().cost_model):
         assert f"{field.name} of the cost model" in facts
 

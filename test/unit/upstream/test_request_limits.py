@@ -6,11 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt import runtime_context
 
-from sglang_dcp.config import DynCpConfig
+from sglang_dcp.config import CONFIG_VARIABLE, DynCpConfig
 from sglang_dcp.upstream.front.request_limits import REFUSED_OPTIONS, RequestError, RequestLimits, check_options, read_pin
+from sglang_dcp.upstream.pool import capacity
 from sglang_dcp.upstream.router.placement_hint import ACTION_TYPE, strip_hints
-from sglang_dcp.upstream.router.placement_request import describe_request, most_pools
+from sglang_dcp.upstream.router.placement_request import describe_request
 
 POOL, PAGE = 1024, 16
 
@@ -116,7 +118,7 @@ POOLS = [({}, 4), ({"policy": "local"}, 1), ({"policy": "fixed", "degree": 2}, 2
 
 @pytest.mark.parametrize(("config", "pools"), POOLS)
 def test_pools_per_policy(config: dict[str, Any], pools: int) -> None:
-    assert most_pools(DynCpConfig(**config), 4) == pools
+    assert limits(**config).split_limits.max_degree == pools
     with pytest.raises(ValueError):
         limits(**config).check(pools * POOL, {})
     limits(**config).check(pools * POOL - 3 * PAGE, {})
@@ -203,3 +205,28 @@ def test_a_degree_that_is_meant_as_a_bound_is_that_of_a_short_prompt() -> None:
 def test_a_bound_that_makes_no_sense_is_refused(pin: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         limits().check(100, {"custom_params": {"dyncp": pin}})
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 0.5])
+def test_what_guests_may_never_take_is_refused_at_the_door(fraction: float) -> None:
+    """Admitted, it would wait on an empty cluster for ever, with pages promised to it."""
+    checker = limits(4, max_guest_fraction=fraction)
+    reach = POOL + 3 * int(POOL * fraction)
+    checker.check(reach - 3 * PAGE, {"max_new_tokens": 1})
+    with pytest.raises(RequestError, match=rf"exceed {reach - PAGE - 1} tokens.*--dyncp-max-guest-fraction {fraction}"):
+        checker.check(reach, {"max_new_tokens": 1})
+    bounded = limits(4, max_guest_fraction=fraction, max_degree=2)
+    assert bounded.reach_tokens == POOL + int(POOL * fraction)
+
+
+def test_every_door_asks_the_same_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's own bounds on length (worker, output) follow the same reach."""
+    config = DynCpConfig(max_guest_fraction=0.25, max_degree=3)
+    monkeypatch.setenv(CONFIG_VARIABLE, config.to_json())
+    monkeypatch.setattr(runtime_context, "get_parallel", lambda: SimpleNamespace(num_dp_ranks=4))
+    assert capacity.reach_tokens(POOL, PAGE) == limits(4, max_guest_fraction=0.25, max_degree=3).reach_tokens == POOL + 2 * POOL // 4
+    worker = SimpleNamespace(model_runner=SimpleNamespace(page_size=PAGE), model_config=SimpleNamespace(context_len=10**6))
+    raised = capacity.raise_worker_limits((POOL, 0, 0, 0, 1023, 1018, "rest"), worker)
+    assert raised == (POOL, 0, 0, 0, 1535, 1530, "rest")
+    monkeypatch.delenv(CONFIG_VARIABLE)
+    assert capacity.reach_tokens(POOL, PAGE) == POOL

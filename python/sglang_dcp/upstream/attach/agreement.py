@@ -34,7 +34,7 @@ def facts_of(instance: Instance, pool_dtype: Any) -> dict[str, str]:
         "the pages of a pool": instance.num_pages,
         "--page-size": instance.page_size,
         "the element type of the KV pool": pool_dtype,
-        "the nodes": instance.table.nodes,
+        "--nnodes": config.pop("num_nodes"),
         "the served model": config.pop("served_model"),
     }
     facts |= {f"--dyncp-{name.replace('_', '-')}": value for name, value in config.items()}

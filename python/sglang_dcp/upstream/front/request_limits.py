@@ -8,8 +8,9 @@ from typing import Any
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.policy.placement import make_policy
+from sglang_dcp.policy.split_limits import SplitLimits
 from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementPolicy
-from sglang_dcp.upstream.router.placement_request import cost_model_of, describe_request, most_pools
+from sglang_dcp.upstream.router.placement_request import cost_model_of, describe_request
 
 PIN_KEYS = ("degree", "home", "at_most")
 
@@ -82,6 +83,7 @@ class RequestLimits:
     pool_tokens: int
     page_size: int
     policy: PlacementPolicy = field(init=False)
+    split_limits: SplitLimits = field(init=False)
 
     def __post_init__(self) -> None:
         # The policy itself, asked about an idle cluster: what it could not place there, the router could never place.
@@ -95,11 +97,12 @@ class RequestLimits:
             max_guest_fraction=self.config.max_guest_fraction,
         )
         object.__setattr__(self, "policy", policy)
+        object.__setattr__(self, "split_limits", self.config.split_limits(self.num_instances, self.pool_tokens // self.page_size))
 
     @property
     def reach_tokens(self) -> int:
         """Tokens that one request may hold over all pools that it may use."""
-        return most_pools(self.config, self.num_instances) * (self.pool_tokens // self.page_size * self.page_size)
+        return self.split_limits.reach_pages * self.page_size
 
     def check(self, prompt_tokens: int, sampling: Mapping[str, Any], routed_dp_rank: int | None = None) -> Placement:
         """Where an idle server would place the request. Raises RequestError (or the policy's CapacityError, also a ValueError) where it
@@ -123,9 +126,10 @@ class RequestLimits:
             self.reach_tokens,
             routed_dp_rank,
             page_size=self.page_size,
-            largest_degree=most_pools(self.config, self.num_instances),
+            largest_degree=self.split_limits.max_degree,
         )
-        loads = [InstanceLoad(rank=rank, node=0, kv_tokens=0, kv_capacity=self.pool_tokens) for rank in range(self.num_instances)]
+        nodes = self.split_limits.layout.nodes
+        loads = [InstanceLoad(rank=rank, node=node, kv_tokens=0, kv_capacity=self.pool_tokens) for rank, node in enumerate(nodes)]
         return self.policy.place(request, loads, self.page_size)
 
     def _check_length(self, prompt_tokens: int, max_new_tokens: int) -> None:
@@ -133,9 +137,13 @@ class RequestLimits:
         prompt_pages = -(-prompt_tokens // self.page_size)
         limit = self.reach_tokens - self.page_size - 1
         if prompt_pages * self.page_size + max_new_tokens > limit:
-            pools = most_pools(self.config, self.num_instances)
+            limits = self.split_limits
+            pools = f"{limits.max_degree} KV pools of {self.pool_tokens} tokens"
+            if limits.guest_pages < limits.pool_pages:
+                fraction = self.config.max_guest_fraction
+                pools += f", all but one of them lending {limits.guest_pages * self.page_size} (--dyncp-max-guest-fraction {fraction})"
             raise RequestError(
                 f"The input ({prompt_tokens} tokens, {prompt_pages} pages of {self.page_size}) and max_new_tokens ({max_new_tokens}) "
-                f"exceed {limit} tokens, what one request may hold in {pools} KV pools of {self.pool_tokens} tokens "
+                f"exceed {limit} tokens, what one request may hold in {pools} "
                 "(--max-total-tokens, --mem-fraction-static, --dyncp-max-degree)"
             )

@@ -159,8 +159,7 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
 
     def max_new_tokens_for_memory(self, input_tokens: int, max_new_tokens: int, *, token_capacity: int, **kwargs: Any) -> int | None:
         """A request may grow over the pools that its policy lets it use."""
-        from sglang_dcp.upstream.pool.capacity import pools_per_request
+        from sglang_dcp.upstream.pool.capacity import reach_tokens
 
-        return super().max_new_tokens_for_memory(
-            input_tokens, max_new_tokens, token_capacity=token_capacity * pools_per_request(), **kwargs
-        )
+        reach = reach_tokens(token_capacity, self.page_size)
+        return super().max_new_tokens_for_memory(input_tokens, max_new_tokens, token_capacity=reach, **kwargs)

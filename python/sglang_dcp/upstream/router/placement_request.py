@@ -11,25 +11,10 @@ from sglang_dcp.policy.expected_output import expected_new_tokens
 from sglang_dcp.policy.served_model import served_cost
 from sglang_dcp.policy.types import PlacementRequest
 
-GPUS_PER_NODE = 8
-
-
-def node_of(rank: int) -> int:
-    return rank // GPUS_PER_NODE
-
 
 def cost_model_of(config: DynCpConfig, num_instances: int) -> CostModel:
     """The same in every process."""
     return served_cost(config.cost_model, config.served_model, num_instances).model
-
-
-def most_pools(config: DynCpConfig, num_instances: int) -> int:
-    """Most pools that one request may use."""
-    if config.policy == "local":
-        return 1
-    if config.policy == "fixed":
-        return config.degree or 1
-    return config.max_degree or num_instances
 
 
 def describe_request(
@@ -43,7 +28,7 @@ def describe_request(
     largest_degree: int,
 ) -> PlacementRequest:
     """max_new_tokens None: the client set no bound, so the output ends where `reach_tokens`, the pools of one request, end.
-    largest_degree: how many these are (`most_pools`).
+    largest_degree: how many these are (SplitLimits.max_degree).
 
     A pinned degree with `at_most` is the prompt's pages where it has fewer, so that a client can pin all its requests alike.
     named_home: the rank that the client named by SGLang's own means (routed_dp_rank, header); never beside a pin.

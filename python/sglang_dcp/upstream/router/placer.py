@@ -12,7 +12,7 @@ from sglang_dcp.observe.placement_log import PlacementLog
 from sglang_dcp.policy.cluster_view import ClusterView, HomeReport
 from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementPolicy
-from sglang_dcp.upstream.router.placement_request import cost_model_of, describe_request, most_pools, node_of
+from sglang_dcp.upstream.router.placement_request import cost_model_of, describe_request
 
 
 class Placer:
@@ -22,7 +22,7 @@ class Placer:
         self._config = config
         self._clock = clock
         self._num_instances = num_instances
-        self._view = ClusterView([node_of(rank) for rank in range(num_instances)])
+        self._view = ClusterView(config.layout(num_instances).nodes)
         self._policy: PlacementPolicy | None = None
         self._page_size = 0
         self._log = PlacementLog.from_environment()
@@ -70,12 +70,19 @@ class Placer:
         assert self._policy is not None, "configure() comes first"
         pin = (req.sampling_params.custom_params or {}).get("dyncp") or {}
         page_size = self._page_size
-        pools = most_pools(self._config, self._num_instances)
-        reach_tokens = pools * (self._view.smallest_capacity // page_size * page_size)
+        limits = self._config.split_limits(self._num_instances, self._view.smallest_capacity // page_size)
         max_new_tokens = req.sampling_params.max_new_tokens
         named_home = getattr(req, "routed_dp_rank", None)
         num_tokens = len(req.input_ids)
-        request = describe_request(num_tokens, max_new_tokens, pin, reach_tokens, named_home, page_size=page_size, largest_degree=pools)
+        request = describe_request(
+            num_tokens,
+            max_new_tokens,
+            pin,
+            limits.reach_pages * page_size,
+            named_home,
+            page_size=page_size,
+            largest_degree=limits.max_degree,
+        )
         loads = self.loads()
         placement = self._policy.place(request, loads, page_size)
         self._view.place(placement)

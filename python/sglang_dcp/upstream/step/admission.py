@@ -8,8 +8,9 @@ from typing import Any
 
 from sglang_dcp.ledger.homes import HomeRequest
 from sglang_dcp.policy.expected_output import expected_new_tokens
+from sglang_dcp.policy.split import num_pages
+from sglang_dcp.policy.split_limits import Split, SplitLimits
 from sglang_dcp.upstream.router.placement_hint import read_placement
-from sglang_dcp.upstream.router.placement_request import most_pools
 from sglang_dcp.upstream.step.binding import Binding, current
 from sglang_dcp.upstream.step.instance import is_managed
 
@@ -133,7 +134,7 @@ def reserved(binding: Binding, req: Any) -> bool:
     keep_place_in_order(req)
     binding.waiting[request.handle] = req
     binding.instance.ask_admission(
-        request, page_segments(req, binding.instance.page_size, binding.instance.num_pages), flexible=req.dyncp_placement_flexible
+        request, page_segments(req, binding.instance.page_size, binding.instance.limits), flexible=req.dyncp_placement_flexible
     )
     return False
 
@@ -143,26 +144,17 @@ def keep_place_in_order(req: Any) -> None:
     req.dyncp.born = req.dyncp_born = min(req.dyncp.born, getattr(req, "dyncp_born", req.dyncp.born))
 
 
-def page_segments(req: Any, page_size: int, num_pages: int) -> list[tuple[int, int]]:
-    """Pages per shard: the placement's split of the prompt, what the request has generated so far and one tail page on the tail.
-
-    No segment is larger than a pool: what exceeds one goes to the shards before it, so that the ask fits once the pools are empty enough.
-    """
+def page_segments(req: Any, page_size: int, limits: SplitLimits) -> Split:
+    """Pages per shard: the placement's split of the prompt, what the request has generated so far and one tail page on the tail, brought
+    within the limits so that the ask fits once the pools are empty enough. ValueError for a request that no pools can hold."""
     placement = req.dyncp_placement
     num_tokens = len(req.origin_input_ids) + len(req.output_ids)
-    total = min(-(-num_tokens // page_size) + 1, placement.degree * num_pages)
-    counts = [max(1, tokens // page_size) for tokens in placement.shard_tokens[:-1]]
-    counts.append(max(1, total - sum(counts)))
-    surplus = sum(counts) - total
-    for index in range(len(counts)):
-        cut = max(counts[index] - num_pages, min(surplus, counts[index] - 1))
-        counts[index] -= cut
-        surplus -= cut
-    for index in reversed(range(len(counts))):
-        added = min(num_pages - counts[index], max(0, -surplus))
-        counts[index] += added
-        surplus += added
-    return list(zip(placement.shards, counts, strict=True))
+    pages = min(num_pages(num_tokens, page_size) + 1, max(limits.reach_pages, num_pages(num_tokens, page_size)))
+    heads = zip(placement.shards, (max(1, tokens // page_size) for tokens in placement.shard_tokens[:-1]), strict=False)
+    split = limits.complete(placement.home, [*heads, (placement.tail, 1)], max(pages, placement.degree))
+    if split is None:
+        raise ValueError(f"{req.rid}: {num_tokens} tokens ({pages} pages) exceed {limits.reach_pages} pages, what one request may hold")
+    return split
 
 
 class _Unbounded:
@@ -225,7 +217,7 @@ def _charge_expected_output(req: Any, binding: Binding) -> Iterator[None]:
     limit = max(0, pool - len(req.origin_input_ids) - 2 * instance.page_size - 1)
     asked = params.max_new_tokens
     left = max(0, asked - generated)
-    params.max_new_tokens = min(generated + expected_new_tokens(left, _largest_degree(binding)), limit)
+    params.max_new_tokens = min(generated + expected_new_tokens(left, instance.limits.max_degree), limit)
     try:
         yield
     finally:
@@ -238,12 +230,8 @@ def _admit_like_others(req: Any, binding: Binding) -> Iterator[None]:
     of growth elsewhere."""
     params = req.sampling_params
     ignore_eos = params.ignore_eos
-    params.ignore_eos = ignore_eos and _largest_degree(binding) == 1
+    params.ignore_eos = ignore_eos and binding.instance.limits.max_degree == 1
     try:
         yield
     finally:
         params.ignore_eos = ignore_eos
-
-
-def _largest_degree(binding: Binding) -> int:
-    return most_pools(binding.instance.config, binding.instance.num_instances)

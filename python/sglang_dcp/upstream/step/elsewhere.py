@@ -6,7 +6,6 @@ from typing import Any
 
 from sglang_dcp.policy.split import num_pages
 from sglang_dcp.policy.types import Placement
-from sglang_dcp.upstream.router.placement_request import most_pools, node_of
 from sglang_dcp.upstream.step.admission import keep_out_of_prefix_cache, reserved
 from sglang_dcp.upstream.step.binding import Binding
 
@@ -25,18 +24,18 @@ def ask_elsewhere(binding: Binding) -> None:
         return
     if req is None or instance.step - req.dyncp_blocked_since < PATIENCE_STEPS:
         return
-    if most_pools(instance.config, instance.num_instances) == 1:
+    if instance.limits.max_degree == 1:
         return
     num_tokens = len(req.origin_input_ids) + len(req.output_ids)
     pages = num_pages(num_tokens, instance.page_size) + 1
-    others = [rank for rank in range(instance.num_instances) if rank != instance.rank and instance.room_for_guests(rank) >= pages]
+    scope = instance.limits.scope(instance.rank, pages)
+    others = [rank for rank in scope if rank != instance.rank and instance.room_for_guests(rank) >= pages]
     if not others:
         return
     scheduler, binding.blocked = binding.scheduler, None
     if not _may_move(req) or not any(waiting is req for waiting in scheduler.waiting_queue):
         return
-    node = node_of(instance.rank)
-    rank = max(others, key=lambda rank: (node_of(rank) == node, instance.room_for_guests(rank), -rank))
+    rank = max(others, key=lambda rank: (instance.room_for_guests(rank), -rank))
     req.dyncp_placement = Placement(instance.rank, (rank,), (num_tokens,))
     keep_out_of_prefix_cache(req)
     reserved(binding, req)

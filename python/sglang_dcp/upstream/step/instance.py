@@ -27,7 +27,7 @@ from sglang_dcp.ledger.reservations import Decision, Grant, Key, ReservationTabl
 from sglang_dcp.ledger.routes import route_word
 from sglang_dcp.ledger.row_table import RowTable, advance, checksum
 from sglang_dcp.policy.growth import predicted_level
-from sglang_dcp.upstream.router.placement_request import cost_model_of, node_of
+from sglang_dcp.upstream.router.placement_request import cost_model_of
 from sglang_dcp.upstream.step import columns as col
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class Instance:
         self.pool = pool
         self.homes = HomeBook(self.ids)
         self.guests = GuestBook()
-        self.table = ReservationTable(num_instances, [node_of(rank) for rank in range(num_instances)])
+        self.limits = config.split_limits(num_instances, num_pages)
+        self.table = ReservationTable(self.limits)
         self.cost_model = cost_model_of(config, num_instances)
         self.step = 0
         self.outbox: list[Message] = []
@@ -98,8 +99,7 @@ class Instance:
         if not request.ready or request.asked_growth and request.asked_stuck >= stuck:
             return
         request.asked_growth, request.asked_stuck = True, stuck
-        max_degree = self.config.max_degree or self.num_instances
-        self.outbox.append(AskGrowth(request.handle, request.born, stuck, len(request.pages), max_degree, request.shards))
+        self.outbox.append(AskGrowth(request.handle, request.born, stuck, len(request.pages), request.shards))
 
     def grow_at_home(self, request: HomeRequest) -> bool:
         """Takes the next tail page from the own pool when it has one; no message needed."""
@@ -120,13 +120,12 @@ class Instance:
 
     def _may_hold(self, request: HomeRequest, rank: int) -> bool:
         shards = request.shards
-        return rank in shards or len(shards) < (self.config.max_degree or self.num_instances)
+        return rank in shards or len(shards) < self.limits.max_degree
 
     def room_for_guests(self, rank: int) -> int:
         """Pages that instance `rank` could lend by the columns of the last step, beyond what is promised there."""
         row = self._columns[rank]
-        most_guests = int(self.config.max_guest_fraction * self.num_pages)
-        return min(row[col.FREE_PAGES] - self.promised[rank], most_guests - row[col.GUEST_PAGES])
+        return min(row[col.FREE_PAGES] - self.promised[rank], self.limits.guest_pages - row[col.GUEST_PAGES])
 
     def token_ids(self, request: HomeRequest, start: int, stop: int) -> np.ndarray:
         """Token ids (as in req_to_token) of positions start .. stop - 1."""
@@ -197,8 +196,7 @@ class Instance:
             self.num_sharded_rows = sum(map(len, self.rows_of))
         decision = self._nothing_decided
         if len(self.table):
-            most_guests = int(self.config.max_guest_fraction * self.num_pages)
-            room = [max(0, most_guests - row[col.GUEST_PAGES]) for row in self._columns]
+            room = [max(0, self.limits.guest_pages - row[col.GUEST_PAGES]) for row in self._columns]
             levels = [predicted_level(self.cost_model, row[col.KV_TOKENS], row[col.HOME_REQUESTS]) for row in self._columns]
             open_asks = self.table.digest
             decision = self.table.decide([row[col.FREE_PAGES] for row in self._columns], room, anybody_runs, levels)

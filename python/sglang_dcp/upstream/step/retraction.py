@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang_dcp.policy.split import num_pages
 from sglang_dcp.policy.types import Placement
 from sglang_dcp.upstream.step.admission import keep_out_of_prefix_cache
 from sglang_dcp.upstream.step.binding import Binding, current
@@ -53,22 +54,32 @@ def release_finished(binding: Binding) -> None:
 
 
 def place_again(binding: Binding, req: Any) -> None:
-    """A retracted request that no longer fits its pool is spread: over all instances, the split left to the grant."""
-    instance = binding.instance
-    page_size, total = instance.page_size, len(req.origin_input_ids) + len(req.output_ids)
-    placement = req.dyncp_placement
-    if (placement is None or placement.is_local) and total + 2 * page_size <= instance.num_pages * page_size:
+    """Where a retracted request starts over.
+
+    A pinned one keeps home and shards, and gets more of them only where it has outgrown those (page_segments). Another one asks for one
+    instance where one can hold it, else for as few as have room; the grant may split it otherwise.
+    """
+    instance, placement = binding.instance, req.dyncp_placement
+    limits, page_size, total = instance.limits, instance.page_size, len(req.origin_input_ids) + len(req.output_ids)
+    fits_home = total + 2 * page_size <= instance.num_pages * page_size
+    if (placement is None or placement.is_local) and fits_home:
         return
-    pages = -(-total // page_size)
-    others = [rank for rank in range(instance.num_instances) if rank != instance.rank]
-    order = sorted(others, key=lambda rank: (int(instance.kv_tokens[rank]), rank))
-    degree = min(instance.config.max_degree or instance.num_instances, instance.num_instances, pages)
-    shards = [*order[: degree - 1], instance.rank]
-    share = pages // degree
-    tokens = [share * page_size] * (degree - 1)
-    req.dyncp_placement = Placement(instance.rank, tuple(shards), (*tokens, total - sum(tokens)))
-    req.dyncp_placement_flexible = True
-    keep_out_of_prefix_cache(req)
+    pages = min(num_pages(total, page_size) + 1, limits.reach_pages)
+    if placement is not None and not req.dyncp_placement_flexible:
+        if not placement.is_local:
+            return
+        split = limits.complete(instance.rank, ((instance.rank, 1),), pages)
+    else:
+        room = [instance.num_pages - tokens // page_size for tokens in instance.kv_tokens]
+        split = limits.whole(instance.rank, pages, room, at_home=fits_home) or limits.split(instance.rank, pages, room)
+        split = split or limits.split(instance.rank, pages, [instance.num_pages] * len(room))
+        req.dyncp_placement_flexible = True
+    assert split is not None, f"{req.rid}: {pages} pages were held within {limits}"
+    heads = [count * page_size for _, count in split[:-1]]
+    # The tail may be there for the next token alone.
+    req.dyncp_placement = Placement(instance.rank, tuple(rank for rank, _ in split), (*heads, max(0, total - sum(heads))))
+    if not req.dyncp_placement.is_local:
+        keep_out_of_prefix_cache(req)
 
 
 def inflight_batches(result: list[Any], scheduler: Any) -> list[Any]:

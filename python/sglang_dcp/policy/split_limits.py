@@ -1,0 +1,153 @@
+"""How a request may be split over instances: the one rule of the door, the policies, grants, growth, retraction and the simulator.
+
+A request's pages lie on at most `max_degree` shards. Its home may give it the whole pool, any other instance `guest_pages` at admission
+(growth of a guest that is there already is not bounded). Shards lie in the home's node unless the node could never hold the request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Split = tuple[tuple[int, int], ...]
+"""(rank, pages) in sequence order; the last one is the tail."""
+
+
+def guest_pages(pool_pages: int, fraction: float) -> int:
+    """Most pages of a pool that new guests may take (--dyncp-max-guest-fraction). The small addend keeps 0.29 x 100 at 29."""
+    return min(pool_pages, int(fraction * pool_pages + 1e-9))
+
+
+def reach_pages(pool_pages: Sequence[int], most_shards: int, fraction: float, home: int | None = None) -> int:
+    """Most pages of one request that empty pools of these sizes hold: one pool whole, as home, and guest pages of the largest others."""
+    first = max(range(len(pool_pages)), key=pool_pages.__getitem__) if home is None else home
+    guests = sorted((guest_pages(pages, fraction) for rank, pages in enumerate(pool_pages) if rank != first), reverse=True)
+    return pool_pages[first] + sum(guests[: most_shards - 1])
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which instances share a node: `node_size` consecutive ranks each; the last node may have fewer."""
+
+    num_instances: int
+    node_size: int
+
+    def __post_init__(self) -> None:
+        if self.num_instances < 1 or self.node_size < 1:
+            raise ValueError(f"a layout of {self.num_instances} instances, {self.node_size} per node, has none")
+
+    @classmethod
+    def of_nodes(cls, num_instances: int, num_nodes: int = 1) -> Layout:
+        """Instances spread evenly over the hosts, as SGLang does with --nnodes."""
+        return cls(num_instances, -(-num_instances // num_nodes))
+
+    @property
+    def nodes(self) -> list[int]:
+        """The node of every rank."""
+        return [self.node_of(rank) for rank in range(self.num_instances)]
+
+    def node_of(self, rank: int) -> int:
+        return rank // self.node_size
+
+    def members(self, rank: int) -> range:
+        """The ranks of this rank's node."""
+        first = rank - rank % self.node_size
+        return range(first, min(first + self.node_size, self.num_instances))
+
+
+@dataclass(frozen=True, slots=True)
+class SplitLimits:
+    """Pages per pool (all pools are equal), shards of one request, pages that new guests may take of a pool, and where the nodes are."""
+
+    pool_pages: int
+    max_degree: int
+    guest_pages: int
+    layout: Layout
+
+    @property
+    def reach_pages(self) -> int:
+        """Most pages of one request, on an empty cluster."""
+        return self._reach(self.layout.num_instances)
+
+    def most_pages(self, home: int, rank: int) -> int:
+        """Most pages that `rank` may give a request of `home` when it is admitted."""
+        return self.pool_pages if rank == home else self.guest_pages
+
+    def fits(self, home: int, split: Sequence[tuple[int, int]]) -> bool:
+        """Whether an empty cluster could grant this split."""
+        ranks = {rank for rank, _ in split}
+        return len(ranks) == len(split) <= self.max_degree and all(0 < pages <= self.most_pages(home, rank) for rank, pages in split)
+
+    def can_ever_fit(self, home: int, pages: int) -> bool:
+        """Whether an empty cluster could hold so many pages of a request of `home`, however split."""
+        return pages <= self._reach(len(self.scope(home, pages)))
+
+    def scope(self, home: int, pages: int) -> range:
+        """Ranks that may hold shards of a request of so many pages: the home's node, or all where the node could never hold it."""
+        members = self.layout.members(home)
+        return members if pages <= self._reach(len(members)) else range(self.layout.num_instances)
+
+    def split(self, home: int, pages: int, room: Sequence[int]) -> Split | None:
+        """Pages over the instances with most room, so that as few as possible are used and they end equally empty; the home, when used,
+        is last. None when they do not fit now.
+
+        room[r]: pages that instance r can give this request.
+        """
+        scope = self.scope(home, pages)
+        limits = {rank: max(0, min(room[rank], self.most_pages(home, rank))) for rank in scope}
+        order = sorted(scope, key=lambda rank: (-limits[rank], rank != home, rank))
+        chosen: list[int] = []
+        held = 0
+        for rank in order[: self.max_degree]:
+            chosen.append(rank)
+            held += limits[rank]
+            if held >= pages:
+                return _level(home, {rank: limits[rank] for rank in chosen}, held - pages)
+        return None
+
+    def whole(self, home: int, pages: int, room: Sequence[int], *, at_home: bool = True) -> Split | None:
+        """All pages on one instance: the home where it has room, else where there is most, else where an empty pool would hold them.
+        None where no pool can. at_home False: not on the home itself."""
+        able = [rank for rank in self.scope(home, pages) if pages <= self.most_pages(home, rank) and (at_home or rank != home)]
+        best = max(able, key=lambda rank: (room[rank] >= pages, rank == home, room[rank], -rank), default=None)
+        return None if best is None else ((best, pages),)
+
+    def complete(self, home: int, split: Sequence[tuple[int, int]], pages: int) -> Split | None:
+        """This split with `pages` in all. What it lacks goes to the tail, then to the shards before it, then to new ones; what it has too
+        much goes from the first. None when no split of so many pages can ever fit."""
+        counts = {rank: min(count, self.most_pages(home, rank)) for rank, count in split[-self.max_degree :]}
+        counts = {rank: count for rank, count in counts.items() if count > 0}
+        missing = pages - sum(counts.values())
+        for rank in counts:
+            cut = min(max(0, -missing), counts[rank] - 1)
+            counts[rank] -= cut
+            missing += cut
+        near = self.layout.members(home)
+        others = sorted(self.scope(home, pages), key=lambda rank: (rank != home, rank not in near, rank))
+        for rank in [*reversed(counts), *(rank for rank in others if rank not in counts)]:
+            added = min(self.most_pages(home, rank) - counts.get(rank, 0), max(0, missing))
+            if added and (rank in counts or len(counts) < self.max_degree):
+                counts[rank] = counts.get(rank, 0) + added
+                missing -= added
+        if missing > 0:
+            return self.split(home, pages, [self.pool_pages] * self.layout.num_instances)
+        return tuple((rank, counts[rank]) for rank in _tail_last(counts, home, split[-1][0]))
+
+    def _reach(self, num_pools: int) -> int:
+        return self.pool_pages + (min(num_pools, self.max_degree) - 1) * self.guest_pages
+
+
+def _tail_last(counts: dict[int, int], home: int, tail: int) -> list[int]:
+    """The ranks in sequence order: new ones first, the old tail last, or the home where it has come in."""
+    last = tail if tail in counts else home
+    return sorted(counts, key=lambda rank: rank == last)
+
+
+def _level(home: int, limits: dict[int, int], surplus: int) -> Split:
+    """All of `limits` less `surplus` pages, taken so that the ranks end equally empty."""
+    counts = {}
+    for position, rank in enumerate(sorted(limits, key=limits.__getitem__)):
+        spare = min(limits[rank], surplus // (len(limits) - position))
+        counts[rank] = limits[rank] - spare
+        surplus -= spare
+    return tuple((rank, counts[rank]) for rank in sorted(counts, key=lambda rank: (rank == home, rank)) if counts[rank])

@@ -1,0 +1,69 @@
+"""What no grant may break, recounted from columns and messages alone: the code that decides about limits is not asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sglang_dcp.ledger.messages import AskAdmission, AskGrowth, decode
+from sglang_dcp.ledger.reservations import Decision, Grant
+from sglang_dcp.upstream.step import columns as col
+
+
+class LimitChecks:
+    """Looks at every step of a protocol walk. guest_pages: most pages of a pool that new guests may take. node_size: instances per node."""
+
+    def __init__(self, num_instances: int, num_pages: int, max_degree: int, guest_pages: int, node_size: int) -> None:
+        self.num_instances, self.num_pages = num_instances, num_pages
+        self.max_degree, self.guest_pages, self.node_size = max_degree, guest_pages, node_size
+        self.asks: dict[tuple[int, int], AskAdmission | AskGrowth] = {}
+
+    def reach(self, num_pools: int) -> int:
+        """Pages that `num_pools` pools hold of one request: one of them whole, as home."""
+        return self.num_pages + (min(num_pools, self.max_degree) - 1) * self.guest_pages
+
+    def members(self, home: int) -> range:
+        first = home // self.node_size * self.node_size
+        return range(first, min(first + self.node_size, self.num_instances))
+
+    def members_for(self, home: int, pages: int) -> range:
+        """Where a flexible placement of so many pages may lie."""
+        return self.members(home) if pages <= self.reach(self.node_size) else range(self.num_instances)
+
+    def check_step(self, columns: Sequence[Sequence[int]], words: Sequence[Sequence[int]], decision: Decision) -> None:
+        """columns, words: of every instance in this step; decision: what came of them."""
+        for home, stream in enumerate(words):
+            for message in decode(stream):
+                if isinstance(message, AskAdmission | AskGrowth):
+                    self.asks[home, message.handle] = message
+        room = [row[col.FREE_PAGES] for row in columns]
+        guest_room = [self.guest_pages - row[col.GUEST_PAGES] for row in columns]
+        is_empty = room == [self.num_pages] * self.num_instances
+        for grant in decision.grants:
+            ask = self.asks.pop((grant.home, grant.handle))
+            if isinstance(ask, AskAdmission):
+                self._check_admission(ask, grant, guest_room)
+            else:
+                self._check_growth(ask, grant, room, guest_room)
+            for segment in grant.segments:
+                room[segment.rank] -= segment.num_pages
+                guest_room[segment.rank] -= segment.num_pages if segment.rank != grant.home else 0
+        assert decision.grants or not (is_empty and any(decision.promised)), f"promised for ever on an empty cluster: {decision}"
+
+    def _check_admission(self, ask: AskAdmission, grant: Grant, guest_room: Sequence[int]) -> None:
+        ranks = [segment.rank for segment in grant.segments]
+        assert len(set(ranks)) <= self.max_degree, f"degree {len(set(ranks))} where {self.max_degree} is the most: {grant}"
+        for segment in grant.segments:
+            is_guest = segment.rank != grant.home
+            assert not is_guest or segment.num_pages <= guest_room[segment.rank], f"guest room {guest_room} does not hold {grant}"
+        fits_the_node = sum(pages for _, pages in ask.segments) <= self.reach(self.node_size)
+        if ask.flexible and fits_the_node:
+            assert set(ranks) <= set(self.members(grant.home)), f"{grant} leaves the node of its home, which could hold it"
+
+    def _check_growth(self, ask: AskGrowth, grant: Grant, room: Sequence[int], guest_room: Sequence[int]) -> None:
+        rank = grant.segments[0].rank
+        if rank in ask.shards:
+            return
+        assert len(set(ask.shards)) < self.max_degree, f"degree {len(set(ask.shards)) + 1} where {self.max_degree} is the most: {grant}"
+        assert rank == grant.home or guest_room[rank] >= 1, f"guest room {guest_room} does not hold {grant}"
+        fits_the_node = ask.page_index + 1 <= self.reach(self.node_size)
+        assert not fits_the_node or rank in self.members(grant.home), f"{grant} leaves the node of its home, which could hold it"
