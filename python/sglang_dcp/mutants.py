@@ -226,20 +226,20 @@ def _chunk_not_causal() -> None:
 
 def _guest_page_freed_early() -> None:
     """A shard frees a guest's pages in the first step that has no row of it, instead of when its home gives them back."""
-    from sglang_dcp.upstream.step.instance import Instance
+    from sglang_dcp.ledger.participant import Participant
 
     def wrap(original: Any) -> Any:
-        def finish_step(instance: Any, *args: Any) -> Any:
-            decision = original(instance, *args)
-            rows = {(home, row.handle) for home, table in enumerate(instance.rows_of) for row in table}
-            for key in sorted(getattr(instance, "_mutant_rows", set()) - rows):
-                instance.pool.return_pages(instance.guests.take_back(*key))
-            instance._mutant_rows = rows
+        def finish_step(participant: Any, *args: Any, **kwargs: Any) -> Any:
+            decision = original(participant, *args, **kwargs)
+            rows = {(home, row.handle) for home, table in enumerate(participant.rows_of) for row in table}
+            for key in sorted(getattr(participant, "_mutant_rows", set()) - rows):
+                participant.pool.return_pages(participant.guests.take_back(*key))
+            participant._mutant_rows = rows
             return decision
 
         return finish_step
 
-    _replace(Instance, "finish_step", wrap)
+    _replace(Participant, "finish_step", wrap)
 
 
 MUTANTS: dict[str, Callable[[], None]] = {

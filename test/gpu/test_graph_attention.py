@@ -22,6 +22,8 @@ from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
 from sglang_dcp.dataflow.contracts import NewKV
 from sglang_dcp.dataflow.graph.static_tables import guests_per_instance
 from sglang_dcp.dataflow.reference import partial_attention
+from sglang_dcp.dataflow.step_mode import STOCK, Graph
+from sglang_dcp.dataflow.step_rows import StepRows
 from sglang_dcp.dataflow.transport.base import TransportError
 from sglang_dcp.upstream.layers.graphs import GraphEngine
 from sglang_dcp.upstream.layers.peers import Place
@@ -116,19 +118,19 @@ class GpuSession(Session):
 
     def run_batches(self) -> None:
         extends = any(num_new > 1 for home in self.homes for _, _, num_new in home.batch)
-        told = self.homes[0].instance.rows_of
+        told = self.homes[0].participant.rows_of
         needed = max(guests_per_instance([[row.route for row in rows] for rows in told], self.num_instances))
         fits = needed <= GUEST_ROWS[-1] and all(len(home.batch) <= HOME_ROWS for home in self.homes)
-        is_graph = not extends and self.homes[0].instance.num_sharded_rows > 0 and fits
+        is_graph = not extends and self.homes[0].participant.num_sharded_rows > 0 and fits
         self.write_kv(is_graph)
         if not is_graph:
             for home in self.homes:
-                home.binding.graph_step = None
+                home.runtime.mode = STOCK
             return
         self.num_graph_steps += 1
         for rank in range(self.num_instances):
             self.load(rank)
-        guest_rows = self.homes[0].binding.graph_guest_rows
+        guest_rows = self.homes[0].runtime.mode.guest_rows
         replayed = self.exchange(lambda instance: instance.graphs[guest_rows].replay())
         again = self.exchange(lambda instance: instance.run(guest_rows))
         for rank, home in enumerate(self.homes):
@@ -155,8 +157,11 @@ class GpuSession(Session):
 
     def load_here(self, rank: int) -> None:
         home, instance = self.homes[rank], self.instances[rank]
-        self.engine.plan_step(home.binding, [len(other.batch) for other in self.homes])
-        step = home.binding.graph_step
+        runtime, sizes = home.runtime, [len(other.batch) for other in self.homes]
+        steady = home.participant.rows_steady and runtime.own_batch.steady
+        mode = self.engine.choose_step(runtime.mode, StepRows(home.participant, runtime.own_batch), sizes, steady=steady)
+        assert mode is not None
+        runtime.mode, step = mode, mode.step
         self.num_advances += step.is_advance
         table = np.zeros(instance.token_table.shape, dtype=np.int32)
         for line, req in home.rows_by_slot.items():
@@ -167,7 +172,7 @@ class GpuSession(Session):
             instance.attention.advance(step.step)
         else:
             instance.attention.fill(step.step, step.words, step.rows, instance.token_table)
-        instance.attention.plan(HOME_ROWS, home.binding.graph_guest_rows)
+        instance.attention.plan(HOME_ROWS, mode.guest_rows)
         instance.queries.normal_()
         for row, (req, prefix_len, _) in enumerate(home.batch):
             keys, values = self.kv_of(req)
@@ -227,12 +232,12 @@ def test_a_silent_peer_is_in_the_note_of_the_step_that_missed_it(monkeypatch: py
     """The step before has a clean note, though it is read when the next one has been launched, as with overlap scheduling."""
     monkeypatch.setattr(GpuSession, "wait_seconds", 2.0)
     session = GpuSession(7, 2, 10, 16, kernel="gqa", spread=torch.cuda.device_count() >= 2)
-    while session.num_graph_steps < 5 or session.homes[0].binding.graph_step is None:
+    while session.num_graph_steps < 5 or not isinstance(session.homes[0].runtime.mode, Graph):
         if session.random.random() < 0.2 and sum(len(home.waiting_queue) for home in session.homes) < 5:
             session.arrive_at_random()
         session.step()
         assert session.num_steps < 2000
-    guest_rows, notes = session.homes[0].binding.graph_guest_rows, []
+    guest_rows, notes = session.homes[0].runtime.mode.guest_rows, []
 
     def replay(instance: Instance) -> None:
         with torch.cuda.device(instance.device), torch.cuda.stream(instance.stream):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sglang_dcp.ledger import columns as col
 from sglang_dcp.ledger.messages import AskAdmission, AskGrowth, decode
 from sglang_dcp.ledger.reservations import Decision, Grant
-from sglang_dcp.upstream.step import columns as col
 
 
 class LimitChecks:

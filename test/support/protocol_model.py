@@ -1,7 +1,7 @@
 """N instances' protocol without SGLang: random requests driven through the real books, messages, admission and decode decisions.
 
 What is SGLang's in a server is a small fake here: the page pool, the scheduler's queues, requests whose tokens are only counted. What is
-ours is the code that serves: `Instance`, and the parts of admission.py, sitting_out.py, retraction.py and sync.py that decide about pages.
+ours is the code that serves: `Participant`, and what admission.py, sitting_out.py, retraction.py and sync.py decide about pages.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy as np
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.integrity import check_instance
 from sglang_dcp.ledger.messages import Granted, Release
+from sglang_dcp.ledger.participant import Participant
 from sglang_dcp.mutants import install_mutant
 from sglang_dcp.policy.types import Placement
-from sglang_dcp.upstream.step.admission import note_blocked, reserved
-from sglang_dcp.upstream.step.binding import Binding
+from sglang_dcp.upstream.step.admission import note_blocked, reserved, sweep_waiting
 from sglang_dcp.upstream.step.elsewhere import ask_elsewhere
-from sglang_dcp.upstream.step.instance import Instance
 from sglang_dcp.upstream.step.retraction import place_again
+from sglang_dcp.upstream.step.runtime import Runtime, cluster_of
 from sglang_dcp.upstream.step.sitting_out import find_leavers, has_room
-from sglang_dcp.upstream.step.sync import free_pages, sweep_waiting
+from sglang_dcp.upstream.step.sync import free_pages
 from test.support.limit_checks import LimitChecks
 
 
@@ -115,12 +115,12 @@ class ModelRequest:
 class ModelScheduler:
     """One home's queues, and a step of it: retract, rejoin, prefill or decode. Stands where SGLang's Scheduler stands."""
 
-    def __init__(self, instance: Instance, chunk_tokens: int) -> None:
-        self.instance, self.pool, self.chunk_tokens = instance, instance.pool, chunk_tokens
+    def __init__(self, config: DynCpConfig, participant: Participant, pool: FakePool, chunk_tokens: int) -> None:
+        self.participant, self.pool, self.chunk_tokens = participant, pool, chunk_tokens
         self.waiting_queue: list[ModelRequest] = []
         self.running: list[ModelRequest] = []
         self.chunked_req: ModelRequest | None = None
-        self.binding = Binding(self, instance, None, None)  # type: ignore[arg-type]
+        self.runtime = Runtime(self, config, participant, pool, None, None)  # type: ignore[arg-type]
         self.batch: list[tuple[ModelRequest, int, int]] = []
         self.decodes = False
         self.rows_by_slot: dict[int, ModelRequest] = {}
@@ -142,7 +142,7 @@ class ModelScheduler:
     @property
     def requests(self) -> list[ModelRequest]:
         chunked = [self.chunked_req] if self.chunked_req is not None else []
-        return self.waiting_queue + self.running + self.binding.parked + chunked
+        return self.waiting_queue + self.running + self.runtime.queues.parked + chunked
 
     def add(self, req: ModelRequest) -> None:
         self.rows_by_slot[req.kv.req_pool_idx] = req
@@ -151,18 +151,18 @@ class ModelScheduler:
     def schedule(self) -> None:
         self._finish()
         self._retract()
-        back = [req for req in self.binding.parked if has_room(self.binding, req)]
-        self.binding.parked = [req for req in self.binding.parked if req not in back]
+        back = [req for req in self.runtime.queues.parked if has_room(self.runtime, req)]
+        self.runtime.queues.parked = [req for req in self.runtime.queues.parked if req not in back]
         self.running += back
         self.batch = self._prefill()
         self.decodes = not self.batch
         if self.decodes:
             self.batch = self._decode()
-        sweep_waiting(self.binding)
-        ask_elsewhere(self.binding)
+        sweep_waiting(self.runtime)
+        ask_elsewhere(self.runtime)
 
     def columns(self) -> list[int]:
-        own = self.binding.own_batch
+        own = self.runtime.own_batch
         if self.decodes:
             lengths: Any = np.array([prefix_len + 1 for _, prefix_len, _ in self.batch], dtype=np.int64)
             own.take_decode([req for req, _, _ in self.batch], lengths)
@@ -170,10 +170,10 @@ class ModelScheduler:
         else:
             own.take_extend(self.batch)
         rows = None if own.steady else own.sharded_rows()
-        self.binding.givable_pages = givable = self.pool.num_givable_pages()
-        used = (self.instance.num_pages - givable) * self.instance.page_size
+        self.runtime.givable_pages = givable = self.pool.num_givable_pages()
+        used = (self.participant.num_pages - givable) * self.participant.page_size
         num_requests = len(self.waiting_queue) + len(self.running)
-        return self.instance.build_columns(rows, free_pages(self.binding, givable), used, num_requests)
+        return self.participant.build_columns(rows, free_pages(self.runtime, givable), used, num_requests)
 
     def complete_batch(self) -> None:
         """The step's tokens are sampled."""
@@ -186,8 +186,8 @@ class ModelScheduler:
         if req in self.waiting_queue:
             self.waiting_queue.remove(req)
             return
-        if req in self.binding.parked:
-            self.binding.parked.remove(req)
+        if req in self.runtime.queues.parked:
+            self.runtime.queues.parked.remove(req)
         elif req is self.chunked_req:
             self.chunked_req = None
         else:
@@ -199,29 +199,29 @@ class ModelScheduler:
         self.running = [req for req in self.running if not req.finished()]
         for req in over:
             self._release(req)
-            req.finished_in_step = self.instance.step
+            req.finished_in_step = self.participant.step
             self.done.append(req)
 
     def _release(self, req: ModelRequest) -> None:
         if req.dyncp is not None:
-            self.instance.release(req.dyncp)
+            self.participant.release(req.dyncp)
         else:
             self.pool.return_pages(req.pages)
         req.dyncp, req.pages = None, []
         req.kv.kv_allocated_len = 0
 
     def _retract(self) -> None:
-        for request in self.instance.victims:
-            req = next((req for req in self.binding.parked if req.dyncp is request), None)
+        for request in self.participant.victims:
+            req = next((req for req in self.runtime.queues.parked if req.dyncp is request), None)
             if req is None:
-                assert request.handle not in self.instance.homes.requests, f"victim {request.handle} does not sit out"
+                assert request.handle not in self.participant.homes.requests, f"victim {request.handle} does not sit out"
                 continue
-            self.binding.parked.remove(req)
+            self.runtime.queues.parked.remove(req)
             self._release(req)
-            place_again(self.binding, req)
+            place_again(self.runtime, req)
             self.waiting_queue.insert(0, req)
             self.num_retractions += 1
-        self.instance.victims = []
+        self.participant.victims = []
 
     def _prefill(self) -> list[tuple[ModelRequest, int, int]]:
         batch: list[tuple[ModelRequest, int, int]] = []
@@ -234,20 +234,20 @@ class ModelScheduler:
             if placement is None or placement.is_local:
                 # A local request that finds no room holds back local ones only: what runs must never wait for what has not started.
                 if not blocked and not self._fits(req, batch):
-                    note_blocked(self.binding, req)
+                    note_blocked(self.runtime, req)
                     blocked = True
                 if blocked or self.chunked_req is not None or budget <= 0:
                     continue
-            elif not reserved(self.binding, req) or self.chunked_req is not None or budget <= 0:
+            elif not reserved(self.runtime, req) or self.chunked_req is not None or budget <= 0:
                 continue
             self.waiting_queue.remove(req)
             budget = self._add_chunk(req, budget, batch)
         return batch
 
     def _fits(self, req: ModelRequest, batch: list[tuple[ModelRequest, int, int]]) -> bool:
-        pages = -(-len(req.full_untruncated_fill_ids) // self.instance.page_size) + 1
+        pages = -(-len(req.full_untruncated_fill_ids) // self.participant.page_size) + 1
         started = sum(1 for other, _, _ in batch if other.dyncp is None)
-        return pages + started + self.instance.promised[self.instance.rank] <= self.pool.num_givable_pages()
+        return pages + started + self.participant.promised[self.participant.rank] <= self.pool.num_givable_pages()
 
     def _add_chunk(self, req: ModelRequest, budget: int, batch: list[tuple[ModelRequest, int, int]]) -> int:
         start, total = req.kv.kv_allocated_len, len(req.full_untruncated_fill_ids)
@@ -263,14 +263,14 @@ class ModelScheduler:
 
     def _decode(self) -> list[tuple[ModelRequest, int, int]]:
         self.pool.settle_decode_claims()
-        places = find_leavers(self.binding, SimpleNamespace(reqs=self.running, seq_lens_cpu=self._lengths()))
+        places = find_leavers(self.runtime, SimpleNamespace(reqs=self.running, seq_lens_cpu=self._lengths()))
         leave = [req for i, req in enumerate(self.running) if i in places]
-        self.binding.parked += leave
+        self.runtime.queues.parked += leave
         self.running = stay = [req for req in self.running if req not in leave]
         self.pool.settle_decode_claims()
         lengths, batch = self._lengths() + 1, []
-        begin = np.flatnonzero(lengths % self.instance.page_size == 1 % self.instance.page_size).tolist()
-        assert list(self.binding.own_batch.beginning_page(stay, lengths)) == begin
+        begin = np.flatnonzero(lengths % self.participant.page_size == 1 % self.participant.page_size).tolist()
+        assert list(self.runtime.own_batch.beginning_page(stay, lengths)) == begin
         for req in stay:
             length = req.kv.kv_allocated_len
             self._allocate(req, length + 1)
@@ -284,7 +284,7 @@ class ModelScheduler:
         return []
 
     def _allocate(self, req: ModelRequest, length: int) -> None:
-        start, page_size = req.kv.kv_allocated_len, self.instance.page_size
+        start, page_size = req.kv.kv_allocated_len, self.participant.page_size
         if req.dyncp is not None:
             req.pages = []
             last = (length - 1) // page_size
@@ -320,10 +320,8 @@ class ProtocolModel:
         self.limits = LimitChecks(
             num_instances, num_pages, self.max_degree, int(max_guest_fraction * num_pages), num_instances // num_nodes
         )
-        self.homes = [
-            ModelScheduler(Instance(config, rank, num_instances, num_pages, page_size, FakePool(num_pages)), chunk_tokens)  # type: ignore[arg-type]
-            for rank in range(num_instances)
-        ]
+        cluster, pools = cluster_of(config, num_instances, num_pages, page_size), [FakePool(num_pages) for _ in range(num_instances)]
+        self.homes = [ModelScheduler(config, Participant(cluster, rank, pool), pool, chunk_tokens) for rank, pool in enumerate(pools)]
         self.num_steps = self.num_requests = 0
         self.num_growths = [0] * num_instances  # by home
         self.check_every = check_every
@@ -370,11 +368,11 @@ class ProtocolModel:
         for home in homes:
             home.schedule()
         columns = [home.columns() for home in homes]
-        words = [home.instance.own_words for home in homes]
+        words = [home.participant.own_words for home in homes]
         anybody_runs = any(home.batch for home in homes)
         for home in homes:
-            home.instance.read_columns(columns)
-        decisions = [home.instance.finish_step(words, anybody_runs) for home in homes]
+            home.participant.read_columns(columns)
+        decisions = [home.participant.finish_step(words, anybody_runs) for home in homes]
         assert all(decision == decisions[0] for decision in decisions), decisions
         for grant in decisions[0].grants:
             self.num_growths[grant.home] += grant.segments[0].first_index > 0
@@ -389,32 +387,32 @@ class ProtocolModel:
     def drain(self, most_steps: int) -> None:
         """No more arrivals: everything must finish, and every pool must be whole again."""
         start = self.num_steps
-        while any(home.requests or home.instance.outbox or home.binding.waiting for home in self.homes):
+        while any(home.requests or home.participant.outbox or home.runtime.queues.waiting for home in self.homes):
             assert self.num_steps - start < most_steps, f"not drained after {most_steps} steps: {[len(h.requests) for h in self.homes]}"
             self.step()
         self.check()
         for home in self.homes:
             assert home.pool.num_givable_pages() == self.num_pages
-            assert not home.instance.busy() and not len(home.instance.table)
+            assert not home.participant.busy() and not len(home.participant.table)
 
     # ---- what must hold
 
     def check(self) -> None:
         """Every page has one owner, and what homes believe is what shards lent, messages in flight considered."""
         for home in self.homes:
-            instance = home.instance
+            instance = home.participant
             local = [page for req in home.requests if req.dyncp is None for page in req.pages]
             owners = {"free": home.pool.free, "local": local, "managed": instance.homes.local_pages(), "guest": instance.guests.all_pages()}
             check_instance(self.num_pages, owners)
         for shard in self.homes:
-            self._check_lent(shard.instance)
+            self._check_lent(shard.participant)
 
-    def _check_lent(self, shard: Instance) -> None:
+    def _check_lent(self, shard: Participant) -> None:
         told: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for message in shard.outbox:
             if isinstance(message, Granted):
                 told.setdefault((message.home, message.handle), []).extend(enumerate(message.pages, message.first_index))
-        for home in (h.instance for h in self.homes if h.instance is not shard):
+        for home in (h.participant for h in self.homes if h.participant is not shard):
             released = {message.handle for message in home.outbox if isinstance(message, Release)}
             unknown = {handle for rank, handle in shard.guests.handles() if rank == home.rank} - released - set(home.homes.requests)
             assert not unknown, f"{shard.rank} hosts handles {unknown} of {home.rank}, which does not know them"
@@ -435,8 +433,8 @@ class ProtocolModel:
                 expected: dict[int, list[int]] = {}
                 for page in req.dyncp.pages[:num_pages]:
                     expected.setdefault(page.owner, []).append(page.number)
-                for shard in (h.instance for h in self.homes if h is not home):
-                    held = [number for i, number in shard.guests.pages_of(home.instance.rank, req.dyncp.handle) if i < num_pages]
+                for shard in (h.participant for h in self.homes if h is not home):
+                    held = [number for i, number in shard.guests.pages_of(home.participant.rank, req.dyncp.handle) if i < num_pages]
                     assert held == expected.get(shard.rank, []), (shard.rank, req.rid, held, expected)
 
 

@@ -11,8 +11,9 @@ import torch
 
 from sglang_dcp.dataflow.attention.partial_attention import torch_partial_attention
 from sglang_dcp.dataflow.attention_step import attention_step
-from sglang_dcp.dataflow.contracts import HomeRow, NewKV
+from sglang_dcp.dataflow.contracts import NewKV, StepPlan
 from sglang_dcp.dataflow.reference import partial_attention
+from sglang_dcp.dataflow.step_rows import StepRows
 from test.support.protocol_model import ModelRequest, ModelScheduler, ProtocolModel
 from test.unit.dataflow.cluster import PoolCache, ThreadTransport
 
@@ -29,6 +30,7 @@ class Session(ProtocolModel):
         slots = (num_pages + 1) * page_size
         self.caches = [PoolCache(slots, self.kv_heads, self.qk_dim, self.v_dim, latent) for _ in range(num_instances)]
         self.transport = ThreadTransport(num_instances)
+        self.plans: list[StepPlan] = [None] * num_instances  # type: ignore[list-item]
         self.threads = ThreadPoolExecutor(num_instances)
         self.torch_rng = torch.Generator().manual_seed(seed)
         self.keys: dict[str, torch.Tensor] = {}
@@ -43,13 +45,13 @@ class Session(ProtocolModel):
 
     def run_batches(self) -> None:
         """The step's layer, after messages and grants as in a server."""
-        instances = [home.instance for home in self.homes]
+        instances = [home.participant for home in self.homes]
         modes = {num_new > 1 for home in self.homes for _, _, num_new in home.batch[:1]}
         self.num_sharded_steps += instances[0].num_sharded_rows > 0
         self.num_mixed_steps += instances[0].num_sharded_rows > 0 and len(modes) == 2
         inputs = [self.tokens_of(home) for home in self.homes]
         outputs = list(self.threads.map(self.run_layer, range(self.num_instances), inputs))
-        asked = {home.instance.plan.anybody_asks for home in self.homes}
+        asked = {plan.anybody_asks for plan in self.plans}
         assert len(asked) == 1, "instances disagree about a collective"
         self.num_steps_without_return += instances[0].num_sharded_rows > 0 and not asked.pop()
         for home, (queries, _), output in zip(self.homes, inputs, outputs, strict=True):
@@ -72,16 +74,9 @@ class Session(ProtocolModel):
 
     def run_layer(self, rank: int, tokens: tuple[torch.Tensor, NewKV]) -> torch.Tensor:
         home, (queries, new_kv) = self.homes[rank], tokens
-        rows, start = [], 0
-        for req, prefix_len, num_new in home.batch:
-            if req.dyncp is not None:
-                rows.append(home.instance.managed_row(req.dyncp, start, num_new, prefix_len))
-            else:
-                rows.append(HomeRow(start, num_new, prefix_len, np.full(len(req.pages), rank), np.array(req.pages)))
-            start += num_new
-        home.instance.build_plan(rows, len(queries))
-        plan = home.instance.plan
-        assert plan is not None
+        rows = StepRows(home.participant, home.runtime.own_batch)
+        local_pages = [np.array(req.pages) for req, _, _ in home.batch if req.dyncp is None]
+        plan = self.plans[rank] = rows.build_plan(rows.home_rows(local_pages), len(queries))
         return attention_step(
             queries, new_kv, plan, self.caches[rank], torch_partial_attention, self.transport.of(rank), scale=self.qk_dim**-0.5, layer=0
         )

@@ -8,10 +8,11 @@ from collections.abc import Callable
 import pytest
 
 from sglang_dcp.config import DynCpConfig
+from sglang_dcp.ledger.columns import DECISIONS
 from sglang_dcp.ledger.messages import AskAdmission
+from sglang_dcp.ledger.participant import Participant, ProtocolError
 from sglang_dcp.policy.growth import Order
-from sglang_dcp.upstream.step.columns import DECISIONS
-from sglang_dcp.upstream.step.instance import Instance, ProtocolError
+from sglang_dcp.upstream.step.runtime import cluster_of
 from test.support.protocol_model import FakePool
 
 NUM_INSTANCES, NUM_PAGES, PAGE_SIZE = 3, 8, 4
@@ -21,8 +22,8 @@ class Instances:
     """In lock step. Nothing runs on them: pages are asked for, granted and given back."""
 
     def __init__(self) -> None:
-        config = DynCpConfig().resolve(NUM_INSTANCES)
-        self.all = [Instance(config, rank, NUM_INSTANCES, NUM_PAGES, PAGE_SIZE, FakePool(NUM_PAGES)) for rank in range(NUM_INSTANCES)]  # type: ignore[arg-type]
+        cluster = cluster_of(DynCpConfig().resolve(NUM_INSTANCES), NUM_INSTANCES, NUM_PAGES, PAGE_SIZE)
+        self.all = [Participant(cluster, rank, FakePool(NUM_PAGES)) for rank in range(NUM_INSTANCES)]
 
     def ask(self, home: int, *pages: int):
         """A request of so many pages of each instance, its home last."""
@@ -72,38 +73,38 @@ def test_instances_that_agree_go_on(instances: Instances) -> None:
     assert [len(instance.table) for instance in instances.all] == [1] * NUM_INSTANCES
 
 
-def waiting(instance: Instance) -> list[tuple[Order, AskAdmission]]:
+def waiting(instance: Participant) -> list[tuple[Order, AskAdmission]]:
     return list(instance.table._admissions.in_turn())
 
 
-def lose(instance: Instance) -> None:
+def lose(instance: Participant) -> None:
     (_, home, handle), _ = waiting(instance)[0]
     instance.table.withdraw(home, handle)
 
 
-def reorder(instance: Instance) -> None:
+def reorder(instance: Participant) -> None:
     (_, home, _), ask = waiting(instance)[0]
     instance.table.ask(home, dataclasses.replace(ask, born=ask.born + 100))
 
 
-def move(instance: Instance) -> None:
+def move(instance: Participant) -> None:
     (_, home, _), ask = waiting(instance)[-1]
     (rank, pages), (other, more) = ask.segments
     instance.table.ask(home, dataclasses.replace(ask, segments=((rank, pages + 1), (other, more - 1))))
 
 
-def invent(instance: Instance) -> None:
+def invent(instance: Participant) -> None:
     instance.table.ask(0, AskAdmission(99, 50, False, ((0, 1),)))
 
 
-def forget_limits(instance: Instance) -> None:
+def forget_limits(instance: Participant) -> None:
     """A setting that only one instance has, and that shows when guests are many."""
     instance.limits = dataclasses.replace(instance.limits, guest_pages=NUM_PAGES // 2)
 
 
 @pytest.mark.parametrize("rank", range(NUM_INSTANCES))
 @pytest.mark.parametrize("corrupt", [lose, reorder, move, invent, forget_limits])
-def test_a_ledger_that_went_apart_ends_the_server(instances: Instances, corrupt: Callable[[Instance], None], rank: int) -> None:
+def test_a_ledger_that_went_apart_ends_the_server(instances: Instances, corrupt: Callable[[Participant], None], rank: int) -> None:
     corrupt(instances.all[rank])
     others = [other for other in range(NUM_INSTANCES) if other != rank]
     told = rf"rank 0, step \d+: instances \{[rank] if rank else others}"

@@ -15,6 +15,8 @@ from sglang_dcp.dataflow.contracts import NewKV, PartialState
 from sglang_dcp.dataflow.graph.static_tables import FROM_TOKEN_TABLE, NO_PAGE, TAIL_SHIFT, PageLines, guests_per_instance
 from sglang_dcp.dataflow.merge import merge_partial_states
 from sglang_dcp.dataflow.reference import RouteTables, partial_attention, route_tables
+from sglang_dcp.dataflow.step_mode import STOCK
+from sglang_dcp.dataflow.step_rows import StepRows
 from sglang_dcp.upstream.layers.graphs import GraphEngine
 from sglang_dcp.upstream.layers.peers import Place
 from test.unit.test_decode_session import CASES, HEADS, Session, drive, take_turns
@@ -45,11 +47,11 @@ class GraphSession(Session):
         self.num_graph_steps = self.num_travelling = self.num_written = self.num_advances = 0
 
     def run_batches(self) -> None:
-        instances = [home.instance for home in self.homes]
+        instances = [home.participant for home in self.homes]
         extends = any(num_new > 1 for home in self.homes for _, _, num_new in home.batch)
         if extends or not instances[0].num_sharded_rows:
             for home in self.homes:
-                home.binding.graph_step = None
+                home.runtime.mode = STOCK
             super().run_batches()
             return
         self.num_graph_steps += 1
@@ -62,8 +64,11 @@ class GraphSession(Session):
 
     def prepare(self, rank: int) -> Side:
         home = self.homes[rank]
-        self.engine.plan_step(home.binding, [len(other.batch) for other in self.homes])
-        step, lines, table = home.binding.graph_step, self.lines[rank], self.page_table[rank]
+        runtime, sizes = home.runtime, [len(other.batch) for other in self.homes]
+        steady = home.participant.rows_steady and runtime.own_batch.steady
+        mode = self.engine.choose_step(runtime.mode, StepRows(home.participant, runtime.own_batch), sizes, steady=steady)
+        assert mode is not None
+        runtime.mode, step, lines, table = mode, mode.step, self.lines[rank], self.page_table[rank]
         self.num_advances += step.is_advance
         if step.is_advance:
             lines.advance(step.step)
@@ -90,7 +95,7 @@ class GraphSession(Session):
         return Side(lines.table.copy(), route_tables(masks, tails, rank), queries, new_kv)
 
     def check_guests(self, sides: list[Side]) -> None:
-        routes = [[row.route for row in rows] for rows in self.homes[0].instance.rows_of]
+        routes = [[row.route for row in rows] for rows in self.homes[0].participant.rows_of]
         found = [sum(home != rank for home, _ in side.tables.attention) for rank, side in enumerate(sides)]
         assert guests_per_instance(routes, self.num_instances) == found
 

@@ -13,17 +13,18 @@ from sglang_dcp.config import DynCpConfig
 from sglang_dcp.policy.types import Placement
 from sglang_dcp.upstream.router.placement_hint import write_placement
 from sglang_dcp.upstream.router.placement_request import describe_request
-from sglang_dcp.upstream.step import admission
+from sglang_dcp.upstream.step import admission, attached
+from sglang_dcp.upstream.step.queues import Queues
 
 PAGE, PROMISED_PAGES = 16, 10
 
 
 @pytest.fixture
-def binding(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Rank 0 of two; ten of its pages are promised to a reservation."""
-    instance = SimpleNamespace(rank=0, page_size=PAGE, promised=(PROMISED_PAGES, 0), step=7)
-    bound = SimpleNamespace(instance=instance, waiting={}, blocked=None)
-    monkeypatch.setattr(admission, "current", lambda: bound)
+    participant = SimpleNamespace(rank=0, page_size=PAGE, promised=(PROMISED_PAGES, 0), step=7)
+    bound = SimpleNamespace(participant=participant, queues=Queues())
+    monkeypatch.setattr(attached, "_runtime", bound)
     yield bound
 
 
@@ -47,18 +48,18 @@ def added(adder: Any, req: Any, has_chunked_req: bool) -> bool:
     return bool(calls)
 
 
-def test_a_reserved_request_starts_when_no_prefill_is_unfinished(binding: SimpleNamespace) -> None:
+def test_a_reserved_request_starts_when_no_prefill_is_unfinished(runtime: SimpleNamespace) -> None:
     assert added(adder_with(), reserved_request(), False)
     assert not added(adder_with(), reserved_request(ready=False), False)
 
 
-def test_a_reserved_request_waits_for_an_unfinished_prefill(binding: SimpleNamespace) -> None:
+def test_a_reserved_request_waits_for_an_unfinished_prefill(runtime: SimpleNamespace) -> None:
     """The chunk budget may be left over: the other's chunk may have been cut short by memory."""
     assert not added(adder_with(), reserved_request(), True)
     assert not added(adder_with(new_chunked_req=object()), reserved_request(), False)
 
 
-def test_promises_do_not_shorten_a_local_prefill_that_has_begun(binding: SimpleNamespace) -> None:
+def test_promises_do_not_shorten_a_local_prefill_that_has_begun(runtime: SimpleNamespace) -> None:
     adder, seen = adder_with(), []
 
     def original(adder: Any, req: Any) -> None:
@@ -77,25 +78,25 @@ def arriving(tokens: int) -> tuple[SimpleNamespace, list[str]]:
 
 def test_without_a_placement_a_prompt_beyond_the_pool_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would wait for ever, and those behind it with it."""
-    bound = SimpleNamespace(instance=SimpleNamespace(rank=1, page_size=PAGE, num_pages=64), placements_taken_in=0)
-    monkeypatch.setattr(admission, "current", lambda: bound)
+    bound = SimpleNamespace(participant=SimpleNamespace(rank=1, page_size=PAGE, num_pages=64), queues=Queues())
+    monkeypatch.setattr(attached, "_runtime", bound)
     req, refusals = arriving(63 * PAGE)
     admission.attach_placement(req, None, SimpleNamespace(kv_hints=None))
     assert not refusals and req.dyncp_placement is None and not req.dyncp_placement_flexible
     req, refusals = arriving(63 * PAGE + 1)
     admission.attach_placement(req, None, SimpleNamespace(kv_hints=None))
     assert len(refusals) == 1 and "1009 tokens" in refusals[0] and "1008 tokens" in refusals[0]
-    assert bound.placements_taken_in == 0
+    assert bound.queues.placements_taken_in == 0
 
 
 def test_an_arriving_placement_is_taken_in_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    bound = SimpleNamespace(placements_taken_in=0)
-    monkeypatch.setattr(admission, "current", lambda: bound)
+    bound = SimpleNamespace(queues=Queues())
+    monkeypatch.setattr(attached, "_runtime", bound)
     for number in (1, 2, 5):
         req, refusals = arriving(3000)
         hints = write_placement(None, Placement(0, (1, 0), (1600, 1400)), flexible=True, number=number)
         admission.attach_placement(req, None, SimpleNamespace(kv_hints=hints))
-        assert not refusals and bound.placements_taken_in == number
+        assert not refusals and bound.queues.placements_taken_in == number
         assert req.dyncp_placement.shards == (1, 0) and req.dyncp_placement_flexible and req.skip_radix_cache_insert
 
 
@@ -116,10 +117,10 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """One of four instances. (largest degree, tokens that an output of 900 is expected to have)."""
     settings, expected = request.param
     config = DynCpConfig(**settings).resolve(4)
-    instance = SimpleNamespace(rank=0, page_size=PAGE, num_pages=POOL // PAGE, num_instances=4, promised=(0,) * 4)
-    instance.limits = config.split_limits(4, instance.num_pages)
-    monkeypatch.setattr(admission, "current", lambda: SimpleNamespace(instance=instance, waiting={}, blocked=None))
-    return instance.limits.max_degree, expected
+    participant = SimpleNamespace(rank=0, page_size=PAGE, num_pages=POOL // PAGE, num_instances=4, promised=(0,) * 4)
+    participant.limits = config.split_limits(4, participant.num_pages)
+    monkeypatch.setattr(attached, "_runtime", SimpleNamespace(participant=participant, config=config, queues=Queues()))
+    return participant.limits.max_degree, expected
 
 
 def test_admission_charges_what_placement_expects(cluster: tuple[int, int]) -> None:
@@ -149,15 +150,12 @@ def test_a_running_request_is_charged_what_it_is_expected_to_generate_yet(cluste
         charged = admission.running_offset(original, adder_with(), local_request(prompt, new, generated))
         assert charged == max(0, min(left, 256) if expected == 256 else left)
 
-
-def test_a_local_request_without_room_is_noted_from_its_first_time_on(binding: SimpleNamespace) -> None:
-    binding.instance.num_pages, binding.instance.num_instances = POOL // PAGE, 2
-    binding.instance.limits = DynCpConfig().split_limits(2, POOL // PAGE)
+    runtime.participant.limits = DynCpConfig().split_limits(2, POOL // PAGE)
     req, outcome = local_request(64, 900), [AddReqResult.NO_TOKEN]
     for step in (7, 9):
-        binding.instance.step = step
+        runtime.participant.step = step
         assert admission.add_one_req(lambda *_: outcome[0], adder_with(), req, False, None) is AddReqResult.NO_TOKEN
-        assert binding.blocked is req and req.dyncp_blocked_since == 7
+        assert runtime.queues.blocked is req and req.dyncp_blocked_since == 7
     outcome[0] = AddReqResult.CONTINUE
     admission.add_one_req(lambda *_: outcome[0], adder_with(), req, False, None)
-    assert binding.blocked is None and req.dyncp_blocked_since is None
+    assert runtime.queues.blocked is None and req.dyncp_blocked_since is None

@@ -9,22 +9,25 @@ import pytest
 import torch
 
 from sglang_dcp.config import DynCpConfig
+from sglang_dcp.ledger.cluster import Cluster
 from sglang_dcp.upstream.attach import agreement
 from sglang_dcp.upstream.attach.agreement import AgreementError, check_agreement, facts_of, find_difference
-from sglang_dcp.upstream.step.instance import Instance
-from test.support.protocol_model import FakePool
+from sglang_dcp.upstream.step.runtime import cluster_of
+
+Started = tuple[DynCpConfig, Cluster]
 
 
-def instance(rank: int = 0, num_pages: int = 8, page_size: int = 16, **settings: Any) -> Instance:
-    return Instance(DynCpConfig(**settings).resolve(2), rank, 2, num_pages, page_size, FakePool(num_pages))  # type: ignore[arg-type]
+def instance(num_pages: int = 8, page_size: int = 16, **settings: Any) -> Started:
+    config = DynCpConfig(**settings).resolve(2)
+    return config, cluster_of(config, 2, num_pages, page_size)
 
 
-def check(*instances: Instance, dtypes: tuple[Any, ...] = (torch.bfloat16, torch.bfloat16)) -> str | None:
-    return find_difference([facts_of(one, dtype) for one, dtype in zip(instances, dtypes, strict=True)])
+def check(*instances: Started, dtypes: tuple[Any, ...] = (torch.bfloat16, torch.bfloat16)) -> str | None:
+    return find_difference([facts_of(*one, dtype) for one, dtype in zip(instances, dtypes, strict=True)])
 
 
 def test_instances_started_alike_agree() -> None:
-    assert check(instance(0), instance(1)) is None
+    assert check(instance(), instance()) is None
 
 
 @pytest.mark.parametrize(
@@ -39,31 +42,31 @@ def test_instances_started_alike_agree() -> None:
     ],
 )
 def test_a_difference_is_named_with_its_instances(other: dict[str, Any], difference: str) -> None:
-    assert check(instance(0), instance(1, **other)) == difference
+    assert check(instance(), instance(**other)) == difference
 
 
 def test_constants_and_element_types_count() -> None:
-    changed = instance(1)
-    changed.cost_model = dataclasses.replace(changed.cost_model, attention_us_per_token=changed.cost_model.attention_us_per_token * 1.001)
-    difference = check(instance(0), changed)
+    config, cluster = instance()
+    slower = dataclasses.replace(cluster.cost_model, attention_us_per_token=cluster.cost_model.attention_us_per_token * 1.001)
+    difference = check(instance(), (config, dataclasses.replace(cluster, cost_model=slower)))
     assert difference is not None and difference.startswith("attention_us_per_token of the cost model is ")
-    difference = check(instance(0), instance(1), dtypes=(torch.bfloat16, torch.float16))
+    difference = check(instance(), instance(), dtypes=(torch.bfloat16, torch.float16))
     assert difference == "the element type of the KV pool is torch.bfloat16 on instances [0], torch.float16 on instances [1]"
 
 
 def test_every_setting_is_compared() -> None:
     """One that is added later, too."""
-    facts = facts_of(instance(), torch.bfloat16)
     names = {"served_model": "the served model", "num_nodes": "--nnodes"}
+    facts = facts_of(*instance(), torch.bfloat16)
     for field in dataclasses.fields(DynCpConfig):
         assert names.get(field.name, f"--dyncp-{field.name.replace('_', '-')}") in facts
-    for field in dataclasses.fields(instance().cost_model):
+    for field in dataclasses.fields(instance()[1].cost_model):
         assert f"{field.name} of the cost model" in facts
 
 
 def test_the_difference_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = instance(0)
-    others = {name: "other" if name == "--page-size" else value for name, value in facts_of(one, torch.bfloat16).items()}
+    one = instance()
+    others = {name: "other" if name == "--page-size" else value for name, value in facts_of(*one, torch.bfloat16).items()}
     monkeypatch.setattr(agreement, "tell_everybody", lambda own, group: [own, others])
     with pytest.raises(AgreementError, match=r"instances do not agree: --page-size is 16 on instances \[0\], other on instances \[1\]"):
-        check_agreement(one, torch.bfloat16, None)  # type: ignore[arg-type]
+        check_agreement(*one, torch.bfloat16, None)  # type: ignore[arg-type]

@@ -8,10 +8,13 @@ import torch
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.page_ids import Page
+from sglang_dcp.ledger.participant import Participant
+from sglang_dcp.ledger.positions import token_id
 from sglang_dcp.upstream.pool.kv_pool import PAGES_AHEAD, LedgerAllocator
-from sglang_dcp.upstream.step import binding as bindings
-from sglang_dcp.upstream.step.allocation import alloc_decode
-from sglang_dcp.upstream.step.instance import Instance
+from sglang_dcp.upstream.step import attached
+from sglang_dcp.upstream.step.driver import StepDriver
+from sglang_dcp.upstream.step.handlers import alloc_decode
+from sglang_dcp.upstream.step.runtime import Runtime, cluster_of
 
 PAGE_SIZE, NUM_PAGES = 4, 100
 ROOMY = 2 * PAGES_AHEAD
@@ -19,36 +22,39 @@ NO_CACHE = SimpleNamespace(supports_prefix_sharing=lambda: False, evictable_size
 
 
 @pytest.fixture
-def instance(monkeypatch: pytest.MonkeyPatch) -> Instance:
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     pool = LedgerAllocator(NUM_PAGES * PAGE_SIZE, PAGE_SIZE, torch.bfloat16, "cpu", None, False)
-    made = Instance(DynCpConfig().resolve(2), 0, 2, NUM_PAGES, PAGE_SIZE, pool)
-    pool.bind(made, NO_CACHE)
-    monkeypatch.setattr(bindings, "_binding", bindings.Binding(None, made, None, None))  # type: ignore[arg-type]
+    config = DynCpConfig().resolve(2)
+    participant = Participant(cluster_of(config, 2, NUM_PAGES, PAGE_SIZE), 0, pool)
+    pool.bind(participant, NO_CACHE)
+    made = Runtime(None, config, participant, pool, None, None)  # type: ignore[arg-type]
+    StepDriver(made)
+    monkeypatch.setattr(attached, "_runtime", made)
     return made
 
 
-def make_requests(instance: Instance, books: list[list[Page] | None], lengths: list[int]) -> list[Any]:
+def make_requests(runtime: Runtime, books: list[list[Page] | None], lengths: list[int]) -> list[Any]:
     """lengths: with the new token, which is not counted yet."""
     reqs = []
     for book, length in zip(books, lengths, strict=True):
         req = SimpleNamespace(dyncp=None, kv=SimpleNamespace(kv_allocated_len=length - 1))
         if book is not None:
-            req.dyncp = instance.open_request()
-            instance.homes.adopt(req.dyncp, book, 0)
+            req.dyncp = runtime.participant.open_request()
+            runtime.participant.homes.adopt(req.dyncp, book, 0)
         reqs.append(req)
     return reqs
 
 
-def stock_alloc(instance: Instance) -> Any:
+def stock_alloc(runtime: Runtime) -> Any:
     """alloc_paged_token_slots_decode down to SGLang's allocator."""
-    return lambda tree, lengths, lengths_cpu, last_loc, *rest: instance.pool.alloc_decode(lengths, lengths_cpu, last_loc)
+    return lambda tree, lengths, lengths_cpu, last_loc, *rest: runtime.pool.alloc_decode(lengths, lengths_cpu, last_loc)
 
 
 @pytest.mark.parametrize("staged", [False, True])
-def test_each_row_gets_the_token_id_of_its_own_book(instance: Instance, staged: bool) -> None:
+def test_each_row_gets_the_token_id_of_its_own_book(runtime: Runtime, staged: bool) -> None:
     """A local and a managed row within a page, two local and two managed ones that begin a page, here or elsewhere. staged: freed pages
     that SGLang has not sorted in again are taken too."""
-    pool = instance.pool
+    pool = runtime.pool
     if staged:
         pool.need_sort = True
         pool.free_page_ids(pool.free_pages[1:].clone())
@@ -56,41 +62,41 @@ def test_each_row_gets_the_token_id_of_its_own_book(instance: Instance, staged: 
     free = sorted(pool.get_all_free_pages().tolist())
     books = [None, [Page(1, 5), Page(0, 96)], None, [Page(1, 8), Page(1, 9)], [Page(0, 91), Page(1, 12)], None]
     lengths = [3, 7, 9, 5, 5, 5]
-    reqs = make_requests(instance, books, lengths)
+    reqs = make_requests(runtime, books, lengths)
     last = [402, 0, 407, 0, 0, 399]
     for i, req in enumerate(reqs):
         if req.dyncp is not None:
-            last[i] = instance.token_id(req.dyncp, lengths[i] - 2)
+            last[i] = token_id(runtime.participant.ids, req.dyncp, lengths[i] - 2)
     given = torch.tensor(lengths)
     got = alloc_decode(
-        stock_alloc(instance), None, given, given.clone(), torch.tensor(last, dtype=torch.int32), batch=SimpleNamespace(reqs=reqs)
+        stock_alloc(runtime), None, given, given.clone(), torch.tensor(last, dtype=torch.int32), batch=SimpleNamespace(reqs=reqs)
     )
-    expected = [403, instance.token_id(reqs[1].dyncp, 6), free[0] * PAGE_SIZE]
-    expected += [instance.token_id(reqs[i].dyncp, lengths[i] - 1) for i in (3, 4)]
+    expected = [403, token_id(runtime.participant.ids, reqs[1].dyncp, 6), free[0] * PAGE_SIZE]
+    expected += [token_id(runtime.participant.ids, reqs[i].dyncp, lengths[i] - 1) for i in (3, 4)]
     assert got.tolist() == [*expected, free[1] * PAGE_SIZE] and got.dtype == torch.int64
     assert sorted(pool.get_all_free_pages().tolist()) == free[2:], "managed requests take no page of the pool"
     assert given.tolist() == lengths, "the batch's own lengths stay"
 
 
-def test_a_step_without_new_pages_of_ours_is_stock(instance: Instance) -> None:
-    reqs = make_requests(instance, [[Page(1, 5)], None], [3, 5])
+def test_a_step_without_new_pages_of_ours_is_stock(runtime: Runtime) -> None:
+    reqs = make_requests(runtime, [[Page(1, 5)], None], [3, 5])
     lengths, batch, seen = torch.tensor([3, 5]), SimpleNamespace(reqs=reqs), []
     alloc_decode(lambda *args: seen.append(args), None, lengths, lengths, lengths, batch=batch)
     assert seen[0][1] is lengths and seen[0][2] is lengths and seen[0][-1] is batch
 
 
-def test_a_pool_without_the_pages_is_an_error_that_says_so(instance: Instance) -> None:
+def test_a_pool_without_the_pages_is_an_error_that_says_so(runtime: Runtime) -> None:
     """`claim_decode_page` has made sure of them, so this is a defect of ours."""
-    assert instance.pool.take_pages(NUM_PAGES - 1) is not None
-    reqs = make_requests(instance, [None, None, [Page(1, 8), Page(1, 9)]], [5, 9, 5])
+    assert runtime.pool.take_pages(NUM_PAGES - 1) is not None
+    reqs = make_requests(runtime, [None, None, [Page(1, 8), Page(1, 9)]], [5, 9, 5])
     lengths = torch.tensor([5, 9, 5])
     with pytest.raises(RuntimeError, match="needs 2 pages, 1 can be had"):
-        alloc_decode(stock_alloc(instance), None, lengths, lengths, lengths, batch=SimpleNamespace(reqs=reqs))
+        alloc_decode(stock_alloc(runtime), None, lengths, lengths, lengths, batch=SimpleNamespace(reqs=reqs))
 
 
-def test_pages_are_read_ahead_where_the_pool_has_room(instance: Instance) -> None:
+def test_pages_are_read_ahead_where_the_pool_has_room(runtime: Runtime) -> None:
     """They stay free pages to everybody: counted, listed, and given out when nothing else is left; each once."""
-    pool, taken = instance.pool, []
+    pool, taken = runtime.pool, []
     while pool.num_givable_pages():
         before = pool.available_size()
         found = pool.take_pages(1)
@@ -101,8 +107,8 @@ def test_pages_are_read_ahead_where_the_pool_has_room(instance: Instance) -> Non
     assert pool.take_pages(1) is None
 
 
-def test_pages_read_ahead_come_back_when_free_ones_are_short(instance: Instance) -> None:
-    pool = instance.pool
+def test_pages_read_ahead_come_back_when_free_ones_are_short(runtime: Runtime) -> None:
+    pool = runtime.pool
     assert pool.take_pages(1) is not None and len(pool.free_pages) == NUM_PAGES - PAGES_AHEAD
     assert pool.alloc((NUM_PAGES - 1) * PAGE_SIZE) is not None, "stock's allocation gets every free page"
     assert pool.available_size() == 0 and pool.take_pages(1) is None
@@ -112,8 +118,8 @@ def test_pages_read_ahead_come_back_when_free_ones_are_short(instance: Instance)
     assert pool.available_size() == NUM_PAGES * PAGE_SIZE and sorted(pool.get_all_free_pages().tolist()) == list(range(1, NUM_PAGES + 1))
 
 
-def test_claimed_pages_are_left_to_stock(instance: Instance) -> None:
-    pool = instance.pool
+def test_claimed_pages_are_left_to_stock(runtime: Runtime) -> None:
+    pool = runtime.pool
     assert pool.take_pages(NUM_PAGES - ROOMY) is not None
     assert all(pool.claim_decode_page() for _ in range(ROOMY - 1))
     assert pool.take_pages(2) is None and len(pool.take_pages(1) or ()) == 1 and pool.take_pages(1) is None

@@ -1,21 +1,25 @@
 """Our control columns behind SGLang's row of a step."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from sglang_dcp.upstream.step import binding as bindings
-from sglang_dcp.upstream.step.binding import Binding
-from sglang_dcp.upstream.step.columns import NUM_COLUMNS, WidenedRow
-from sglang_dcp.upstream.step.sync import fallback_columns, settle_step
+from sglang_dcp.ledger.columns import NUM_COLUMNS
+from sglang_dcp.ledger.participant import LedgerCounters
+from sglang_dcp.upstream.step import attached
+from sglang_dcp.upstream.step.columns import SyncRow
+from sglang_dcp.upstream.step.driver import StepDriver
+from sglang_dcp.upstream.step.handlers import fallback_columns
+from sglang_dcp.upstream.step.runtime import Runtime
 
 OWN = [3, 2, 2**31 - 2, 17, 5, 900_000, 128, 2**40]
 
 
 def test_rows_of_two_steps() -> None:
     """Values are those of the step; a row of another width than the first step's is an error."""
-    row = WidenedRow()
+    row = SyncRow()
     for _ in range(2):
         stock = torch.randint(0, 1000, (11,))
         assert row.widen(stock, OWN).tolist() == [*stock.tolist(), *OWN]
@@ -26,28 +30,28 @@ def test_rows_of_two_steps() -> None:
 
 def test_other_element_types_keep_their_type() -> None:
     stock, own = torch.arange(11, dtype=torch.int32), [*OWN[:7], 4]
-    wide = WidenedRow().widen(stock, own)
+    wide = SyncRow().widen(stock, own)
     assert wide.dtype == torch.int32 and wide.tolist() == [*range(11), *own]
 
 
 def test_the_row_of_a_rank_that_is_gone_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang makes it of constants in every step; it ends in zeros of ours."""
-    binding = Binding(None, SimpleNamespace(), None, None)  # type: ignore[arg-type]
-    monkeypatch.setattr(bindings, "_binding", binding)
+    monkeypatch.setattr(attached, "_runtime", Runtime(None, None, SimpleNamespace(ids=None), None, None, None))  # type: ignore[arg-type]
     first, second = (fallback_columns(torch.arange(11), None, "cpu") for _ in range(2))
     assert first.tolist() == [*range(11), *[0] * NUM_COLUMNS] and second is first
 
 
 def test_waits_for_pages_are_forgotten_where_there_are_no_metrics() -> None:
-    waits: list[float] = []
-    instance = SimpleNamespace(
-        admission_waits=waits,
+    counters = LedgerCounters()
+    participant: Any = SimpleNamespace(
+        ids=None,
+        counters=counters,
         num_sharded_rows=0,
         read_columns=lambda columns: 0,
-        finish_step=lambda words, anybody_runs: waits.append(0.5),
+        finish_step=lambda words, anybody_runs: counters.admission_waits.append(0.5),
     )
     told = torch.zeros(1, NUM_COLUMNS, dtype=torch.int64)
     info = SimpleNamespace(tp0_info_cpu=told, global_num_tokens=[1], can_run_decode_cuda_graph=False)
     for _ in range(100):
-        settle_step(Binding(None, instance, None, None), info)  # type: ignore[arg-type]
-    assert waits == []
+        StepDriver(Runtime(None, None, participant, None, None, None)).settle(info)  # type: ignore[arg-type]
+    assert counters.admission_waits == []

@@ -55,7 +55,7 @@ def test_one_at_a_time_per_home_and_all_of_them_in_the_end() -> None:
     reqs = [arrive_local(model, 0, 20, 30) for _ in range(4)]
     for _ in range(5 * SOON):
         model.step()
-        assert sum(not req.dyncp.ready for req in model.homes[0].binding.waiting.values()) <= 1
+        assert sum(not req.dyncp.ready for req in model.homes[0].runtime.queues.waiting.values()) <= 1
         if all(req.output_ids for req in reqs):
             break
     assert all(req.output_ids for req in reqs) and not any(filler.finished() for filler in fillers)
@@ -85,9 +85,9 @@ def test_sglang_looks_at_its_queue_for_as_long_as_it_asks() -> None:
     seen = 0
     while not req.output_ids:
         home.running_batch = SimpleNamespace(batch_is_full=True)
-        asked = home.binding.asked_elsewhere in home.binding.waiting
+        asked = home.runtime.queues.asked_elsewhere in home.runtime.queues.waiting
         model.step()
-        still_asks = home.binding.asked_elsewhere in home.binding.waiting
+        still_asks = home.runtime.queues.asked_elsewhere in home.runtime.queues.waiting
         assert home.running_batch.batch_is_full is not (asked and still_asks)
         seen += asked and still_asks
     assert seen >= 1
@@ -143,6 +143,6 @@ def test_random_load(seed: int) -> None:
             home = model.random.choice((0, 0, 0, 1, 2, 3))
             arrive_local(model, home, model.random.randint(8, 24), model.random.randint(1, 40))
         model.step()
-        moved |= {req.rid for home in model.homes for req in home.waiting_queue if req.dyncp_placement.shards != (home.instance.rank,)}  # type: ignore[union-attr]
+        moved |= {req.rid for home in model.homes for req in home.waiting_queue if req.dyncp_placement.shards != (home.participant.rank,)}  # type: ignore[union-attr]
     random_walk(model, 100)
     assert len(moved) > 3

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
+from sglang_dcp.dataflow.step_mode import Graph, GraphStep
 from sglang_dcp.ledger.routes import MOST_INSTANCES, route_word, shard_mask, travelling_tail
+from sglang_dcp.upstream.layers import graph_variants
 from sglang_dcp.upstream.layers.graphs import GraphEngine, guest_row_grid
 from sglang_dcp.upstream.layers.peers import Place, find_obstacle, num_sharing
+from sglang_dcp.upstream.step import attached
 
 PLACES = [Place("host", f"gpu{rank}", ("gpu0", "gpu1", "gpu2")) for rank in range(3)]
 
@@ -33,9 +37,16 @@ def test_the_smallest_graph_that_holds_every_instance() -> None:
     assert engine().choose([[to_one], [], []], [1, 9, 0]) == 0
 
 
-def test_labels_name_guest_rows() -> None:
-    assert engine().variants.capture_labels == ("g0", "g2", "g5")
-    assert engine().variants.select(None) == "g0"
+def test_labels_name_guest_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_variants, "process_graphs", engine)
+    variants = graph_variants.add_graph_variants(None, None)
+    assert variants.capture_labels == ("g0", "g2", "g5")
+    assert variants.select(None) == "g0"
+    mode = Graph(5, GraphStep(7, [], [], frozenset(), has_new_pooled=False))
+    monkeypatch.setattr(attached, "_runtime", SimpleNamespace(mode=mode))
+    assert variants.select(None) == "g5"
+    monkeypatch.setattr(graph_variants, "process_graphs", lambda: None)
+    assert graph_variants.add_graph_variants("stock's", None) == "stock's"
 
 
 def test_routes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from sglang_dcp.upstream.step.queues import Queues
 from sglang_dcp.upstream.step.sync import count_home_requests
 
 
@@ -13,7 +14,8 @@ def batch_of(count: int, *, extends: bool) -> SimpleNamespace:
 
 def count(running: SimpleNamespace, local: SimpleNamespace | None, waiting: int = 0, parked: int = 0) -> int:
     scheduler = SimpleNamespace(running_batch=running, waiting_queue=[object()] * waiting)
-    return count_home_requests(SimpleNamespace(scheduler=scheduler, local_batch=local, parked=[object()] * parked))
+    runtime = SimpleNamespace(scheduler=scheduler, queues=Queues(parked=[object()] * parked))
+    return count_home_requests(runtime, local)  # type: ignore[arg-type]
 
 
 def test_a_request_in_prefill_counts():

@@ -15,6 +15,7 @@ from sglang_dcp.observe.request_log import LONGEST_ID, RequestLog
 from sglang_dcp.upstream.front import result
 from sglang_dcp.upstream.observe import report
 from sglang_dcp.upstream.observe.host_clock import HostClock
+from sglang_dcp.upstream.step.queues import Queues
 
 
 class Request:
@@ -30,17 +31,18 @@ class Request:
         return self._ended
 
 
-def make_binding(**scheduler: Any) -> Any:
+def make_runtime(**scheduler: Any) -> Any:
     pool = SimpleNamespace(num_givable_pages=lambda: 60)
-    instance = SimpleNamespace(rank=1, num_pages=64, page_size=16, pool=pool, guests=SimpleNamespace(num_pages=0))
+    participant = SimpleNamespace(rank=1, num_pages=64, page_size=16, guests=SimpleNamespace(num_pages=0))
     empty = SimpleNamespace(reqs=[])
-    queues = {"running_batch": empty, "last_batch": None, "chunked_req": None, "waiting_queue": []} | scheduler
+    scheduled = {"running_batch": empty, "last_batch": None, "chunked_req": None, "waiting_queue": []} | scheduler
     ends: list[Any] = []
     metrics = SimpleNamespace(observe_end=ends.append, ends=ends)
     return SimpleNamespace(
-        instance=instance,
-        scheduler=SimpleNamespace(**queues),
-        parked=[],
+        participant=participant,
+        pool=pool,
+        scheduler=SimpleNamespace(**scheduled),
+        queues=Queues(),
         request_log=RequestLog(),
         host_clock=HostClock(),
         metrics=metrics,
@@ -50,22 +52,22 @@ def make_binding(**scheduler: Any) -> Any:
 def test_health_probes_are_not_in_the_report() -> None:
     """/health sends a request of one token whenever a server is idle: a thousand of them would push every client's out."""
     probe, client = Request("HEALTH_CHECK_0a1b"), Request("mine")
-    binding = make_binding(running_batch=SimpleNamespace(reqs=[probe, client]), waiting_queue=[Request("HEALTH_CHECK_2")])
-    assert [entry["rid"] for entry in report.build_report(binding)["running"]] == ["mine"]
-    report.close(binding, Request("HEALTH_CHECK_0a1b", ended=True))
-    report.close(binding, Request("mine", ended=True))
-    assert [entry["rid"] for entry in binding.request_log] == ["mine"]
-    assert len(binding.metrics.ends) == 1
+    runtime = make_runtime(running_batch=SimpleNamespace(reqs=[probe, client]), waiting_queue=[Request("HEALTH_CHECK_2")])
+    assert [entry["rid"] for entry in report.build_report(runtime)["running"]] == ["mine"]
+    report.close(runtime, Request("HEALTH_CHECK_0a1b", ended=True))
+    report.close(runtime, Request("mine", ended=True))
+    assert [entry["rid"] for entry in runtime.request_log] == ["mine"]
+    assert len(runtime.metrics.ends) == 1
 
 
 def test_a_probe_still_gets_its_answer() -> None:
-    assert report.close(make_binding(), Request("HEALTH_CHECK_0a1b", ended=True))["degree_end"] == 1
+    assert report.close(make_runtime(), Request("HEALTH_CHECK_0a1b", ended=True))["degree_end"] == 1
 
 
 def test_long_ids_are_cut() -> None:
-    binding = make_binding(running_batch=SimpleNamespace(reqs=[Request("y" * 50_000)]))
-    report.close(binding, Request("x" * 50_000, ended=True))
-    told = report.build_report(binding)
+    runtime = make_runtime(running_batch=SimpleNamespace(reqs=[Request("y" * 50_000)]))
+    report.close(runtime, Request("x" * 50_000, ended=True))
+    told = report.build_report(runtime)
     assert [len(entry["rid"]) for entry in told["running"] + told["finished"]] == [LONGEST_ID] * 2
 
 
@@ -90,7 +92,7 @@ def test_the_report_is_an_administrators_call(
     from sglang.srt.utils.auth import add_api_key_middleware
 
     async def ask(_message: Any) -> list[Any]:
-        return [SimpleNamespace(internal_state=report.build_report(make_binding()))]
+        return [SimpleNamespace(internal_state=report.build_report(make_runtime()))]
 
     manager = SimpleNamespace(auto_create_handle_loop=lambda: None, get_internal_state_communicator=ask)
     app = FastAPI()

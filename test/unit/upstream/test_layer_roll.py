@@ -9,24 +9,29 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_dcp.upstream.layers import attention_backend, graphs, step_path, synthetic_prefill
+from sglang_dcp.dataflow.step_mode import STOCK, Eager
+from sglang_dcp.upstream.layers import attention_backend, graphs, synthetic_prefill
 from sglang_dcp.upstream.layers.layer_roll import LayerMissedError, LayerRoll
-from sglang_dcp.upstream.step import binding
+from sglang_dcp.upstream.step.attached import attach
+from sglang_dcp.upstream.step.driver import StepDriver
+from sglang_dcp.upstream.step.handlers import after_forward
+from sglang_dcp.upstream.step.runtime import Runtime
 
 NAMES = {0: "model.layers.0.self_attn", 1: "model.layers.1.self_attn", 2: "model.layers.2.self_attn"}
 EAGER, GRAPH = SimpleNamespace(can_run_cuda_graph=False), SimpleNamespace(can_run_cuda_graph=True)
 
 
 @pytest.fixture
-def bound(monkeypatch: pytest.MonkeyPatch) -> Iterator[binding.Binding]:
-    """A binding in a sharded eager step, whose attention gives the queries back."""
-    found = binding.Binding(None, SimpleNamespace(rank=1, step=7), None, None)  # type: ignore[arg-type]
-    found.layer_roll, found.pending_rows = LayerRoll(NAMES), []
+def bound(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
+    """A runtime in a sharded eager step, whose attention gives the queries back."""
+    found = Runtime(None, None, SimpleNamespace(rank=1, step=7, ids=None), None, None, None)  # type: ignore[arg-type]
+    StepDriver(found)
+    found.layer_roll, found.mode = LayerRoll(NAMES), Eager(None, [])  # type: ignore[arg-type]
     monkeypatch.setattr(attention_backend, "plan_of_step", lambda *args: None)
     monkeypatch.setattr(attention_backend, "attention_step", lambda queries, *args, **kwargs: queries)
-    binding.bind(found)
+    attach(found)
     yield found
-    binding.bind(None)  # type: ignore[arg-type]
+    attach(None)
 
 
 class Stock:
@@ -45,55 +50,55 @@ def run_layers(layer_ids: list[int]) -> None:
         assert backend.forward(rows, rows, rows, layer, None).shape == (3, 8)
 
 
-def test_steps_that_run_all_layers_pass(bound: binding.Binding) -> None:
+def test_steps_that_run_all_layers_pass(bound: Runtime) -> None:
     for _ in range(2):
         run_layers([0, 1, 2])
-        step_path.count_forward(EAGER, None)
-    assert bound.eager_steps == 2
+        after_forward(EAGER, None)
+    assert bound.counters.eager_steps == 2
 
 
-def test_a_layer_that_bypasses_ends_the_server(bound: binding.Binding) -> None:
+def test_a_layer_that_bypasses_ends_the_server(bound: Runtime) -> None:
     """One good step first: what entered in it does not count for the next."""
     run_layers([0, 1, 2])
-    step_path.count_forward(EAGER, None)
+    after_forward(EAGER, None)
     run_layers([0, 2])
     with pytest.raises(LayerMissedError, match=r"^rank 1, step 7: 1 of 3 attention layers .*: model\.layers\.1\.self_attn$"):
-        step_path.count_forward(EAGER, None)
+        after_forward(EAGER, None)
 
 
-def test_a_step_that_ran_no_layer_names_them_all(bound: binding.Binding) -> None:
+def test_a_step_that_ran_no_layer_names_them_all(bound: Runtime) -> None:
     with pytest.raises(LayerMissedError, match="3 of 3 attention layers .*layers.0.*layers.1.*layers.2"):
-        step_path.count_forward(EAGER, None)
+        after_forward(EAGER, None)
 
 
-def test_a_layer_that_was_not_there_at_load(bound: binding.Binding) -> None:
+def test_a_layer_that_was_not_there_at_load(bound: Runtime) -> None:
     run_layers([0, 1, 2, 9])
     with pytest.raises(LayerMissedError, match=r"rank 1, step 7: layers with ids \[9\]"):
-        step_path.count_forward(EAGER, None)
+        after_forward(EAGER, None)
 
 
-def test_steps_without_sharded_rows_count_no_layers(bound: binding.Binding) -> None:
-    bound.pending_rows = None
+def test_steps_without_sharded_rows_count_no_layers(bound: Runtime) -> None:
+    bound.mode = STOCK
     run_layers([0])
-    step_path.count_forward(EAGER, None)
-    step_path.count_forward(GRAPH, None)
-    assert (bound.eager_steps, bound.graph_steps) == (1, 1)
+    after_forward(EAGER, None)
+    after_forward(GRAPH, None)
+    assert (bound.counters.eager_steps, bound.counters.graph_steps) == (1, 1)
 
 
-def test_a_skipped_prefill_misses_nothing(bound: binding.Binding) -> None:
+def test_a_skipped_prefill_misses_nothing(bound: Runtime) -> None:
     """For benchmarks: no layer runs, on purpose, and only in the step that said so."""
     pytest.importorskip("sglang.srt.model_executor.model_runner")
     runner = SimpleNamespace(model_config=SimpleNamespace(vocab_size=8))
     mode = SimpleNamespace(is_idle=lambda: False)
     batch = SimpleNamespace(is_extend_in_batch=True, forward_mode=mode, seq_lens=[3], input_ids=torch.zeros(3))
     synthetic_prefill.skip_prefill(lambda *args: pytest.fail("the model ran"), runner, batch)
-    step_path.count_forward(EAGER, None)
+    after_forward(EAGER, None)
     with pytest.raises(LayerMissedError):
-        step_path.count_forward(EAGER, None)
+        after_forward(EAGER, None)
 
 
 @pytest.mark.parametrize(("with_keys", "save_kv_cache"), [(False, True), (True, False)])
-def test_a_layer_that_keeps_its_keys_to_itself_is_refused(bound: binding.Binding, with_keys: bool, save_kv_cache: bool) -> None:
+def test_a_layer_that_keeps_its_keys_to_itself_is_refused(bound: Runtime, with_keys: bool, save_kv_cache: bool) -> None:
     rows = torch.zeros(3, 8)
     with pytest.raises(attention_backend.LayerCallError, match="attention layer 5 .*the backend writes them"):
         attention_backend.make_backend_class(Stock)().forward(
@@ -109,7 +114,7 @@ def captured(engine: graphs.GraphEngine, layer_ids: list[int]) -> None:
         pool = SimpleNamespace(
             set_kv_buffer=lambda *args: None, get_key_buffer=lambda layer_id: None, get_value_buffer=lambda layer_id: None
         )
-        attention_backend.forward_captured(4, pool, torch.zeros(1, 8), torch.zeros(1, 4), torch.zeros(1, 4), layer)
+        attention_backend.forward_captured(engine, 4, pool, torch.zeros(1, 8), torch.zeros(1, 4), torch.zeros(1, 4), layer)
 
 
 @pytest.fixture
@@ -119,7 +124,6 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> graphs.GraphEngine:
         begin=lambda *args: None, run=lambda tokens, *args: torch.zeros(tokens, 2, 4), shape=SimpleNamespace(latent=False)
     )
     made.layer_roll, made._own_slots = LayerRoll(NAMES), torch.zeros(4, dtype=torch.int64)
-    monkeypatch.setattr(attention_backend, "engine", lambda: made)
     monkeypatch.setattr(attention_backend.PoolLayer, "_write_location", staticmethod(lambda slots: slots))
     return made
 

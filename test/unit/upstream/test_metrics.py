@@ -12,8 +12,10 @@ import torch
 from prometheus_client import REGISTRY
 
 from sglang_dcp.ledger.messages import Row
+from sglang_dcp.ledger.participant import LedgerCounters
 from sglang_dcp.upstream.observe.exchange_time import DeviceStopwatch, HostStopwatch, MeasuredTransport, measured
 from sglang_dcp.upstream.observe.metrics import GAUGE_INTERVAL_SECONDS, StepMetrics, count_attention_rows
+from sglang_dcp.upstream.step.runtime import Counters
 
 LABELS = {"dp_rank": 1, "model_name": "m"}
 
@@ -38,23 +40,20 @@ def read(name: str) -> float:
     return value
 
 
-def make_binding(**changes: Any) -> Any:
+def make_runtime() -> Any:
     held = {(0, 7): [(0, 3)]}
     guests = SimpleNamespace(num_pages=2, pages_of=lambda home, handle: held.get((home, handle), ()))
-    instance = SimpleNamespace(
+    participant = SimpleNamespace(
         rank=1,
         page_size=16,
         kv_tokens=np.array([5, 96]),
         home_requests=np.array([0, 3]),
         guests=guests,
         rows_of=[(Row(7, 10, 1), Row(8, 10, 1)), (Row(1, 10, 1),)],
-        admission_waits=[],
-        num_degree_growths=0,
-        num_retractions=0,
+        counters=LedgerCounters(),
     )
-    batch = SimpleNamespace(forward_mode=SimpleNamespace(is_idle=lambda: False), reqs=[1, 2])
-    steps = {"graph_steps": 0, "eager_steps": 0, "sharded_graph_steps": 0}
-    return SimpleNamespace(instance=instance, local_batch=batch, transport=measured(Transport(), torch.device("cpu")), **steps | changes)
+    transport = measured(Transport(), torch.device("cpu"))
+    return SimpleNamespace(participant=participant, own_batch=[1, 2], transport=transport, counters=Counters())
 
 
 @pytest.fixture(scope="module")
@@ -63,23 +62,23 @@ def metrics() -> StepMetrics:
 
 
 def test_a_step(metrics: StepMetrics) -> None:
-    binding, clock = make_binding(), metrics._clock
+    runtime, clock = make_runtime(), metrics._clock
     assert isinstance(clock, Clock)
-    metrics.after_step(binding)
+    metrics.after_step(runtime)
     assert [read(name) for name in ("kv_tokens", "guest_tokens", "home_requests", "attention_rows")] == [96, 32, 3, 3]
     assert read("exchange_seconds_count") == 0
-    binding.transport.all_to_all(torch.zeros(1), [1], [1], step=0, layer=0, stage="dispatch")
-    binding.instance.guests.num_pages = 5
-    binding.instance.num_degree_growths = 2
-    binding.graph_steps, binding.eager_steps, binding.sharded_graph_steps = 3, 1, 2
-    binding.instance.admission_waits = [0.5]
-    metrics.after_step(binding)
+    runtime.transport.all_to_all(torch.zeros(1), [1], [1], step=0, layer=0, stage="dispatch")
+    runtime.participant.guests.num_pages = 5
+    runtime.participant.counters.degree_growths = 2
+    runtime.counters = Counters(graph_steps=3, sharded_graph_steps=2, eager_steps=1)
+    runtime.participant.counters.admission_waits = [0.5]
+    metrics.after_step(runtime)
     assert (read("guest_tokens"), read("degree_growths_total")) == (32, 0), "not due yet"
     assert (read("reservation_wait_seconds_sum"), read("exchange_seconds_count")) == (0.5, 1)
-    assert binding.instance.admission_waits == []
+    runtime.participant.counters.admission_waits.clear()  # as the driver does, behind this
     for _ in range(2):
         clock.now += GAUGE_INTERVAL_SECONDS
-        metrics.after_step(binding)
+        metrics.after_step(runtime)
     assert (read("guest_tokens"), read("degree_growths_total"), read("reservation_wait_seconds_count")) == (80, 2, 1)
     assert (read("graph_steps_total"), read("eager_steps_total"), read("sharded_graph_steps_total")) == (3, 1, 2)
     metrics.observe_end({"degree_end": 4})
@@ -87,9 +86,9 @@ def test_a_step(metrics: StepMetrics) -> None:
 
 
 def test_rows_of_an_idle_instance_are_its_guests() -> None:
-    binding = make_binding()
-    binding.local_batch = None
-    assert count_attention_rows(binding) == 1, "handle 8 has no page here"
+    runtime = make_runtime()
+    runtime.own_batch = []
+    assert count_attention_rows(runtime) == 1, "handle 8 has no page here"
 
 
 def test_time_in_a_failing_exchange_counts_too() -> None:

@@ -11,10 +11,11 @@ from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.messages import Row
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.ledger.page_phases import PagePhases
+from sglang_dcp.ledger.participant import Participant
+from sglang_dcp.ledger.positions import route_of
 from sglang_dcp.upstream.step import sitting_out
-from sglang_dcp.upstream.step.binding import Binding
-from sglang_dcp.upstream.step.instance import Instance
 from sglang_dcp.upstream.step.own_batch import OwnBatch
+from sglang_dcp.upstream.step.runtime import Runtime, cluster_of
 from sglang_dcp.upstream.step.sitting_out import GROW_AHEAD_TOKENS, secure_next_token
 
 PAGE_SIZE = 16
@@ -43,8 +44,11 @@ class Pool:
         return None if self.empty else list(range(self.next_page - count, self.next_page))
 
 
-def make_instance() -> Instance:
-    return Instance(DynCpConfig().resolve(3), 0, 3, 50_000, PAGE_SIZE, Pool())  # type: ignore[arg-type]
+CONFIG = DynCpConfig().resolve(3)
+
+
+def make_participant() -> Participant:
+    return Participant(cluster_of(CONFIG, 3, 50_000, PAGE_SIZE), 0, Pool())  # type: ignore[arg-type]
 
 
 class Request(SimpleNamespace):
@@ -56,13 +60,13 @@ class Request(SimpleNamespace):
     __hash__ = object.__hash__
 
 
-def request(instance: Instance, owners: list[int] | None, length: int = 0) -> Any:
+def request(participant: Participant, owners: list[int] | None, length: int = 0) -> Any:
     """owners: of its pages in order; None for a local request."""
     found = Request(rid=object(), dyncp=None, kv=SimpleNamespace(kv_allocated_len=length))
     if owners is not None:
-        found.dyncp = instance.homes.open(0)
+        found.dyncp = participant.homes.open(0)
         number = 100 * found.dyncp.handle
-        instance.homes.adopt(found.dyncp, [Page(owner, number + index) for index, owner in enumerate(owners)], 0)
+        participant.homes.adopt(found.dyncp, [Page(owner, number + index) for index, owner in enumerate(owners)], 0)
     return found
 
 
@@ -73,8 +77,8 @@ def take(batch: OwnBatch, reqs: list[Any], lengths: list[int]) -> None:
     batch.take_decode(reqs, torch.tensor(lengths))
 
 
-def rows_afresh(instance: Instance, reqs: list[Any], lengths: list[int]) -> list[Row]:
-    batch = OwnBatch(instance)
+def rows_afresh(participant: Participant, reqs: list[Any], lengths: list[int]) -> list[Row]:
+    batch = OwnBatch(participant)
     take(batch, reqs, lengths)
     assert not batch.steady or not reqs
     return batch.sharded_rows()
@@ -82,29 +86,29 @@ def rows_afresh(instance: Instance, reqs: list[Any], lengths: list[int]) -> list
 
 def test_a_step_on_is_steady_until_a_route_changes() -> None:
     """The second request enters its second shard with token 33, the first one's tail moves home with token 49."""
-    instance = make_instance()
-    reqs = [request(instance, [1, 1, 1, 0]), request(instance, [0, 0, 2]), request(instance, None)]
-    batch, lengths = OwnBatch(instance), [40, 30, 12]
+    participant = make_participant()
+    reqs = [request(participant, [1, 1, 1, 0]), request(participant, [0, 0, 2]), request(participant, None)]
+    batch, lengths = OwnBatch(participant), [40, 30, 12]
     steady = []
     for _ in range(12):
         take(batch, reqs, lengths)
         steady.append(batch.steady)
-        assert batch.sharded_rows() == rows_afresh(instance, reqs, lengths)
+        assert batch.sharded_rows() == rows_afresh(participant, reqs, lengths)
         assert batch.spans == [(req, length - 1, 1) for req, length in zip(reqs, lengths, strict=True)]
         lengths = [length + 1 for length in lengths]
     assert steady == [False, True, True, False, True, True, True, True, True, False, True, True]
 
 
 def test_joins_leaves_and_other_lengths_are_changes() -> None:
-    instance = make_instance()
-    reqs = [request(instance, [1, 0, 0]), request(instance, None)]
-    batch = OwnBatch(instance)
+    participant = make_participant()
+    reqs = [request(participant, [1, 0, 0]), request(participant, None)]
+    batch = OwnBatch(participant)
     take(batch, reqs, [20, 5])
-    for changed, lengths in ((reqs[:1], [21]), ([*reqs, request(instance, None)], [22, 7, 3]), (reqs[::-1], [6, 21]), (reqs, [23, 9])):
+    for changed, lengths in ((reqs[:1], [21]), ([*reqs, request(participant, None)], [22, 7, 3]), (reqs[::-1], [6, 21]), (reqs, [23, 9])):
         take(batch, changed, lengths)
         assert not batch.steady
     batch.take_extend([(reqs[0], 0, 24)])
-    assert not batch.steady and batch.sharded_rows() == [Row(reqs[0].dyncp.handle, 0, 24, instance.route_of(reqs[0].dyncp, 24))]
+    assert not batch.steady and batch.sharded_rows() == [Row(reqs[0].dyncp.handle, 0, 24, route_of(participant.ids, reqs[0].dyncp, 24))]
     take(batch, reqs, [25, 11])
     assert not batch.steady
     batch.take(None)
@@ -114,11 +118,11 @@ def test_joins_leaves_and_other_lengths_are_changes() -> None:
 
 
 def test_a_request_that_the_ledger_took_over_is_a_change() -> None:
-    instance = make_instance()
-    req = request(instance, None)
-    batch = OwnBatch(instance)
+    participant = make_participant()
+    req = request(participant, None)
+    batch = OwnBatch(participant)
     take(batch, [req], [16])
-    req.dyncp = request(instance, [0, 1]).dyncp
+    req.dyncp = request(participant, [0, 1]).dyncp
     take(batch, [req], [17])
     assert not batch.steady and len(batch.sharded_rows()) == 1
 
@@ -132,34 +136,35 @@ def test_requests_passed_over_had_nothing_to_secure(empty: bool, roomy: bool, mo
     kinds = [rng.choice(["local", "home", "away", "more"]) for _ in range(200)]
     lengths = [rng.randrange(1, 6 * PAGE_SIZE) for _ in kinds]
     for ask_all in (True, False):
-        instance = make_instance()
-        pool: Any = instance.pool
+        participant = make_participant()
+        pool: Any = participant.pool
         pool.empty, pool.roomy = empty, roomy
-        binding = Binding(SimpleNamespace(_reqs_finishing_inflight=lambda batch: []), instance, None, None)  # type: ignore[arg-type]
-        binding.givable_pages = instance.pool.num_givable_pages()
+        scheduler = SimpleNamespace(_reqs_finishing_inflight=lambda batch: [])
+        runtime = Runtime(scheduler, CONFIG, participant, pool, None, None)  # type: ignore[arg-type]
+        runtime.givable_pages = pool.num_givable_pages()
         reqs = []
         for kind, length in zip(kinds, lengths, strict=True):
             pages = -(-length // PAGE_SIZE) + (kind == "more")
             if kind == "local" and empty and length % PAGE_SIZE == 0:
                 length += 1  # would be taken over, which reads SGLang's pools
             owners = None if kind == "local" else [1] * (pages - 1) + [2 if kind == "away" else 0]
-            reqs.append(request(instance, owners, length))
+            reqs.append(request(participant, owners, length))
         if ask_all:
-            refused = [i for i, req in enumerate(reqs) if not secure_next_token(binding, req)]
+            refused = [i for i, req in enumerate(reqs) if not secure_next_token(runtime, req)]
         else:
             known = torch.tensor([req.kv.kv_allocated_len for req in reqs])
-            refused = sorted(sitting_out.find_leavers(binding, SimpleNamespace(reqs=reqs, seq_lens_cpu=known)))
+            refused = sorted(sitting_out.find_leavers(runtime, SimpleNamespace(reqs=reqs, seq_lens_cpu=known)))
             assert 0 < len(asked) < len(reqs) * (GROW_AHEAD_TOKENS + 3) / PAGE_SIZE
         sizes = [len(req.dyncp.pages) for req in reqs if req.dyncp is not None]
-        outcomes.append((refused, sizes, [str(message) for message in instance.outbox], 0 if roomy else len(pool.claims)))
+        outcomes.append((refused, sizes, [str(message) for message in participant.outbox], 0 if roomy else len(pool.claims)))
     assert outcomes[0] == outcomes[1]
     assert bool(outcomes[0][0]) == empty
 
 
 def test_the_next_batch_is_looked_up_where_it_is_known() -> None:
     """Same answers as from its lengths, which are not read for the requests taken in last."""
-    instance, rng = make_instance(), random.Random(5)
-    reqs, batch = [request(instance, None) for _ in range(50)], OwnBatch(instance)
+    participant, rng = make_participant(), random.Random(5)
+    reqs, batch = [request(participant, None) for _ in range(50)], OwnBatch(participant)
     lengths = [rng.randrange(1, 70) for _ in reqs]
     unread: Any = None
     for step in range(40):
@@ -179,8 +184,8 @@ def test_the_next_batch_is_looked_up_where_it_is_known() -> None:
 
 def test_one_request_tells_that_lengths_went_apart() -> None:
     """A batch of the same requests that is not one token on is read anew."""
-    instance = make_instance()
-    reqs, batch = [request(instance, None), request(instance, None)], OwnBatch(instance)
+    participant = make_participant()
+    reqs, batch = [request(participant, None), request(participant, None)], OwnBatch(participant)
     take(batch, reqs, [15, 7])
     take(batch, reqs, [18, 10])
     assert not batch.steady and [prefix_len for _, prefix_len, _ in batch.spans] == [17, 9]

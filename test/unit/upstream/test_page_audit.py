@@ -20,15 +20,15 @@ def audits(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def rounds(idle: list[bool]) -> Any:
-    """A binding whose scheduler is idle, or is not, in each of the rounds."""
+    """A runtime whose scheduler is idle, or is not, in each of the rounds."""
     answers = iter(idle)
-    return SimpleNamespace(scheduler=SimpleNamespace(is_fully_idle=lambda: next(answers)), idle_audited=False, step_ran=True)
+    return SimpleNamespace(scheduler=SimpleNamespace(is_fully_idle=lambda: next(answers)), idle_audited=False)
 
 
 def count(audits: list[Any], idle: list[bool]) -> int:
-    binding, before = rounds(idle), len(audits)
+    runtime, before = rounds(idle), len(audits)
     for _ in idle:
-        check_when_due(binding)
+        check_when_due(runtime)
     return len(audits) - before
 
 
@@ -44,11 +44,11 @@ def test_tests_have_every_round_looked_at(audits: list[Any], monkeypatch: pytest
 
 
 def test_a_failed_look_is_not_forgotten(audits: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(binding: Any) -> None:
+    def fail(runtime: Any) -> None:
         raise AssertionError("page 3 has no owner")
 
     monkeypatch.setattr(page_audit, "check_integrity", fail)
-    binding = rounds([True])
+    runtime = rounds([True])
     with pytest.raises(AssertionError, match="page 3"):
-        check_when_due(binding)
-    assert not binding.idle_audited
+        check_when_due(runtime)
+    assert not runtime.idle_audited

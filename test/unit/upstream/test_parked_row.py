@@ -13,9 +13,9 @@ from sglang.srt.sampling import sampling_batch_info
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_dcp.upstream.step import binding as bindings
-from sglang_dcp.upstream.step import penalties, retraction
+from sglang_dcp.upstream.step import attached, retraction
 from sglang_dcp.upstream.step.penalties import count_earlier_output
+from sglang_dcp.upstream.step.queues import Queues
 from sglang_dcp.upstream.step.sitting_out import rejoin, sit_out
 
 VOCAB, EOS = 12, 11
@@ -99,13 +99,13 @@ def biases(batch: ScheduleBatch) -> dict[int, torch.Tensor]:
     return {req.slot: row for req, row in zip(batch.reqs, logits, strict=True)}
 
 
-def binding_of(parked: list[FakeReq]) -> Any:
-    return SimpleNamespace(parked=parked)
+def runtime_of(parked: list[FakeReq]) -> Any:
+    return SimpleNamespace(queues=Queues(parked=parked))
 
 
 @pytest.fixture
 def room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sglang_dcp.upstream.step.sitting_out.has_room", lambda binding, req: True)
+    monkeypatch.setattr("sglang_dcp.upstream.step.sitting_out.has_room", lambda runtime, req: True)
 
 
 MANY = [
@@ -123,13 +123,13 @@ def test_a_row_comes_back_as_it_left(leave: set[int], room: None) -> None:
     for token in (3, 3, 5):
         for batch in (alone, moved):
             decode(batch, dict.fromkeys(range(4), token))
-    binding = binding_of([])
-    sit_out(binding, moved, leave)
+    runtime = runtime_of([])
+    sit_out(runtime, moved, leave)
     assert [req.slot for req in moved.reqs] == [slot for slot in range(4) if slot not in leave]
     if not moved.is_empty():
         decode(moved, dict.fromkeys(range(4), 6))  # the others go on
-    back = rejoin(binding, moved)
-    assert binding.parked == [] and all(req.dyncp_parked_row is None for req in back.reqs)
+    back = rejoin(runtime, moved)
+    assert runtime.queues.parked == [] and all(req.dyncp_parked_row is None for req in back.reqs)
     kept, now = biases(alone), biases(back)
     for slot in leave:
         assert torch.equal(now[slot], kept[slot]), slot
@@ -143,23 +143,23 @@ def test_a_row_comes_back_as_it_left(leave: set[int], room: None) -> None:
 
 
 def test_min_new_tokens_counts_through_sitting_out(room: None) -> None:
-    batch, binding = batch_of([request(0, [], min_new_tokens=4)]), binding_of([])
+    batch, runtime = batch_of([request(0, [], min_new_tokens=4)]), runtime_of([])
     banned = []
     for _ in range(6):
         decode(batch, {0: 3})
-        sit_out(binding, batch, {0})
-        batch = rejoin(binding, batch)
+        sit_out(runtime, batch, {0})
+        batch = rejoin(runtime, batch)
         banned.append(bool(torch.isinf(biases(batch)[0][EOS])))
     assert banned == [True, True, True, False, False, False]
 
 
 def test_custom_parameters_of_a_row_stay_with_it(room: None) -> None:
-    batch, binding = batch_of([request(slot, []) for slot in range(3)]), binding_of([])
+    batch, runtime = batch_of([request(slot, []) for slot in range(3)]), runtime_of([])
     info = batch.sampling_info
     entry = sampling_batch_info.ProcessorEntry(processor=object(), rows=[0, 2], indices=torch.tensor([0, 2]))  # type: ignore[arg-type]
     info.has_custom_logit_processor, info.custom_logit_processor, info.custom_params = True, {1: entry}, [{"a": 0}, None, {"a": 2}]
-    sit_out(binding, batch, {0, 1})
-    back = rejoin(binding, batch)
+    sit_out(runtime, batch, {0, 1})
+    back = rejoin(runtime, batch)
     assert [req.slot for req in back.reqs] == [2, 0, 1]
     assert back.sampling_info.custom_params == [{"a": 2}, {"a": 0}, None]
     assert back.sampling_info.custom_logit_processor[1].rows == [0, 1]
@@ -167,7 +167,7 @@ def test_custom_parameters_of_a_row_stay_with_it(room: None) -> None:
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_penalties_count_the_output_of_a_request_that_starts_over(monkeypatch: pytest.MonkeyPatch, place: int) -> None:
-    monkeypatch.setattr(penalties, "current", lambda: object())
+    monkeypatch.setattr(attached, "_runtime", object())
     output = [3, 5, 3]
     never = batch_of([request(9, [], **PENALIZED)])
     for token in output:
@@ -184,7 +184,7 @@ def test_penalties_count_the_output_of_a_request_that_starts_over(monkeypatch: p
 
 
 def test_only_the_last_chunk_of_a_restart_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(penalties, "current", lambda: object())
+    monkeypatch.setattr(attached, "_runtime", object())
     batch = batch_of([request(9, [3, 5, 3], **PENALIZED)])
     batch.prefix_lens, batch.extend_lens = [0], [2]
     before = batch.sampling_info.penalizer_orchestrator
@@ -193,13 +193,12 @@ def test_only_the_last_chunk_of_a_restart_counts(monkeypatch: pytest.MonkeyPatch
 
 
 def test_rows_that_sit_out_are_seen_by_aborts_timeouts_and_load_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch, binding = batch_of([request(slot, []) for slot in range(3)]), binding_of([])
-    sit_out(binding, batch, {0, 2})
-    monkeypatch.setattr(retraction, "current", lambda: binding)
+    batch, runtime = batch_of([request(slot, []) for slot in range(3)]), runtime_of([])
+    sit_out(runtime, batch, {0, 2})
+    monkeypatch.setattr(attached, "_runtime", runtime)
     seen = [req.slot for part in retraction.inflight_batches([batch, None], None) if part is not None for req in part.reqs]
     assert seen == [1, 0, 2]
     assert retraction.count_parked(SimpleNamespace(num_running_reqs=1), None).num_running_reqs == 3
-    assert bindings.current() is None
 
 
 def test_an_abort_keeps_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,12 +209,12 @@ def test_an_abort_keeps_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = SimpleNamespace(
         _release_aborted_request=lambda req: None, send_abort_output=lambda abort, req: sent.append(abort), tree_cache=None
     )
-    binding = SimpleNamespace(parked=[], scheduler=scheduler)
-    sit_out(binding, batch, {0, 1})
+    runtime = SimpleNamespace(queues=Queues(), scheduler=scheduler)
+    sit_out(runtime, batch, {0, 1})
     monkeypatch.setattr(common, "release_kv_cache", lambda *args, **kwargs: None)
-    monkeypatch.setattr(retraction, "release_unwritten", lambda binding, req: None)
+    monkeypatch.setattr(retraction, "release_unwritten", lambda runtime, req: None)
     monkeypatch.setattr(stock, "_make_abort_req", lambda req, finished_reason=None: (req.rid, finished_reason))
-    binding.parked[0].to_finish = FINISH_ABORT("Request running timeout reached.", 503)
-    retraction.drop_aborted(binding)
+    runtime.queues.parked[0].to_finish = FINISH_ABORT("Request running timeout reached.", 503)
+    retraction.drop_aborted(runtime)
     assert [(rid, reason["message"], reason["status_code"]) for rid, reason in sent] == [("r0", "Request running timeout reached.", 503)]
-    assert [req.rid for req in binding.parked] == ["r1"]
+    assert [req.rid for req in runtime.queues.parked] == ["r1"]

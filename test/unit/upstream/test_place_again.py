@@ -20,11 +20,11 @@ def again(
 ) -> Any:
     """The request behind a retraction, with `total` tokens and shards of a page each (tail last), and what it asks for."""
     limits = DynCpConfig(**settings).resolve(4).split_limits(4, PAGES)
-    instance = SimpleNamespace(rank=HOME, page_size=PAGE, num_pages=PAGES, num_instances=4, limits=limits, kv_tokens=used)
+    participant = SimpleNamespace(rank=HOME, page_size=PAGE, num_pages=PAGES, num_instances=4, limits=limits, kv_tokens=used)
     placement = None if shards is None else Placement(HOME, shards, (PAGE,) * len(shards))
     req = SimpleNamespace(rid="r", origin_input_ids=range(total - 3), output_ids=range(3), dyncp_placement=placement)
     req.dyncp_placement_flexible = flexible and shards is not None
-    place_again(SimpleNamespace(instance=instance), req)  # type: ignore[arg-type]
+    place_again(SimpleNamespace(participant=participant), req)  # type: ignore[arg-type]
     asked = None if req.dyncp_placement is None or req.dyncp_placement.is_local else page_segments(req, PAGE, limits)
     return SimpleNamespace(placement=req.dyncp_placement, flexible=req.dyncp_placement_flexible, asked=asked, limits=limits)
 

@@ -11,10 +11,14 @@ import pytest
 import torch
 
 from sglang_dcp.dataflow.attention.partial_attention import torch_partial_attention
-from sglang_dcp.upstream.layers import attention_backend, graphs, step_path
-from sglang_dcp.upstream.observe.host_clock import HostClock
-from sglang_dcp.upstream.step import binding
+from sglang_dcp.dataflow.step_mode import STOCK, Eager, Graph, GraphStep
+from sglang_dcp.ledger.participant import LedgerCounters
+from sglang_dcp.upstream.layers import attention_backend, graphs, mla_form, step_path
 from sglang_dcp.upstream.step import sync as step_sync
+from sglang_dcp.upstream.step.attached import attach
+from sglang_dcp.upstream.step.driver import StepDriver
+from sglang_dcp.upstream.step.handlers import after_forward, after_gather
+from sglang_dcp.upstream.step.runtime import Runtime
 
 STOCK_OUTPUT = object()
 
@@ -34,14 +38,12 @@ class Stock:
 
 @pytest.fixture
 def bound() -> Iterator[Any]:
-    """A binding of this process; `pending_rows` says whether the step is sharded."""
-    found: Any = SimpleNamespace(
-        pending_rows=None, graph_guest_rows=0, graph_step=None, graph_steps=0, sharded_graph_steps=0, eager_steps=0, step_ran=False
-    )
-    found.host_clock = HostClock()
-    binding.bind(found)
+    """The runtime of this process; `mode` says whether the step is sharded."""
+    found = Runtime(None, None, SimpleNamespace(rank=1, step=7, ids=None), None, None, None)  # type: ignore[arg-type]
+    StepDriver(found)
+    attach(found)
     yield found
-    binding.bind(None)  # type: ignore[arg-type]
+    attach(None)
 
 
 def test_stock_runs_where_no_row_is_sharded(bound: Any) -> None:
@@ -53,7 +55,7 @@ def test_stock_runs_where_no_row_is_sharded(bound: Any) -> None:
 
 
 def test_a_sharded_step_keeps_stock_out(bound: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    bound.pending_rows = []
+    bound.mode = Eager(None, [])
     backend = attention_backend.make_backend_class(Stock)()
     backend.init_forward_metadata(None)
     assert backend.forward_metadata is None
@@ -66,7 +68,7 @@ def test_a_sharded_step_keeps_stock_out(bound: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_process_without_an_instance_is_stock() -> None:
-    binding.bind(None)  # type: ignore[arg-type]
+    attach(None)
     assert not attention_backend.step_is_sharded()
     assert attention_backend.make_backend_class(Stock)().forward(None, None, None, None, None) is STOCK_OUTPUT
 
@@ -97,7 +99,7 @@ def test_a_captured_step_begins_with_what_its_layers_share(monkeypatch: pytest.M
     engine = graphs.GraphEngine((4,), [], 0, None)
     engine.attention, engine._own_slots = attention, torch.zeros(8, dtype=torch.int64)
     monkeypatch.setattr(engine, "build", lambda runner, max_bs, *, flash_mla=False: seen.append(("build", runner, max_bs, flash_mla)))
-    monkeypatch.setattr(attention_backend, "engine", lambda: engine)
+    monkeypatch.setattr(attention_backend, "process_graphs", lambda: engine)
     backend: Any = attention_backend.make_backend_class(CapturingStock, flash_mla=flash_mla)()
     backend.dyncp_runner = runner = SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token="token table"))
     backend.init_cuda_graph_state(8, 8)
@@ -130,9 +132,9 @@ def test_latent_attention_is_absorbed_where_rows_are_sharded(bound: Any, monkeyp
 
     monkeypatch.setattr(handlers, "_handlers", dict(handlers._handlers))
     handlers.register(name, lambda attention, forward_batch: "stock's")
-    attention_backend.register_mla_form()
+    mla_form.register_mla_form()
     assert handlers.get_handler(name)(None, None) == "stock's"
-    bound.pending_rows = []
+    bound.mode = Eager(None, [])
     assert handlers.get_handler(name)(None, None) is AttnForwardMethod.MLA
 
 
@@ -149,21 +151,21 @@ def test_rotary_parts_are_joined_behind_the_latent() -> None:
 
 def test_graph_and_eager_steps_are_counted(bound: Any) -> None:
     for ran_as_graph in (True, True, False):
-        step_path.count_forward(SimpleNamespace(can_run_cuda_graph=ran_as_graph), None)
-    assert (bound.graph_steps, bound.eager_steps) == (2, 1)
+        after_forward(SimpleNamespace(can_run_cuda_graph=ran_as_graph), None)
+    assert (bound.counters.graph_steps, bound.counters.eager_steps) == (2, 1)
 
 
 def test_auto_is_gloo_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     with caplog.at_level("INFO"):
-        chosen = step_path.choose_transport("auto", cpu, None, 1.0)  # type: ignore[arg-type]
+        chosen = step_path.choose_transport("auto", cpu, None, 1.0, None)  # type: ignore[arg-type]
     assert type(chosen).__name__ == "GlooTransport" and "auto is gloo: the device is a CPU" in caplog.text
-    assert type(step_path.choose_transport("gloo", cuda, None, 1.0)).__name__ == "HostStagedTransport"  # type: ignore[arg-type]
+    assert type(step_path.choose_transport("gloo", cuda, None, 1.0, None)).__name__ == "HostStagedTransport"  # type: ignore[arg-type]
     monkeypatch.setattr("sglang_dcp.dataflow.transport.nccl.create_nccl_group", lambda timeout: None)
-    assert type(step_path.choose_transport("auto", cuda, None, 1.0)).__name__ == "NcclTransport"  # type: ignore[arg-type]
+    assert type(step_path.choose_transport("auto", cuda, None, 1.0, None)).__name__ == "NcclTransport"  # type: ignore[arg-type]
     with pytest.raises(graphs.GraphError, match="--dyncp-transport peer"):
-        step_path.choose_transport("peer", cuda, None, 1.0)  # type: ignore[arg-type]
+        step_path.choose_transport("peer", cuda, None, 1.0, None)  # type: ignore[arg-type]
 
 
 def test_plain_torch_on_a_gpu_serves_torch_native_and_no_mla() -> None:
@@ -185,7 +187,7 @@ def test_torch_native_can_pad_a_batch_on_a_gpu() -> None:
 
 def test_a_graph_step_never_runs_eagerly(bound: Any) -> None:
     """All instances replay it or none: falling back on one would leave the others waiting in the exchange."""
-    bound.graph_guest_rows, bound.instance = 16, SimpleNamespace(rank=1, step=7)
+    bound.mode = Graph(16, GraphStep(7, [], [], frozenset(), has_new_pooled=False))
     with pytest.raises(graphs.GraphError, match="rank 1, step 7: .* 16 guest rows"):
         attention_backend.make_backend_class(Stock)().init_forward_metadata(None)
 
@@ -193,17 +195,13 @@ def test_a_graph_step_never_runs_eagerly(bound: Any) -> None:
 def test_a_sharded_row_anywhere_makes_the_step_eager_everywhere(bound: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The flags that SGLang's graph runners ask are cleared from what all instances know, with an idle instance made to take part."""
     for num_sharded, graph in ((0, True), (1, False)):
-        bound.instance = SimpleNamespace(
-            num_instances=2,
-            admission_waits=[],
+        bound.participant = SimpleNamespace(
+            counters=LedgerCounters(),
             num_sharded_rows=num_sharded,
-            rows_of=[(), ()],
-            plan="old",
             read_columns=lambda columns: 0,
             finish_step=lambda words, anybody_runs: None,
         )
-        bound.metrics = None
-        monkeypatch.setattr(step_sync, "home_rows", lambda found: ["rows"])
+        monkeypatch.setattr(step_sync, "home_rows", lambda found, rows: ["rows"])
         info = SimpleNamespace(
             tp0_info_cpu=torch.zeros(2, 19, dtype=torch.int64),
             global_num_tokens=[3, 0],
@@ -211,10 +209,10 @@ def test_a_sharded_row_anywhere_makes_the_step_eager_everywhere(bound: Any, monk
             can_run_decode_cuda_graph=True,
             can_run_prefill_cuda_graph=True,
         )
-        step_sync.after_gather(None, info)
+        after_gather(None, info)
         assert info.can_run_decode_cuda_graph is info.can_run_prefill_cuda_graph is graph
         assert info.global_num_tokens == ([3, 0] if graph else [3, 1])
-        assert (bound.pending_rows is None) == graph and bound.instance.plan is None
+        assert bound.mode is STOCK if graph else bound.mode.home_rows == ["rows"] and bound.mode.plan is None
 
 
 def test_pages_of_local_requests_come_in_one_read() -> None:
@@ -227,7 +225,7 @@ def test_pages_of_local_requests_come_in_one_read() -> None:
             (np.array(numbers)[:, None] * page_size + np.arange(page_size)).ravel()
         ).int()
     found: Any = SimpleNamespace(
-        instance=SimpleNamespace(page_size=page_size),
+        participant=SimpleNamespace(page_size=page_size),
         scheduler=SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token=table)),
     )
     requests = [(SimpleNamespace(kv=SimpleNamespace(req_pool_idx=line)), length) for line, length in ((0, 9), (2, 4))]

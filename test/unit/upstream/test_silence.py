@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from sglang_dcp.dataflow.graph.silence import IN_FLIGHT, SilenceLog, SilenceNote
+from sglang_dcp.dataflow.step_mode import STOCK, Graph, GraphStep
 from sglang_dcp.dataflow.transport.base import TransportError
-from sglang_dcp.upstream.layers import silence, step_path
-from sglang_dcp.upstream.observe.host_clock import HostClock
-from sglang_dcp.upstream.step import binding
+from sglang_dcp.upstream.layers import silence
+from sglang_dcp.upstream.step.attached import attach, current
+from sglang_dcp.upstream.step.driver import StepDriver
+from sglang_dcp.upstream.step.handlers import after_forward
+from sglang_dcp.upstream.step.runtime import Runtime
 
 
 class Attention:
@@ -64,10 +67,10 @@ class Scheduler:
     def run(self, *, silent: int = 0, graph: bool = True) -> None:
         """One step; `silent` are the peers that go silent within its layers."""
         self.step += 1
-        self.bound.graph_guest_rows, self.bound.graph_step = 16 if graph else 0, SimpleNamespace(step=self.step)
+        self.bound.mode = Graph(16, GraphStep(self.step, [], [], frozenset(), has_new_pooled=False)) if graph else STOCK
         self.attention.mask |= silent
         result = Result([self.step] * len(self.reqs), can_run_cuda_graph=graph)
-        step_path.count_forward(result, None)
+        after_forward(result, None)
         self.queue.append((SimpleNamespace(reqs=list(self.reqs)), result))
         if len(self.queue) > self.overlap:
             self.process_batch_result(*self.queue.popleft())
@@ -83,21 +86,18 @@ class Scheduler:
 
 @pytest.fixture
 def attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[Attention]:
-    found: Any = SimpleNamespace(
-        graph_guest_rows=0, graph_step=None, graph_steps=0, sharded_graph_steps=0, eager_steps=0, pending_rows=None
-    )
-    found.host_clock = HostClock()
-    binding.bind(found)
     built = Attention()
-    monkeypatch.setattr(silence, "engine", lambda: SimpleNamespace(attention=built))
+    found = Runtime(None, None, SimpleNamespace(ids=None), None, None, None, SimpleNamespace(attention=built))  # type: ignore[arg-type]
+    StepDriver(found)
+    attach(found)
     monkeypatch.setattr(silence, "ANSWER_SECONDS", 0.0)
     yield built
-    binding.bind(None)  # type: ignore[arg-type]
+    attach(None)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_tokens_of_a_step_without_an_answer_reach_nobody(attention: Attention, overlap: bool) -> None:
-    scheduler = Scheduler(binding.current(), attention, overlap=overlap)
+    scheduler = Scheduler(current(), attention, overlap=overlap)
     scheduler.run()
     scheduler.run()
     with pytest.raises(TransportError, match=r"step 3: \[1, 3\]"):
@@ -112,7 +112,7 @@ def test_tokens_of_a_step_without_an_answer_reach_nobody(attention: Attention, o
 
 def test_a_request_that_has_ended_gets_no_second_end(attention: Attention) -> None:
     """With overlap a request's last token may be found when its next step runs already."""
-    scheduler = Scheduler(binding.current(), attention, overlap=True)
+    scheduler = Scheduler(current(), attention, overlap=True)
     scheduler.run()
     scheduler.reqs[0].is_finished = True
     with pytest.raises(TransportError, match="step 2"):
@@ -122,7 +122,7 @@ def test_a_request_that_has_ended_gets_no_second_end(attention: Attention) -> No
 
 
 def test_an_instance_without_requests_ends_too(attention: Attention) -> None:
-    scheduler = Scheduler(binding.current(), attention, overlap=True)
+    scheduler = Scheduler(current(), attention, overlap=True)
     scheduler.reqs = []
     with pytest.raises(TransportError, match="step 1"):
         scheduler.run(silent=1)
@@ -131,7 +131,7 @@ def test_an_instance_without_requests_ends_too(attention: Attention) -> None:
 
 
 def test_steps_without_sharded_rows_are_not_asked(attention: Attention) -> None:
-    scheduler = Scheduler(binding.current(), attention, overlap=True)
+    scheduler = Scheduler(current(), attention, overlap=True)
     for _ in range(3):
         scheduler.run(silent=1, graph=False)
     assert scheduler.reqs[0].output_ids == [1, 2] and not hasattr(scheduler.queue[0][1], "dyncp_silence")
@@ -139,7 +139,7 @@ def test_steps_without_sharded_rows_are_not_asked(attention: Attention) -> None:
 
 def test_the_result_is_waited_for_before_the_note_is_read(attention: Attention) -> None:
     """The copy has ended when SGLang's own, queued behind it, has."""
-    scheduler = Scheduler(binding.current(), attention, overlap=True)
+    scheduler = Scheduler(current(), attention, overlap=True)
     scheduler.run()
     _, result = scheduler.queue[0]
     result.copy_done = SimpleNamespace(synchronize=lambda: result.dyncp_silence.word.fill(2))  # type: ignore[attr-defined]

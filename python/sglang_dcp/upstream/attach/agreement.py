@@ -9,36 +9,37 @@ from typing import Any
 
 import torch.distributed as dist
 
+from sglang_dcp.config import DynCpConfig
+from sglang_dcp.ledger.cluster import Cluster
 from sglang_dcp.upstream.layers.peers import tell_everybody
-from sglang_dcp.upstream.step.instance import Instance
 
 
 class AgreementError(RuntimeError):
     """Instances were started with different settings, pools or constants; the message names the difference and the instances."""
 
 
-def check_agreement(instance: Instance, pool_dtype: Any, group: dist.ProcessGroup) -> None:
+def check_agreement(config: DynCpConfig, cluster: Cluster, pool_dtype: Any, group: dist.ProcessGroup) -> None:
     """Every instance calls it, before the first step. pool_dtype: element type of SGLang's KV pool. AgreementError on all of them."""
-    difference = find_difference(tell_everybody(facts_of(instance, pool_dtype), group))
+    difference = find_difference(tell_everybody(facts_of(config, cluster, pool_dtype), group))
     if difference is not None:
         raise AgreementError(f"instances do not agree: {difference}")
 
 
-def facts_of(instance: Instance, pool_dtype: Any) -> dict[str, str]:
+def facts_of(config: DynCpConfig, cluster: Cluster, pool_dtype: Any) -> dict[str, str]:
     """By name, settings by their flag. As text: what prints alike is alike."""
-    config = dataclasses.asdict(instance.config)
+    settings = dataclasses.asdict(config)
     facts = {
         "the SGLang version": version("sglang"),
         "the sglang_dcp version": version("sglang_dcp"),
-        "the number of instances": instance.num_instances,
-        "the pages of a pool": instance.num_pages,
-        "--page-size": instance.page_size,
+        "the number of instances": cluster.num_instances,
+        "the pages of a pool": cluster.num_pages,
+        "--page-size": cluster.page_size,
         "the element type of the KV pool": pool_dtype,
-        "--nnodes": config.pop("num_nodes"),
-        "the served model": config.pop("served_model"),
+        "--nnodes": settings.pop("num_nodes"),
+        "the served model": settings.pop("served_model"),
     }
-    facts |= {f"--dyncp-{name.replace('_', '-')}": value for name, value in config.items()}
-    facts |= {f"{name} of the cost model": value for name, value in dataclasses.asdict(instance.cost_model).items()}
+    facts |= {f"--dyncp-{name.replace('_', '-')}": value for name, value in settings.items()}
+    facts |= {f"{name} of the cost model": value for name, value in dataclasses.asdict(cluster.cost_model).items()}
     return {name: str(value) for name, value in facts.items()}
 
 

@@ -1,4 +1,4 @@
-"""Puts an `Instance` into SGLang's scheduler process, and keeps its idle and leak checks true."""
+"""Puts an instance into SGLang's scheduler process, and keeps its idle and leak checks true."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ import torch
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.token_ids import kernel_token_ids, torch_token_ids
 from sglang_dcp.dataflow.transport.gloo import create_gloo_group
+from sglang_dcp.ledger.participant import Participant
 from sglang_dcp.upstream.attach.agreement import check_agreement
 from sglang_dcp.upstream.attach.install import verify_installed
 from sglang_dcp.upstream.attach.models import attention_layers, check_model
 from sglang_dcp.upstream.layers import synthetic_prefill
-from sglang_dcp.upstream.layers.graphs import engine
+from sglang_dcp.upstream.layers.graphs import GraphEngine
 from sglang_dcp.upstream.layers.layer_roll import LayerRoll
 from sglang_dcp.upstream.layers.step_path import choose_partial_attention, choose_transport, prepare_merge
 from sglang_dcp.upstream.observe.metrics import attach_metrics
 from sglang_dcp.upstream.pool.kv_pool import LedgerAllocator
-from sglang_dcp.upstream.step import binding as bindings
-from sglang_dcp.upstream.step.instance import Instance, is_managed
+from sglang_dcp.upstream.step.attached import after, around, attach
+from sglang_dcp.upstream.step.driver import StepDriver
+from sglang_dcp.upstream.step.managed import is_managed
+from sglang_dcp.upstream.step.runtime import Runtime, cluster_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +39,6 @@ class UnsupportedError(RuntimeError):
 
 def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER Scheduler.__init__."""
-    from sglang.srt.runtime_context import get_parallel
-
     config = DynCpConfig.from_environment()
     if config is None:
         raise UnsupportedError("the dyncp hooks are installed but no configuration came with the environment")
@@ -48,39 +49,47 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
         install_mutant()
     runner = scheduler.tp_worker.model_runner
     check_model(runner.model)
+    graphs: GraphEngine | None = getattr(runner, "dyncp_graphs", None)
+    if graphs is not None:
+        graphs.end_captured()
+    runtime = build_runtime(scheduler, config, graphs)
+    if synthetic_prefill.is_enabled():
+        synthetic_prefill.fill_pool(runner.token_to_kv_pool, runtime.participant.rank)
+    attach_metrics(runtime)
+    StepDriver(runtime)
+    attach(runtime)
+    cluster = runtime.participant.cluster
+    logger.info(
+        "dyncp: instance %d of %d, policy %s, cost model %s for %d layers, %d pages of %d tokens",
+        runtime.participant.rank,
+        cluster.num_instances,
+        config.policy,
+        cluster.cost_model.name,
+        cluster.cost_model.num_layers,
+        cluster.num_pages,
+        cluster.page_size,
+    )
+
+
+def build_runtime(scheduler: Any, config: DynCpConfig, graphs: GraphEngine | None) -> Runtime:
+    """Every instance calls it: groups are made, and settings compared. graphs: those that were captured, with all their buffers."""
+    from sglang.srt.runtime_context import get_parallel
+
     pool = scheduler.token_to_kv_pool_allocator
     if not isinstance(pool, LedgerAllocator):
         raise UnsupportedError(f"--enable-dyncp needs a paged KV pool (--page-size above 1), this server has {type(pool).__name__}")
-    parallel = get_parallel()
-    rank, num_instances = parallel.tp_rank, parallel.num_dp_ranks
-    graphs = engine()
-    if graphs is not None:
-        graphs.end_captured()
-    instance = Instance(config.resolve(num_instances), rank, num_instances, pool.num_pages, pool.page_size, pool)
+    runner, parallel = scheduler.tp_worker.model_runner, get_parallel()
+    config = config.resolve(parallel.num_dp_ranks)
+    participant = Participant(cluster_of(config, parallel.num_dp_ranks, pool.num_pages, pool.page_size), parallel.tp_rank, pool)
     # With graphs the kernels are here; without, torch does it.
-    pool.bind(instance, scheduler.tree_cache, torch_token_ids if graphs is None else kernel_token_ids())
-    group = create_gloo_group(EXCHANGE_TIMEOUT_SECONDS)
-    check_agreement(instance, runner.kv_cache_dtype, group)
-    device = torch.device(runner.device)
-    transport = choose_transport(config.transport, device, group, EXCHANGE_TIMEOUT_SECONDS)
+    pool.bind(participant, scheduler.tree_cache, torch_token_ids if graphs is None else kernel_token_ids())
+    group, device = create_gloo_group(EXCHANGE_TIMEOUT_SECONDS), torch.device(runner.device)
+    check_agreement(config, participant.cluster, runner.kv_cache_dtype, group)
+    transport = choose_transport(config.transport, device, group, EXCHANGE_TIMEOUT_SECONDS, graphs)
     attention = choose_partial_attention(device, pool.page_size, runner)
-    binding = bindings.Binding(scheduler, instance, transport, group, device=device, partial_attention=attention)
-    binding.layer_roll = LayerRoll(attention_layers(runner.model))
     prepare_merge(runner, device)
-    if synthetic_prefill.is_enabled():
-        synthetic_prefill.fill_pool(runner.token_to_kv_pool, rank)
-    attach_metrics(binding)
-    bindings.bind(binding)
-    logger.info(
-        "dyncp: instance %d of %d, policy %s, cost model %s for %d layers, %d pages of %d tokens",
-        rank,
-        num_instances,
-        config.policy,
-        instance.cost_model.name,
-        instance.cost_model.num_layers,
-        pool.num_pages,
-        pool.page_size,
-    )
+    roll = LayerRoll(attention_layers(runner.model))
+    return Runtime(scheduler, config, participant, pool, transport, group, graphs, device, attention, roll)
 
 
 def get_allocator_class(platform: Any) -> type:
@@ -88,22 +97,18 @@ def get_allocator_class(platform: Any) -> type:
     return LedgerAllocator
 
 
-def is_fully_idle(result: bool, scheduler: Any, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
+@after
+def is_fully_idle(runtime: Runtime, result: bool, scheduler: Any, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
     """AFTER Scheduler.is_fully_idle: guests of a busy home, and requests that sit out, keep the pool from being flushed."""
-    binding = bindings.current()
-    if binding is None or for_health_check:
-        return result
-    return result and not binding.instance.busy() and not binding.parked
+    return result and (for_health_check or not (runtime.participant.busy() or runtime.queues.parked))
 
 
-def check_full_pool(original: Callable[..., Any], checker: Any, ps: Any, uncached: int = 0) -> tuple[bool, str]:
+@around
+def check_full_pool(runtime: Runtime, original: Callable[..., Any], checker: Any, ps: Any, uncached: int = 0) -> tuple[bool, str]:
     """AROUND SchedulerInvariantChecker._check_full_pool: counts pages that the ledger owns instead of managed requests' rows."""
-    binding = bindings.current()
-    if binding is None:
-        return original(checker, ps, uncached)
     from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_tokens
 
-    instance = binding.instance
+    part = runtime.participant
     stock = sum(kv_private_tokens(req.kv, checker.page_size) for req in checker._requests_owning_rows() if not is_managed(req))
-    ledger_pages = sum(1 for _ in instance.homes.local_pages()) + instance.guests.num_pages
-    return original(checker, ps, (stock if uncached else 0) + ledger_pages * instance.page_size)
+    ledger_pages = sum(1 for _ in part.homes.local_pages()) + part.guests.num_pages
+    return original(checker, ps, (stock if uncached else 0) + ledger_pages * part.page_size)

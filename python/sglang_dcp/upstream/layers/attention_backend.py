@@ -13,9 +13,12 @@ from sglang_dcp.dataflow.attention_step import attention_step
 from sglang_dcp.dataflow.contracts import NewKV, StepPlan
 from sglang_dcp.dataflow.copy_guard import CopyGuard
 from sglang_dcp.dataflow.device_plan import plan_on_device
+from sglang_dcp.dataflow.step_mode import Eager
 from sglang_dcp.upstream.attach.cuda_settings import find_kv_type_refusal
-from sglang_dcp.upstream.layers.graphs import GraphError, captured_guest_rows, engine, splits_long_rows
-from sglang_dcp.upstream.step.binding import Binding, current
+from sglang_dcp.upstream.layers.graph_variants import captured_guest_rows, process_graphs
+from sglang_dcp.upstream.layers.graphs import GraphEngine, splits_long_rows
+from sglang_dcp.upstream.step.attached import current
+from sglang_dcp.upstream.step.runtime import Runtime
 
 
 class PoolLayer:
@@ -50,79 +53,78 @@ class PoolLayer:
         return KVWriteLoc(slots, physical=True)
 
 
-def make_backend_class(stock: type, *, flash_mla: bool = False) -> type:
-    """The stock backend, whose `forward` is entered once per layer, with ours for steps with sharded rows, eager or captured.
+_Stock: Any = object
+"""Stands for the stock backend that `make_backend_class` puts behind a StepBackend."""
 
-    flash_mla: captured ones run FlashMLA's kernel."""
 
-    class DynCpBackend(stock):
-        dyncp_runner: Any = None
-        dyncp_guard = CopyGuard(torch.device("cpu"))
+class StepBackend(_Stock):
+    """What stands before a stock backend, whose `forward` is entered once per layer: steps with sharded rows take our path, any other is
+    stock's as it is."""
 
-        def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any, **kwargs: Any) -> None:
-            super().init_cuda_graph_state(max_bs, max_num_tokens, *args, **kwargs)
-            graphs = engine()
-            if graphs is not None:
-                graphs.build(self.dyncp_runner, max_bs, flash_mla=flash_mla)
+    dyncp_runner: Any = None
+    dyncp_graphs: GraphEngine | None = None
+    dyncp_guard = CopyGuard(torch.device("cpu"))
+    dyncp_flash_mla = False
 
-        def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-            graphs, binding = engine(), current()
-            if in_capture and captured_guest_rows():
-                assert graphs is not None
-                graphs.attention.prepare(forward_batch.batch_size, captured_guest_rows())
-                return
-            if not in_capture and binding is not None and binding.graph_guest_rows:
-                assert graphs is not None
-                graphs.load(binding, forward_batch.batch_size)
-                return
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        super().init_cuda_graph_state(max_bs, max_num_tokens, *args, **kwargs)
+        graphs = process_graphs()
+        if graphs is not None:
+            self.dyncp_graphs = self.dyncp_runner.dyncp_graphs = graphs
+            graphs.build(self.dyncp_runner, max_bs, flash_mla=self.dyncp_flash_mla)
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        if in_capture and captured_guest_rows():
+            self._graphs().attention.prepare(forward_batch.batch_size, captured_guest_rows())
+        elif in_capture or stock_prepares(forward_batch, as_graph=True):
             with self.dyncp_guard:
                 super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
 
-        def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-            graphs = engine()
-            if graphs is not None and captured_guest_rows():
-                pool, token_table = self.token_to_kv_pool, self.dyncp_runner.req_to_token_pool.req_to_token
-                graphs.begin_captured(forward_batch, captured_guest_rows(), token_table, pool.size + pool.page_size)
-                return
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        if not captured_guest_rows():
             super().init_forward_metadata_in_graph(forward_batch)
+            return
+        pool, token_table = self.token_to_kv_pool, self.dyncp_runner.req_to_token_pool.req_to_token
+        self._graphs().begin_captured(forward_batch, captured_guest_rows(), token_table, pool.size + pool.page_size)
 
-        def init_forward_metadata(self, forward_batch: Any) -> None:
-            check_runs_as_agreed()
-            if step_is_sharded():
-                # Stock's metadata would list remote token ids; nobody reads it in such a step.
-                self.forward_metadata = None
-                return
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        if stock_prepares(forward_batch, as_graph=False):
             with self.dyncp_guard:
                 super().init_forward_metadata(forward_batch)
+        else:
+            # Stock's metadata would list remote token ids; nobody reads it in such a step.
+            self.forward_metadata = None
 
-        def forward(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any) -> Any:
-            binding, guest_rows = current(), captured_guest_rows()
-            if guest_rows:
-                check_call(layer, k, save_kv_cache)
-                return forward_captured(guest_rows, self.token_to_kv_pool, q, k, v, layer, **kwargs)
-            if binding is None or binding.pending_rows is None:
-                return super().forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+    def forward(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any) -> Any:
+        runtime, guest_rows = current(), captured_guest_rows()
+        if guest_rows:
             check_call(layer, k, save_kv_cache)
-            return forward_sharded(binding, self.token_to_kv_pool, *with_rotary_part(q, k, v, **kwargs), layer)
+            return forward_captured(self._graphs(), guest_rows, self.token_to_kv_pool, q, k, v, layer, **kwargs)
+        if runtime is None or not isinstance(runtime.mode, Eager):
+            return super().forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        check_call(layer, k, save_kv_cache)
+        return forward_sharded(runtime, self.token_to_kv_pool, *with_rotary_part(q, k, v, **kwargs), layer)
 
-    DynCpBackend.__name__ = DynCpBackend.__qualname__ = f"DynCp{stock.__name__}"
-    return DynCpBackend
+    def _graphs(self) -> GraphEngine:
+        assert self.dyncp_graphs is not None
+        return self.dyncp_graphs
 
 
-def check_runs_as_agreed() -> None:
-    """In a step that SGLang runs without a graph. GraphError when all instances agreed on one."""
-    binding = current()
-    if binding is not None and binding.graph_guest_rows:
-        raise GraphError(
-            f"rank {binding.instance.rank}, step {binding.instance.step}: all instances agreed on a graph with "
-            f"{binding.graph_guest_rows} guest rows, SGLang runs this batch without one"
-        )
+def make_backend_class(stock: type, *, flash_mla: bool = False) -> type:
+    """flash_mla: captured steps run FlashMLA's kernel."""
+    return type(f"DynCp{stock.__name__}", (StepBackend, stock), {"dyncp_flash_mla": flash_mla})
+
+
+def stock_prepares(forward_batch: Any, *, as_graph: bool) -> bool:
+    """A step is launched: whether stock's own metadata is wanted for its layers."""
+    runtime = current()
+    return runtime is None or runtime.driver.launch(forward_batch, as_graph=as_graph)
 
 
 def step_is_sharded() -> bool:
-    """Whether a row of the step that is being launched is sharded, on any instance: every instance answers alike."""
-    binding = current()
-    return binding is not None and binding.pending_rows is not None
+    """Whether the step that is being launched runs our per-layer path without a graph: every instance answers alike."""
+    runtime = current()
+    return runtime is not None and isinstance(runtime.mode, Eager)
 
 
 class LayerCallError(RuntimeError):
@@ -147,10 +149,10 @@ def with_rotary_part(
     return joined_q, torch.cat([k, k_rope.reshape(tokens, 1, -1)], dim=-1), v
 
 
-def forward_sharded(binding: Binding, pool: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any) -> torch.Tensor:
+def forward_sharded(runtime: Runtime, pool: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any) -> torch.Tensor:
     """Attention of a step with sharded rows. Returns [T, heads * v_head_dim]."""
-    binding.layer_roll.enter(layer.layer_id)
-    plan = plan_of_step(binding, q.shape[0])
+    runtime.layer_roll.enter(layer.layer_id)
+    plan = plan_of_step(runtime, q.shape[0])
     cache = PoolLayer(pool, layer, latent=layer.tp_k_head_num == 1 and layer.qk_head_dim != layer.v_head_dim)
     queries = q.reshape(q.shape[0], layer.tp_q_head_num, layer.qk_head_dim).contiguous()
     output = attention_step(
@@ -158,8 +160,8 @@ def forward_sharded(binding: Binding, pool: Any, q: torch.Tensor, k: torch.Tenso
         cache.new_kv(k, v),
         plan,
         cache,
-        binding.partial_attention,
-        binding.transport,
+        runtime.partial_attention,
+        runtime.transport,
         scale=layer.scaling,
         layer=layer.layer_id,
     )
@@ -167,6 +169,7 @@ def forward_sharded(binding: Binding, pool: Any, q: torch.Tensor, k: torch.Tenso
 
 
 def forward_captured(
+    graphs: GraphEngine,
     guest_rows: int,
     pool: Any,
     q: torch.Tensor,
@@ -177,8 +180,6 @@ def forward_captured(
     k_rope: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A layer of a decode graph with sharded rows, while it is captured. Returns [T, heads * v_head_dim]."""
-    graphs = engine()
-    assert graphs is not None
     graphs.layer_roll.enter(layer.layer_id)
     num_tokens, heads = q.shape[0], layer.tp_q_head_num
     cache = PoolLayer(pool, layer, latent=graphs.attention.shape.latent)
@@ -196,17 +197,16 @@ def forward_captured(
     return merged.reshape(num_tokens, heads * layer.v_head_dim)
 
 
-def plan_of_step(binding: Binding, num_tokens: int) -> StepPlan:
+def plan_of_step(runtime: Runtime, num_tokens: int) -> StepPlan:
     """The step's plan, built by its first layer (the padded token count is known there)."""
-    instance = binding.instance
-    if instance.plan is None:
+    mode = runtime.mode
+    assert isinstance(mode, Eager)
+    if mode.plan is None:
         began = perf_counter()
-        instance.build_plan(binding.pending_rows, num_tokens)
-        assert instance.plan is not None
-        instance.plan = plan_on_device(instance.plan, binding.device)
-        binding.host_clock.spent("plan", perf_counter() - began)
-    assert instance.plan is not None and instance.plan.num_tokens == num_tokens
-    return instance.plan
+        mode.plan = plan_on_device(mode.rows.build_plan(mode.home_rows, num_tokens), runtime.device)
+        runtime.host_clock.spent("plan", perf_counter() - began)
+    assert mode.plan.num_tokens == num_tokens
+    return mode.plan
 
 
 def fused_kv_write(original: Callable[..., bool], forward_batch: Any) -> bool:
@@ -274,20 +274,3 @@ def _for_runner(backend: Any, runner: Any) -> Any:
     Where other processes share the GPU it is late: answers of stock SGLang then change from run to run (docs/gpu.md)."""
     backend.dyncp_runner, backend.dyncp_guard = runner, CopyGuard(torch.device(runner.device))
     return backend
-
-
-def register_mla_form() -> None:
-    """MLA's form on a GPU: absorbed in a step with sharded rows, in prefill too, because shards hold latents. Else stock's choice."""
-    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
-
-    for name in ("flashinfer", "flashmla"):
-        AttentionBackendRegistry.register(name, _absorbed_when_sharded(AttentionBackendRegistry.get_handler(name)))
-
-
-def _absorbed_when_sharded(stock: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
-
-    def choose(attention: Any, forward_batch: Any) -> Any:
-        return AttnForwardMethod.MLA if step_is_sharded() else stock(attention, forward_batch)
-
-    return choose

@@ -11,32 +11,32 @@ from typing import Any
 
 import torch
 
+from sglang_dcp.dataflow.step_mode import Graph
 from sglang_dcp.dataflow.transport.base import TransportError
-from sglang_dcp.upstream.layers.graphs import engine
-from sglang_dcp.upstream.step.binding import Binding
+from sglang_dcp.upstream.step.attached import before
+from sglang_dcp.upstream.step.runtime import Runtime
 
 ANSWER_SECONDS = 1.0
 """Between the errors of a step's requests and the end of the server: for the main process to pass them on."""
 
 
-def note_silence(binding: Binding, result: Any) -> None:
+def note_silence(runtime: Runtime, mode: Graph, result: Any) -> None:
     """Behind the layers of a step that ran as a graph with sharded rows, on their stream. The note goes with SGLang's result of the
     step: with overlap scheduling that is processed when the next step is under way."""
-    graphs = engine()
-    assert graphs is not None
-    result.dyncp_silence = graphs.attention.note_silence(binding.graph_step.step)
+    assert runtime.graphs is not None
+    result.dyncp_silence = runtime.graphs.attention.note_silence(mode.step.step)
 
 
-def end_if_silent(scheduler: Any, batch: Any, result: Any, *args: Any, **kwargs: Any) -> None:
+@before
+def end_if_silent(runtime: Runtime, scheduler: Any, batch: Any, result: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE Scheduler.process_batch_result. Raises TransportError, which ends the server, behind the errors of the batch's requests."""
     note = getattr(result, "dyncp_silence", None)
     if note is None:
         return
     wait_for_result(result)
-    graphs = engine()
-    assert graphs is not None
+    assert runtime.graphs is not None
     try:
-        graphs.attention.raise_if_silent(note)
+        runtime.graphs.attention.raise_if_silent(note)
     except TransportError:
         answer_with_error(scheduler, batch, f"an instance of this server did not answer in step {note.step}; the server ends")
         time.sleep(ANSWER_SECONDS)

@@ -1,33 +1,37 @@
-"""What carries a sharded step on this server's device: transport and attention kernels. And what ran as a graph."""
+"""What carries a sharded step on this server's device: transport, attention kernels, graphs. And what ran as a graph."""
 
 from __future__ import annotations
 
 import logging
+from time import perf_counter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sglang_dcp.dataflow.attention.partial_attention import PartialAttention, torch_partial_attention
+from sglang_dcp.dataflow.step_mode import Eager, Graph
 from sglang_dcp.dataflow.transport.base import Transport
 from sglang_dcp.dataflow.transport.gloo import GlooTransport
 from sglang_dcp.upstream.attach.cuda_settings import PLAIN_BACKEND
-from sglang_dcp.upstream.layers.graphs import GraphError, attention_shape, engine
+from sglang_dcp.upstream.layers.graphs import GraphEngine, GraphError, attention_shape
 from sglang_dcp.upstream.layers.silence import note_silence
-from sglang_dcp.upstream.step.binding import current
+from sglang_dcp.upstream.step.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
 
-def choose_transport(name: str, device: torch.device, gloo_group: dist.ProcessGroup, timeout_seconds: float) -> Transport:
-    """What carries a sharded step that runs without a graph, under --dyncp-transport `name` (checked by the settings). graphs.py: the rest.
+def choose_transport(
+    name: str, device: torch.device, gloo_group: dist.ProcessGroup, timeout_seconds: float, graphs: GraphEngine | None
+) -> Transport:
+    """What carries a sharded step that runs without a graph, under --dyncp-transport `name` (checked by the settings). graphs: the rest.
 
     Every rank calls it, in the same place: a NCCL group is made by all of them.
     """
     if name == "auto" and device.type == "cpu":
         name = "gloo"
         logger.info("dyncp: --dyncp-transport auto is gloo: the device is a CPU")
-    if name == "peer" and engine() is None:
+    if name == "peer" and graphs is None:
         raise GraphError("--dyncp-transport peer carries decode graphs, and this server captures none (--disable-cuda-graph)")
     if name != "gloo":
         from sglang_dcp.dataflow.transport.nccl import NcclTransport, create_nccl_group
@@ -72,18 +76,29 @@ def prepare_merge(runner: Any, device: torch.device) -> None:
     prepare(shape.num_heads, shape.v_head_dim, device)
 
 
-def count_forward(result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER TpModelWorker.forward_batch_generation: which share of the steps runs as a graph, who did not answer in one, and that every
-    attention layer of an eager sharded step was ours."""
-    binding = current()
-    if binding is None:
-        return
+def load_graph(runtime: Runtime, mode: Graph, forward_batch: Any, *, as_graph: bool) -> None:
+    """Ahead of a step that all instances agreed to run as a graph. as_graph: so does SGLang; GraphError where it does not."""
+    if not as_graph:
+        raise GraphError(
+            f"rank {runtime.participant.rank}, step {runtime.participant.step}: all instances agreed on a graph with "
+            f"{mode.guest_rows} guest rows, SGLang runs this batch without one"
+        )
+    assert runtime.graphs is not None
+    began = perf_counter()
+    runtime.graphs.load(mode, forward_batch.batch_size, runtime.scheduler.req_to_token_pool.req_to_token)
+    runtime.host_clock.spent("tables" if mode.step.is_advance else "new_tables", perf_counter() - began)
+
+
+def count_forward(runtime: Runtime, result: Any) -> None:
+    """Which share of the steps runs as a graph, who did not answer in one, and that every attention layer of an eager sharded step was
+    ours."""
+    counters, mode = runtime.counters, runtime.mode
     if result.can_run_cuda_graph:
-        binding.graph_steps += 1
-        if binding.graph_guest_rows:
-            binding.sharded_graph_steps += 1
-            note_silence(binding, result)
+        counters.graph_steps += 1
+        if isinstance(mode, Graph):
+            counters.sharded_graph_steps += 1
+            note_silence(runtime, mode, result)
     else:
-        binding.eager_steps += 1
-        if binding.pending_rows is not None:
-            binding.layer_roll.close(f"rank {binding.instance.rank}, step {binding.instance.step}")
+        counters.eager_steps += 1
+        if isinstance(mode, Eager):
+            runtime.layer_roll.close(f"rank {runtime.participant.rank}, step {runtime.participant.step}")

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from sglang_dcp.upstream.step.binding import current
+from sglang_dcp.upstream.step.attached import around
+from sglang_dcp.upstream.step.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +51,12 @@ def fill_pool(pool: Any, rank: int) -> None:
     logger.warning("dyncp: %s=1: prefills are skipped, K/V are noise, answers mean nothing", BENCHMARK_VARIABLE)
 
 
-def skip_prefill(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+@around
+def skip_prefill(runtime: Runtime, original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND ModelRunner.forward: equal logits for every row of a step that prefills on some instance."""
-    binding = current()
-    if binding is None or not forward_batch.is_extend_in_batch:
+    if not forward_batch.is_extend_in_batch:
         return original(runner, forward_batch, *args, **kwargs)
-    binding.layer_roll.excuse()
+    runtime.layer_roll.excuse()
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
     from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_dcp.upstream.observe.exchange_time import MeasuredTransport, measured
 
 if TYPE_CHECKING:
-    from sglang_dcp.upstream.step.binding import Binding
+    from sglang_dcp.upstream.step.runtime import Runtime
 
 PREFIX = "sglang:dyncp_"
 GAUGE_INTERVAL_SECONDS = 0.1
@@ -30,8 +30,7 @@ class StepMetrics:
 
         self._clock = clock
         self._due = 0.0
-        self._growths = self._retractions = 0
-        self._graph_steps = self._eager_steps = self._sharded_graph_steps = 0
+        self._counted: dict[Any, int] = {}
 
         def gauge(name: str, text: str) -> Any:
             return Gauge(PREFIX + name, text, labelnames=list(labels), multiprocess_mode="mostrecent").labels(**labels)
@@ -59,45 +58,49 @@ class StepMetrics:
         """A request ended. where: its meta_info.dyncp."""
         self.request_degree.observe(where["degree_end"])
 
-    def after_step(self, binding: Binding) -> None:
+    def after_step(self, runtime: Runtime) -> None:
         """Called once per step, when the control messages of the next one are settled."""
-        instance = binding.instance
-        if isinstance(binding.transport, MeasuredTransport):
-            for seconds in binding.transport.take_seconds():
+        part = runtime.participant
+        if isinstance(runtime.transport, MeasuredTransport):
+            for seconds in runtime.transport.take_seconds():
                 self.exchange.observe(seconds)
-        for wait in instance.admission_waits:
+        for wait in part.counters.admission_waits:
             self.reservation_wait.observe(wait)
-        instance.admission_waits.clear()
         now = self._clock()
         if now < self._due:
             return
         self._due = now + GAUGE_INTERVAL_SECONDS
-        self.kv_tokens.set(int(instance.kv_tokens[instance.rank]))
-        self.guest_tokens.set(instance.guests.num_pages * instance.page_size)
-        self.home_requests.set(int(instance.home_requests[instance.rank]))
-        self.attention_rows.set(count_attention_rows(binding))
-        self.degree_growths.inc(instance.num_degree_growths - self._growths)
-        self.retractions.inc(instance.num_retractions - self._retractions)
-        self._growths, self._retractions = instance.num_degree_growths, instance.num_retractions
-        self.graph_steps.inc(binding.graph_steps - self._graph_steps)
-        self.eager_steps.inc(binding.eager_steps - self._eager_steps)
-        self.sharded_graph_steps.inc(binding.sharded_graph_steps - self._sharded_graph_steps)
-        self._sharded_graph_steps = binding.sharded_graph_steps
-        self._graph_steps, self._eager_steps = binding.graph_steps, binding.eager_steps
+        self.kv_tokens.set(int(part.kv_tokens[part.rank]))
+        self.guest_tokens.set(part.guests.num_pages * part.page_size)
+        self.home_requests.set(int(part.home_requests[part.rank]))
+        self.attention_rows.set(count_attention_rows(runtime))
+        for counter, total in self._totals(runtime).items():
+            counter.inc(total - self._counted.get(counter, 0))
+            self._counted[counter] = total
+
+    def _totals(self, runtime: Runtime) -> dict[Any, int]:
+        """What the counters are to show, since the start."""
+        ledger, passes = runtime.participant.counters, runtime.counters
+        return {
+            self.degree_growths: ledger.degree_growths,
+            self.retractions: ledger.retractions,
+            self.graph_steps: passes.graph_steps,
+            self.eager_steps: passes.eager_steps,
+            self.sharded_graph_steps: passes.sharded_graph_steps,
+        }
 
 
-def count_attention_rows(binding: Binding) -> int:
+def count_attention_rows(runtime: Runtime) -> int:
     """Rows of the step: the own batch, and the rows of other homes that have pages here."""
-    instance, batch = binding.instance, binding.local_batch
-    own = 0 if batch is None or batch.forward_mode.is_idle() else len(batch.reqs)
-    others = ((home, row) for home, rows in enumerate(instance.rows_of) if home != instance.rank for row in rows)
-    return own + sum(1 for home, row in others if instance.guests.pages_of(home, row.handle))
+    part = runtime.participant
+    others = ((home, row) for home, rows in enumerate(part.rows_of) if home != part.rank for row in rows)
+    return len(runtime.own_batch) + sum(1 for home, row in others if part.guests.pages_of(home, row.handle))
 
 
-def attach_metrics(binding: Binding) -> None:
+def attach_metrics(runtime: Runtime) -> None:
     """Starts measuring in this scheduler process, where SGLang does."""
-    context = binding.scheduler.metrics_collector_context
+    context = runtime.scheduler.metrics_collector_context
     if not context.current_scheduler_metrics_enabled:
         return
-    binding.metrics = StepMetrics(context.collector.labels)
-    binding.transport = measured(binding.transport, binding.device)
+    runtime.metrics = StepMetrics(context.collector.labels)
+    runtime.transport = measured(runtime.transport, runtime.device)

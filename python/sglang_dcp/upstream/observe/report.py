@@ -8,18 +8,21 @@ from typing import Any
 
 from sglang_dcp.observe.report_client import META_KEY, REPORT_RID
 from sglang_dcp.observe.request_log import short_id
-from sglang_dcp.upstream.step.binding import Binding, current
-from sglang_dcp.upstream.step.instance import is_managed
+from sglang_dcp.upstream.step.attached import after, around, current
+from sglang_dcp.upstream.step.managed import is_managed
+from sglang_dcp.upstream.step.runtime import Runtime
 
 
-def describe(binding: Binding, req: Any) -> dict[str, Any]:
+def describe(runtime: Runtime, req: Any) -> dict[str, Any]:
     """meta_info.dyncp of a request. Its last token is never stored, so the shards hold one token less than the sequence has."""
-    instance = binding.instance
+    participant = runtime.participant
     num_tokens = len(req.origin_input_ids) + max(0, len(req.output_ids) - 1)
     if is_managed(req):
-        return instance.describe(req.dyncp, num_tokens)
-    shards = [{"rank": instance.rank, "tokens": num_tokens}]
-    return {"home": instance.rank, "shards": shards, "degree_start": 1, "degree_end": 1}
+        tokens = req.dyncp.tokens_per_shard(num_tokens, participant.page_size)
+        held = [{"rank": rank, "tokens": count} for rank, count in tokens.items()]
+        return {"home": participant.rank, "shards": held, "degree_start": req.dyncp.start_degree, "degree_end": len(tokens)}
+    shards = [{"rank": participant.rank, "tokens": num_tokens}]
+    return {"home": participant.rank, "shards": shards, "degree_start": 1, "degree_end": 1}
 
 
 def make_streamer_class(stock: type) -> type:
@@ -29,10 +32,10 @@ def make_streamer_class(stock: type) -> type:
         has_additional_customized_info = True
 
         def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
-            binding = current()
-            if binding is None or not any(req.finished() for req in reqs):
+            runtime = current()
+            if runtime is None or not any(req.finished() for req in reqs):
                 return {}
-            return {META_KEY: [[close(binding, req)] if req.finished() else [] for req in reqs]}
+            return {META_KEY: [[close(runtime, req)] if req.finished() else [] for req in reqs]}
 
     return DynCpOutputStreamer
 
@@ -42,28 +45,27 @@ def get_streamer_class(result: type, scheduler: Any) -> type:
     return make_streamer_class(result)
 
 
-def close(binding: Binding, req: Any) -> dict[str, Any]:
+def close(runtime: Runtime, req: Any) -> dict[str, Any]:
     """The request's output ends with this step: notes it, and returns meta_info.dyncp. Its pages may have been freed a moment ago."""
-    where = describe(binding, req)
+    where = describe(runtime, req)
     reason = req.finished_reason.to_json()
-    note_end(binding, req, where, "aborted" if reason["type"] == "abort" else "finished", reason["type"])
+    note_end(runtime, req, where, "aborted" if reason["type"] == "abort" else "finished", reason["type"])
     return where
 
 
-def after_abort_output(result: None, scheduler: Any, abort_req: Any, req: Any) -> None:
+@after
+def after_abort_output(runtime: Runtime, result: None, scheduler: Any, abort_req: Any, req: Any) -> None:
     """AFTER Scheduler.send_abort_output: requests that end outside the output stream (in the queue, or sitting out)."""
-    binding = current()
-    if binding is not None:
-        note_end(binding, req, describe(binding, req), "aborted", "abort")
+    note_end(runtime, req, describe(runtime, req), "aborted", "abort")
 
 
-def note_end(binding: Binding, req: Any, where: dict[str, Any], state: str, reason: str) -> None:
+def note_end(runtime: Runtime, req: Any, where: dict[str, Any], state: str, reason: str) -> None:
     """Enters an end into the report and the metrics. SGLang keeps its own health probes out of its metrics; so do we."""
     if is_probe(req):
         return
-    binding.request_log.add(_entry(req, where, state) | {"finish_reason": reason})
-    if binding.metrics is not None:
-        binding.metrics.observe_end(where)
+    runtime.request_log.add(_entry(req, where, state) | {"finish_reason": reason})
+    if runtime.metrics is not None:
+        runtime.metrics.observe_end(where)
 
 
 def is_probe(req: Any) -> bool:
@@ -78,37 +80,37 @@ def _entry(req: Any, where: dict[str, Any], state: str) -> dict[str, Any]:
     return {"rid": short_id(req.rid), "state": state, **lengths, "time": time.time(), **where}
 
 
-def answer_report(original: Callable[..., Any], controller: Any, recv_req: Any) -> Any:
+@around
+def answer_report(runtime: Runtime, original: Callable[..., Any], controller: Any, recv_req: Any) -> Any:
     """AROUND SchedulerInternalStateController.get_internal_state: this instance's report when that is what is asked for."""
-    binding = current()
-    if binding is None or recv_req.rid != REPORT_RID:
+    if recv_req.rid != REPORT_RID:
         return original(controller, recv_req)
     from sglang.srt.managers.io_struct import GetInternalStateReqOutput
 
-    return GetInternalStateReqOutput(internal_state=build_report(binding))
+    return GetInternalStateReqOutput(internal_state=build_report(runtime))
 
 
-def build_report(binding: Binding) -> dict[str, Any]:
+def build_report(runtime: Runtime) -> dict[str, Any]:
     """Load and requests of this instance. Built only when somebody asks, in the scheduler's loop: its cost does not grow with lengths."""
-    instance, scheduler = binding.instance, binding.scheduler
-    page_size = instance.page_size
+    participant, scheduler = runtime.participant, runtime.scheduler
+    page_size = participant.page_size
     return {
-        "rank": instance.rank,
-        "pool_tokens": instance.num_pages * page_size,
-        "kv_tokens": (instance.num_pages - instance.pool.num_givable_pages()) * page_size,
-        "guest_tokens": instance.guests.num_pages * page_size,
-        "running": [_entry(req, describe(binding, req), state) for req, state in _live_requests(binding)],
+        "rank": participant.rank,
+        "pool_tokens": participant.num_pages * page_size,
+        "kv_tokens": (participant.num_pages - runtime.pool.num_givable_pages()) * page_size,
+        "guest_tokens": participant.guests.num_pages * page_size,
+        "running": [_entry(req, describe(runtime, req), state) for req, state in _live_requests(runtime)],
         "queued": len(scheduler.waiting_queue),
-        "host_us": binding.host_clock.summary(),
-        "finished": list(binding.request_log),
+        "host_us": runtime.host_clock.summary(),
+        "finished": list(runtime.request_log),
     }
 
 
-def _live_requests(binding: Binding) -> list[tuple[Any, str]]:
-    scheduler = binding.scheduler
+def _live_requests(runtime: Runtime) -> list[tuple[Any, str]]:
+    scheduler = runtime.scheduler
     found: dict[str, tuple[Any, str]] = {}
     groups = [
-        ("sits out", binding.parked),
+        ("sits out", runtime.queues.parked),
         ("running", scheduler.running_batch.reqs),
         ("running", scheduler.last_batch.reqs if scheduler.last_batch else ()),
         ("prefill", [scheduler.chunked_req] if scheduler.chunked_req is not None else ()),

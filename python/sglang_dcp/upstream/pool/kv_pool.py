@@ -26,20 +26,20 @@ class Books(Protocol):
 
 
 class LedgerAllocator(PagedTokenToKVPoolAllocator):
-    """Stock behaviour until an `Instance` is bound to it."""
+    """Stock behaviour until a `Participant` is bound to it."""
 
     free_pages: torch.Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.instance: Books | None = None
+        self.participant: Books | None = None
         self.tree_cache: Any = None
         self._claimed_pages = 0
         self._ahead: list[int] = []  # free, but not in free_pages
         self._token_ids: TokenIds = torch_token_ids
         super().__init__(*args, **kwargs)
 
-    def bind(self, instance: Books, tree_cache: Any, token_ids: TokenIds = torch_token_ids) -> None:
-        self.instance, self.tree_cache, self._token_ids = instance, tree_cache, token_ids
+    def bind(self, participant: Books, tree_cache: Any, token_ids: TokenIds = torch_token_ids) -> None:
+        self.participant, self.tree_cache, self._token_ids = participant, tree_cache, token_ids
 
     def num_givable_pages(self) -> int:
         """Free pages plus those that eviction from the prefix cache would free."""
@@ -128,11 +128,11 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
     def free_segments(self, segments: Any) -> None:
         """Frees a request's KV row. A managed request's pages go back through the ledger, whole and at once."""
         segments = [(ids, start) for ids, start in segments if ids.numel()]
-        if self.instance is not None and segments:
-            homes, page_id = self.instance.homes, int(segments[0][0][0]) // self.page_size
+        if self.participant is not None and segments:
+            homes, page_id = self.participant.homes, int(segments[0][0][0]) // self.page_size
             handle = homes.handle_of(page_id)
             if handle is not None:
-                self.instance.release(homes.requests[handle])
+                self.participant.release(homes.requests[handle])
                 return
             if homes.closed_this_step(page_id):
                 return
@@ -141,15 +141,15 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
     def create_prefill_budget(self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> Any:
         """Pages promised to the first waiting reservation are no longer there for local admission."""
         budget = super().create_prefill_budget(tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
-        if self.instance is not None:
-            promised = self.instance.promised[self.instance.rank] * self.page_size
+        if self.participant is not None:
+            promised = self.participant.promised[self.participant.rank] * self.page_size
             budget.total_offset += promised
             budget.current_offset += promised
         return budget
 
     def check_decode_capacity(self, *, num_tokens: int, tree_cache: Any, requests: Any = None, spec_algorithm: Any = None) -> bool:
         """Never short: requests without a page for their next token have left the batch before this is asked (scheduler.py)."""
-        if self.instance is None:
+        if self.participant is None:
             return bool(
                 super().check_decode_capacity(
                     num_tokens=num_tokens, tree_cache=tree_cache, requests=requests, spec_algorithm=spec_algorithm

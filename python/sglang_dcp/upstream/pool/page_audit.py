@@ -5,26 +5,26 @@ from __future__ import annotations
 import os
 
 from sglang_dcp.ledger.integrity import check_instance
-from sglang_dcp.upstream.step.binding import Binding
-from sglang_dcp.upstream.step.instance import is_managed
+from sglang_dcp.upstream.step.managed import is_managed
+from sglang_dcp.upstream.step.runtime import Runtime
 
 CHECK_VARIABLE = "SGLANG_DYNCP_CHECK_EVERY_STEP"
 """Set to 1 by the tests."""
 
 
-def check_when_due(binding: Binding) -> None:
+def check_when_due(runtime: Runtime) -> None:
     """Called at the start of a scheduling round, when the last step's batch is settled. An instance that is idle for many rounds, while
     others run, is looked at once."""
-    idle = binding.scheduler.is_fully_idle()
-    if (idle and not binding.idle_audited) or os.environ.get(CHECK_VARIABLE) == "1":
-        check_integrity(binding)
-    binding.idle_audited = idle
+    idle = runtime.scheduler.is_fully_idle()
+    if (idle and not runtime.idle_audited) or os.environ.get(CHECK_VARIABLE) == "1":
+        check_integrity(runtime)
+    runtime.idle_audited = idle
 
 
-def check_integrity(binding: Binding) -> None:
+def check_integrity(runtime: Runtime) -> None:
     """Every page: free, in the prefix cache, of a local request, of a managed request or lent to a guest. Raises IntegrityError."""
-    instance, scheduler = binding.instance, binding.scheduler
-    page_size = instance.page_size
+    participant, scheduler = runtime.participant, runtime.scheduler
+    page_size = participant.page_size
     row_pages: list[int] = []
     for req in scheduler.invariant_checker._requests_owning_rows():
         if not is_managed(req):
@@ -33,12 +33,12 @@ def check_integrity(binding: Binding) -> None:
             row_pages += (ids // page_size).tolist()
     cached = scheduler.tree_cache.all_values_flatten()[::page_size] // page_size
     check_instance(
-        instance.num_pages,
+        participant.num_pages,
         {
-            "the free list": instance.pool.get_all_free_pages().tolist(),
+            "the free list": runtime.pool.get_all_free_pages().tolist(),
             "the prefix cache": cached.tolist(),
             "a local request": row_pages,
-            "a managed request": instance.homes.local_pages(),
-            "a guest": instance.guests.all_pages(),
+            "a managed request": participant.homes.local_pages(),
+            "a guest": participant.guests.all_pages(),
         },
     )

@@ -14,8 +14,9 @@ import sglang.srt.managers.load_snapshot as load_snapshot
 from sglang.srt.managers.load_snapshot import LoadSnapshot
 
 from sglang_dcp.policy.cluster_view import HomeReport
-from sglang_dcp.upstream.step.binding import Binding, current
-from sglang_dcp.upstream.step.instance import is_managed
+from sglang_dcp.upstream.step.attached import after
+from sglang_dcp.upstream.step.managed import is_managed
+from sglang_dcp.upstream.step.runtime import Runtime
 
 
 class ReportedLoad(LoadSnapshot):
@@ -29,38 +30,36 @@ def read_reports() -> None:
     load_snapshot.snapshot_decoder = msgspec.msgpack.Decoder(ReportedLoad)
 
 
-def add_report(result: Any, inquirer: Any) -> Any:
+@after
+def add_report(runtime: Runtime, result: Any, inquirer: Any) -> Any:
     """AFTER SchedulerLoadInquirer.get_loads."""
-    binding = current()
-    if binding is None:
-        return result
     fields = {name: getattr(result, name) for name in result.__struct_fields__}
-    return ReportedLoad(**fields, dyncp=build_report(binding, int(result.num_used_tokens)))
+    return ReportedLoad(**fields, dyncp=build_report(runtime, int(result.num_used_tokens)))
 
 
-def build_report(binding: Binding, used_tokens: int) -> HomeReport:
+def build_report(runtime: Runtime, used_tokens: int) -> HomeReport:
     """used_tokens: of the own pool, guests included.
 
     A managed request counts where its pages are from the moment of the grant, when its shards take them; until then, as every request that
     waits, where its placement puts it. Both change in one step of this scheduler, so no token is in the report twice or missing.
     """
-    instance, scheduler = binding.instance, binding.scheduler
-    granted = instance.homes.granted_pages.items()
-    tokens = {owner: pages * instance.page_size for owner, pages in granted if owner != instance.rank and pages}
-    tokens[instance.rank] = used_tokens - instance.guests.num_pages * instance.page_size
+    participant, scheduler = runtime.participant, runtime.scheduler
+    granted = participant.homes.granted_pages.items()
+    tokens = {owner: pages * participant.page_size for owner, pages in granted if owner != participant.rank and pages}
+    tokens[participant.rank] = used_tokens - participant.guests.num_pages * participant.page_size
     queued = [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]
     for req in queued:
         if is_managed(req) and req.dyncp.admitted:
             continue
         placement = req.dyncp_placement
         if placement is None or placement.is_local:
-            tokens[instance.rank] += req.seqlen
+            tokens[participant.rank] += req.seqlen
             continue
         for shard, count in zip(placement.shards, placement.shard_tokens, strict=True):
             tokens[shard] = tokens.get(shard, 0) + count
     chunked = scheduler.chunked_req
     if chunked is not None and not is_managed(chunked):
-        tokens[instance.rank] += max(0, chunked.seqlen - chunked.kv.kv_allocated_len)
+        tokens[participant.rank] += max(0, chunked.seqlen - chunked.kv.kv_allocated_len)
     rows = scheduler.req_to_token_pool
     num_requests = len(queued) + rows.size - rows.available_size()
-    return HomeReport(binding.placements_taken_in, num_requests, tokens)
+    return HomeReport(runtime.queues.placements_taken_in, num_requests, tokens)

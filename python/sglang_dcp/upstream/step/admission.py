@@ -11,35 +11,36 @@ from sglang_dcp.policy.expected_output import expected_new_tokens
 from sglang_dcp.policy.split import num_pages
 from sglang_dcp.policy.split_limits import Split, SplitLimits
 from sglang_dcp.upstream.router.placement_hint import read_placement
-from sglang_dcp.upstream.step.binding import Binding, current
-from sglang_dcp.upstream.step.instance import is_managed
+from sglang_dcp.upstream.step.attached import around, current
+from sglang_dcp.upstream.step.managed import is_managed
+from sglang_dcp.upstream.step.runtime import Runtime
 
 
 def attach_placement(req: Any, scheduler: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
     """AFTER Scheduler._create_generation_req: keeps the router's placement on the request."""
-    hint, binding = read_placement(recv_req.kv_hints), current()
+    hint, runtime = read_placement(recv_req.kv_hints), current()
     req.dyncp = req.dyncp_parked_row = None
     req.dyncp_placement = None if hint is None else hint.placement
     req.dyncp_placement_flexible = hint is not None and hint.flexible
     if hint is None:
-        if binding is not None:
-            refuse_beyond_pool(binding, req)
+        if runtime is not None:
+            refuse_beyond_pool(runtime, req)
         return req
-    if binding is not None:
-        binding.placements_taken_in = hint.number
+    if runtime is not None:
+        runtime.queues.placements_taken_in = hint.number
     if not hint.placement.is_local:
         keep_out_of_prefix_cache(req)
     return req
 
 
-def refuse_beyond_pool(binding: Binding, req: Any) -> None:
+def refuse_beyond_pool(runtime: Runtime, req: Any) -> None:
     """A request without a placement lives in the own pool. SGLang's limits are those of the cluster (capacity.py), so a longer one would
     wait for ever, and those behind it with it."""
-    instance, num_tokens = binding.instance, len(req.origin_input_ids)
-    limit = (instance.num_pages - 1) * instance.page_size
+    participant, num_tokens = runtime.participant, len(req.origin_input_ids)
+    limit = (participant.num_pages - 1) * participant.page_size
     if num_tokens > limit:
         req.set_finish_with_abort(
-            f"The input ({num_tokens} tokens) has no placement and exceeds {limit} tokens, what the KV pool of instance {instance.rank} "
+            f"The input ({num_tokens} tokens) has no placement and exceeds {limit} tokens, what the KV pool of instance {participant.rank} "
             "holds beside a page of output (--max-total-tokens); the router's log tells why it was not placed"
         )
 
@@ -50,21 +51,21 @@ def keep_out_of_prefix_cache(req: Any) -> None:
     req.extra_key = f"dyncp:{req.rid}"
 
 
-def add_one_req(original: Callable[..., Any], adder: Any, req: Any, has_chunked_req: bool, truncation_align_size: int | None) -> Any:
+@around
+def add_one_req(
+    runtime: Runtime, original: Callable[..., Any], adder: Any, req: Any, has_chunked_req: bool, truncation_align_size: int | None
+) -> Any:
     """AROUND PrefillAdder.add_one_req.
 
     A request with a remote shard is passed over (the queue behind it goes on) until its pages are there; then it is charged nothing,
     its pages have left the pools already. A local one is charged as in stock, where its output could not outgrow the pool.
     """
-    binding = current()
-    if binding is None:
-        return original(adder, req, has_chunked_req, truncation_align_size)
     placement = getattr(req, "dyncp_placement", None)
     if placement is None or placement.is_local:
-        return _add_local(original, adder, binding, req, has_chunked_req, truncation_align_size)
+        return _add_local(original, adder, runtime, req, has_chunked_req, truncation_align_size)
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    if not reserved(binding, req):
+    if not reserved(runtime, req):
         return AddReqResult.CONTINUE
     # SGLang keeps one unfinished prefill at a time, and relies on its token budget to stop at that; ours is unbounded. The round ends:
     # those behind would only ask early, and hold pages that they cannot use yet.
@@ -74,67 +75,63 @@ def add_one_req(original: Callable[..., Any], adder: Any, req: Any, has_chunked_
         return original(adder, req, has_chunked_req, truncation_align_size)
 
 
-def _add_local(original: Callable[..., Any], adder: Any, binding: Binding, req: Any, *args: Any, **kwargs: Any) -> Any:
+def _add_local(original: Callable[..., Any], adder: Any, runtime: Runtime, req: Any, *args: Any, **kwargs: Any) -> Any:
     """Stock admission. A local request that does not fit ends SGLang's round; where a reservation is open it must not: the request
     behind it may hold the very pages that it waits for. Then the round goes on, past further local requests."""
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     if getattr(adder, "dyncp_local_blocked", False):
         return AddReqResult.CONTINUE
-    with _charge_expected_output(req, binding), _admit_like_others(req, binding):
+    with _charge_expected_output(req, runtime), _admit_like_others(req, runtime):
         result = original(adder, req, *args, **kwargs)
     if result is AddReqResult.NO_TOKEN:
-        note_blocked(binding, req)
-        if binding.waiting:
+        note_blocked(runtime, req)
+        if runtime.queues.waiting:
             adder.dyncp_local_blocked = True
             return AddReqResult.CONTINUE
-    elif binding.blocked is req:
-        binding.blocked = req.dyncp_blocked_since = None
+    elif runtime.queues.blocked is req:
+        runtime.queues.blocked = req.dyncp_blocked_since = None
     return result
 
 
-def note_blocked(binding: Binding, req: Any) -> None:
+def note_blocked(runtime: Runtime, req: Any) -> None:
     """The local request that found no room now, and the step in which it found none for the first time (elsewhere.py)."""
-    binding.blocked = req
+    runtime.queues.blocked = req
     if getattr(req, "dyncp_blocked_since", None) is None:
-        req.dyncp_blocked_since = binding.instance.step
+        req.dyncp_blocked_since = runtime.participant.step
 
 
-def add_chunked_req(original: Callable[..., Any], adder: Any, req: Any) -> Any:
+@around
+def add_chunked_req(runtime: Runtime, original: Callable[..., Any], adder: Any, req: Any) -> Any:
     """AROUND PrefillAdder.add_chunked_req: further chunks of a reserved request cost nothing either. A local one that has begun comes
-    before what was promised since (`free_pages` in step_sync.py keeps its pages), so promises do not shorten its chunks."""
-    binding = current()
-    if binding is None:
-        return original(adder, req)
+    before what was promised since (`free_pages` in sync.py keeps its pages), so promises do not shorten its chunks."""
     if is_managed(req):
         with _charge_nothing(adder):
             return original(adder, req)
-    promised = binding.instance.promised[binding.instance.rank] * binding.instance.page_size
+    promised = runtime.participant.promised[runtime.participant.rank] * runtime.participant.page_size
     with _charge_less(adder, promised):
         return original(adder, req)
 
 
-def running_offset(original: Callable[..., Any], adder: Any, req: Any) -> Any:
+@around
+def running_offset(runtime: Runtime, original: Callable[..., Any], adder: Any, req: Any) -> Any:
     """AROUND PrefillAdder._get_running_request_total_token_offset: what a running request may still take from this pool."""
-    binding = current()
-    if binding is None:
-        return original(adder, req)
     if is_managed(req):
-        return binding.instance.page_size
-    with _charge_expected_output(req, binding):
+        return runtime.participant.page_size
+    with _charge_expected_output(req, runtime):
         return max(0, original(adder, req))
 
 
-def reserved(binding: Binding, req: Any) -> bool:
+def reserved(runtime: Runtime, req: Any) -> bool:
     """Whether the pages of a request are there; asks for them once."""
     request: HomeRequest | None = req.dyncp
     if request is not None:
         return request.ready
-    req.dyncp = request = binding.instance.open_request()
+    req.dyncp = request = runtime.participant.open_request()
     keep_place_in_order(req)
-    binding.waiting[request.handle] = req
-    binding.instance.ask_admission(
-        request, page_segments(req, binding.instance.page_size, binding.instance.limits), flexible=req.dyncp_placement_flexible
+    runtime.queues.waiting[request.handle] = req
+    runtime.participant.ask_admission(
+        request, page_segments(req, runtime.participant.page_size, runtime.participant.limits), flexible=req.dyncp_placement_flexible
     )
     return False
 
@@ -155,6 +152,20 @@ def page_segments(req: Any, page_size: int, limits: SplitLimits) -> Split:
     if split is None:
         raise ValueError(f"{req.rid}: {num_tokens} tokens ({pages} pages) exceed {limits.reach_pages} pages, what one request may hold")
     return split
+
+
+def sweep_waiting(runtime: Runtime) -> None:
+    """Gives back reservations of requests that left the queue without ever running (abort, timeout, queue limit)."""
+    if not runtime.queues.waiting:
+        return
+    queued = {req.rid for req in runtime.scheduler.waiting_queue}
+    for handle, req in list(runtime.queues.waiting.items()):
+        if req.kv.holds_kv or req.dyncp is None or req.dyncp.handle != handle:
+            del runtime.queues.waiting[handle]
+        elif req.rid not in queued:
+            runtime.participant.release(req.dyncp)
+            req.dyncp = None
+            del runtime.queues.waiting[handle]
 
 
 class _Unbounded:
@@ -209,15 +220,15 @@ def _charge_less(adder: Any, tokens: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _charge_expected_output(req: Any, binding: Binding) -> Iterator[None]:
+def _charge_expected_output(req: Any, runtime: Runtime) -> Iterator[None]:
     """As placement counts it (policy/expected_output.py), beyond what the request has generated, and never more than a pool holds. One
     that runs past this estimate and its pool grows elsewhere."""
-    params, instance = req.sampling_params, binding.instance
-    pool, generated = instance.num_pages * instance.page_size, len(req.output_ids)
-    limit = max(0, pool - len(req.origin_input_ids) - 2 * instance.page_size - 1)
+    params, participant = req.sampling_params, runtime.participant
+    pool, generated = participant.num_pages * participant.page_size, len(req.output_ids)
+    limit = max(0, pool - len(req.origin_input_ids) - 2 * participant.page_size - 1)
     asked = params.max_new_tokens
     left = max(0, asked - generated)
-    params.max_new_tokens = min(generated + expected_new_tokens(left, instance.limits.max_degree), limit)
+    params.max_new_tokens = min(generated + expected_new_tokens(left, participant.limits.max_degree), limit)
     try:
         yield
     finally:
@@ -225,12 +236,12 @@ def _charge_expected_output(req: Any, binding: Binding) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _admit_like_others(req: Any, binding: Binding) -> Iterator[None]:
+def _admit_like_others(req: Any, runtime: Runtime) -> Iterator[None]:
     """Without a prefix cache SGLang admits requests that ignore the end of sequence by a simulation of all full outputs. It knows nothing
     of growth elsewhere."""
     params = req.sampling_params
     ignore_eos = params.ignore_eos
-    params.ignore_eos = ignore_eos and binding.instance.limits.max_degree == 1
+    params.ignore_eos = ignore_eos and runtime.participant.limits.max_degree == 1
     try:
         yield
     finally:

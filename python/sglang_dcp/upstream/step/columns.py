@@ -1,4 +1,4 @@
-"""Control columns that ride on SGLang's per-step all-gather, appended to its own."""
+"""SGLang's row of a step with our control columns behind it (ledger/columns.py)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-NUM_COLUMNS = 8
-WORDS, DECISIONS, ROWS_CHECKSUM, FREE_PAGES, GUEST_PAGES, KV_TOKENS, HOME_REQUESTS, STEP = range(NUM_COLUMNS)
-"""DECISIONS: digest of what the ledger has decided up to the step before, the same on all instances."""
+from sglang_dcp.ledger.columns import NUM_COLUMNS
 
 
-class WidenedRow:
-    """SGLang's row of a step with our columns behind it, in one tensor for all steps: the exchange has ended before the next one.
+class SyncRow:
+    """The widened row, in one tensor for all steps: the exchange has ended before the next one.
 
     Its width, element type and device are those of the first step; torch refuses a row of another width.
     """
@@ -22,6 +20,7 @@ class WidenedRow:
         self._row: torch.Tensor | None = None
         self._head: torch.Tensor | None = None
         self._tail: memoryview | None = None
+        self._missing: torch.Tensor | None = None
 
     def widen(self, row: torch.Tensor, columns: Sequence[int]) -> torch.Tensor:
         """row: SGLang's, [width] of integers. columns: ours. Returns [width + NUM_COLUMNS], valid until the next call."""
@@ -36,6 +35,13 @@ class WidenedRow:
         self._head.copy_(row)
         _COLUMNS.pack_into(self._tail, 0, *columns)
         return self._row
+
+    def of_missing_rank(self, row: torch.Tensor) -> torch.Tensor:
+        """The row of a rank that is gone, with zeros of ours. SGLang makes it in every step, of constants alone; if another release does
+        not, check_upstream.py tells."""
+        if self._missing is None:
+            self._missing = torch.nn.functional.pad(row, (0, NUM_COLUMNS))
+        return self._missing
 
 
 _COLUMNS = struct.Struct(f"{NUM_COLUMNS}q")

@@ -7,39 +7,39 @@ from typing import Any
 from sglang_dcp.policy.split import num_pages
 from sglang_dcp.policy.types import Placement
 from sglang_dcp.upstream.step.admission import keep_out_of_prefix_cache, reserved
-from sglang_dcp.upstream.step.binding import Binding
+from sglang_dcp.upstream.step.runtime import Runtime
 
 PATIENCE_STEPS = 8
 """Steps that a request waits for its own pool first: there it may use the prefix cache, and costs no exchange."""
 
 
-def ask_elsewhere(binding: Binding) -> None:
+def ask_elsewhere(runtime: Runtime) -> None:
     """The local request that found no room last becomes an ask of the ledger once it has waited long enough and an instance has room
     beyond its promises. One such ask is open at a time: what it is granted changes the room of the next."""
-    req, instance = binding.blocked, binding.instance
-    if binding.asked_elsewhere in binding.waiting:
+    req, participant = runtime.queues.blocked, runtime.participant
+    if runtime.queues.asked_elsewhere in runtime.queues.waiting:
         # SGLang looks at its queue again only once a running request has left; this one waits for none. Said in every step, because SGLang
         # may hand on another batch object at the end of one.
-        binding.scheduler.running_batch.batch_is_full = False
+        runtime.scheduler.running_batch.batch_is_full = False
         return
-    if req is None or instance.step - req.dyncp_blocked_since < PATIENCE_STEPS:
+    if req is None or participant.step - req.dyncp_blocked_since < PATIENCE_STEPS:
         return
-    if instance.limits.max_degree == 1:
+    if participant.limits.max_degree == 1:
         return
     num_tokens = len(req.origin_input_ids) + len(req.output_ids)
-    pages = num_pages(num_tokens, instance.page_size) + 1
-    scope = instance.limits.scope(instance.rank, pages)
-    others = [rank for rank in scope if rank != instance.rank and instance.room_for_guests(rank) >= pages]
+    pages = num_pages(num_tokens, participant.page_size) + 1
+    scope = participant.limits.scope(participant.rank, pages)
+    others = [rank for rank in scope if rank != participant.rank and participant.room_for_guests(rank) >= pages]
     if not others:
         return
-    scheduler, binding.blocked = binding.scheduler, None
+    scheduler, runtime.queues.blocked = runtime.scheduler, None
     if not _may_move(req) or not any(waiting is req for waiting in scheduler.waiting_queue):
         return
-    rank = max(others, key=lambda rank: (instance.room_for_guests(rank), -rank))
-    req.dyncp_placement = Placement(instance.rank, (rank,), (num_tokens,))
+    rank = max(others, key=lambda rank: (participant.room_for_guests(rank), -rank))
+    req.dyncp_placement = Placement(participant.rank, (rank,), (num_tokens,))
     keep_out_of_prefix_cache(req)
-    reserved(binding, req)
-    binding.asked_elsewhere = req.dyncp.handle
+    reserved(runtime, req)
+    runtime.queues.asked_elsewhere = req.dyncp.handle
 
 
 def _may_move(req: Any) -> bool:

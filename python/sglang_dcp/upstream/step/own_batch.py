@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from sglang_dcp.dataflow.step_rows import Span
 from sglang_dcp.ledger.messages import Row
 from sglang_dcp.ledger.page_phases import PagePhases
-from sglang_dcp.upstream.step.instance import Instance, is_managed
-
-Span = tuple[Any, int, int]
-"""(request, prefix_len, num_new), in token order."""
+from sglang_dcp.ledger.participant import Participant
+from sglang_dcp.ledger.positions import keeps_route, route_of
+from sglang_dcp.upstream.step.managed import is_managed
 
 
 class OwnBatch:
@@ -26,8 +26,8 @@ class OwnBatch:
     steady: the same requests decode as in the step before, over the same routes. routes: of the sharded rows, by place in the batch.
     """
 
-    def __init__(self, instance: Instance) -> None:
-        self._instance = instance
+    def __init__(self, participant: Participant) -> None:
+        self._ids = participant.ids
         self._reqs: list[Any] = []
         self._lengths: list[int] = []
         self._age = 0
@@ -43,6 +43,9 @@ class OwnBatch:
             before = self._age - 1
             self._spans = [(req, length + before, 1) for req, length in zip(self._reqs, self._lengths, strict=True)]
         return self._spans
+
+    def __len__(self) -> int:
+        return len(self._spans if self._spans is not None else self._reqs)
 
     def take(self, batch: Any) -> None:
         """batch: SGLang's of the step, None or idle where this instance has no tokens."""
@@ -110,18 +113,16 @@ class OwnBatch:
         return self._phases
 
     def _phases_of(self, lengths: Sequence[int]) -> PagePhases:
-        return PagePhases(enumerate(lengths), self._instance.page_size)
+        return PagePhases(enumerate(lengths), self._ids.page_size)
 
     def _same_routes(self) -> bool:
         """Routes change where a page begins on another instance than the one before, and nowhere else."""
         for i in self._own_phases().beginning(self._age):
             req = self._reqs[i]
-            if is_managed(req) and not self._instance.keeps_route(req.dyncp, self._lengths[i] + self._age):
+            if is_managed(req) and not keeps_route(self._ids, req.dyncp, self._lengths[i] + self._age):
                 return False
         return True
 
     def _route(self, req: Any, length: int) -> int | None:
         """The route of a row of `length` tokens, None for one that this instance attends alone."""
-        if not is_managed(req) or not self._instance.is_sharded(req.dyncp, length):
-            return None
-        return self._instance.route_of(req.dyncp, length)
+        return route_of(self._ids, req.dyncp, length) if is_managed(req) else None

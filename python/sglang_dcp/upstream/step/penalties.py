@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from sglang_dcp.upstream.step.binding import current
+from sglang_dcp.upstream.step.attached import after
+from sglang_dcp.upstream.step.runtime import Runtime
 
 
 def copy_penalizers(penalizers: Any, batch: Any) -> Any:
@@ -22,12 +23,13 @@ def copy_penalizers(penalizers: Any, batch: Any) -> Any:
     return copied
 
 
-def count_earlier_output(result: Any, batch: Any) -> None:
+@after
+def count_earlier_output(runtime: Runtime, result: Any, batch: Any) -> None:
     """AFTER ScheduleBatch.prepare_for_extend: a request that starts over brings output tokens along, SGLang counts none of them.
 
     They are fed to the penalizers one by one, in the chunk that ends the prefill: only its sampling uses them.
     """
-    if current() is None or not any(req.output_ids for req in batch.reqs):
+    if not any(req.output_ids for req in batch.reqs):
         return
     penalizers = batch.sampling_info.penalizer_orchestrator
     ends = [prefix_len + num_new for prefix_len, num_new in zip(batch.prefix_lens, batch.extend_lens, strict=True)]

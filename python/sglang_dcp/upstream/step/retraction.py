@@ -7,19 +7,27 @@ from typing import Any
 from sglang_dcp.policy.split import num_pages
 from sglang_dcp.policy.types import Placement
 from sglang_dcp.upstream.step.admission import keep_out_of_prefix_cache
-from sglang_dcp.upstream.step.binding import Binding, current
+from sglang_dcp.upstream.step.attached import after
+from sglang_dcp.upstream.step.runtime import Runtime
 
 
-def retract_victims(binding: Binding) -> None:
+def end_parked(runtime: Runtime) -> None:
+    """Ahead of a round: requests that sit out and have ended are closed, and those that the last step named give their pages back."""
+    release_finished(runtime)
+    drop_aborted(runtime)
+    retract_victims(runtime)
+
+
+def retract_victims(runtime: Runtime) -> None:
     """Sends the requests that the last step named back to the queue; they start over when their pages are there."""
     from sglang.srt.managers.schedule_batch import release_req
 
-    scheduler = binding.scheduler
-    for request in binding.instance.victims:
-        req = next((r for r in binding.parked if r.dyncp is request and not r.finished()), None)
+    scheduler = runtime.scheduler
+    for request in runtime.participant.victims:
+        req = next((r for r in runtime.queues.parked if r.dyncp is request and not r.finished()), None)
         if req is None:
             continue
-        binding.parked.remove(req)
+        runtime.queues.parked.remove(req)
         req.dyncp_parked_row = None
         release_req(
             req=req,
@@ -29,84 +37,83 @@ def retract_victims(binding: Binding) -> None:
             tree_cache=scheduler.tree_cache,
             hisparse_coordinator=None,
         )
-        release_unwritten(binding, req)
+        release_unwritten(runtime, req)
         req.dyncp = None
-        place_again(binding, req)
+        place_again(runtime, req)
         scheduler._add_request_to_queue(req, is_retracted=True)
-    binding.instance.victims = []
+    runtime.participant.victims = []
 
 
-def release_unwritten(binding: Binding, req: Any) -> None:
+def release_unwritten(runtime: Runtime, req: Any) -> None:
     """Closes the books of a request that owns no written page: freeing its row does not pass the allocator.
 
     That is a local one which was taken over with all its tokens in prefix-cache pages and has not stored a token since.
     """
-    if req.dyncp.handle in binding.instance.homes.requests:
-        binding.instance.release(req.dyncp)
+    if req.dyncp.handle in runtime.participant.homes.requests:
+        runtime.participant.release(req.dyncp)
 
 
-def release_finished(binding: Binding) -> None:
+def release_finished(runtime: Runtime) -> None:
     """Requests that finished while they sat out: by the result of the step before, or by an abort that SGLang carried out."""
-    for req in binding.parked:
+    for req in runtime.queues.parked:
         if req.finished():
             req.dyncp_parked_row = None
-            release_unwritten(binding, req)
+            release_unwritten(runtime, req)
 
 
-def place_again(binding: Binding, req: Any) -> None:
+def place_again(runtime: Runtime, req: Any) -> None:
     """Where a retracted request starts over.
 
     A pinned one keeps home and shards, and gets more of them only where it has outgrown those (page_segments). Another one asks for one
     instance where one can hold it, else for as few as have room; the grant may split it otherwise.
     """
-    instance, placement = binding.instance, req.dyncp_placement
-    limits, page_size, total = instance.limits, instance.page_size, len(req.origin_input_ids) + len(req.output_ids)
-    fits_home = total + 2 * page_size <= instance.num_pages * page_size
+    participant, placement = runtime.participant, req.dyncp_placement
+    limits, page_size, total = participant.limits, participant.page_size, len(req.origin_input_ids) + len(req.output_ids)
+    fits_home = total + 2 * page_size <= participant.num_pages * page_size
     if (placement is None or placement.is_local) and fits_home:
         return
     pages = min(num_pages(total, page_size) + 1, limits.reach_pages)
     if placement is not None and not req.dyncp_placement_flexible:
         if not placement.is_local:
             return
-        split = limits.complete(instance.rank, ((instance.rank, 1),), pages)
+        split = limits.complete(participant.rank, ((participant.rank, 1),), pages)
     else:
-        room = [instance.num_pages - tokens // page_size for tokens in instance.kv_tokens]
-        split = limits.whole(instance.rank, pages, room, at_home=fits_home) or limits.split(instance.rank, pages, room)
-        split = split or limits.split(instance.rank, pages, [instance.num_pages] * len(room))
+        room = [participant.num_pages - tokens // page_size for tokens in participant.kv_tokens]
+        split = limits.whole(participant.rank, pages, room, at_home=fits_home) or limits.split(participant.rank, pages, room)
+        split = split or limits.split(participant.rank, pages, [participant.num_pages] * len(room))
         req.dyncp_placement_flexible = True
     assert split is not None, f"{req.rid}: {pages} pages were held within {limits}"
     heads = [count * page_size for _, count in split[:-1]]
     # The tail may be there for the next token alone.
-    req.dyncp_placement = Placement(instance.rank, tuple(rank for rank, _ in split), (*heads, max(0, total - sum(heads))))
+    req.dyncp_placement = Placement(participant.rank, tuple(rank for rank, _ in split), (*heads, max(0, total - sum(heads))))
     if not req.dyncp_placement.is_local:
         keep_out_of_prefix_cache(req)
 
 
-def inflight_batches(result: list[Any], scheduler: Any) -> list[Any]:
+@after
+def inflight_batches(runtime: Runtime, result: list[Any], scheduler: Any) -> list[Any]:
     """AFTER Scheduler._collect_inflight_batches, which aborts and the running timeout go through: rows that sit out run too."""
-    binding = current()
-    return result if binding is None else result + [req.dyncp_parked_row for req in binding.parked]
+    return result + [req.dyncp_parked_row for req in runtime.queues.parked]
 
 
-def count_parked(result: Any, inquirer: Any) -> Any:
+@after
+def count_parked(runtime: Runtime, result: Any, inquirer: Any) -> Any:
     """AFTER SchedulerLoadInquirer.get_loads: requests that sit out are running ones to everybody who asks."""
-    binding = current()
-    if binding is not None:
-        result.num_running_reqs += len(binding.parked)
+    result.num_running_reqs += len(runtime.queues.parked)
     return result
 
 
-def drop_aborted(binding: Binding) -> None:
+def drop_aborted(runtime: Runtime) -> None:
     """Ends those that SGLang marked, by an abort of the client or a timeout, with SGLang's reason."""
     from sglang.srt.managers.scheduler import _make_abort_req
     from sglang.srt.mem_cache.common import release_kv_cache
 
-    scheduler = binding.scheduler
-    for req in [req for req in binding.parked if req.to_finish is not None and not req.finished()]:
-        binding.parked.remove(req)
+    scheduler = runtime.scheduler
+    for req in [req for req in runtime.queues.parked if req.to_finish is not None and not req.finished()]:
+        runtime.queues.parked.remove(req)
         req.dyncp_parked_row = None
         req.finished_reason = req.to_finish
         scheduler._release_aborted_request(req)
         release_kv_cache(req, scheduler.tree_cache, checkpoint=False)
-        release_unwritten(binding, req)
+        release_unwritten(runtime, req)
         scheduler.send_abort_output(_make_abort_req(req, finished_reason=req.finished_reason.to_json()), req)

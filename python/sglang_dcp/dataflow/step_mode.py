@@ -1,0 +1,72 @@
+"""What a step runs as: decided once, when all instances have met, and read by everything behind that."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_dcp.dataflow.contracts import HomeRow, StepPlan
+from sglang_dcp.dataflow.graph.static_tables import ListedRow, PooledRow
+from sglang_dcp.dataflow.step_rows import StepRows
+
+
+@dataclass(frozen=True)
+class Stock:
+    """No row is sharded, on any instance: SGLang's step as it is."""
+
+
+@dataclass
+class Eager:
+    """Some row is sharded and no graph serves: our per-layer path attends every row. plan: made by the first layer, which knows the
+    padded number of tokens; on the device."""
+
+    rows: StepRows
+    home_rows: Sequence[HomeRow]
+    plan: StepPlan | None = None
+
+
+@dataclass
+class GraphStep:
+    """A decode step as the tables want it (`StepRows.table_rows`).
+
+    is_advance: the rows are those of the step before, one token on. pooled: keys of the pooled rows; has_new_pooled: some were not in the
+    step before, so that their pages may still change (PageLines).
+    """
+
+    step: int
+    words: list[np.ndarray]
+    rows: list[ListedRow | PooledRow]
+    pooled: frozenset[Hashable]
+    has_new_pooled: bool
+    is_advance: bool = False
+
+    @classmethod
+    def of(cls, rows: StepRows, pooled_before: frozenset[Hashable]) -> GraphStep:
+        """pooled_before: keys of the pooled rows of the step just before, if that was a graph's."""
+        words, table_rows = rows.table_rows()
+        keys = frozenset(row.key for row in table_rows if isinstance(row, PooledRow))
+        return cls(rows.participant.step, words, table_rows, keys, has_new_pooled=not keys <= pooled_before)
+
+
+@dataclass
+class Graph:
+    """A step of decodes, some of them sharded, that replays the graph captured for `guest_rows` rows of other homes."""
+
+    guest_rows: int
+    step: GraphStep
+
+    def goes_on(self, step: int) -> bool:
+        """Whether `step` is the one behind this."""
+        return step == self.step.step + 1
+
+    def advance(self) -> None:
+        """The next step has the same rows, one token on."""
+        self.step.step += 1
+        self.step.is_advance = True
+
+
+StepMode = Stock | Eager | Graph
+
+STOCK = Stock()

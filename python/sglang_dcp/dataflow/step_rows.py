@@ -1,0 +1,116 @@
+"""The rows of one step as this instance attends them: what a plan (eager) and the tables of a graph are both made from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from sglang_dcp.dataflow.contracts import GuestRow, HomeRow, StepPlan
+from sglang_dcp.dataflow.graph.static_tables import ListedRow, PooledRow, route_word32, route_words
+from sglang_dcp.dataflow.step_plan import asks, build_step_plan, holds_active_page
+from sglang_dcp.ledger.homes import HomeRequest
+from sglang_dcp.ledger.participant import Participant
+from sglang_dcp.ledger.routes import shard_mask, travelling_tail
+
+
+class Request(Protocol):
+    """What the rows need of a request: kv.req_pool_idx is its line of the token table, dyncp its place in the ledger, None for a local
+    one."""
+
+    rid: Hashable
+    kv: Any
+    dyncp: HomeRequest | None
+
+
+Span = tuple[Any, int, int]
+"""(Request, prefix_len, num_new), in token order."""
+
+
+class Batch(Protocol):
+    """The own batch of a step. routes: of the sharded rows, by place in the batch."""
+
+    @property
+    def spans(self) -> Sequence[Span]: ...
+
+    @property
+    def routes(self) -> Mapping[int, int]: ...
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The own batch, and the rows of other homes as the participant knows them. Valid for the step: pages move on with the next one."""
+
+    participant: Participant
+    batch: Batch
+
+    @property
+    def routes_of_homes(self) -> list[list[int]]:
+        """By home: the routes of its sharded rows. All instances know them alike."""
+        return [[row.route for row in rows] for rows in self.participant.rows_of]
+
+    # ---- for a step of any shape
+
+    def home_rows(self, local_pages: Iterable[np.ndarray]) -> list[HomeRow]:
+        """Every request of the own batch, sharded or not. local_pages: page numbers of each local one, in order."""
+        rows, start, pages, rank = [], 0, iter(local_pages), self.participant.rank
+        for req, prefix_len, num_new in self.batch.spans:
+            if req.dyncp is not None:
+                rows.append(HomeRow(start, num_new, prefix_len, *req.dyncp.page_arrays()))
+            else:
+                numbers = next(pages)
+                rows.append(HomeRow(start, num_new, prefix_len, np.full(len(numbers), rank, dtype=np.int64), numbers))
+            start += num_new
+        return rows
+
+    def guest_rows(self) -> list[GuestRow]:
+        """Rows of other homes that have pages here, by home and in the order of its batch."""
+        participant, found = self.participant, []
+        for home, rows in enumerate(participant.rows_of):
+            if home == participant.rank:
+                continue
+            for row in rows:
+                held = participant.guests.pages_of(home, row.handle)
+                if held and holds_active_page(held[0][0], participant.page_size, row.prefix_len + row.num_new):
+                    found.append(GuestRow(home, row.num_new, row.prefix_len, *participant.guests.arrays_of(home, row.handle)))
+        return found
+
+    def build_plan(self, home_rows: Sequence[HomeRow], num_tokens: int) -> StepPlan:
+        """num_tokens: of the own batch, padding included."""
+        part = self.participant
+        facts = part.step, part.rank, part.num_instances, part.page_size
+        plan = build_step_plan(*facts, num_tokens, home_rows, self.guest_rows())
+        # From the rows of all homes, which every instance knows alike: a collective may depend on nothing else.
+        anybody_asks = any(asks(row.num_new, row.prefix_len) for rows in part.rows_of for row in rows)
+        return dataclasses.replace(plan, anybody_asks=anybody_asks)
+
+    # ---- for a step of decodes that runs as a graph
+
+    def table_rows(self) -> tuple[list[np.ndarray], list[ListedRow | PooledRow]]:
+        """Route words of every home, and this instance's attention rows: guests by home, own rows last."""
+        rank, spans = self.participant.rank, self.batch.spans
+        own = np.full(len(spans), 1 << rank, dtype=np.int32)
+        words: list[np.ndarray] = []
+        rows: list[ListedRow | PooledRow] = []
+        for home, told in enumerate(self.participant.rows_of):
+            if home == rank:
+                words.append(own)
+                continue
+            words.append(route_words(row.route for row in told))
+            for guest in told:
+                if shard_mask(guest.route) >> rank & 1:
+                    held, arrives = self.participant.guests.pages_of(home, guest.handle), travelling_tail(guest.route) == rank
+                    rows.append(ListedRow((home, guest.handle), guest.prefix_len + 1, held, grows=arrives, arrives=arrives))
+        for index, (req, prefix_len, _) in enumerate(spans):
+            route = self.batch.routes.get(index)
+            if route is None:
+                rows.append(PooledRow(req.rid, req.kv.req_pool_idx, prefix_len + 1))
+                continue
+            own[index] = route_word32(route)
+            if shard_mask(route) >> rank & 1:
+                request, grows = req.dyncp, travelling_tail(route) < 0
+                rows.append(ListedRow((rank, request.handle), prefix_len + 1, request.own_pages, grows, arrives=False))
+        return words, rows

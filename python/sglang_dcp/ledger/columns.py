@@ -1,0 +1,7 @@
+"""Control columns of an instance in a step: what every instance tells all others, whether or not it has messages."""
+
+from __future__ import annotations
+
+NUM_COLUMNS = 8
+WORDS, DECISIONS, ROWS_CHECKSUM, FREE_PAGES, GUEST_PAGES, KV_TOKENS, HOME_REQUESTS, STEP = range(NUM_COLUMNS)
+"""DECISIONS: digest of what the ledger has decided up to the step before, the same on all instances."""

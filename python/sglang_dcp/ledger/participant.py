@@ -1,0 +1,243 @@
+"""One instance's part in the protocol: its books, its messages and control columns, and the grants that it computes like all others.
+
+Numbers in, numbers out: it knows neither SGLang's requests nor tensors. A step is `build_columns`, an all-gather of the columns,
+`read_columns`, an all-gather of the words if there are any, `finish_step`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from sglang_dcp.ledger import columns as col
+from sglang_dcp.ledger import messages
+from sglang_dcp.ledger.cluster import Cluster
+from sglang_dcp.ledger.decision_digest import DecisionDigest
+from sglang_dcp.ledger.guests import GuestBook
+from sglang_dcp.ledger.homes import HomeBook, HomeRequest
+from sglang_dcp.ledger.messages import AskAdmission, AskGrowth, Granted, Message, Release, Row, Rows
+from sglang_dcp.ledger.page_ids import Page, PageIds
+from sglang_dcp.ledger.reservations import Decision, Grant, Key, ReservationTable
+from sglang_dcp.ledger.row_table import RowTable, advance, checksum
+from sglang_dcp.policy.growth import predicted_level
+
+
+class ProtocolError(RuntimeError):
+    """Instances disagree about a step. Serving on would give wrong answers, so the process ends."""
+
+
+class PagePool(Protocol):
+    """The pages of this instance, by number."""
+
+    def num_givable_pages(self) -> int:
+        """Free ones, and those that eviction from the prefix cache would free."""
+        ...
+
+    def take_pages(self, count: int) -> list[int] | None:
+        """None when they are not there; then none is taken."""
+        ...
+
+    def return_pages(self, pages: list[int]) -> None: ...
+
+
+@dataclass
+class LedgerCounters:
+    """Of this home's requests. admission_waits: seconds from the ask to the grant, since somebody last took them."""
+
+    degree_growths: int = 0
+    retractions: int = 0
+    admission_waits: list[float] = field(default_factory=list)
+
+
+class Participant:
+    """State of one instance.
+
+    promised: pages of every instance that new local requests must leave. rows_of: the sharded rows of every home, which all instances
+    keep alike; rows_steady: no home told others of its rows in this step; num_sharded_rows: of the step, 0 means that nothing of ours
+    runs in the layers. victims: own requests that the step chose to give their pages back.
+    """
+
+    def __init__(self, cluster: Cluster, rank: int, pool: PagePool) -> None:
+        self.cluster, self.limits, self.rank, self.pool = cluster, cluster.limits, rank, pool
+        self.num_instances, self.num_pages, self.page_size = cluster.num_instances, cluster.num_pages, cluster.page_size
+        self.ids = PageIds(rank, self.num_instances, self.num_pages, self.page_size)
+        self.homes = HomeBook(self.ids)
+        self.guests = GuestBook()
+        self.table = ReservationTable(cluster.limits)
+        self.counters = LedgerCounters()
+        self.step = 0
+        self.outbox: list[Message] = []
+        self.own_words: list[int] = []
+        self.rows_of = [RowTable() for _ in range(self.num_instances)]
+        self.rows_steady = False
+        self.num_sharded_rows = 0
+        self.decisions = DecisionDigest()
+        self._nothing_decided = Decision((), (0,) * self.num_instances, ())
+        self.promised = self._nothing_decided.promised
+        self.kv_tokens: tuple[int, ...] = (0,) * self.num_instances
+        self.home_requests: tuple[int, ...] = (0,) * self.num_instances
+        self.victims: list[HomeRequest] = []
+        self._asked_at: dict[int, float] = {}
+        self._columns: list[list[int]] = [[0] * col.NUM_COLUMNS for _ in range(self.num_instances)]
+
+    # ---- what a home does with its requests
+
+    def open_request(self) -> HomeRequest:
+        return self.homes.open(self.step)
+
+    def ask_admission(self, request: HomeRequest, segments: Sequence[tuple[int, int]], *, flexible: bool) -> None:
+        """Asks for all pages of a request: (instance, pages) in sequence order, the tail last."""
+        request.asked_admission = True
+        self._asked_at[request.handle] = time.monotonic()
+        self.outbox.append(AskAdmission(request.handle, request.born, flexible, tuple(segments)))
+
+    def ask_growth(self, request: HomeRequest, *, stuck: bool) -> None:
+        """Asks for the next tail page, once; again when the request gets stuck for it. A page on its way comes first: until its number
+        is here, the shards of the request are not known."""
+        if not request.ready or request.asked_growth and request.asked_stuck >= stuck:
+            return
+        request.asked_growth, request.asked_stuck = True, stuck
+        self.outbox.append(AskGrowth(request.handle, request.born, stuck, len(request.pages), request.shards))
+
+    def grow_at_home(self, request: HomeRequest) -> bool:
+        """Takes the next tail page from the own pool when it has one; no message needed."""
+        if request.asked_growth or not self._may_hold(request, self.rank):
+            return False
+        pages = self.pool.take_pages(1)
+        if pages is None:
+            return False
+        self.counters.degree_growths += self.rank not in request.shards
+        self.homes.append(request, Page(self.rank, pages[0]))
+        return True
+
+    def release(self, request: HomeRequest) -> None:
+        """The request is over: own pages return to the pool now, guest pages with the next message."""
+        self._asked_at.pop(request.handle, None)
+        self.pool.return_pages(self.homes.close(request.handle))
+        self.outbox.append(Release(request.handle))
+
+    def _may_hold(self, request: HomeRequest, rank: int) -> bool:
+        shards = request.shards
+        return rank in shards or len(shards) < self.limits.max_degree
+
+    def room_for_guests(self, rank: int) -> int:
+        """Pages that instance `rank` could lend by the columns of the last step, beyond what is promised there."""
+        row = self._columns[rank]
+        return min(row[col.FREE_PAGES] - self.promised[rank], self.limits.guest_pages - row[col.GUEST_PAGES])
+
+    def busy(self) -> bool:
+        """Guests or managed requests are here: the pool must not be flushed."""
+        return bool(len(self.guests) or len(self.homes) or self.outbox)
+
+    # ---- one step: columns out, messages, grants
+
+    def build_columns(self, rows: Sequence[Row] | None, free_pages: int, kv_tokens: int, num_requests: int) -> list[int]:
+        """This instance's control columns. rows: its sharded rows, None for those of the step before, one token on. Decides whether
+        they need a message."""
+        table = self.rows_of[self.rank]
+        rows_checksum = table.next_checksum()
+        if rows is not None and (own_rows := tuple(rows)) != advance(table):
+            rows_checksum = checksum(own_rows)
+            self.outbox.append(Rows(own_rows))
+        self.own_words = messages.encode(self.outbox) if self.outbox else []
+        self.outbox = []
+        words, decided, num_guests = len(self.own_words), self.decisions.value, self.guests.num_pages
+        return [words, decided, rows_checksum, free_pages, num_guests, kv_tokens, num_requests, self.step]
+
+    def read_columns(self, columns: list[list[int]]) -> int:
+        """Takes in all instances' columns. Returns the most message words of any instance (0: no second exchange)."""
+        told = list(zip(*columns, strict=True))
+        if told[col.STEP].count(self.step) != self.num_instances:
+            raise ProtocolError(f"rank {self.rank} is at step {self.step}, the others at {list(told[col.STEP])}")
+        decided = told[col.DECISIONS]
+        if decided.count(self.decisions.value) != self.num_instances:
+            others = [rank for rank, value in enumerate(decided) if value != self.decisions.value]
+            raise ProtocolError(f"rank {self.rank}, step {self.step}: instances {others} decided otherwise about pages in an earlier step")
+        self._columns, self.kv_tokens, self.home_requests = columns, told[col.KV_TOKENS], told[col.HOME_REQUESTS]
+        return max(told[col.WORDS])
+
+    def finish_step(self, words: Sequence[Sequence[int]] | None, anybody_runs: bool) -> Decision:
+        """Processes every instance's messages (None: there are none), then decides grants. Same inputs, same outcome everywhere."""
+        told_rows: set[int] = set()
+        for home, stream in enumerate(words or ()):
+            for message in messages.decode(stream):
+                if isinstance(message, Rows):
+                    self.rows_of[home].tell(message.rows)
+                    told_rows.add(home)
+                else:
+                    self._take(home, message)
+        self._advance_rows(told_rows)
+        decision = self._decide(anybody_runs) if len(self.table) else self._nothing_decided
+        for grant in decision.grants:
+            self._apply_grant(grant)
+        self.promised = decision.promised
+        self.victims = [self.homes.requests[handle] for home, handle in decision.victims if home == self.rank]
+        self._forget_victims(decision.victims)
+        self.homes.end_step()
+        self.step += 1
+        return decision
+
+    def _advance_rows(self, told_rows: set[int]) -> None:
+        """Homes that did not tell have the rows of the step before, one token on; every home's checksum says whether we know its rows."""
+        self.rows_steady = not told_rows
+        for home, table in enumerate(self.rows_of):
+            if home not in told_rows:
+                table.advance()
+            if table.checksum != self._columns[home][col.ROWS_CHECKSUM]:
+                raise ProtocolError(f"rank {self.rank}, step {self.step}: row table of home {home} went apart: {table.rows}")
+        if told_rows:
+            self.num_sharded_rows = sum(map(len, self.rows_of))
+
+    def _decide(self, anybody_runs: bool) -> Decision:
+        most_guests, cost_model = self.limits.guest_pages, self.cluster.cost_model
+        room = [max(0, most_guests - row[col.GUEST_PAGES]) for row in self._columns]
+        levels = [predicted_level(cost_model, row[col.KV_TOKENS], row[col.HOME_REQUESTS]) for row in self._columns]
+        open_asks = self.table.digest
+        decision = self.table.decide([row[col.FREE_PAGES] for row in self._columns], room, anybody_runs, levels)
+        self.decisions.add(decision, open_asks)
+        return decision
+
+    def _take(self, home: int, message: Message) -> None:
+        if isinstance(message, Release):
+            self.table.withdraw(home, message.handle)
+            if home != self.rank:
+                self.pool.return_pages(self.guests.take_back(home, message.handle))
+        elif isinstance(message, Granted):
+            if message.home == self.rank:
+                self.homes.fill(home, message)
+        else:
+            assert isinstance(message, AskAdmission | AskGrowth)
+            self.table.ask(home, message)
+
+    def _apply_grant(self, grant: Grant) -> None:
+        request = self.homes.requests.get(grant.handle) if grant.home == self.rank else None
+        if request is not None:
+            self._measure_grant(request, grant)
+            self.homes.expect(request, grant)
+        for segment in grant.segments:
+            if segment.rank != self.rank:
+                continue
+            pages = self.pool.take_pages(segment.num_pages)
+            if pages is None:
+                raise ProtocolError(f"rank {self.rank}: {segment.num_pages} pages were granted but the pool is short; its column was wrong")
+            granted = Granted(grant.home, grant.handle, segment.first_index, tuple(pages))
+            if request is not None:
+                self.homes.fill(self.rank, granted)
+            elif grant.home == self.rank:
+                self.pool.return_pages(pages)
+            else:
+                self.guests.lend(grant.home, grant.handle, segment.first_index, pages)
+                self.outbox.append(granted)
+
+    def _measure_grant(self, request: HomeRequest, grant: Grant) -> None:
+        if request.admitted:
+            self.counters.degree_growths += sum(segment.rank not in request.shards for segment in grant.segments)
+        elif request.handle in self._asked_at:
+            self.counters.admission_waits.append(time.monotonic() - self._asked_at.pop(request.handle))
+
+    def _forget_victims(self, victims: Sequence[Key]) -> None:
+        for home, handle in victims:
+            self.table.withdraw(home, handle)
+            self.counters.retractions += home == self.rank

@@ -1,0 +1,21 @@
+"""Requests of this home that SGLang's own queues do not show as what they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Queues:
+    """parked: requests that sit out decode steps for want of a tail page. waiting: those with an open reservation, by handle.
+
+    blocked: the local request that found no room last; asked_elsewhere: handle of the newest one whose pages were asked for elsewhere
+    instead. placements_taken_in: number of the newest placement by the router that has arrived here.
+    """
+
+    parked: list[Any] = field(default_factory=list)
+    waiting: dict[int, Any] = field(default_factory=dict)
+    blocked: Any = None
+    asked_elsewhere: int | None = None
+    placements_taken_in: int = 0
