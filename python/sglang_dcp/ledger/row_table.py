@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from sglang_dcp.ledger.digest import MASK, digest
 from sglang_dcp.ledger.messages import Row
+from sglang_dcp.ledger.steady import SteadyRows
 
 _PER_TOKEN = 0x1E3779B97F4A7C15
 """What a checksum grows by per step: odd, so that no number of steps below 2^62 brings it back."""
@@ -40,7 +41,7 @@ class RowTable:
         self.tell(())
 
     def tell(self, rows: tuple[Row, ...]) -> None:
-        self._told, self._age = rows, 0
+        self._rows = SteadyRows(rows, [row.prefix_len for row in rows])
         self.checksum = checksum(rows)
         self._decodes = all(row.num_new == 1 for row in rows)
         self._per_step = _PER_TOKEN if rows else 0
@@ -48,23 +49,24 @@ class RowTable:
     def advance(self) -> None:
         if self._decodes:
             self.checksum = self.next_checksum()
-            self._age += 1
+            self._rows.advance()
         else:
-            self.tell(advance(self._told))
+            self.tell(advance(self._rows.keys))
 
     def next_checksum(self) -> int:
         """The checksum of the rows one step on."""
-        return self.checksum + self._per_step & MASK if self._decodes else checksum(advance(self._told))
+        return self.checksum + self._per_step & MASK if self._decodes else checksum(advance(self._rows.keys))
 
     def __len__(self) -> int:
-        return len(self._told)
+        return len(self._rows)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        if self._age:
-            self._told = tuple(Row(row.handle, row.prefix_len + self._age, 1, row.route) for row in self._told)
-            self._age = 0
-        return self._told
+        if self._rows.age:
+            told = self._rows.keys
+            rows = tuple(Row(row.handle, self._rows.tokens(index), 1, row.route) for index, row in enumerate(told))
+            self._rows = SteadyRows(rows, [row.prefix_len for row in rows])
+        return tuple(self._rows.keys)

@@ -10,9 +10,9 @@ import torch
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.messages import Row
 from sglang_dcp.ledger.page_ids import Page
-from sglang_dcp.ledger.page_phases import PagePhases
 from sglang_dcp.ledger.participant import Participant
 from sglang_dcp.ledger.positions import route_of
+from sglang_dcp.ledger.steady import SteadyRows
 from sglang_dcp.upstream.step import sitting_out
 from sglang_dcp.upstream.step.own_batch import OwnBatch
 from sglang_dcp.upstream.step.runtime import Runtime, cluster_of
@@ -197,9 +197,17 @@ def test_one_request_tells_that_lengths_went_apart() -> None:
 @pytest.mark.parametrize("page_size", [1, 2, 5])
 def test_phases_of_small_pages(page_size: int) -> None:
     lengths = [1, 2, 5, 9, 10]
-    phases = PagePhases(enumerate(lengths), page_size)
+    rows, some = SteadyRows("abcde", lengths, page_size), SteadyRows((), lengths, page_size, growing=[1, 3])
     for age in range(12):
         now = [length + age for length in lengths]
-        assert list(phases.beginning(age)) == [i for i, length in enumerate(now) if length % page_size == 1 % page_size]
+        begin = [i for i, length in enumerate(now) if length % page_size == 1 % page_size]
+        assert list(rows.beginning()) == begin and list(some.beginning()) == [i for i in begin if i in (1, 3)]
+        assert [rows.tokens(index) for index in range(5)] == now
         for tokens in (0, 1, 8):
-            assert list(phases.near_end(age, tokens)) == [i for i, length in enumerate(now) if -length % page_size <= tokens]
+            assert list(rows.near_end(tokens)) == [i for i, length in enumerate(now) if -length % page_size <= tokens]
+        assert rows.are("abcde", now[-1], 0) and rows.are("abcde", now[-1] + 1, 1)
+        assert not rows.are("abcde", now[-1] + 1, 0) and not rows.are("abced", now[-1], 0)
+        for ahead in (1, page_size):
+            later = [i for i, length in enumerate(now) if (length + ahead) % page_size == 1 % page_size]
+            assert list(rows.beginning(ahead)) == later
+        rows.advance(), some.advance()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sglang_dcp.upstream.pool import page_audit
-from sglang_dcp.upstream.pool.page_audit import CHECK_VARIABLE, check_when_due
+from sglang_dcp.upstream.pool.page_audit import CHECK_VARIABLE, check_when_due, every_round_asked_for
 
 
 @pytest.fixture
@@ -22,7 +22,9 @@ def audits(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def rounds(idle: list[bool]) -> Any:
     """A runtime whose scheduler is idle, or is not, in each of the rounds."""
     answers = iter(idle)
-    return SimpleNamespace(scheduler=SimpleNamespace(is_fully_idle=lambda: next(answers)), idle_audited=False)
+    return SimpleNamespace(
+        scheduler=SimpleNamespace(is_fully_idle=lambda: next(answers)), idle_audited=False, audit_every_round=every_round_asked_for()
+    )
 
 
 def count(audits: list[Any], idle: list[bool]) -> int:

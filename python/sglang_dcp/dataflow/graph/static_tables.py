@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sglang_dcp.ledger.page_phases import PagePhases
 from sglang_dcp.ledger.routes import shard_mask, travelling_tail
+from sglang_dcp.ledger.steady import SteadyRows
 
 TAIL_SHIFT = 16  # sgl_kernel_dcp.tables.ROUTE_TAIL_SHIFT; a test holds the two together
 NO_SLOT = NO_PAGE = -1
@@ -134,10 +134,9 @@ class PageLines:
     _keys: set[Hashable] = field(default_factory=set)
     _table: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int32))
     _growth: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int32))
-    _phases: PagePhases | None = None
+    _steady: SteadyRows | None = None
     _tokens: list[int] = field(default_factory=list)
     _row_lines: list[_Line] = field(default_factory=list)
-    _age: int = 0
     _appended: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -151,7 +150,7 @@ class PageLines:
         places: list[int] = []
         pages: list[int] = []
         copies: list[tuple[int, int]] = []
-        self._appended, self._phases, copy_pages, page_size = [], None, 0, self.page_size
+        self._appended, self._steady, copy_pages, page_size = [], None, 0, self.page_size
         counts: list[int] = []
         lines: list[_Line] = []
         for index, row in enumerate(rows):
@@ -191,16 +190,16 @@ class PageLines:
         if step != self._step + 1:
             raise ValueError(f"step {step} does not follow step {self._step}")
         self._step = step
-        phases = self._phases or self._begin_growth()
-        self._age += 1
+        steady = self._steady or self._begin_growth()
+        steady.advance()
         table = self._table
         for index in self._appended:
             table[index, 2] = NO_PAGE
         self._appended = []
         table += self._growth
         begun = []
-        for index in phases.beginning(self._age):
-            row, needed = self._rows[index], (self._tokens[index] + self._age - 1) // self.page_size + 1
+        for index in steady.beginning():
+            row, needed = self._rows[index], (steady.tokens(index) - 1) // self.page_size + 1
             begun.append(needed)
             self._append(index, needed)
             self._row_lines[index].num_pages = needed
@@ -208,15 +207,15 @@ class PageLines:
                 table[index, 3] = row.held[needed - 1][1] * self.page_size
         return begun
 
-    def _begin_growth(self) -> PagePhases:
+    def _begin_growth(self) -> SteadyRows:
         """What a step adds to the table, and which rows begin a page when. Made where a first step follows: many tables serve but one."""
         grows = [isinstance(row, PooledRow) or row.grows for row in self._rows]
         self._growth = np.zeros_like(self._table)
         self._growth[:, 1] = grows
         self._growth[:, 3] = [isinstance(row, ListedRow) and row.arrives for row in self._rows]
-        self._age = 0
-        self._phases = PagePhases([(index, self._tokens[index]) for index, one in enumerate(grows) if one], self.page_size)
-        return self._phases
+        growing = [index for index, one in enumerate(grows) if one]
+        self._steady = SteadyRows((), self._tokens, self.page_size, growing)
+        return self._steady
 
     @property
     def table(self) -> np.ndarray:

@@ -22,6 +22,7 @@ from sglang_dcp.upstream.layers.layer_roll import LayerRoll
 from sglang_dcp.upstream.layers.step_path import choose_partial_attention, choose_transport, prepare_merge
 from sglang_dcp.upstream.observe.metrics import attach_metrics
 from sglang_dcp.upstream.pool.kv_pool import LedgerAllocator
+from sglang_dcp.upstream.pool.page_audit import every_round_asked_for
 from sglang_dcp.upstream.step.attached import after, around, attach
 from sglang_dcp.upstream.step.driver import StepDriver
 from sglang_dcp.upstream.step.managed import is_managed
@@ -56,6 +57,7 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
     if synthetic_prefill.is_enabled():
         synthetic_prefill.fill_pool(runner.token_to_kv_pool, runtime.participant.rank)
     attach_metrics(runtime)
+    runtime.audit_every_round = every_round_asked_for()
     StepDriver(runtime)
     attach(runtime)
     cluster = runtime.participant.cluster

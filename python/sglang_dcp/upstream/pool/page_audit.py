@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from sglang_dcp.ledger.integrity import check_instance
 from sglang_dcp.upstream.step.managed import is_managed
@@ -12,11 +13,15 @@ CHECK_VARIABLE = "SGLANG_DYNCP_CHECK_EVERY_STEP"
 """Set to 1 by the tests."""
 
 
+def every_round_asked_for(environment: Mapping[str, str] = os.environ) -> bool:
+    return environment.get(CHECK_VARIABLE) == "1"
+
+
 def check_when_due(runtime: Runtime) -> None:
     """Called at the start of a scheduling round, when the last step's batch is settled. An instance that is idle for many rounds, while
     others run, is looked at once."""
     idle = runtime.scheduler.is_fully_idle()
-    if (idle and not runtime.idle_audited) or os.environ.get(CHECK_VARIABLE) == "1":
+    if runtime.audit_every_round or (idle and not runtime.idle_audited):
         check_integrity(runtime)
     runtime.idle_audited = idle
 

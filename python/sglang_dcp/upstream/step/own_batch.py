@@ -14,9 +14,9 @@ import torch
 
 from sglang_dcp.dataflow.step_rows import Span
 from sglang_dcp.ledger.messages import Row
-from sglang_dcp.ledger.page_phases import PagePhases
 from sglang_dcp.ledger.participant import Participant
 from sglang_dcp.ledger.positions import keeps_route, route_of
+from sglang_dcp.ledger.steady import SteadyRows
 from sglang_dcp.upstream.step.managed import is_managed
 
 
@@ -28,11 +28,7 @@ class OwnBatch:
 
     def __init__(self, participant: Participant) -> None:
         self._ids = participant.ids
-        self._reqs: list[Any] = []
-        self._lengths: list[int] = []
-        self._age = 0
-        self._phases: PagePhases | None = None
-        self._decodes = False
+        self._rows: SteadyRows | None = SteadyRows((), ())  # None: the last step prefilled
         self._spans: list[Span] | None = []
         self.routes: dict[int, int] = {}
         self.steady = False
@@ -40,12 +36,13 @@ class OwnBatch:
     @property
     def spans(self) -> list[Span]:
         if self._spans is None:
-            before = self._age - 1
-            self._spans = [(req, length + before, 1) for req, length in zip(self._reqs, self._lengths, strict=True)]
+            assert self._rows is not None
+            before = self._rows.age - 1
+            self._spans = [(req, length + before, 1) for req, length in zip(self._rows.keys, self._rows.told, strict=True)]
         return self._spans
 
     def __len__(self) -> int:
-        return len(self._spans if self._spans is not None else self._reqs)
+        return len(self.spans if self._rows is None else self._rows)
 
     def take(self, batch: Any) -> None:
         """batch: SGLang's of the step, None or idle where this instance has no tokens."""
@@ -58,23 +55,24 @@ class OwnBatch:
 
     def take_extend(self, spans: list[Span]) -> None:
         """A step that prefills."""
-        self._decodes, self.steady, self._spans, self._reqs = False, False, spans, []
+        self._rows, self.steady, self._spans = None, False, spans
         ends = ((index, req, prefix_len + num_new) for index, (req, prefix_len, num_new) in enumerate(spans))
         self.routes = {index: route for index, req, end in ends if (route := self._route(req, end)) is not None}
 
     def take_decode(self, reqs: Sequence[Any], lengths: torch.Tensor | None) -> None:
         """lengths: tokens of each sequence, the new one included, on the host."""
         self._spans = None
-        if self._is_on(reqs, 1):
-            self._age += 1
-            self.steady = self._same_routes()
+        rows = self._rows_if(reqs, 1)
+        if rows is not None:
+            rows.advance()
+            self.steady = self._same_routes(rows)
             if self.steady:
                 return
         else:
-            self._reqs, self._lengths = list(reqs), [] if lengths is None else lengths.tolist()
-            self._decodes, self.steady, self._phases, self._age = True, False, None, 0
-        ends = enumerate(zip(self._reqs, self._lengths, strict=True))
-        self.routes = {index: route for index, (req, told) in ends if (route := self._route(req, told + self._age)) is not None}
+            self.steady = False
+            rows = self._rows = SteadyRows(list(reqs), [] if lengths is None else lengths.tolist(), self._ids.page_size)
+        ends = enumerate(rows.keys)
+        self.routes = {index: route for index, req in ends if (route := self._route(req, rows.tokens(index))) is not None}
 
     def sharded_rows(self) -> list[Row]:
         spans = self.spans
@@ -84,42 +82,30 @@ class OwnBatch:
 
     def near_page_end(self, reqs: Sequence[Any], lengths: torch.Tensor, tokens: int) -> Sequence[int]:
         """Which requests have room for at most `tokens` more on the page of their last token. lengths: before the step's new one."""
-        phases, age = self._phases_at(reqs, lengths, self._age)
-        return phases.near_end(age, tokens)
+        rows = self._rows_if(reqs, 0)
+        return self._told(lengths).near_end(tokens) if rows is None else rows.near_end(tokens)
 
     def beginning_page(self, reqs: Sequence[Any], lengths: torch.Tensor) -> Sequence[int]:
-        """Which requests begin a page with the step's new token. lengths: with it."""
-        phases, age = self._phases_at(reqs, lengths, self._age + 1)
-        return phases.beginning(age)
-
-    def _phases_at(self, reqs: Sequence[Any], lengths: torch.Tensor, age: int) -> tuple[PagePhases, int]:
-        """Phases and the age to ask them for: the known ones at `age`, or those of `lengths`.
-
-        SGLang counts a request's new token when it is allocated, just behind these questions.
-        """
-        return (self._own_phases(), age) if self._is_on(reqs, 0) else (self._phases_of(lengths.tolist()), 0)
+        """Which requests begin a page with the step's new token. lengths: with it. SGLang counts the new token of a request when it is
+        allocated, just behind this question."""
+        rows = self._rows_if(reqs, 0)
+        return self._told(lengths).beginning() if rows is None else rows.beginning(ahead=1)
 
     # ----
 
-    def _is_on(self, reqs: Sequence[Any], tokens: int) -> bool:
-        """Whether these are the requests that were taken in last and decoded, `tokens` on. One is asked for its length."""
-        if not self._decodes or self._reqs != reqs:  # lists of the same objects compare by identity
-            return False
-        return not reqs or reqs[-1].kv.kv_allocated_len == self._lengths[-1] + self._age + tokens
+    def _rows_if(self, reqs: Sequence[Any], ahead: int) -> SteadyRows | None:
+        """The rows that were taken in last, if these requests are they, `ahead` tokens on. One request is asked for its length."""
+        rows = self._rows
+        return rows if rows is not None and rows.are(reqs, reqs[-1].kv.kv_allocated_len if reqs else 0, ahead) else None
 
-    def _own_phases(self) -> PagePhases:
-        if self._phases is None:
-            self._phases = self._phases_of(self._lengths)
-        return self._phases
+    def _told(self, lengths: torch.Tensor) -> SteadyRows:
+        return SteadyRows((), lengths.tolist(), self._ids.page_size)
 
-    def _phases_of(self, lengths: Sequence[int]) -> PagePhases:
-        return PagePhases(enumerate(lengths), self._ids.page_size)
-
-    def _same_routes(self) -> bool:
+    def _same_routes(self, rows: SteadyRows) -> bool:
         """Routes change where a page begins on another instance than the one before, and nowhere else."""
-        for i in self._own_phases().beginning(self._age):
-            req = self._reqs[i]
-            if is_managed(req) and not keeps_route(self._ids, req.dyncp, self._lengths[i] + self._age):
+        for i in rows.beginning():
+            req = rows.keys[i]
+            if is_managed(req) and not keeps_route(self._ids, req.dyncp, rows.tokens(i)):
                 return False
         return True
 

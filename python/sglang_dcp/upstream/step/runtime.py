@@ -48,7 +48,8 @@ class Runtime:
     """mode: what the step runs as, since its settling. own_batch: the rows of the step beside those of the step before. graphs: None where
     sharded steps run eagerly. layer_roll: attention layers of the eager sharded step being run, as they enter our path.
     givable_pages: free ones and what eviction would free, when the last step was synchronised. idle_audited: the pool was looked at since
-    this instance fell idle. metrics: None without --enable-metrics. driver: the StepDriver, which hooks of the step call.
+    this instance fell idle; audit_every_round: it is looked at in every one. metrics: None without --enable-metrics. driver: the
+    StepDriver, which hooks of the step call.
     """
 
     scheduler: Any
@@ -66,6 +67,7 @@ class Runtime:
     mode: StepMode = STOCK
     givable_pages: int = 0
     idle_audited: bool = False
+    audit_every_round: bool = False
     sync_row: SyncRow = field(default_factory=SyncRow)
     host_clock: HostClock = field(default_factory=HostClock)
     request_log: RequestLog = field(default_factory=RequestLog)

@@ -1,0 +1,57 @@
+"""Rows that decode together: told once, then one token on with every step, until anything about them changes.
+
+Most steps are the last one, one token on. What a step then asks (who begins a page, who is about to end one, where a row stands) is looked
+up by the age of the rows, whatever their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+class SteadyRows:
+    """keys: name the rows, in order. tokens: of each when it was told. age: steps since, each of which added a token to every row of
+    `growing` (None: to all)."""
+
+    def __init__(self, keys: Sequence[Any], tokens: Sequence[int], page_size: int = 1, growing: Iterable[int] | None = None) -> None:
+        self.keys, self.told = keys, tokens
+        self.age = 0
+        self._page_size, self._growing = page_size, growing
+        self._by_remainder: dict[int, list[int]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.told)
+
+    def are(self, keys: Sequence[Any], last_tokens: int, ahead: int) -> bool:
+        """Whether `keys` are these rows, `ahead` tokens on from now: the same objects in the same order, and the last one's length tells
+        for all of them."""
+        return self.keys == keys and (not keys or last_tokens == self.told[-1] + self.age + ahead)
+
+    def advance(self) -> None:
+        """One step on."""
+        self.age += 1
+
+    def tokens(self, index: int) -> int:
+        """Of a growing row, now."""
+        return self.told[index] + self.age
+
+    def beginning(self, ahead: int = 0) -> Sequence[int]:
+        """Indices, ascending, of the rows whose last token, `ahead` tokens on, is the first of a page."""
+        return self._phases().get((1 - self.age - ahead) % self._page_size, ())
+
+    def near_end(self, tokens: int, ahead: int = 0) -> Sequence[int]:
+        """Likewise of the rows whose last page has room for at most `tokens` more; 0: whose last token ends a page."""
+        phases, age = self._phases(), self.age + ahead
+        if not tokens:
+            return phases.get(-age % self._page_size, ())
+        distances = range(min(tokens + 1, self._page_size))
+        return sorted(index for left in distances for index in phases.get((-left - age) % self._page_size, ()))
+
+    def _phases(self) -> dict[int, list[int]]:
+        """Rows by where in a page their last token was when told. Made when first asked for: many rows are told for one step."""
+        if self._by_remainder is None:
+            self._by_remainder = {}
+            for index in range(len(self.told)) if self._growing is None else self._growing:
+                self._by_remainder.setdefault(self.told[index] % self._page_size, []).append(index)
+        return self._by_remainder
