@@ -82,6 +82,7 @@ for name in ("torch", "sglang"):
 from sglang_dcp.ledger.participant import Participant
 from sglang_dcp.ledger.cluster import Cluster
 from sglang_dcp.policy.cost_model import load_cost_model
+from sglang_dcp.policy.split_limits import Layout, SplitLimits
 
 class Pool:
     def __init__(self):
@@ -96,7 +97,7 @@ class Pool:
     def return_pages(self, pages):
         self.free += pages
 
-cluster = Cluster(2, 8, 16, 2, 1.0, (0, 0), load_cost_model(sys.argv[1], 2))
+cluster = Cluster(SplitLimits(8, 2, 8, Layout(2, 2)), 16, load_cost_model(sys.argv[1], 2))
 both = [Participant(cluster, rank, Pool()) for rank in range(2)]
 
 def step():

@@ -150,6 +150,9 @@ def test_a_running_request_is_charged_what_it_is_expected_to_generate_yet(cluste
         charged = admission.running_offset(original, adder_with(), local_request(prompt, new, generated))
         assert charged == max(0, min(left, 256) if expected == 256 else left)
 
+
+def test_a_local_request_without_room_is_noted_from_its_first_time_on(runtime: SimpleNamespace) -> None:
+    runtime.participant.num_pages, runtime.participant.num_instances = POOL // PAGE, 2
     runtime.participant.limits = DynCpConfig().split_limits(2, POOL // PAGE)
     req, outcome = local_request(64, 900), [AddReqResult.NO_TOKEN]
     for step in (7, 9):
