@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.server import Server, ServerConfig, ServerPool, server_pool
+from testing.server import Server, ServerConfig, ServerPool, server_pool
 
 LOG_FOLDER = Path(__file__).resolve().parent.parent / "logs"
 

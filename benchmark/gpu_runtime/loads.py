@@ -9,10 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from benchmark.multi_gpu.servers import ROOT  # noqa: F401 - puts test/gpu on the path
 from benchmark.multi_gpu.streams import decode_window, stream
-
-from runtime_check import pinned, prompt  # isort: skip
+from testing.gpu.runtime_check import pinned, prompt
 
 T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 """Student's t for a two-sided 95 % interval, by number of samples."""

@@ -25,8 +25,7 @@ from benchmark.multi_gpu.servers import ROOT, GpuServer, ServerRefused, stop_all
 from benchmark.multi_gpu.settings import read_device_facts, set_environment
 from benchmark.serving.provenance import provenance
 from benchmark.simulate.workloads import chat
-
-from support.server import find_free_port, machine_lock  # isort: skip - found through benchmark.multi_gpu.servers
+from testing.server import find_free_port, machine_lock
 
 PAGE, GRAPH_SIZES = 64, (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 WARM_UP = [Arrival(0.0, 300, 40), Arrival(0.1, 9000, 40), Arrival(0.2, 70_000, 40), Arrival(0.3, 200, 40)]
@@ -45,7 +44,7 @@ def build_server(contender: Contender, args: argparse.Namespace) -> GpuServer:
         flags = ("--page-size", "16", "--stream-interval", "4", *contender.flags)
         flags = tuple("torch_native" if flag == "fa3" else flag for flag in flags)
         flags += () if contender.dyncp else ("--no-enable-tp-lm-head-all-to-all",)
-        return GpuServer(contender.name, ROOT / "test/models/qwen3moe", args.gpus, args.pool, contender.dyncp, flags, device="cpu")
+        return GpuServer(contender.name, ROOT / "testing/models/qwen3moe", args.gpus, args.pool, contender.dyncp, flags, device="cpu")
     path = write_shape(args.model, args.layers, args.out / "models")
     flags = ("--context-length", str(LONGEST_CONTEXT), "--page-size", str(PAGE), "--load-format", "dummy", "--mem-fraction-static", "0.9")
     flags += ("--max-running-requests", str(GRAPH_SIZES[-1] * args.gpus), "--cuda-graph-max-bs-decode", str(GRAPH_SIZES[-1]))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from timing import Row, graph_microseconds
 
+from benchmark.kernels.timing import Row, graph_microseconds
 from sglang_dcp.dataflow.attention.flashinfer_graph import FlashInferDecode, FlashInferMLA
 from sglang_dcp.dataflow.attention.flashmla import FlashMLADecode
 

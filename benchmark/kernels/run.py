@@ -1,6 +1,6 @@
 """Measures the kernels on one Hopper GPU, prints one table and writes benchmark/results/kernels.json.
 
-Run from the repository's root: python benchmark/kernels/run.py [--output FILE] [--commit ID] [--without-attention]
+    PYTHONPATH=python:sgl-kernel-dcp/python python -m benchmark.kernels.run [--output FILE] [--commit ID] [--without-attention]
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,18 +38,15 @@ def main() -> None:
     parser.add_argument("--without-attention", action="store_true", help="leave out what needs FlashInfer and FlashMLA")
     arguments = parser.parse_args()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-    sys.path[:0] = [str(ROOT / "python"), str(ROOT / "sgl-kernel-dcp" / "python"), str(Path(__file__).parent)]
-    import exchange
-    import merge
-    import tables
-    import timing
     import torch
+
+    from benchmark.kernels import exchange, merge, tables, timing
 
     bandwidth = timing.copy_bandwidth()
     rows, keys = tables.measure()
     parts = [exchange.measure(bandwidth), merge.measure(bandwidth, with_flashinfer=not arguments.without_attention)]
     if not arguments.without_attention:
-        import attention
+        from benchmark.kernels import attention
 
         parts.append(attention.measure())
     for more_rows, more_keys in parts:
@@ -59,7 +55,7 @@ def main() -> None:
     timing.print_table(rows, bandwidth)
     bars = {name: {"bar": f"{bar[0]} {bar[1]}", "met": met(keys[name], bar)} for name, bar in BARS.items() if name in keys}
     result = {
-        "command": "python benchmark/kernels/run.py",
+        "command": "python -m benchmark.kernels.run",
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "commit": arguments.commit or commit_id(),

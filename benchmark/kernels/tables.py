@@ -6,7 +6,8 @@ import random
 
 import torch
 from sgl_kernel_dcp import RowLine, StepMessage, StepTables, TableShape
-from timing import Row, graph_microseconds
+
+from benchmark.kernels.timing import Row, graph_microseconds
 
 NUM_INSTANCES = 8
 NUM_ATTENTION_ROWS = 256

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmark.multi_gpu.settings import ROOT
 
-TOKENIZER = ROOT / "test" / "models" / "qwen3moe"
+TOKENIZER = ROOT / "testing" / "models" / "qwen3moe"
 LONGEST_CONTEXT = 1_100_000
 COMMON: dict[str, Any] = {
     # The test tokenizer's: one byte is one token, so that any output token has a text. The layers are what is measured.

@@ -20,10 +20,9 @@ from benchmark.multi_gpu.report import FAILURES
 from benchmark.multi_gpu.servers import GpuServer, ServerRefused, started, stock_flags
 from benchmark.multi_gpu.settings import PartFailed, Settings, Skipped
 from benchmark.multi_gpu.streams import stream
-
-import random_models  # isort: skip - found through benchmark.multi_gpu.servers
-from runtime_cases import SIZES  # isort: skip
-from runtime_check import pinned, prompt  # isort: skip
+from testing.gpu import random_models
+from testing.gpu.runtime_cases import SIZES
+from testing.gpu.runtime_check import pinned, prompt
 
 PACKAGES = {"deep_ep": "sgl-deep-ep", "deep_gemm": "sgl-deep-gemm"}
 MODEL = "gqa_wide"

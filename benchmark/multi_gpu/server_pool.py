@@ -22,12 +22,11 @@ from benchmark.multi_gpu.servers import (
 )
 from benchmark.multi_gpu.settings import ROOT, Settings
 from sglang_dcp.observe.placement_log import LOG_VARIABLE
-
-import random_models  # isort: skip - found through benchmark.multi_gpu.servers
-from gpu_servers import port_range  # isort: skip
-from runtime_cases import SIZES  # isort: skip
-from runtime_check import pinned, prompt, step_counts  # isort: skip
-from support.server import find_free_port, machine_lock  # isort: skip
+from testing.gpu import random_models
+from testing.gpu.runtime_cases import SIZES
+from testing.gpu.runtime_check import pinned, prompt, step_counts
+from testing.gpu.servers import port_range
+from testing.server import find_free_port, machine_lock
 
 STOCK, SYNTHETIC, DYNCP = "stock", "dyncp_synthetic", "dyncp"
 """The servers with real layers: stock data parallelism; ours without prefill, for (d) and (e1); ours as users start it, for (e2)."""
@@ -47,7 +46,7 @@ def small_server(settings: Settings, model: str, *, dyncp: bool) -> GpuServer:
 
 def small_model(name: str, settings: Settings) -> Path:
     if settings.dry:
-        return ROOT / "test" / "models" / "qwen3moe"
+        return ROOT / "testing" / "models" / "qwen3moe"
     experts, key = max(4, settings.num_gpus), "num_experts" if name == "gqa" else "n_routed_experts"
     # At least one expert per instance, and still all of them for every token.
     random_models.MODELS[name] = random_models.MODELS[name] | {key: experts, "num_experts_per_tok": experts}

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from benchmark.multi_gpu.model_shapes import LONGEST_CONTEXT, model_flags, write_shape
 from benchmark.multi_gpu.settings import ROOT, Settings
-
-sys.path[:0] = [path for path in (str(ROOT / "test"), str(ROOT / "test" / "gpu")) if path not in sys.path]
-
-from gpu_servers import GpuServer, start_all, stop_all, wait_ready  # noqa: E402
-
-from support.server import machine_lock  # noqa: E402
+from testing.gpu.servers import GpuServer, start_all, stop_all, wait_ready
+from testing.server import machine_lock
 
 START_LIMIT_S = 400.0
 SYNTHETIC_VARIABLE = "SGLANG_DYNCP_BENCHMARK"
@@ -65,7 +60,7 @@ def layered_server(settings: Settings, name: str, *, dyncp: bool, pool: int) -> 
     given = ("--dyncp-cost-model", settings.cost_model) if settings.cost_model else ()
     common = given if dyncp else stock_flags(n)
     if settings.dry:
-        path = ROOT / "test" / "models" / "qwen3moe"
+        path = ROOT / "testing" / "models" / "qwen3moe"
         return GpuServer(name, path, n, pool, dyncp, common, device="cpu")
     path = write_shape(settings.model, settings.num_layers, settings.work / "models")
     sizes = ("--context-length", str(LONGEST_CONTEXT), "--page-size", "64", "--chunked-prefill-size", str(8192 * n))

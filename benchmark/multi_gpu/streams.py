@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from support.client import Client
+from testing.client import Client
 
 PREFIX = b"data: {"
 

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmark.serving.provenance import provenance
+from testing.client import Client
+from testing.dyncp_grid import INSTANCES, grid_server
+from testing.recall import recall_prompt
+from testing.server import server_pool
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "test"))
-
-from support.client import Client  # noqa: E402
-from support.dyncp_grid import INSTANCES, grid_server  # noqa: E402
-from support.recall import recall_prompt  # noqa: E402
-from support.server import server_pool  # noqa: E402
 
 NUM_PROMPTS, LENGTH = 8, 3500
 

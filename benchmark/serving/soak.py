@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -23,12 +22,10 @@ from benchmark.serving.balance import Sampler
 from benchmark.serving.load import LoadRequest, Outcome, run_load, scaled_load
 from benchmark.serving.provenance import provenance
 from sglang_dcp.observe.placement_log import LOG_VARIABLE, PlacementLog
+from testing.dyncp_grid import CHECK, INSTANCES, POOL_TOKENS
+from testing.server import Server, ServerConfig, server_pool
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "test"))
-
-from support.dyncp_grid import CHECK, INSTANCES, POOL_TOKENS  # noqa: E402
-from support.server import Server, ServerConfig, server_pool  # noqa: E402
 
 
 @dataclass(frozen=True)

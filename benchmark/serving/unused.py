@@ -11,20 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmark.serving.provenance import provenance
+from testing.client import Client
+from testing.recall import random_ids
+from testing.server import ServerConfig, server_pool
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "test"))
-
-from support.client import Client  # noqa: E402
-from support.recall import random_ids  # noqa: E402
-from support.server import ServerConfig, server_pool  # noqa: E402
 
 INSTANCES, REQUESTS, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 2, 8, 64, 160, 6
 

@@ -1,18 +1,12 @@
-"""Paths of a checkout, and the two reasons for which a test here may be skipped."""
+"""The two reasons for which a test here may be skipped."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-for folder in (ROOT / "python", ROOT / "sgl-kernel-dcp" / "python", Path(__file__).parent):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
 # Instances are streams of one process here; each needs a hardware queue of its own, or one waits behind another.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 

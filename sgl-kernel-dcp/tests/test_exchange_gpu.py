@@ -6,11 +6,11 @@ import random
 
 import pytest
 import torch
-from device_group import NUM_ENTRIES, NUM_SLOTS, DeviceGroup, prepare_step
-from random_steps import PATTERNS, random_messages
 from sgl_kernel_dcp import PHASE_RECEIVE, PHASE_SEND, ExchangeShape, RowLine, StepMessage, TableShape, launch_together
 
 from sglang_dcp.dataflow.reference import route_tables
+from testing.kernels.device_group import NUM_ENTRIES, NUM_SLOTS, DeviceGroup, prepare_step
+from testing.kernels.random_steps import PATTERNS, random_messages
 
 pytestmark = pytest.mark.gpu
 

@@ -12,11 +12,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from random_steps import random_messages
 from sgl_kernel_dcp import ExchangeShape, RowLine, StepMessage, TableShape
 from sgl_kernel_dcp.build import build_library, source_files
 from sgl_kernel_dcp.shapes import MAX_INSTANCES, ExchangeShapeRecord, TableShapeRecord
 from sgl_kernel_dcp.tables import FROM_TOKEN_TABLE, ROUTE_TAIL_SHIFT, pack_message
+
+from testing.kernels.random_steps import random_messages
 
 SHAPES = [
     (TableShape(2, 1, 1, 1, 1, 1, 1), ExchangeShape(1, 8, 8, 8, 1)),

@@ -6,11 +6,11 @@ import random
 
 import pytest
 import torch
-from random_steps import PATTERNS, random_routes, without_lone_rows
 from sgl_kernel_dcp import StepMessage, TableShape
 
 from sglang_dcp.dataflow.merge import merge_partial_states
 from sglang_dcp.dataflow.reference import route_tables, sharded_attention
+from testing.kernels.random_steps import PATTERNS, random_routes, without_lone_rows
 
 
 def brute_force(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

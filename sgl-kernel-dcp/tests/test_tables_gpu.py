@@ -6,11 +6,11 @@ import random
 
 import pytest
 import torch
-from random_steps import PATTERNS, random_messages, without_lone_rows
 from sgl_kernel_dcp import RowLine, StepMessage, StepTables, TableShape
 from sgl_kernel_dcp.tables import FROM_TOKEN_TABLE
 
 from sglang_dcp.dataflow.reference import route_tables
+from testing.kernels.random_steps import PATTERNS, random_messages, without_lone_rows
 
 pytestmark = pytest.mark.gpu
 POISON = -77

@@ -1,4 +1,4 @@
-"""Real SGLang on a Hopper GPU against stock SGLang with one large pool. test/gpu/runtime_check.py says what is compared.
+"""Real SGLang on a Hopper GPU against stock SGLang with one large pool. testing/gpu/runtime_check.py says what is compared.
 
 One run of it serves all cases that were asked for, in three waves; each case is a test. $DYNCP_GPU_LOGS keeps logs and report,
 $DYNCP_GPU_SECONDS bounds the run.
@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 
+from testing.gpu.runtime_check import case_holds
+
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("no Hopper GPU on this machine", allow_module_level=True)
 
-HERE = Path(__file__).parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 WAVES = (("gqa", "mla", "gqa_gloo"), ("gqa4", "mla4"), ("gqa_f32", "mla_flashmla"))
 CASES = [case for wave in WAVES for case in wave]
 
@@ -35,8 +37,9 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     limit = float(os.environ.get("DYNCP_GPU_SECONDS", "900"))
     # The kernels' own tests set it for instances that share a process.
     environment = {key: value for key, value in os.environ.items() if key != "CUDA_DEVICE_MAX_CONNECTIONS"}
-    command = [sys.executable, str(HERE / "runtime_check.py"), str(out), "--limit", str(limit), "--only", only]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, timeout=limit + 60)
+    command = [sys.executable, "-m", "testing.gpu.runtime_check", str(out), "--limit", str(limit), "--only", only]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, **pipes, env=environment, cwd=REPOSITORY, timeout=limit + 60)
     path = out / "runtime_check.json"
     printed = f"{done.stdout[-4000:]}\nlogs: {out}"
     return json.loads(path.read_text()) if path.is_file() else {"checks": {}}, printed
@@ -45,9 +48,6 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("case", CASES)
 def test_equal_to_stock(case: str, report: tuple[dict[str, Any], str]) -> None:
-    sys.path[:0] = [path for path in (str(HERE), str(HERE.parent)) if path not in sys.path]
-    from runtime_check import case_holds
-
     found, printed = report
     result = found["checks"].get(case, {"stages": {}})
     for name, stage in result["stages"].items():

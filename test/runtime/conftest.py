@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from support.recall import MODEL_NAMES
-from support.server import Server, ServerConfig
-from support.stock_answers import StockAnswers
+from testing.recall import MODEL_NAMES
+from testing.server import Server, ServerConfig
+from testing.stock_answers import StockAnswers
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from support.client import VOCABULARY_SIZE, Answer, Client, RequestFailed
-from support.metrics import parse_metrics
-from support.recall import random_ids, recall_prompt
-from support.server import Server, ServerConfig
+from testing.client import VOCABULARY_SIZE, Answer, Client, RequestFailed
+from testing.metrics import parse_metrics
+from testing.recall import random_ids, recall_prompt
+from testing.server import Server, ServerConfig
 
 Serve = Callable[[ServerConfig], Server]
 

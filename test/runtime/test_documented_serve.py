@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from support.documentation import serve_lines
-from support.recall import model_path
-from support.server import ServerConfig
+from testing.documentation import serve_lines
+from testing.recall import model_path
+from testing.server import ServerConfig
 
 
 @dataclass(frozen=True)

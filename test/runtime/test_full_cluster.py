@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from support.client import Client, RequestFailed
-from support.recall import random_ids
-from support.server import Server, ServerConfig
+from testing.client import Client, RequestFailed
+from testing.recall import random_ids
+from testing.server import Server, ServerConfig
 
 NUM_REQUESTS = 12
 CONFIG = ServerConfig(

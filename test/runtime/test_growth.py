@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from support.comparison import first_tie
-from support.dyncp_grid import GROWING, small_pool_server
-from support.recall import model_path, recall_prompt
-from support.stock_answers import FOREVER
+from testing.comparison import first_tie
+from testing.dyncp_grid import GROWING, small_pool_server
+from testing.recall import model_path, recall_prompt
+from testing.stock_answers import FOREVER
 
 POOL = 256
 SERVER = small_pool_server(POOL)

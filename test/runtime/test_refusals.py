@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from support.recall import model_path
-from support.server import ServerConfig, ServerPool, ServerStartError, start_server
+from testing.recall import model_path
+from testing.server import ServerConfig, ServerPool, ServerStartError, start_server
 
 CONFIG = ServerConfig("qwen3moe", 2, pool_tokens=1024, page_size=16, chunk_tokens=256, dyncp=True)
 

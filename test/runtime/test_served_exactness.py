@@ -4,11 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from support.client import Answer
-from support.comparison import compare
-from support.dyncp_grid import GRID, PROMPTS, grid_server
-from support.recall import MODEL_NAMES, encode
-from support.transformers_reference import load_reference, score
+from testing.client import Answer
+from testing.comparison import compare
+from testing.dyncp_grid import GRID, PROMPTS, grid_server
+from testing.recall import MODEL_NAMES, encode
+from testing.transformers_reference import load_reference, score
 
 NUM_AT_ONCE = 8
 MOST_SKIPPED = 0.01

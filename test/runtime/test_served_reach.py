@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from support.client import Client
-from support.dyncp_grid import INSTANCES, POOL_TOKENS, grid_server
-from support.recall import MODEL_NAMES, depth_at, random_ids, recall_prompt
-from support.stock_answers import FOREVER
+from testing.client import Client
+from testing.dyncp_grid import INSTANCES, POOL_TOKENS, grid_server
+from testing.recall import MODEL_NAMES, depth_at, random_ids, recall_prompt
+from testing.stock_answers import FOREVER
 
 LENGTH = 3500
 NUM_LONG, NUM_SHORT = 20, 8

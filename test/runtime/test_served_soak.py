@@ -4,8 +4,8 @@ import pytest
 
 from benchmark.serving.load import scaled_load
 from benchmark.serving.soak import soak
-from support.dyncp_grid import grid_server
-from support.recall import MODEL_NAMES
+from testing.dyncp_grid import grid_server
+from testing.recall import MODEL_NAMES
 
 
 @pytest.mark.timeout(900)

@@ -15,13 +15,13 @@ import pytest
 
 from sglang_dcp.cpu.hooks import CPU_HOOKS
 from sglang_dcp.upstream.attach.hooks import FLAGS_HOOKS
-from support.client import Answer, Client, RequestFailed
-from support.dyncp_grid import stock_server
-from support.hook_report import read_hook_reports, reporting_hooks
-from support.recall import EOS, MODEL_NAMES, encode, random_ids, recall_prompt
-from support.server import Server, ServerConfig
-from support.stock_answers import StockAnswers
-from support.transformers_reference import generate_greedily, load_reference, score
+from testing.client import Answer, Client, RequestFailed
+from testing.dyncp_grid import stock_server
+from testing.hook_report import read_hook_reports, reporting_hooks
+from testing.recall import EOS, MODEL_NAMES, encode, random_ids, recall_prompt
+from testing.server import Server, ServerConfig
+from testing.stock_answers import StockAnswers
+from testing.transformers_reference import generate_greedily, load_reference, score
 
 Serve = Callable[[ServerConfig], Server]
 

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from support.client import RequestFailed
-from support.recall import random_ids
-from support.server import Server, ServerConfig
+from testing.client import RequestFailed
+from testing.recall import random_ids
+from testing.server import Server, ServerConfig
 
 ENVIRONMENT = (("SGLANG_DYNCP_BENCHMARK", "1"), ("SGLANG_DYNCP_CHECK_EVERY_STEP", "1"))
 CONFIG = ServerConfig("qwen3moe", 2, pool_tokens=1024, chunk_tokens=256, dyncp=True, environment=ENVIRONMENT)

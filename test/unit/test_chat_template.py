@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from testing.recall import MODELS
+
 transformers = pytest.importorskip("transformers")
 
-MODELS = Path(__file__).resolve().parents[1] / "models"
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
 RENDERED = "system: Be brief.\nuser: hello\n"
 

@@ -14,8 +14,8 @@ from sglang_dcp.dataflow.attention_step import attention_step
 from sglang_dcp.dataflow.contracts import NewKV, StepPlan
 from sglang_dcp.dataflow.reference import partial_attention
 from sglang_dcp.dataflow.step_rows import StepRows
-from test.support.protocol_model import ModelRequest, ModelScheduler, ProtocolModel
 from test.unit.dataflow.cluster import PoolCache, ThreadTransport
+from testing.protocol_model import ModelRequest, ModelScheduler, ProtocolModel
 
 HEADS = 4
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -133,7 +135,9 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def test_no_two_modules_import_each_other_in_a_circle() -> None:
-    modules = module_names(PACKAGE, "sglang_dcp") | module_names(REPOSITORY / "benchmark", "benchmark")
+    modules = module_names(PACKAGE, "sglang_dcp")
+    for folder in ("benchmark", "testing"):
+        modules |= module_names(REPOSITORY / folder, folder)
     graph = {name: imports_of(ast.parse(path.read_text()), modules) - {name} for name, path in modules.items()}
     assert len(graph) > 150
     assert circles(graph) == []
@@ -144,3 +148,56 @@ def test_circles_are_found() -> None:
     assert circles(graph) == [["a", "b", "c"]]
     tree = ast.parse("if TYPE_CHECKING:\n    from x.b import name\ndef f():\n    from x import c")
     assert imports_of(tree, {"x.b", "x.c", "x.d"}) == {"x.b", "x.c"}
+
+
+# ---- what a checkout imports, and what is installed of it
+
+
+def path_edits(tree: ast.AST) -> list[int]:
+    """Lines that change sys.path: calls of its methods, `site.addsitedir`, assignments to it or to a part of it."""
+    found = []
+    for node in ast.walk(tree):
+        targets = []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            is_read = node.func.attr in ("index", "count", "copy")
+            targets = [node.func] if node.func.attr == "addsitedir" else [] if is_read else [node.func.value]
+        elif isinstance(node, ast.Assign | ast.Delete):
+            targets = node.targets
+        elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+            targets = [node.target]
+        for target in targets:
+            while isinstance(target, ast.Subscript | ast.Starred):
+                target = target.value
+            if ast.unparse(target) in ("sys.path", "site.addsitedir"):
+                found.append(node.lineno)
+    return found
+
+
+def test_nothing_edits_the_path_of_modules() -> None:
+    """The root is on it: by pytest's `pythonpath`, by `python -m` from the root, by scripts/as_module.py for what is started as a file."""
+    folders = ("python", "test", "testing", "benchmark", "scripts", "sgl-kernel-dcp")
+    sources = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")]
+    assert len(sources) > 400
+    edits = {path.relative_to(REPOSITORY).as_posix(): path_edits(ast.parse(path.read_text())) for path in sources}
+    assert {path: lines for path, lines in edits.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["sys.path.insert(0, 'x')", "sys.path[:0] = ['x']", "sys.path += ['x']", "sys.path = []", "del sys.path[0]", "site.addsitedir('x')"],
+)
+def test_path_edits_are_found(source: str) -> None:
+    assert path_edits(ast.parse(source)) == [1]
+    assert path_edits(ast.parse("for folder in sys.path: print(folder)\nsys.path.index('x')")) == []
+
+
+@pytest.mark.parametrize(("project", "package"), [(".", "sglang_dcp"), ("sgl-kernel-dcp", "sgl_kernel_dcp")])
+def test_what_is_installed_is_the_package_alone(project: str, package: str, tmp_path: Path) -> None:
+    """Built as a wheel is: no test, no prompt, no client, no test model."""
+    command = [sys.executable, "-c", "import setuptools; setuptools.setup()", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    command += ["build", "--build-base", str(tmp_path / "base"), "--build-lib", str(tmp_path / "lib")]
+    subprocess.run(command, cwd=REPOSITORY / project, check=True, capture_output=True, timeout=120)
+    files = {path.relative_to(tmp_path / "lib").as_posix() for path in (tmp_path / "lib").rglob("*") if path.is_file()}
+    assert f"{package}/__init__.py" in files
+    assert [name for name in files if not name.startswith(f"{package}/")] == []
+    assert [name for name in files if re.search(r"(^|/)(tests?|testing|conftest)[/.]|/test_", name)] == []

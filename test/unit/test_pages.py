@@ -20,7 +20,7 @@ MOST_WORDS = 10_000
 
 NUMBER = re.compile(r"(?<![\w.,-])\d+(?:[.,]\d+)*(?![\w-])")
 VERSION = re.compile(r"\b\d+\.\d+\.\d+\b|arXiv \S+")
-REPOSITORY_FOLDERS = ("python", "test", "docs", "scripts", "benchmark", "sgl-kernel-dcp")
+REPOSITORY_FOLDERS = ("python", "test", "testing", "docs", "scripts", "benchmark", "sgl-kernel-dcp")
 
 
 def paragraphs(text: str) -> Iterator[str]:

@@ -9,11 +9,11 @@ import time
 import psutil
 import pytest
 
-from support.client import Client, RequestFailed, checked_ids
-from support.metrics import Sample, format_loads, parse_metrics
-from support.processes import end_process_tree
-from support.recall import VOCABULARY_SIZE, depth_at, encode, recall_prompt
-from support.server import ServerConfig, ServerStartError, clean_environment, find_free_port, start_server
+from testing.client import Client, RequestFailed, checked_ids
+from testing.metrics import Sample, format_loads, parse_metrics
+from testing.processes import end_process_tree
+from testing.recall import VOCABULARY_SIZE, depth_at, encode, recall_prompt
+from testing.server import ServerConfig, ServerStartError, clean_environment, find_free_port, start_server
 
 
 @pytest.mark.parametrize("position", [2, 100, 1023, 1024, 1025, 3400])
@@ -39,7 +39,7 @@ def test_scattered_keys_are_scattered() -> None:
 def test_encoding_equals_the_tokenizer() -> None:
     from tokenizers import Tokenizer
 
-    from support.recall import model_path
+    from testing.recall import model_path
 
     text = recall_prompt(400, 0.5, seed=3).text
     for name in ("qwen3moe", "deepseek_v2"):
@@ -107,7 +107,7 @@ def test_the_whole_tree_ends_also_what_ignores_sigterm() -> None:
 
 
 def test_error_events_of_a_stream_are_raised() -> None:
-    from support.client import Stream
+    from testing.client import Stream
 
     stream = Stream(connection=None, response=[b'data: {"error": {"code": 503, "message": "full"}}\n'])
     with pytest.raises(RequestFailed, match="HTTP 503: full"):

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from support.client import Client, RequestFailed
-from support.metrics import parse_metrics
-from support.recall import EOS, model_path, random_ids, recall_prompt
+from testing.client import Client, RequestFailed
+from testing.metrics import parse_metrics
+from testing.recall import EOS, model_path, random_ids, recall_prompt
 
 PROMPT = recall_prompt(96, 0.3, seed=5).text
 OTHER = recall_prompt(128, 0.6, seed=6).text

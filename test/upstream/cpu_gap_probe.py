@@ -70,7 +70,7 @@ def kv_heads_of_two_on_four_ranks():
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
 
-    source = Path(__file__).resolve().parent.parent / "models" / "qwen3moe" / "config.json"
+    source = Path(__file__).resolve().parents[2] / "testing" / "models" / "qwen3moe" / "config.json"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(json.loads(source.read_text()) | {"num_key_value_heads": 2}))
         return adjust_config_with_unaligned_cpu_tp(ModelConfig(folder), LoadConfig(), 4).num_key_value_heads

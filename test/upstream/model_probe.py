@@ -15,13 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from upstream.model_cases import CASES, ModelCase
+from model_cases import CASES, ModelCase
 
 PROMPT_TOKENS, DECODE_STEPS = 23, 3
-TOKENIZER = Path(__file__).resolve().parents[1] / "models" / "qwen3moe"
+TOKENIZER = Path(__file__).resolve().parents[2] / "testing" / "models" / "qwen3moe"
 WEIGHT_RANGE = 0.3
 """Dummy weights are of this size, instead of SGLang's 0.001: attention shall differ from a plain mean of the values."""
 

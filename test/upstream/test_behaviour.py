@@ -19,8 +19,8 @@ import pytest
 import yaml
 from upstream.behaviour_checks import CHECKS, PROMPT
 
-from support.client import RequestFailed
-from support.server import Server, ServerConfig
+from testing.client import RequestFailed
+from testing.server import Server, ServerConfig
 
 HERE = Path(__file__).parent
 ENTRIES: list[dict[str, Any]] = yaml.safe_load((HERE / "behaviour.yaml").read_text())

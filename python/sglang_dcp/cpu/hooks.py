@@ -1,7 +1,7 @@
 """What SGLang 0.5.23 lacks on a CPU, as data. The set `cpu` is installed on a CPU device only; stock serving there has it alone.
 
 Not here, because it cannot be a hook: the sgl_kernel stand-in and the two environment variables (environment.py), needed before
-Python imports SGLang; and kv heads that must be divisible by the number of instances (README of test/models).
+Python imports SGLang; and kv heads that must be divisible by the number of instances (README of testing/models).
 """
 
 from __future__ import annotations

@@ -12,17 +12,14 @@ from typing import Any
 
 import pytest
 
-from benchmark.multi_gpu.servers import GpuServer  # puts test/gpu on the path
-
-import random_models  # isort: skip
-import runtime_check  # isort: skip
-from runtime_cases import BOUNDS, COST_MODEL, FLOAT32_BOUNDS, Case, build_servers, within_bounds  # isort: skip
-from support.client import Answer, Token  # isort: skip
-
 from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.types import InstanceLoad
 from sglang_dcp.upstream.router.placement_request import describe_request
+from testing.client import Answer, Token
+from testing.gpu import random_models, runtime_check
+from testing.gpu.runtime_cases import BOUNDS, COST_MODEL, FLOAT32_BOUNDS, Case, build_servers, within_bounds
+from testing.gpu.servers import GpuServer
 
 CASES = ("gqa", "gqa_nccl", "mla", "gqa4", "mla4", "gqa_f32")
 DEVICES = ("cuda", "cpu")

@@ -16,7 +16,7 @@ from benchmark.multi_gpu.server_pool import DYNCP, STOCK, SYNTHETIC, ServerPool
 from benchmark.multi_gpu.settings import Settings
 from benchmark.multi_gpu.streams import Streamed
 from benchmark.multi_gpu.table import format_report
-from support.client import Answer, Token
+from testing.client import Answer, Token
 
 HEAD = {"command": "x", "commit": "y", "machine": "2 x NVIDIA H100", "num_gpus": 2, "dry": False}
 MODULES = {"b": part_tokens, "d": part_step_time, "e": part_serving, "f": predictions}

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from sglang_dcp.upstream.step.elsewhere import PATIENCE_STEPS
-from test.support.protocol_model import ModelRequest, ProtocolModel, random_walk
+from testing.protocol_model import ModelRequest, ProtocolModel, random_walk
 
 PAGES, PAGE = 16, 4
 SOON = PATIENCE_STEPS + 6

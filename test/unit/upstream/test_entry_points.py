@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from sglang_dcp.cpu.environment import count_cuda_devices, cpu_additions
-from support.recall import model_path
-from support.server import clean_environment
+from testing.recall import model_path
+from testing.server import clean_environment
 
 ENTRY_POINTS = {
     "python -m sglang.launch_server": ["-m", "sglang.launch_server"],

@@ -20,8 +20,8 @@ from sglang_dcp.upstream.attach.settings import (
     find_refusal,
 )
 from sglang_dcp.upstream.attach.widths import GIVEN, SettingError, complete_widths, note_given_widths
-from support.documentation import serve_lines
-from support.recall import model_path
+from testing.documentation import serve_lines
+from testing.recall import model_path
 
 WORKING: dict[str, Any] = {
     "device": "cpu",

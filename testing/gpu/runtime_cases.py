@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpu_servers import GpuServer
+from testing.gpu.servers import GpuServer
 
 CASE_NAME = re.compile(r"(gqa|mla)(4?)(?:_(nccl|gloo|f32|flashmla))?")
 PAGE_SIZE, FLASH_MLA_PAGE_SIZE = 16, 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCHERS = ("sglang-dcp serve", "sglang serve", "python -m sglang.launch_server")
 FURTHER_FLAGS = re.compile(r"\s*\[[^\]]*\]\s*$")
 

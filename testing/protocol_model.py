@@ -25,7 +25,7 @@ from sglang_dcp.upstream.step.retraction import place_again
 from sglang_dcp.upstream.step.runtime import Runtime, cluster_of
 from sglang_dcp.upstream.step.sitting_out import find_leavers, has_room
 from sglang_dcp.upstream.step.sync import free_pages
-from test.support.limit_checks import LimitChecks
+from testing.limit_checks import LimitChecks
 
 
 class FakePool:

@@ -6,7 +6,7 @@ import re
 import threading
 from dataclasses import dataclass
 
-from support.client import Client, RequestFailed
+from testing.client import Client, RequestFailed
 
 PREFIX = "sglang:dyncp_"
 _SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})?\s+(?P<value>\S+)$")

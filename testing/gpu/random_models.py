@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-TOKENIZER_FOLDER = Path(__file__).resolve().parents[1] / "models" / "qwen3moe"
+from testing.recall import MODELS
+
+TOKENIZER_FOLDER = MODELS / "qwen3moe"
 COMMON: dict[str, Any] = {
     "vocab_size": 320,
     "max_position_embeddings": 16384,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from support.recall import VOCABULARY_SIZE
+from testing.recall import VOCABULARY_SIZE
 
 
 class RequestFailed(RuntimeError):

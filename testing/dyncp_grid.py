@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from support.recall import RecallPrompt, recall_prompt
-from support.server import ServerConfig
+from testing.recall import RecallPrompt, recall_prompt
+from testing.server import ServerConfig
 
 POOL_TOKENS = 1024
 INSTANCES = 4

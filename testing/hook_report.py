@@ -6,8 +6,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from support.hook_probe.dyncp_hook_probe import FOLDER_VARIABLE
-from support.server import ServerConfig
+from testing.hook_probe.dyncp_hook_probe import FOLDER_VARIABLE
+from testing.server import ServerConfig
 
 _PLUGIN_FOLDER = Path(__file__).parent / "hook_probe"
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from support.client import Client
-from support.processes import creation_time, end_process_tree
-from support.recall import model_path
+from testing.client import Client
+from testing.processes import creation_time, end_process_tree
+from testing.recall import model_path
 
 START_LIMIT_S = 480.0
 """A process of SGLang imports for 20 s of CPU time, and four instances are seven processes: 70 s on two idle cores, more on busy ones."""
@@ -37,7 +37,7 @@ class ServerStartError(RuntimeError):
 class ServerConfig:
     """What a test asks for. Equal configurations share one server.
 
-    model: a name of support.recall.MODEL_NAMES. pool_tokens: KV pool of each instance. chunk_tokens: most prefill tokens of one instance in
+    model: a name of testing.recall.MODEL_NAMES. pool_tokens: KV pool of each instance. chunk_tokens: most prefill tokens of one instance in
     one step (SGLang's flag counts all instances). flags: further flags, as they stand on the command line.
     dyncp=False is *stock*: the hook sets `flags` and `cpu` alone.
     """

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from models import train_recall
-from support.recall import EOS, model_path
+from testing.models import train_recall
+from testing.recall import EOS, model_path
 
 
 def load_reference(name: str) -> Any:

@@ -7,10 +7,10 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import train_recall
-from models.train_recall import make_prompt
+from testing.models import train_recall
+from testing.models.train_recall import make_prompt
 
-MODELS = Path(__file__).resolve().parent.parent / "models"
+MODELS = Path(__file__).resolve().parent / "models"
 MODEL_NAMES = ("qwen3moe", "deepseek_v2")
 VOCABULARY_SIZE = 320
 EOS = train_recall.EOS
@@ -43,7 +43,7 @@ def model_path(name: str) -> str:
 
 
 def recall_prompt(length: int, depth: float, seed: int, *, scatter: bool = False, keys: int = 1) -> RecallPrompt:
-    """The prompt that belongs to these arguments; see README of test/models for what each model can be asked."""
+    """The prompt that belongs to these arguments; see README of testing/models for what each model can be asked."""
     text, answer = make_prompt(length, depth, random.Random(seed), scatter=scatter, keys=keys)
     return RecallPrompt(text, answer, depth)
 

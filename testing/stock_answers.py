@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from support.client import Answer, Client
-from support.dyncp_grid import GROWING, PROMPTS, stock_server
-from support.server import Server, ServerConfig
+from testing.client import Answer, Client
+from testing.dyncp_grid import GROWING, PROMPTS, stock_server
+from testing.server import Server, ServerConfig
 
 FOREVER = {"ignore_eos": True}
 

@@ -1,6 +1,6 @@
 """Real SGLang on a GPU with --enable-dyncp, against stock SGLang with one large pool: log-probabilities, growth, graphs, a short soak.
 
-usage: python test/gpu/runtime_check.py OUT_DIR [--limit SECONDS] [--only gqa,mla/gqa4,mla4/gqa_f32] [--device cpu]
+usage: python -m testing.gpu.runtime_check OUT_DIR [--limit SECONDS] [--only gqa,mla/gqa4,mla4/gqa_f32] [--device cpu]
 Writes OUT_DIR/runtime_check.json after every stage, and one log per server. Exit code 0 when every stage of every case held.
 
 bfloat16 is no exact arithmetic, so each sharded answer is compared twice: with stock, and with how far the *same* server is from stock
@@ -28,14 +28,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "test"), str(ROOT / "test" / "gpu")]
-
-from gpu_servers import GpuServer, start_all, stop_all, wait_ready  # noqa: E402
-from random_models import write_model  # noqa: E402
-from runtime_cases import BOUNDS, Case, build_servers, within_bounds  # noqa: E402
-
-from support.client import Answer  # noqa: E402
+from testing.client import Answer
+from testing.gpu.random_models import write_model
+from testing.gpu.runtime_cases import BOUNDS, Case, build_servers, within_bounds
+from testing.gpu.servers import GpuServer, start_all, stop_all, wait_ready
+from testing.recall import MODELS
 
 LARGEST_SHARE = 1.6
 """Most time of a wave, in even shares of what is left."""
@@ -261,7 +258,7 @@ def write_models(cases: Sequence[Case], device: str) -> dict[str, Path]:
     """The model of each case, by case.stock_name."""
     if device == "cpu":
         folders = {"gqa": "qwen3moe", "mla": "deepseek_v2"}
-        return {case.stock_name: ROOT / "test" / "models" / folders[case.model] for case in cases}
+        return {case.stock_name: MODELS / folders[case.model] for case in cases}
     folder = Path(tempfile.mkdtemp(prefix="dyncp_models_"))
     written: dict[tuple[str, int | None], Path] = {}
     for case in cases:

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support.client import Client
-from support.processes import end_process_tree
-from support.server import find_free_port
+from testing.client import Client
+from testing.processes import end_process_tree
+from testing.server import find_free_port
 
 HERE = Path(__file__).resolve().parent
 READY = "fired up and ready"

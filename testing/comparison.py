@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from support.client import Answer, Token
+from testing.client import Answer, Token
 
 TIE_GAP = 1e-3
 """Where stock's best two tokens are closer than this, greedy decoding may go either way: output is compared up to there."""

@@ -1,0 +1,1 @@
+"""Measures the CUDA kernels, one module per kind."""

@@ -1,1 +1,0 @@
-"""What the tests share: servers, a client, prompts and the transformers reference. Imported as `support`."""

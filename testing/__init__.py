@@ -1,0 +1,1 @@
+"""What tests and benchmarks share, never installed: servers, a client, prompts and the transformers reference."""

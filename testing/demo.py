@@ -1,0 +1,121 @@
+"""`make demo`: four instances of a tiny model with 1,024-token pools serve a 3,500-token prompt, on the CPU.
+
+Real SGLang, real HTTP, real processes. Short requests run beside the long one; at the end the answer, the load of every instance
+while the long request ran, and where that request lived. Exit code 0 if every answer is right.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from testing.client import Client
+from testing.metrics import LoadSampler, format_loads
+from testing.recall import RecallPrompt, recall_prompt
+from testing.server import Server, ServerConfig, running_server
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+INSTANCES = 4
+POOL_TOKENS = 1024
+LONG_PROMPT = 3500
+SHORT_REQUESTS = 8
+TIME_LIMIT_S = 240.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One request's end. `text` is what the client saw."""
+
+    prompt: RecallPrompt
+    request_id: str
+    text: str
+    seconds: float
+
+    @property
+    def is_right(self) -> bool:
+        return self.text == self.prompt.answer
+
+
+def main() -> int:
+    started = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
+    config = ServerConfig(
+        "qwen3moe", INSTANCES, pool_tokens=POOL_TOKENS, page_size=16, chunk_tokens=256, dyncp=True, flags=("--enable-metrics",)
+    )
+    print(f"Starting SGLang: {INSTANCES} instances, {POOL_TOKENS:,} KV tokens each. Log: logs/", flush=True)
+    with ExitStack() as stack:
+        with ticking("starting"):
+            server = stack.enter_context(running_server(config, REPOSITORY / "logs"))
+        print(f"Up after {server.start_s:.0f} s on port {server.port}.\n", flush=True)
+        is_right = show(server)
+    print(f"\nServer stopped. {time.monotonic() - started:.0f} s in all.")
+    return 0 if is_right else 1
+
+
+def show(server: Server) -> bool:
+    """Sends the load, prints what came of it, returns whether every answer is right."""
+    long_prompt = recall_prompt(LONG_PROMPT, 0.3, seed=11)
+    shorts = [recall_prompt(60 + 10 * i, 0.5, seed=100 + i) for i in range(SHORT_REQUESTS)]
+    print(f"Sending a prompt of {LONG_PROMPT:,} tokens with a pass key in it and {SHORT_REQUESTS} short ones (OpenAI endpoint, streaming).")
+    with LoadSampler(server.client) as sampler, ThreadPoolExecutor(SHORT_REQUESTS + 1) as executor:
+        long_future = executor.submit(ask, server.client, long_prompt)
+        short_futures = [executor.submit(ask, server.client, prompt) for prompt in shorts]
+        long_outcome = long_future.result(timeout=TIME_LIMIT_S)
+        short_outcomes = [future.result(timeout=TIME_LIMIT_S) for future in short_futures]
+    right = sum(outcome.is_right for outcome in short_outcomes)
+    verdict = "right" if long_outcome.is_right else f"WRONG, the key was {long_prompt.answer!r}"
+    print(f"\nLong prompt:   ...{long_prompt.text[-12:]!r} -> {long_outcome.text!r} after {long_outcome.seconds:.1f} s: {verdict}")
+    print(f"Short prompts: {right} of {SHORT_REQUESTS} right\n")
+    print("Instances while the long request ran:")
+    print(format_loads(sampler.fullest(), POOL_TOKENS))
+    print(f"\nsglang-dcp requests {long_outcome.request_id}")
+    shown = show_request(server, long_outcome.request_id)
+    return long_outcome.is_right and right == SHORT_REQUESTS and shown
+
+
+def ask(client: Client, prompt: RecallPrompt) -> Outcome:
+    """One streaming request on the OpenAI completions endpoint."""
+    started, text, request_id = time.monotonic(), "", ""
+    with client.complete_stream(prompt.text, max_tokens=8) as stream:
+        for event in stream.events():
+            request_id = event["id"]
+            text += "".join(choice["text"] for choice in event["choices"])
+    return Outcome(prompt, request_id, text, time.monotonic() - started)
+
+
+def show_request(server: Server, request_id: str) -> bool:
+    """Home, shards and degree, by the command that a user would type."""
+    command = [sys.executable, "-m", "sglang_dcp.cli.commands", "requests", request_id, "--port", str(server.port)]
+    return subprocess.run(command, check=False).returncode == 0
+
+
+@contextmanager
+def ticking(what: str) -> Iterator[None]:
+    """Prints the seconds every 10 s, so that nobody takes the wait for a hang."""
+    done = threading.Event()
+
+    def tick() -> None:
+        started = time.monotonic()
+        while not done.wait(10.0):
+            print(f"  {what}, {time.monotonic() - started:.0f} s (one to two minutes on 2 cores)", flush=True)
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

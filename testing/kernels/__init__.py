@@ -1,0 +1,1 @@
+"""Random steps for the CUDA kernels, and instances that share a process."""

@@ -1,0 +1,1 @@
+"""Two tiny trained models, their tokenizers, and the script that trained them."""
