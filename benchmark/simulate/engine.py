@@ -6,14 +6,14 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from benchmark.simulate.cluster import Cluster, SimulatedRequest
 from benchmark.simulate.moves import move_pages
 from benchmark.simulate.results import Recorder, SimulationResult
 from benchmark.simulate.settings import SimulationSettings
+from benchmark.simulate.shortage import order_of, promised_to_growth, tail_with_room, youngest_on
+from benchmark.simulate.step_time import decode_us, run_chunks
 from sglang_dcp.policy.cost_model import CostModel
-from sglang_dcp.policy.growth import Order, choose_victim, may_grow_on, next_tail, predicted_level
+from sglang_dcp.policy.growth import choose_victim
 from sglang_dcp.policy.types import CapacityError, PlacementPolicy, PlacementRequest
 
 
@@ -123,7 +123,7 @@ class Simulation:
             return
         free, max_running, pool_pages = self.cluster.free_pages, self.settings.max_running, self.cluster.pool_pages
         guest_room = self.cluster.guest_room
-        promised = self._promised_to_growth()
+        promised = promised_to_growth(self.stalled, self.limits)
         promised_guests = [0] * self.settings.num_instances
         blocked: set[int] = set()
         still = []
@@ -204,46 +204,12 @@ class Simulation:
             self._step_hook(self)
 
     def _step_seconds(self) -> float:
-        """The cost model's step_us on arrays; a test holds the two equal."""
-        cluster, cost = self.cluster, self.cost
-        level = cost.attention_us_per_token * cluster.kv_tokens + cost.attention_us_per_row * cluster.rows
-        level += cost.dispatch_us_per_request * cluster.batch
-        layer = cost.constant_layer_us
-        if cluster.num_routed:
-            rows = np.maximum(cluster.routed[0], cluster.routed[1])
-            layer += cost.exchange_fixed_us
-            if cluster.num_remote:
-                remote = np.maximum(cluster.routed[2], cluster.routed[3])
-                level += cost.exchange_us_per_row * (rows - np.minimum(rows, remote)) + cost.remote_exchange_us_per_row * remote
-                layer += cost.remote_exchange_fixed_us
-            else:
-                level += cost.exchange_us_per_row * rows
-        layer += float(level.max()) + cost.expert_us(self.num_running / self.settings.num_instances)
-        layer += cost.combine_us_per_request * float(cluster.batch.max())
-        microseconds = cost.num_layers * layer + cost.step_fixed_us
+        microseconds = decode_us(self.cluster, self.cost, self.num_running)
         if self._num_prefilling:
-            microseconds += self._prefill_chunks()
+            chunks_us, self._ended_prefill = run_chunks(self._prefilling, self.settings.chunk_tokens, self.cost)
+            self._num_prefilling -= len(self._ended_prefill)
+            microseconds += chunks_us
         return microseconds * 1e-6
-
-    def _prefill_chunks(self) -> float:
-        """One chunk on every home with a prompt waiting; the longest delays the step. Ended prompts decode from the next step on."""
-        longest = 0.0
-        for queue in self._prefilling:
-            budget, spent = self.settings.chunk_tokens, 0.0
-            while queue and budget > 0:
-                request = queue[0]
-                tokens = min(budget, request.prefill_left)
-                context = request.prompt + request.decoded - request.prefill_left + tokens / 2
-                spent += tokens * self.cost.prefill_us_per_token
-                spent += tokens * context * self.cost.prefill_attention_us_per_token_context / len(request.pages)
-                request.prefill_left -= tokens
-                budget -= tokens
-                if request.prefill_left == 0:
-                    queue.popleft()
-                    self._num_prefilling -= 1
-                    self._ended_prefill.append(request)
-            longest = max(longest, spent)
-        return longest
 
     def _finish(self, request: SimulatedRequest) -> None:
         cluster = self.cluster
@@ -279,10 +245,10 @@ class Simulation:
 
     def _retry_stalled(self) -> None:
         """In order; then whoever yields (policy/growth.py) starts over."""
-        retry, self.stalled = sorted(self.stalled, key=_order), []
+        retry, self.stalled = sorted(self.stalled, key=order_of), []
         for request in retry:
             self._resume(request)
-        stuck = {_order(request): request for request in self.stalled}
+        stuck = {order_of(request): request for request in self.stalled}
         victim = choose_victim(list(stuck), somebody_gets_on=bool(self.num_running or self._num_prefilling)) if stuck else None
         if victim is not None:
             self._retract(stuck[victim])
@@ -290,13 +256,13 @@ class Simulation:
     def _resume(self, request: SimulatedRequest) -> None:
         """Gives a request without room on its tail a page and puts it back; without one it stalls. Where nothing grows, SGLang retracts the
         youngest of the instance at once."""
-        rank = self._tail_with_room(request)
+        rank = tail_with_room(self.cluster, request, self.limits, self.cost, grows=self.settings.grows)
         if rank is None and not self.settings.grows:
             full = request.home if request.home in request.pages else request.tail
-            self._retract(self._youngest(full, request))
+            self._retract(youngest_on(self.cluster, full, request, self.stalled))
             if not request.pages:
                 return
-            rank = self._tail_with_room(request)
+            rank = tail_with_room(self.cluster, request, self.limits, self.cost, grows=self.settings.grows)
         if rank is None:
             self.stalled.append(request)
             self._changed = True
@@ -308,29 +274,6 @@ class Simulation:
         self.num_running += 1
         self.cluster.start_rows(request, self.step)
         self._schedule(request)
-
-    def _youngest(self, rank: int, asking: SimulatedRequest) -> SimulatedRequest:
-        """The youngest request on `rank` that decodes or has stalled (one in prefill keeps its pages): stock's victim."""
-        residents = self.cluster.residents[rank].values()
-        able = [other for other in residents if other.finish_step >= 0 or other is asking or other in self.stalled]
-        return max(able, key=_order, default=asking)
-
-    def _tail_with_room(self, request: SimulatedRequest) -> int | None:
-        cluster, size = self.cluster, self.settings.page_size
-        if not self.settings.grows:
-            return request.tail if cluster.free_pages[request.tail] > 0 else None
-        loads, free = cluster.loads, cluster.free_pages
-        levels = [predicted_level(self.cost, load.kv_capacity - free[load.rank] * size, load.home_requests) for load in loads]
-        pages, shards = sum(request.pages.values()) + 1, tuple(request.pages)
-        return next_tail(request.home, shards, pages, free, limits=self.limits, guest_room=cluster.guest_room, levels=levels)
-
-    def _promised_to_growth(self) -> list[int]:
-        """Pages that new requests leave to those that have stalled, per instance."""
-        promised = [0] * self.settings.num_instances
-        for request in self.stalled:
-            for rank in may_grow_on(request.home, tuple(request.pages), sum(request.pages.values()) + 1, self.limits):
-                promised[rank] += 1
-        return promised
 
     def _retract(self, victim: SimulatedRequest) -> None:
         """Frees the victim's pages; it comes back with its tokens as prompt once they are computed again."""
@@ -350,8 +293,3 @@ class Simulation:
             delay = (victim.prompt + victim.decoded) * self.cost.prefill_us_per_token * 1e-6
         victim.ready = self.clock + delay
         heapq.heappush(self._delayed, (victim.ready, victim.identity))
-
-
-def _order(request: SimulatedRequest) -> Order:
-    """Requests are numbered as they arrive."""
-    return request.identity, request.home, 0

@@ -22,7 +22,7 @@ from benchmark.serving.provenance import provenance
 from benchmark.simulate.cluster import Cluster, SimulatedRequest
 from sglang_dcp.policy.cost_model import CostModel, load_cost_model
 from sglang_dcp.policy.placement import make_policy
-from sglang_dcp.policy.split_limits import Layout, SplitLimits
+from sglang_dcp.policy.split_limits import Layout, SplitRule
 from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementPolicy, PlacementRequest
 
 
@@ -73,8 +73,8 @@ def replay(
     """
     if any(later.arrival < earlier.arrival for earlier, later in zip(observed, observed[1:], strict=False)):
         raise ValueError("observed requests must be in order of arrival")
-    pages = pool_tokens // page_size
-    cluster = Cluster(SplitLimits(pages, num_instances, pages, Layout(num_instances, instances_per_node)), page_size)
+    limits = SplitRule(num_instances).limits(pool_tokens // page_size, Layout(num_instances, instances_per_node))
+    cluster = Cluster(limits, page_size)
     present: list[tuple[float, SimulatedRequest]] = []
     differences = []
     for index, item in enumerate(observed):

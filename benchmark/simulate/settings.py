@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang_dcp.policy.split_limits import Layout, SplitLimits, guest_pages
+from sglang_dcp.policy.split_limits import Layout, SplitLimits, SplitRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,8 @@ class SimulationSettings:
 
     def limits(self) -> SplitLimits:
         """How a request may be split, for grants and growth."""
-        pages, count = self.pool_tokens // self.page_size, self.num_instances
-        layout = Layout(count, self.instances_per_node)
-        return SplitLimits(pages, min(self.max_degree, count), guest_pages(pages, self.max_guest_fraction), layout)
+        rule = SplitRule(min(self.max_degree, self.num_instances), self.max_guest_fraction)
+        return rule.limits(self.pool_tokens // self.page_size, Layout(self.num_instances, self.instances_per_node))
 
     def __post_init__(self) -> None:
         if self.prefill not in ("elsewhere", "same"):

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from benchmark.simulate.engine import Simulation, SimulationSettings
 from benchmark.simulate.results import SimulationResult
 from benchmark.simulate.workloads import Requests, Workload
+from sglang_dcp.policy.baselines import Local
 from sglang_dcp.policy.cost_model import CostModel, load_cost_model
-from sglang_dcp.policy.placement import Local, make_policy
+from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.types import CapacityError, InstanceLoad, Placement, PlacementPolicy, PlacementRequest
 
 SERVED = ("dual-balance", "length-buckets", "local-least-batch", "local-least-kv", "fixed-2", "fixed-4", "fixed-8")

@@ -12,7 +12,7 @@ from typing import Any
 
 from sglang_dcp.policy.cost_model import available_cost_models
 from sglang_dcp.policy.served_model import ServedModel
-from sglang_dcp.policy.split_limits import Layout, SplitLimits, guest_pages
+from sglang_dcp.policy.split_limits import Layout, SplitLimits, SplitRule
 
 POLICIES = ("dual-balance", "length-buckets", "fixed", "local")
 TRANSPORTS = ("auto", "gloo", "nccl", "peer")
@@ -82,7 +82,7 @@ class DynCpConfig:
     def split_limits(self, num_instances: int, pool_pages: int) -> SplitLimits:
         """How a request may be split over `num_instances` pools of `pool_pages` each; the same in every process."""
         max_degree = self.resolve(num_instances).max_degree or num_instances
-        return SplitLimits(pool_pages, max_degree, guest_pages(pool_pages, self.max_guest_fraction), self.layout(num_instances))
+        return SplitRule(max_degree, self.max_guest_fraction).limits(pool_pages, self.layout(num_instances))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

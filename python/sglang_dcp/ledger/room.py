@@ -15,43 +15,56 @@ class Room:
     def __init__(self, limits: SplitLimits, free: Sequence[int], guest_room: Sequence[int]) -> None:
         self.limits = limits
         self.free, self.guests = list(free), list(guest_room)
-        self._most: dict[range, int] = {}
+        self._for_guests: list[int] | None = None
+        self._richest: dict[range, list[int]] = {}
 
     def take(self, home: int, split: Sequence[tuple[int, int]]) -> None:
         for rank, pages in split:
             self.free[rank] -= pages
             if rank != home:
                 self.guests[rank] -= pages
-        self._most.clear()
+        self._for_guests = None
 
     def set_aside(self, pages: Sequence[int]) -> None:
         """Takes pages[r] of every instance, whoever gets them."""
-        self.free = [free - kept for free, kept in zip(self.free, pages, strict=True)]
-        self._most.clear()
+        if any(pages):
+            self.free = [free - kept for free, kept in zip(self.free, pages, strict=True)]
+            self._for_guests = None
 
     def split(self, home: int, ask: AskAdmission) -> Split | None:
         """The ask's own split where that has room; for a flexible one else any that has, None when none has. What asks for one instance
         moves whole or waits: in pieces it would cost an exchange in each of its steps."""
-        if all(pages <= (self.free[rank] if rank == home else self._for_guest(rank)) for rank, pages in ask.segments):
+        for_guests, at_home, pages, fits = self._room_for_guests(), max(0, self.free[home]), 0, True
+        for rank, count in ask.segments:
+            pages += count
+            fits = fits and count <= (at_home if rank == home else for_guests[rank])
+        if fits:
             return ask.segments
         if not ask.flexible:
             return None
-        pages = sum(count for _, count in ask.segments)
+        most_shards = len(ask.segments) if len(ask.segments) == 1 else self.limits.max_degree
         scope = self.limits.scope(home, pages)
-        if len(ask.segments) > 1 and pages > self._at_most(home, scope):
+        # Most that wait are refused by this alone: no split of a request of this home over these ranks holds more.
+        richest = self._most_for_guests(scope)
+        if pages > sum(richest[:most_shards]) + at_home - min(at_home, for_guests[home]):
             return None
-        room = [self.free[rank] if rank == home else self._for_guest(rank) for rank in range(len(self.free))]
-        if len(ask.segments) > 1:
+        room = list(for_guests)
+        room[home] = at_home
+        if most_shards > 1:
             return self.limits.split(home, pages, room)
         best = max(scope, key=lambda rank: (room[rank], rank == home, -rank))
         return ((best, pages),) if room[best] >= pages else None
 
-    def _for_guest(self, rank: int) -> int:
-        return max(0, min(self.free[rank], self.guests[rank]))
+    def _room_for_guests(self) -> list[int]:
+        """Pages that a new guest could take of every instance."""
+        if self._for_guests is None:
+            self._for_guests = [max(0, min(pair)) for pair in zip(self.free, self.guests, strict=True)]
+            self._richest.clear()
+        return self._for_guests
 
-    def _at_most(self, home: int, scope: range) -> int:
-        """No split of a request of `home` over these ranks holds more. Counted once for all asks until room is taken: most that wait are
-        refused by this alone."""
-        if scope not in self._most:
-            self._most[scope] = sum(sorted(map(self._for_guest, scope), reverse=True)[: self.limits.max_degree])
-        return self._most[scope] + max(0, self.free[home]) - min(max(0, self.free[home]), self._for_guest(home))
+    def _most_for_guests(self, scope: range) -> list[int]:
+        """The same of the ranks of a scope, most first. Ordered once for all asks until room is taken."""
+        if scope not in self._richest:
+            for_guests = self._room_for_guests()
+            self._richest[scope] = sorted([for_guests[rank] for rank in scope], reverse=True)
+        return self._richest[scope]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from sglang_dcp.policy.cost_model import CostModel
 from sglang_dcp.policy.split import build_placement, check_pins, check_request, free_pages, node_members, num_pages, water_fill
+from sglang_dcp.policy.split_limits import SplitRule
 from sglang_dcp.policy.types import CapacityError, InstanceLoad, Placement, PlacementRequest
 
 # Largest prompt (tokens) of each degree, from the authors' artifact evaluation (32 H200, groups of 8).
@@ -52,25 +53,26 @@ class FixedDegree:
 
     name = "fixed"
 
-    def __init__(self, degree: int) -> None:
-        if degree < 1:
-            raise ValueError(f"--dyncp-degree {degree} must be >= 1")
+    def __init__(self, degree: int, rule: SplitRule) -> None:
+        if not 1 <= degree <= rule.max_degree:
+            raise ValueError(f"--dyncp-degree {degree} is outside 1..{rule.max_degree} (--dyncp-max-degree)")
         self._degree = degree
+        self._rule = rule
 
     def place(self, request: PlacementRequest, loads: Sequence[InstanceLoad], page_size: int) -> Placement:
         """See PlacementPolicy."""
         degree = request.degree or self._degree
-        check_pins(request, len(loads), len(loads), page_size)
+        check_pins(request, len(loads), self._rule.max_degree, page_size)
         groups = [list(range(start, start + degree)) for start in range(0, len(loads) - degree + 1, degree)]
         if request.home is not None:
             groups = [group for group in groups if request.home in group] or [_group_around(request.home, degree, len(loads))]
-        largest = max(sum(loads[rank].kv_capacity // page_size for rank in group) for group in groups)
-        check_request(request, largest * page_size, f"a group of {degree}")
+        pages = max(reach_of(self._rule, request, loads, group, page_size) for group in groups)
+        check_request(request, pages * page_size, f"a group of {degree} (--dyncp-degree, --dyncp-max-guest-fraction)")
         group = min(
             groups, key=lambda group: (sum([loads[rank].home_requests for rank in group]), sum([loads[rank].kv_tokens for rank in group]))
         )
         home = request.home if request.home is not None else _smallest_batch(loads, group)
-        return spread_evenly(request, loads, home, group, page_size)
+        return spread_evenly(request, loads, home, group, page_size, self._rule)
 
 
 def _smallest_batch(loads: Sequence[InstanceLoad], ranks: Sequence[int]) -> int:
@@ -82,12 +84,22 @@ def _group_around(home: int, degree: int, num_instances: int) -> list[int]:
     return list(range(start, start + degree))
 
 
-def spread_evenly(request: PlacementRequest, loads: Sequence[InstanceLoad], home: int, group: Sequence[int], page_size: int) -> Placement:
-    """Equal pages on every member of `group`, bounded by the pools; the home is the tail."""
+def reach_of(rule: SplitRule, request: PlacementRequest, loads: Sequence[InstanceLoad], group: Sequence[int], page_size: int) -> int:
+    """Pages of one request that the group's pools hold, empty."""
+    home = None if request.home is None else list(group).index(request.home)
+    return rule.reach_pages([loads[rank].kv_capacity // page_size for rank in group], min(rule.max_degree, len(group)), home)
+
+
+def spread_evenly(
+    request: PlacementRequest, loads: Sequence[InstanceLoad], home: int, group: Sequence[int], page_size: int, rule: SplitRule
+) -> Placement:
+    """Equal pages on every member of `group`, bounded by the pools and what guests may take of them; the home is the tail, with a page of
+    headroom. CapacityError where they cannot hold the prompt so."""
     pages = num_pages(request.prompt_tokens, page_size)
+    pools = {rank: loads[rank].kv_capacity // page_size for rank in group}
+    rooms = {rank: pool - 1 if rank == home else rule.guest_pages(pool) for rank, pool in pools.items()}
     ranks = [home, *(rank for rank in group if rank != home)][:pages]
-    rooms = [loads[rank].kv_capacity // page_size for rank in ranks]
-    shares = water_fill([0.0] * len(ranks), rooms, pages, 1.0)
+    shares = water_fill([0.0] * len(ranks), [rooms[rank] for rank in ranks], pages, 1.0)
     return build_placement(home, home, dict(zip(ranks, shares, strict=True)), request.prompt_tokens, page_size)
 
 
@@ -100,48 +112,54 @@ class LengthBuckets:
 
     name = "length-buckets"
 
-    def __init__(self, buckets: Sequence[tuple[int, int]], max_degree: int) -> None:
+    def __init__(self, buckets: Sequence[tuple[int, int]], rule: SplitRule) -> None:
         if list(buckets) != sorted(buckets) or not buckets:
             raise ValueError(f"length buckets must rise in length and degree, got {list(buckets)}")
         self._limits = [limit for limit, _ in buckets]
         self._degrees = [degree for _, degree in buckets]
-        self._max_degree = max_degree
+        self._rule = rule
         self._nodes: list[list[int]] = []
 
     @classmethod
-    def for_cost_model(cls, cost_model: CostModel, max_degree: int) -> LengthBuckets:
+    def for_cost_model(cls, cost_model: CostModel, rule: SplitRule) -> LengthBuckets:
         """The authors' buckets of the model, or for another model those of DeepSeek-V3 scaled by attention cost per token."""
         model = cost_model.name.split(".")[0]
         if model in LENGTH_BUCKETS:
-            return cls(LENGTH_BUCKETS[model], max_degree)
+            return cls(LENGTH_BUCKETS[model], rule)
         scale = max(1e-6, (cost_model.exchange_fixed_us / 15.8) * (0.000444 / max(cost_model.attention_us_per_token, 1e-12)))
-        return cls([(max(1, int(limit * scale)), degree) for limit, degree in LENGTH_BUCKETS["deepseek-v3"]], max_degree)
+        return cls([(max(1, int(limit * scale)), degree) for limit, degree in LENGTH_BUCKETS["deepseek-v3"]], rule)
 
     def place(self, request: PlacementRequest, loads: Sequence[InstanceLoad], page_size: int) -> Placement:
         """See PlacementPolicy. Raises CapacityError for a prompt that no node can hold."""
         if sum(map(len, self._nodes)) != len(loads):
             self._nodes = node_members(loads)
-        check_pins(request, len(loads), min(self._max_degree, len(loads)), page_size)
+        check_pins(request, len(loads), min(self._rule.max_degree, len(loads)), page_size)
         nodes = self._nodes if request.home is None else [members for members in self._nodes if request.home in members]
-        largest = max(sum(loads[rank].kv_capacity // page_size for rank in node) for node in nodes)
-        check_request(request, largest * page_size, "one node (policy length-buckets stays inside a node)")
+        largest = max(reach_of(self._rule, request, loads, node, page_size) for node in nodes)
+        check_request(
+            request,
+            largest * page_size,
+            "one node (policy length-buckets stays inside a node; --dyncp-max-degree, --dyncp-max-guest-fraction)",
+        )
         pages = num_pages(request.prompt_tokens, page_size)
         position = min(bisect_left(self._limits, request.prompt_tokens), len(self._degrees) - 1)
-        start = request.degree or max(1, min(self._degrees[position], self._max_degree, pages))
+        start = request.degree or max(1, min(self._degrees[position], self._rule.max_degree, pages))
         node = min(nodes, key=lambda members: (sum([loads[rank].home_requests for rank in members]), members[0]))
+        if request.degree is None and not self._rule.guest_pages(loads[node[0]].kv_capacity // page_size):
+            start = 1
         if start > len(node):
             if request.degree is not None:
                 raise CapacityError(f"dyncp.degree = {request.degree} exceeds the {len(node)} instances of a node (policy length-buckets)")
             start = len(node)
         ordered = sorted(node, key=lambda rank: (rank != request.home, loads[rank].home_requests, loads[rank].kv_tokens, rank))
-        for degree in range(start, start + 1 if request.degree else min(len(node), self._max_degree, pages) + 1):
+        for degree in range(start, start + 1 if request.degree else min(len(node), self._rule.max_degree, pages) + 1):
             placement = self._try(request, loads, ordered, degree, pages, page_size)
             if placement is not None:
                 return placement
         group = ordered[:start]
-        if sum(loads[rank].kv_capacity // page_size for rank in group) <= pages and request.degree is None:
-            group = ordered
-        return spread_evenly(request, loads, ordered[0], group, page_size)
+        if reach_of(self._rule, request, loads, group, page_size) <= pages and request.degree is None:
+            group = ordered[: self._rule.max_degree]
+        return spread_evenly(request, loads, ordered[0], group, page_size, self._rule)
 
     def _try(
         self, request: PlacementRequest, loads: Sequence[InstanceLoad], ordered: Sequence[int], degree: int, pages: int, page_size: int
@@ -163,8 +181,11 @@ class LengthBuckets:
             spare.remove(richest)
         home = request.home if request.home is not None else _smallest_batch(loads, chosen)
         ranks = [home, *(rank for rank in chosen if rank != home)]
-        rooms = [room(rank) - (rank == home) for rank in ranks]
+        rooms = [room(rank) - 1 if rank == home else min(room(rank), self._guest_room(loads[rank], page_size)) for rank in ranks]
         if min(rooms) < 1 or sum(rooms) < pages:
             return None
         shares = water_fill([float(loads[rank].kv_tokens) for rank in ranks], rooms, pages, float(page_size))
         return build_placement(home, home, dict(zip(ranks, shares, strict=True)), request.prompt_tokens, page_size)
+
+    def _guest_room(self, load: InstanceLoad, page_size: int) -> int:
+        return self._rule.guest_pages(load.kv_capacity // page_size) - num_pages(load.guest_tokens, page_size)

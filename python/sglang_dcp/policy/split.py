@@ -67,7 +67,8 @@ def water_fill(levels: Sequence[float], rooms: Sequence[int], pages: int, page_u
     count = len(levels)
     if pages < count or min(rooms) < 1 or pages > sum(rooms):
         raise CapacityError(
-            f"{pages} pages cannot be divided over {count} shards with room for {list(rooms)} pages (dyncp.degree, --max-total-tokens)"
+            f"{pages} pages cannot be divided over {count} shards with room for {list(rooms)} pages "
+            "(dyncp.degree, --dyncp-max-guest-fraction, --max-total-tokens)"
         )
     page_us = max(page_us, 1e-9)
     shares = [1] * count

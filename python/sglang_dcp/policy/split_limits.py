@@ -13,18 +13,6 @@ Split = tuple[tuple[int, int], ...]
 """(rank, pages) in sequence order; the last one is the tail."""
 
 
-def guest_pages(pool_pages: int, fraction: float) -> int:
-    """Most pages of a pool that new guests may take (--dyncp-max-guest-fraction). The small addend keeps 0.29 x 100 at 29."""
-    return min(pool_pages, int(fraction * pool_pages + 1e-9))
-
-
-def reach_pages(pool_pages: Sequence[int], most_shards: int, fraction: float, home: int | None = None) -> int:
-    """Most pages of one request that empty pools of these sizes hold: one pool whole, as home, and guest pages of the largest others."""
-    first = max(range(len(pool_pages)), key=pool_pages.__getitem__) if home is None else home
-    guests = sorted((guest_pages(pages, fraction) for rank, pages in enumerate(pool_pages) if rank != first), reverse=True)
-    return pool_pages[first] + sum(guests[: most_shards - 1])
-
-
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Which instances share a node: `node_size` consecutive ranks each; the last node may have fewer."""
@@ -53,6 +41,30 @@ class Layout:
         """The ranks of this rank's node."""
         first = rank - rank % self.node_size
         return range(first, min(first + self.node_size, self.num_instances))
+
+
+@dataclass(frozen=True, slots=True)
+class SplitRule:
+    """What the flags say about any split, before the pools are known: most shards of a request (--dyncp-max-degree), and the fraction of a
+    pool that new guests may take (--dyncp-max-guest-fraction)."""
+
+    max_degree: int
+    guest_fraction: float = 1.0
+
+    def guest_pages(self, pool_pages: int) -> int:
+        """Most pages of a pool that new guests may take. The small addend keeps 0.29 x 100 at 29."""
+        return min(pool_pages, int(self.guest_fraction * pool_pages + 1e-9))
+
+    def reach_pages(self, pools: Sequence[int], degree: int | None = None, home: int | None = None) -> int:
+        """Most pages of one request on empty pools of these sizes: the largest of them (or that at position `home`) whole, as home, and
+        guest pages of the largest others, over at most `degree` shards where that is given."""
+        first = max(range(len(pools)), key=pools.__getitem__) if home is None else home
+        guests = sorted((self.guest_pages(pages) for position, pages in enumerate(pools) if position != first), reverse=True)
+        return pools[first] + sum(guests[: (degree or self.max_degree) - 1])
+
+    def limits(self, pool_pages: int, layout: Layout) -> SplitLimits:
+        """For equal pools."""
+        return SplitLimits(pool_pages, self.max_degree, self.guest_pages(pool_pages), layout)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import pytest
 
 from sglang_dcp.policy.baselines import LENGTH_BUCKETS, FixedDegree, LengthBuckets, Local
 from sglang_dcp.policy.cost_model import load_cost_model
+from sglang_dcp.policy.split_limits import SplitRule
 from sglang_dcp.policy.types import InstanceLoad, PlacementRequest
 
 PAGE = 64
@@ -40,7 +41,7 @@ def test_local_follows_its_rule():
     ],
 )
 def test_length_buckets_use_the_published_limits(model: str, prompt: int, degree: int):
-    policy = LengthBuckets(LENGTH_BUCKETS[model], 8)
+    policy = LengthBuckets(LENGTH_BUCKETS[model], SplitRule(8))
     placement = place(policy, prompt)
     assert placement.degree == degree
     assert len({rank // 8 for rank in placement.shards}) == 1
@@ -48,17 +49,17 @@ def test_length_buckets_use_the_published_limits(model: str, prompt: int, degree
 
 def test_length_buckets_raise_the_degree_when_pages_do_not_fit():
     kv = [POOL] * 24 + [POOL - 30_000] * 8
-    assert place(LengthBuckets(LENGTH_BUCKETS["deepseek-v3"], 8), 170_000, kv, [5] * 24 + [0] * 8).degree == 6
+    assert place(LengthBuckets(LENGTH_BUCKETS["deepseek-v3"], SplitRule(8)), 170_000, kv, [5] * 24 + [0] * 8).degree == 6
 
 
 def test_length_buckets_of_another_model_scale_with_attention_cost():
-    policy = LengthBuckets.for_cost_model(load_cost_model("qwen3-235b-a22b.h200", 32), 8)
+    policy = LengthBuckets.for_cost_model(load_cost_model("qwen3-235b-a22b.h200", 32), SplitRule(8))
     assert place(policy, 50_000).degree == 1
     assert place(policy, 63_488).degree == 5
 
 
 def test_fixed_groups_are_consecutive_and_even():
-    placement = place(FixedDegree(4), 64 * 400)
+    placement = place(FixedDegree(4, SplitRule(32)), 64 * 400)
     assert sorted(placement.shards) == [0, 1, 2, 3]
     assert placement.shard_tokens == (6400, 6400, 6400, 6400)
-    assert place(FixedDegree(4), 100).degree == 2, "a prompt of two pages has two shards"
+    assert place(FixedDegree(4, SplitRule(32)), 100).degree == 2, "a prompt of two pages has two shards"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sglang_dcp.policy.cost_model import CostModel, load_cost_model
 from sglang_dcp.policy.placement import POLICY_NAMES, make_policy
+from sglang_dcp.policy.split_limits import Layout, SplitRule
 from sglang_dcp.policy.types import CapacityError, InstanceLoad, Placement, PlacementPolicy, PlacementRequest
 
 PAGE = 16
@@ -156,6 +157,46 @@ def test_max_degree_bounds_every_split():
     assert policy.place(request_of(1500), loads_of([0] * 4), PAGE).degree == 2
     with pytest.raises(CapacityError, match="--dyncp-max-degree"):
         policy.place(request_of(3000), loads_of([0] * 4), PAGE)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    name=st.sampled_from(POLICY_NAMES),
+    kv=st.lists(st.integers(0, 1200), min_size=4, max_size=4),
+    guests=st.integers(0, 900),
+    prompt=st.integers(1, 4000),
+    max_degree=st.integers(1, 4),
+    fraction=st.sampled_from([0.0, 0.25, 0.6, 1.0]),
+    per_node=st.sampled_from([2, 4]),
+    degree=st.none() | st.integers(1, 4),
+)
+def test_no_policy_leaves_the_limits_of_a_split(name, kv, guests, prompt, max_degree, fraction, per_node, degree):
+    """What is placed outside them no grant could give, and the request would wait for ever."""
+    layout, request = Layout(4, per_node), request_of(prompt, degree=degree)
+    limits = SplitRule(1 if name == "local" else max_degree, fraction).limits(POOL // PAGE, layout)
+    changes = {"degree": min(2, max_degree)} if name == "fixed" else {}
+    policy, loads = policy_of(name, max_degree=max_degree, max_guest_fraction=fraction, **changes), loads_of(kv, per_node=per_node)
+    for load in loads:
+        load.guest_tokens = min(guests, load.kv_tokens)
+    try:
+        placement = policy.place(request, loads, PAGE)
+    except ValueError as error:
+        assert "--dyncp" in str(error) or "dyncp." in str(error) or "policy" in str(error)
+        assert degree is not None or name != "dual-balance" or prompt + 16 > limits.reach_pages * PAGE - 2 * PAGE
+        return
+    split = [(rank, -(-tokens // PAGE)) for rank, tokens in zip(placement.shards, placement.shard_tokens, strict=True)]
+    assert limits.fits(placement.home, split), split
+    with_tail = (*split[:-1], (split[-1][0], split[-1][1] + 1))
+    assert limits.fits(placement.home, with_tail), with_tail
+    if name in ("dual-balance", "length-buckets") and degree is None:
+        assert set(placement.shards) <= set(limits.scope(placement.home, sum(pages for _, pages in with_tail)))
+
+
+@pytest.mark.parametrize("name", ["fixed", "dual-balance", "length-buckets"])
+def test_a_pin_that_guests_may_never_take_is_refused_by_name(name):
+    policy = policy_of(name, max_guest_fraction=0.0)
+    with pytest.raises(CapacityError, match="--dyncp-max-guest-fraction"):
+        policy.place(request_of(600, degree=2), loads_of([0] * 4), PAGE)
 
 
 def test_large_clusters_are_placed_through_the_window_and_fall_back_to_all():

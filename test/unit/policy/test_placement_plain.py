@@ -10,9 +10,10 @@ from math import exp
 import pytest
 
 from sglang_dcp.policy.cost_model import load_cost_model
-from sglang_dcp.policy.placement import NUM_PRICED_NODES, DualBalance
+from sglang_dcp.policy.dual_balance import NUM_PRICED_NODES, DualBalance
 from sglang_dcp.policy.pricing import LARGEST_EXPONENT, OWN_WEIGHT, Levels, Split
 from sglang_dcp.policy.split import build_placement, fill_level
+from sglang_dcp.policy.split_limits import SplitRule
 from sglang_dcp.policy.types import CapacityError, InstanceLoad, Placement, PlacementRequest
 
 MODELS = ("deepseek-v3.h200", "deepseek-v3.h100", "kimi-k2.h200", "cpu")
@@ -79,19 +80,25 @@ class PlainBalance(DualBalance):
         for members in nodes:
             if sum(max(0, call.levels.free[i]) for i in members) >= needed:
                 priced.append((sum([call.levels.attention[i] for i in members]) / len(members), len(priced), members))
-        if not priced and not any(sum(call.loads[i].kv_capacity for i in members) >= needed for members in nodes):
+        if not priced and not any(self._holds(call, members) for members in nodes):
             return [range(len(call.loads))]
         return [members for _, _, members in sorted(priced)[:NUM_PRICED_NODES]]
 
+    def _holds(self, call, members: list[int]) -> bool:
+        """One pool whole and guest pages of the others, as many as the degree allows."""
+        pools = sorted((call.loads[i].kv_capacity // call.page_size for i in members), reverse=True)
+        guests = [int(self._rule.guest_fraction * pages + 1e-9) for pages in pools[1:]]
+        return pools[0] + sum(guests[: self._rule.max_degree - 1]) > call.pages
+
     def _best_split(self, call, members: Sequence[int], cheaper_than: float) -> Split | None:
         levels, home = call.levels, call.home
-        able = [i for i in members if i != home and self._rooms(call, i, waiting=False)[1] >= 1]
+        able = [i for i in members if i != home and call.rooms(i, waiting=False)[1] >= 1]
         ordered = sorted(able, key=lambda i: levels.attention[i])
         if home is not None:
             if home not in members or levels.free[home] < 2 * call.page_size:
                 return None
             ordered.insert(0, home)
-        del ordered[min(self._max_degree, call.pages) :]
+        del ordered[min(self._rule.max_degree, call.pages) :]
         best: Split | None = None
         for degree in range(2, len(ordered) + 1):
             split = self._priced(call, ordered, degree)
@@ -109,7 +116,7 @@ class PlainBalance(DualBalance):
         if not homes:
             return None
         home = min(homes, key=lambda i: levels.batches[i])
-        rooms = [self._rooms(call, i, waiting=False)[i != home] for i in prefix]
+        rooms = [call.rooms(i, waiting=False)[i != home] for i in prefix]
         if sum(rooms) < call.pages:
             return None
         row_us = cost.attention_us_per_row + (cost.remote_exchange_us_per_row if is_remote else cost.exchange_us_per_row)
@@ -130,7 +137,7 @@ class PlainBalance(DualBalance):
         heights = [call.levels.attention[i] for i in positions]
         growth = call.total_tokens - call.request.prompt_tokens
         heights[0] += call.levels.request_us(growth) + len(guests) * cost.exchange_us_per_row
-        rooms = [self._rooms(call, i, waiting=waiting)[i != home] for i in positions]
+        rooms = [call.rooms(i, waiting=waiting)[i != home] for i in positions]
         shares = plain_water_fill(heights, rooms, call.pages, max(1e-9, cost.attention_us_per_token * call.page_size))
         ranks = [call.loads[i].rank for i in positions]
         return build_placement(ranks[0], ranks[0], dict(zip(ranks, shares, strict=True)), call.request.prompt_tokens, call.page_size)
@@ -158,8 +165,8 @@ def test_the_served_placement_decides_as_the_plain_one(seed: int):
         cost = load_cost_model(draw.choice(MODELS), count)
         if host.random() < 0.3:
             cost = replace(cost, sharded_step_fixed_us=host.uniform(0, 500), sharded_step_us_per_row=host.uniform(0, 50))
-        arguments = (cost, draw.choice((count, count, count, min(2, count), 1)), draw.choice((1.0, 1.0, 1.0, 0.3, 0.0)))
-        policies, loads = (DualBalance(*arguments), PlainBalance(*arguments)), random_loads(draw, count, pool)
+        rule = SplitRule(draw.choice((count, count, count, min(2, count), 1)), draw.choice((1.0, 1.0, 1.0, 0.3, 0.0)))
+        policies, loads = (DualBalance(cost, rule), PlainBalance(cost, rule)), random_loads(draw, count, pool)
         for _ in range(3):
             tokens = int(10 ** draw.uniform(0, 6.2))
             home = draw.choice((None, None, None, draw.randrange(count)))

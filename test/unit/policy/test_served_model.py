@@ -12,8 +12,9 @@ import pytest
 
 from benchmark.multi_gpu.model_shapes import SHAPES, WITHOUT_COST_MODEL
 from sglang_dcp.policy.cost_model import DATA_FOLDER, CostModel, InstanceWork, available_cost_models, load_cost_model
-from sglang_dcp.policy.placement import DualBalance
+from sglang_dcp.policy.dual_balance import DualBalance
 from sglang_dcp.policy.served_model import ServedModel, nearest_constants, served_cost
+from sglang_dcp.policy.split_limits import SplitRule
 from sglang_dcp.policy.types import InstanceLoad, PlacementRequest
 
 H200 = "NVIDIA H200"
@@ -118,7 +119,7 @@ def test_host_part_of_a_step() -> None:
 
 def place(cost: CostModel, prompt: int, held: list[int], page_size: int = 64, guests: int = 0) -> Any:
     loads = [InstanceLoad(rank, 0, tokens, 700_000, guests, home_requests=4, attention_rows=4) for rank, tokens in enumerate(held)]
-    return DualBalance(cost, len(held)).place(PlacementRequest(prompt, 256, 400), loads, page_size)
+    return DualBalance(cost, SplitRule(len(held))).place(PlacementRequest(prompt, 256, 400), loads, page_size)
 
 
 @pytest.mark.parametrize("layers", [4, 94])

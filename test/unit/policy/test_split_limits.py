@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dcp.policy.split_limits import Layout, SplitLimits, guest_pages, reach_pages
+from sglang_dcp.policy.split_limits import Layout, SplitLimits, SplitRule
 
 
 def limits_of(pool: int = 20, max_degree: int = 4, guests: int | None = None, num_instances: int = 4, node_size: int = 4) -> SplitLimits:
@@ -98,6 +98,8 @@ def test_layout() -> None:
 
 
 def test_guest_pages_and_reach() -> None:
-    assert [guest_pages(100, fraction) for fraction in (0.0, 0.29, 0.5, 1.0)] == [0, 29, 50, 100]
-    assert reach_pages([10, 10, 10], 2, 0.5) == 15 and reach_pages([10, 40, 10], 3, 0.5) == 50
-    assert reach_pages([10, 40, 10], 2, 0.5, home=0) == 30
+    assert [SplitRule(4, fraction).guest_pages(100) for fraction in (0.0, 0.29, 0.5, 1.0)] == [0, 29, 50, 100]
+    rule = SplitRule(3, 0.5)
+    assert rule.reach_pages([10, 10, 10], degree=2) == 15 and rule.reach_pages([10, 40, 10]) == 50
+    assert rule.reach_pages([10, 40, 10], degree=2, home=0) == 30
+    assert rule.limits(10, Layout(3, 3)).reach_pages == rule.reach_pages([10, 10, 10]) == 20

@@ -266,6 +266,65 @@ def test_retraction_takes_the_youngest_and_it_still_finishes():
     assert result.num_finished == 2
 
 
+def test_one_that_is_stuck_waits_while_others_run():
+    """As served (policy/growth.py): it keeps its pages, and goes on when the other has finished."""
+    cost = constant_step(0.01)
+    simulation = Simulation([(0.0, 502, 60), (0.001, 491, 20)], policy_of("local", cost, 1), cost, small(1, max_degree=1))
+    assert simulation.run().num_finished == 2
+    assert [request.retractions for request in simulation.requests] == [0, 0]
+    first, second = simulation.requests
+    assert second.finish == pytest.approx(0.21) and first.finish > 60 * 0.01 + 0.1
+
+
+def test_the_youngest_of_those_that_are_stuck_yields_not_of_all():
+    cost = constant_step(0.01)
+    requests = [(0.0, 340, 100), (0.001, 330, 100), (0.002, 320, 100)]
+    simulation = Simulation(requests, policy_of("local", cost, 1), cost, small(1, max_degree=1))
+    assert simulation.run().num_finished == 3
+    assert [request.retractions > 0 for request in simulation.requests] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"max_degree": 2}, {"max_guest_fraction": 0.3}, {"instances_per_node": 2}, {"max_guest_fraction": 0.5, "instances_per_node": 2}],
+)
+def test_a_simulation_keeps_every_limit_of_a_split(limits: dict):
+    """Under shortage, in every step: degree, guest pages (but for growth of guests already there), and nodes."""
+    generator, cost = np.random.default_rng(5), load_cost_model("cpu", 4)
+    columns = np.cumsum(generator.exponential(0.03, 150)), generator.integers(10, 700, 150), generator.integers(5, 60, 150)
+    requests = list(zip(*(column.tolist() for column in columns), strict=True))
+    settings = small(4, overload_fraction=1.0, **limits)
+    options = {"max_degree": settings.max_degree if "max_degree" in limits else 4, "max_guest_fraction": settings.max_guest_fraction}
+    policy = make_policy("dual-balance", num_instances=4, page_size=16, cost_model=cost, degree=None, **options)
+
+    def check_limits(simulation: Simulation) -> None:
+        bounds = simulation.limits
+        for request in simulation.requests:
+            pages = sum(request.pages.values())
+            assert len(request.pages) <= bounds.max_degree
+            assert set(request.pages) <= set(bounds.scope(request.home, pages)), request.pages
+
+    simulation = Simulation(requests, policy, cost, settings, step_hook=check_limits)
+    result = simulation.run()
+    assert result.num_finished + result.num_rejected == 150 and result.num_finished > 140
+
+
+def test_guests_wait_for_guest_pages():
+    """Half of the other pool is all that guests may have: the second such prompt waits for the first one, though pages are plenty."""
+    cost = constant_step(0.01)
+
+    class Split:
+        name = "split"
+
+        def place(self, request, loads, page_size):
+            return Placement(0, (1, 0), (256, request.prompt_tokens - 256))
+
+    settings = small(2, max_guest_fraction=0.3)
+    simulation = Simulation([(0.0, 300, 20), (0.001, 300, 20)], Split(), cost, settings)
+    assert simulation.run().num_finished == 2
+    assert simulation.requests[1].admitted >= simulation.requests[0].finish
+
+
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="prefill"):
         small(2, prefill="nowhere")
