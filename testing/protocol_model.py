@@ -218,7 +218,12 @@ class ModelScheduler:
                 continue
             self.runtime.queues.parked.remove(req)
             self._release(req)
+            before, is_free = req.dyncp_placement, req.dyncp_placement is None or req.dyncp_placement_flexible
             place_again(self.runtime, req)
+            after, tokens = req.dyncp_placement, len(req.full_untruncated_fill_ids) + 2 * self.participant.page_size
+            assert is_free or before.is_local or after == before, f"{req.rid} had the pin {before}, is placed {after}"
+            fits_one = is_free and tokens <= self.participant.num_pages * self.participant.page_size
+            assert not fits_one or after is None or after.degree == 1, f"{req.rid} fits one pool, is placed {after}"
             self.waiting_queue.insert(0, req)
             self.num_retractions += 1
         self.participant.victims = []

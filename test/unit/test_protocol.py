@@ -116,6 +116,15 @@ def test_random_walk_checked_after_every_step():
     walk(20_000, check_every=1)
 
 
+@pytest.mark.parametrize("limits", [{"max_degree": 2}, {"max_guest_fraction": 0.5}, {"max_guest_fraction": 0.0}, {"num_nodes": 2}], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_walk_keeps_each_limit_of_a_split(limits, seed):
+    """Degree, guest pages and nodes, in every grant and growth; no pages stay promised on an empty cluster; pins outlive retractions."""
+    model = ProtocolModel(seed, 4, 8, 16, chunk_tokens=48, check_every=50, **limits)
+    random_walk(model, 1_500, arrival=0.3)
+    assert sum(home.num_retractions for home in model.homes) > 0
+
+
 @pytest.mark.timeout(900)
 def test_long_random_walk():
     """Pages are counted in and out by the pools in every step; the full check comes every 50."""

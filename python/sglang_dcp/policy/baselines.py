@@ -135,7 +135,9 @@ class LengthBuckets:
             self._nodes = node_members(loads)
         check_pins(request, len(loads), min(self._rule.max_degree, len(loads)), page_size)
         nodes = self._nodes if request.home is None else [members for members in self._nodes if request.home in members]
-        largest = max(reach_of(self._rule, request, loads, node, page_size) for node in nodes)
+        largest = reach_of(self._rule, request, loads, nodes[0], page_size)
+        if request.prompt_tokens + request.max_new_tokens > largest * page_size:
+            largest = max(reach_of(self._rule, request, loads, node, page_size) for node in nodes)
         check_request(
             request,
             largest * page_size,
