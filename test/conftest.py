@@ -1,13 +1,20 @@
-"""The one live server of a test run. Tests that ask for the same configuration share it, so they are run next to each other."""
+"""The one live server of a test run, and programs of Debian. Tests that ask for the same server share it, so they are run next to each
+other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from testing.browser import CHROMIUM, running_browser
+from testing.debian import Program, Unavailable, find_program
 from testing.server import Server, ServerConfig, ServerPool, server_pool
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 LOG_FOLDER = Path(__file__).resolve().parent.parent / "logs"
 
@@ -23,6 +30,27 @@ def pool() -> Iterator[ServerPool]:
 def serve(pool: ServerPool) -> Callable[[ServerConfig], Server]:
     """serve(config) -> running server. A server of another configuration is stopped first."""
     return pool.get
+
+
+@pytest.fixture(scope="session")
+def debian_program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Program]:
+    """debian_program(package, executable). Skips the test, with the reason, where it cannot be had."""
+    folder = tmp_path_factory.mktemp("debian")
+
+    def find(package: str, name: str) -> Program:
+        try:
+            return find_program(package, name, folder)
+        except Unavailable as reason:
+            pytest.skip(str(reason))
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def browser(debian_program: Callable[[str, str], Program]) -> Iterator[Browser]:
+    """A headless browser. Of one module: while it runs, asyncio.run does not work in this thread."""
+    with running_browser(debian_program(*CHROMIUM)) as running:
+        yield running
 
 
 @pytest.hookimpl(wrapper=True)
