@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 ROUTE = "/dyncp/requests"
+LOAD_ROUTE = "/dyncp/load"
+LIVE_ROUTE = "/dyncp/live"
 META_KEY = "dyncp"
 """Where a request lived, in its answer's meta_info."""
 REPORT_RID = "dyncp/report"
-"""Marks the control request that asks the schedulers for their reports: SGLang's GetInternalStateReq has no other free field."""
+LOAD_RID = "dyncp/load"
+"""Mark the control requests that ask the schedulers for report and load: SGLang's GetInternalStateReq has no other free field."""
 DEFAULT_PORT = 30000
 HINTS = {
     404: "was the server started with --enable-dyncp?",
@@ -36,15 +39,21 @@ class ReportClient:
 
     def read(self, request_id: str | None = None) -> dict[str, Any]:
         """{"instances": [...], "requests": [...]}; only the requests named `request_id` when given. Raises ReportError."""
-        query = "" if request_id is None else "?" + urllib.parse.urlencode({"rid": request_id})
+        return self._get(ROUTE + ("" if request_id is None else "?" + urllib.parse.urlencode({"rid": request_id})))
+
+    def read_load(self) -> dict[str, Any]:
+        """{"instances": [...], "degrees": {...}, "longest": [...]}. Raises ReportError."""
+        return self._get(LOAD_ROUTE)
+
+    def _get(self, path: str) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         try:
-            request = urllib.request.Request(self.url.rstrip("/") + ROUTE + query, headers=headers)
+            request = urllib.request.Request(self.url.rstrip("/") + path, headers=headers)
             with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
                 return dict(json.load(response))
         except urllib.error.HTTPError as error:
             hint = HINTS.get(error.code, "")
-            raise ReportError(f"{self.url}{ROUTE} answered {error.code} {error.reason}; {hint}".rstrip("; ")) from error
+            raise ReportError(f"{self.url}{path} answered {error.code} {error.reason}; {hint}".rstrip("; ")) from error
         except (urllib.error.URLError, OSError, ValueError) as error:
             raise ReportError(f"{self.url} gives no report: {error} (--port, --url)") from error
 

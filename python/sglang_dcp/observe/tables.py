@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -13,24 +13,40 @@ def format_instances(instances: Sequence[dict[str, Any]]) -> str:
         share = f"{100 * load['kv_tokens'] / load['pool_tokens']:.0f} %"
         counts = (load["guest_tokens"], load["home_requests"], load["queued"])
         rows.append([str(load["rank"]), f"{load['kv_tokens']:,}", share, *(f"{count:,}" for count in counts)])
-    tokens, requests = ([load[key] for load in instances] for key in ("kv_tokens", "home_requests"))
-    return f"{align(rows)}\nlargest / mean: KV tokens {balance(tokens)}, home requests {balance(requests)}"
+    tokens, requests = (balance([load[key] for load in instances]) for key in ("kv_tokens", "home_requests"))
+    return f"{align(rows)}\nlargest / mean: KV tokens {_ratio(tokens)}, home requests {_ratio(requests)}"
 
 
-def balance(values: Sequence[int]) -> str:
-    return f"{max(values) * len(values) / sum(values):.2f}" if sum(values) else "-"
+def balance(values: Sequence[int]) -> float | None:
+    """Largest over mean; None where all are zero."""
+    return max(values) * len(values) / sum(values) if sum(values) else None
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def format_requests(requests: Sequence[dict[str, Any]]) -> str:
     """One line per request; shards in sequence order, the tail last."""
     rows = [["request", "state", "prompt", "output", "home", "degree", "shards (instance:tokens)"]]
     for entry in requests:
-        start, end = entry["degree_start"], entry["degree_end"]
-        degree = str(end) if start == end else f"{start} -> {end}"
-        shards = " ".join(f"{shard['rank']}:{shard['tokens']}" for shard in entry["shards"])
-        lengths = (entry["prompt_tokens"], entry["output_tokens"])
-        rows.append([entry["rid"], entry["state"], *(f"{length:,}" for length in lengths), str(entry["home"]), degree, shards])
+        lengths = (f"{entry[name]:,}" for name in ("prompt_tokens", "output_tokens"))
+        rows.append([printable(entry["rid"]), entry["state"], *lengths, str(entry["home"]), degree_text(entry), shards_text(entry)])
     return align(rows)
+
+
+def degree_text(entry: Mapping[str, Any]) -> str:
+    start, end = entry["degree_start"], entry["degree_end"]
+    return str(end) if start == end else f"{start} -> {end}"
+
+
+def shards_text(entry: Mapping[str, Any]) -> str:
+    return " ".join(f"{shard['rank']}:{shard['tokens']}" for shard in entry["shards"])
+
+
+def printable(text: str) -> str:
+    """A client's text without what a terminal would obey: escape sequences, line ends, marks that turn the direction of writing."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:

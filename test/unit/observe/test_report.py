@@ -13,7 +13,7 @@ import pytest
 from sglang_dcp.cli import commands as cli
 from sglang_dcp.observe.report_client import ReportClient, ReportError
 from sglang_dcp.observe.request_log import KEPT, LONGEST_ID, RequestLog, merge_requests, short_id
-from sglang_dcp.observe.tables import balance, format_instances, format_requests
+from sglang_dcp.observe.tables import balance, format_instances, format_requests, printable
 
 
 def entry(rid: str, time: float = 0.0, **changes: Any) -> dict[str, Any]:
@@ -70,7 +70,8 @@ def test_tables() -> None:
     loads = format_instances([instance(0, 900, 3), instance(1, 100, 1)])
     assert "88 %" in loads
     assert "KV tokens 1.80, home requests 1.50" in loads
-    assert balance([0, 0]) == "-"
+    assert balance([0, 0]) is None
+    assert "KV tokens -, home requests -" in format_instances([instance(0, 0), instance(1, 0)])
 
 
 @pytest.fixture
@@ -81,7 +82,8 @@ def server() -> Iterator[tuple[int, list[str]]]:
         def do_GET(self) -> None:
             asked.append(self.path)
             requests = [] if "rid=gone" in self.path else [entry("abc")]
-            body = json.dumps({"instances": [instance(0, 10, 1)], "requests": requests}).encode()
+            load = {"degrees": {"2": 1}, "longest": [entry("longest")]}
+            body = json.dumps({"instances": [instance(0, 10, 1)], "requests": requests} | load).encode()
             self.send_response(404 if "rid=stock" in self.path else 200)
             self.end_headers()
             self.wfile.write(body)
@@ -111,8 +113,31 @@ def test_unknown_id_is_an_error(server: tuple[int, list[str]], capsys: pytest.Ca
 
 
 def test_top_command(server: tuple[int, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    port, asked = server
+    assert cli.main(["top", "--once", "--port", str(port)]) == 0
+    plain = capsys.readouterr().out
+    assert "KV tokens" in plain
+    assert "longest" in plain
+    assert "\x1b" not in plain, "no terminal"
+    assert asked == ["/dyncp/load"]
+    assert cli.main(["top", "--once", "--last", "0", "--port", str(port)]) == 0
+    assert "longest" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["top", "--once", "--last", "21", "--port", str(port)])
+
+
+def test_top_on_a_terminal(server: tuple[int, list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
     assert cli.main(["top", "--once", "--port", str(server[0])]) == 0
-    assert "KV tokens" in capsys.readouterr().out
+    drawn = capsys.readouterr().out
+    assert "█" in drawn
+    assert "1 -> 2" in drawn
+
+
+def test_a_clients_text_gives_a_terminal_no_orders() -> None:
+    hostile = "\x1b[2Jx\ny\u202ez\x9b1m"
+    assert printable(hostile) == "?[2Jx?y?z?1m"
+    assert "\x1b" not in format_requests([entry(hostile)])
 
 
 def test_a_stock_server_and_none_at_all(server: tuple[int, list[str]], capsys: pytest.CaptureFixture[str]) -> None:

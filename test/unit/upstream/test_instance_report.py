@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-import sys
+import json
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-from fastapi import FastAPI
-from fastapi.testclient import TestClient
-
-from sglang_dcp.observe.report_client import ROUTE
+from sglang_dcp.observe.load import MOST_REQUESTS
 from sglang_dcp.observe.request_log import LONGEST_ID, RequestLog
-from sglang_dcp.upstream.front import result
 from sglang_dcp.upstream.observe import report
 from sglang_dcp.upstream.observe.host_clock import HostClock
 from sglang_dcp.upstream.step.queues import Queues
 
 
-class Request:
-    """As much of SGLang's Req as a report reads."""
+class Managed:
+    start_degree = 1
 
-    def __init__(self, rid: str, ended: bool = False) -> None:
-        self.rid, self.dyncp = rid, None
-        self.origin_input_ids, self.output_ids = [1] * 20, [2] * 3
+    def __init__(self, shards: dict[int, int]) -> None:
+        self._shards = shards
+
+    def active_shards(self, _num_tokens: int, _page_size: int) -> Iterator[int]:
+        return iter(self._shards)
+
+    def tokens_per_shard(self, _num_tokens: int, _page_size: int) -> dict[int, int]:
+        return self._shards
+
+
+class Request:
+    """As much of SGLang's Req as a report reads. shards: of a managed request, tokens of each instance."""
+
+    def __init__(self, rid: str, ended: bool = False, prompt: int = 20, shards: dict[int, int] | None = None) -> None:
+        self.rid, self.dyncp = rid, None if shards is None else Managed(shards)
+        self.origin_input_ids, self.output_ids = [1] * prompt, [2] * 3
         self.finished_reason = SimpleNamespace(to_json=lambda: {"type": "length"})
         self._ended = ended
 
@@ -71,37 +80,34 @@ def test_long_ids_are_cut() -> None:
     assert [len(entry["rid"]) for entry in told["running"] + told["finished"]] == [LONGEST_ID] * 2
 
 
-ADMIN, USER = "Bearer admin", "Bearer user"
-ACCESS = [
-    (None, None, None, True),
-    ("user", None, None, False),
-    ("user", None, USER, True),
-    (None, "admin", None, False),
-    (None, "admin", USER, False),
-    (None, "admin", ADMIN, True),
-    ("user", "admin", USER, False),
-    ("user", "admin", ADMIN, True),
-]
+def test_a_load_has_degrees_and_the_longest_of_what_the_report_lists() -> None:
+    running = [Request("a", prompt=30), Request("b", prompt=200, shards={1: 112, 0: 90}), Request("HEALTH_CHECK_1")]
+    parked = [Request("c", prompt=100, shards={1: 102})]
+    queue = [Request("d", prompt=300, shards={}), Request("e")]
+    runtime = make_runtime(running_batch=SimpleNamespace(reqs=running), waiting_queue=queue)
+    runtime.queues.parked, runtime.queues.waiting = parked, {7: queue[0]}
+    load, whole = report.build_load(runtime), report.build_report(runtime)
+    assert load["degrees"] == {"1": 2, "2": 1}, "of those that hold KV"
+    assert load["home_requests"] == len(whole["running"]) == 5
+    assert [entry["rid"] for entry in load["longest"]] == ["d", "b", "c", "a"]
+    told = {entry["rid"]: entry | {"time": 0} for entry in whole["running"]}
+    assert [entry | {"time": 0} for entry in load["longest"]] == [told[rid] for rid in "dbca"]
+    assert load["queued"] == 2
+    json.dumps(load)
 
 
-@pytest.mark.parametrize(("api_key", "admin_api_key", "header", "allowed"), ACCESS)
-def test_the_report_is_an_administrators_call(
-    api_key: str | None, admin_api_key: str | None, header: str | None, allowed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Behind SGLang's own middleware, as its HTTP server builds it."""
-    from sglang.srt.utils.auth import add_api_key_middleware
+def test_a_load_is_small_however_much_there_is() -> None:
+    """It is asked for every second: neither what ended nor the queue is in it, and few requests are described."""
+    runtime = make_runtime(running_batch=SimpleNamespace(reqs=[Request(f"{n}", prompt=20 + n) for n in range(400)]))
+    for number in range(1000):
+        report.close(runtime, Request(f"ended-{number}", ended=True))
 
-    async def ask(_message: Any) -> list[Any]:
-        return [SimpleNamespace(internal_state=report.build_report(make_runtime()))]
+    class Queue(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            raise AssertionError("the queue is walked")
 
-    manager = SimpleNamespace(auto_create_handle_loop=lambda: None, get_internal_state_communicator=ask)
-    app = FastAPI()
-    stand_in = SimpleNamespace(app=app, get_global_state=lambda: SimpleNamespace(tokenizer_manager=manager))
-    monkeypatch.setitem(sys.modules, "sglang.srt.entrypoints.http_server", stand_in)
-    result.add_report_route()
-    if api_key or admin_api_key:
-        add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_api_key)
-    answer = TestClient(app).get(ROUTE, headers={"Authorization": header} if header else {})
-    assert answer.status_code == (200 if allowed else 401)
-    if allowed:
-        assert [instance["rank"] for instance in answer.json()["instances"]] == [1]
+    runtime.scheduler.waiting_queue = Queue([Request("q")] * 5000)
+    load = report.build_load(runtime)
+    assert load["home_requests"] == 5400
+    assert [entry["prompt_tokens"] for entry in load["longest"]] == [419 - n for n in range(MOST_REQUESTS)]
+    assert "finished" not in load

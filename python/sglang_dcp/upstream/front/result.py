@@ -43,6 +43,8 @@ async def serve_report(rid: str | None = None) -> dict[str, Any]:
     manager.auto_create_handle_loop()
     answers = await manager.get_internal_state_communicator(GetInternalStateReq(rid=REPORT_RID))
     reports = sorted((answer.internal_state for answer in answers), key=lambda report: report["rank"])
-    keys = ("rank", "pool_tokens", "kv_tokens", "guest_tokens", "queued", "host_us")
-    instances = [{key: report[key] for key in keys} | {"home_requests": len(report["running"])} for report in reports]
+    instances = [
+        {key: value for key, value in report.items() if key not in ("running", "finished")} | {"home_requests": len(report["running"])}
+        for report in reports
+    ]
     return {"instances": instances, "requests": merge_requests(reports, rid)}

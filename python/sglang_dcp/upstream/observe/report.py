@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from sglang_dcp.observe.report_client import META_KEY, REPORT_RID
+from sglang_dcp.observe.load import MOST_REQUESTS
+from sglang_dcp.observe.report_client import LOAD_RID, META_KEY, REPORT_RID
 from sglang_dcp.observe.request_log import short_id
 from sglang_dcp.upstream.step.attached import after, around, current
 from sglang_dcp.upstream.step.managed import is_managed
@@ -14,15 +17,19 @@ from sglang_dcp.upstream.step.runtime import Runtime
 
 
 def describe(runtime: Runtime, req: Any) -> dict[str, Any]:
-    """meta_info.dyncp of a request. Its last token is never stored, so the shards hold one token less than the sequence has."""
-    participant = runtime.participant
-    num_tokens = len(req.origin_input_ids) + max(0, len(req.output_ids) - 1)
+    """meta_info.dyncp of a request."""
+    participant, num_tokens = runtime.participant, num_stored_tokens(req)
     if is_managed(req):
         tokens = req.dyncp.tokens_per_shard(num_tokens, participant.page_size)
         held = [{"rank": rank, "tokens": count} for rank, count in tokens.items()]
         return {"home": participant.rank, "shards": held, "degree_start": req.dyncp.start_degree, "degree_end": len(tokens)}
     shards = [{"rank": participant.rank, "tokens": num_tokens}]
     return {"home": participant.rank, "shards": shards, "degree_start": 1, "degree_end": 1}
+
+
+def num_stored_tokens(req: Any) -> int:
+    """Tokens of a request whose K/V is kept when it runs: its last one is never stored, so one less than the sequence has."""
+    return len(req.origin_input_ids) + max(0, len(req.output_ids) - 1)
 
 
 def make_streamer_class(stock: type) -> type:
@@ -82,42 +89,70 @@ def _entry(req: Any, where: dict[str, Any], state: str) -> dict[str, Any]:
 
 @around
 def answer_report(runtime: Runtime, original: Callable[..., Any], controller: Any, recv_req: Any) -> Any:
-    """AROUND SchedulerInternalStateController.get_internal_state: this instance's report when that is what is asked for."""
-    if recv_req.rid != REPORT_RID:
+    """AROUND SchedulerInternalStateController.get_internal_state: this instance's report or load when that is what is asked for."""
+    build = {REPORT_RID: build_report, LOAD_RID: build_load}.get(recv_req.rid)
+    if build is None:
         return original(controller, recv_req)
     from sglang.srt.managers.io_struct import GetInternalStateReqOutput
 
-    return GetInternalStateReqOutput(internal_state=build_report(runtime))
+    return GetInternalStateReqOutput(internal_state=build(runtime))
 
 
 def build_report(runtime: Runtime) -> dict[str, Any]:
     """Load and requests of this instance. Built only when somebody asks, in the scheduler's loop: its cost does not grow with lengths."""
-    participant, scheduler = runtime.participant, runtime.scheduler
+    waiting = ((req, "waiting") for req in runtime.scheduler.waiting_queue)
+    running = [_entry(req, describe(runtime, req), state) for req, state in _distinct([*_holders(runtime), *waiting])]
+    return _figures(runtime) | {"running": running, "host_us": runtime.host_clock.summary(), "finished": list(runtime.request_log)}
+
+
+def build_load(runtime: Runtime) -> dict[str, Any]:
+    """The same without those that ended and without the queue, which may be long: somebody asks every second. Of the queue, requests that
+    wait for a reservation are looked at."""
+    holding = _distinct(_holders(runtime))
+    waiting = ((req, "waiting") for req in runtime.queues.waiting.values())
+    chosen = heapq.nlargest(MOST_REQUESTS, _distinct([*holding, *waiting]), key=lambda pair: num_stored_tokens(pair[0]))
+    return _figures(runtime) | {
+        "home_requests": len(holding) + len(runtime.scheduler.waiting_queue),
+        "degrees": {str(degree): number for degree, number in Counter(degree_of(runtime, req) for req, _ in holding).items()},
+        "longest": [_entry(req, describe(runtime, req), state) for req, state in chosen],
+    }
+
+
+def degree_of(runtime: Runtime, req: Any) -> int:
+    """Shards of a request; describe() tells the same with their tokens."""
+    if not is_managed(req):
+        return 1
+    return sum(1 for _ in req.dyncp.active_shards(num_stored_tokens(req), runtime.participant.page_size))
+
+
+def _figures(runtime: Runtime) -> dict[str, Any]:
+    participant = runtime.participant
     page_size = participant.page_size
     return {
         "rank": participant.rank,
         "pool_tokens": participant.num_pages * page_size,
         "kv_tokens": (participant.num_pages - runtime.pool.num_givable_pages()) * page_size,
         "guest_tokens": participant.guests.num_pages * page_size,
-        "running": [_entry(req, describe(runtime, req), state) for req, state in _live_requests(runtime)],
-        "queued": len(scheduler.waiting_queue),
-        "host_us": runtime.host_clock.summary(),
-        "finished": list(runtime.request_log),
+        "queued": len(runtime.scheduler.waiting_queue),
     }
 
 
-def _live_requests(runtime: Runtime) -> list[tuple[Any, str]]:
+def _holders(runtime: Runtime) -> Iterator[tuple[Any, str]]:
+    """Requests that left the queue, with their states; some of them twice."""
     scheduler = runtime.scheduler
-    found: dict[str, tuple[Any, str]] = {}
     groups = [
         ("sits out", runtime.queues.parked),
         ("running", scheduler.running_batch.reqs),
         ("running", scheduler.last_batch.reqs if scheduler.last_batch else ()),
         ("prefill", [scheduler.chunked_req] if scheduler.chunked_req is not None else ()),
-        ("waiting", scheduler.waiting_queue),
     ]
-    for state, reqs in groups:
-        for req in reqs:
-            if not req.finished() and not is_probe(req):
-                found.setdefault(req.rid, (req, state))
+    return ((req, state) for state, reqs in groups for req in reqs)
+
+
+def _distinct(groups: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:
+    """Each client's request that has not ended once, in the first state that is told."""
+    found: dict[str, tuple[Any, str]] = {}
+    for req, state in groups:
+        if not req.finished() and not is_probe(req):
+            found.setdefault(req.rid, (req, state))
     return list(found.values())
