@@ -9,7 +9,7 @@ GPU_TESTS := sgl-kernel-dcp/tests test/gpu
 GPU_LOG := logs/gpu_test.log
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast gpu-test walk lint mutants figures results docs-check clean
+.PHONY: help install demo watch test test-fast gpu-test walk lint mutants figures results docs-check clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml UPSTREAM_VERSION scripts/setup.sh
 
 demo: $(READY) ## Serves a prompt that is longer than any instance's memory, on the CPU (under 4 minutes)
 	$(PYTHON) scripts/demo.py
+
+watch: $(READY) ## The demo, then more requests until Ctrl-C: look at it in a browser, or with `sglang-dcp top`
+	$(PYTHON) scripts/demo.py --keep
 
 test: $(READY) ## All tests, real servers on the CPU included (under an hour on 2 cores)
 	$(PYTHON) -m pytest

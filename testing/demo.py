@@ -2,10 +2,14 @@
 
 Real SGLang, real HTTP, real processes. Short requests run beside the long one; at the end the answer, the load of every instance
 while the long request ran, and where that request lived. Exit code 0 if every answer is right.
+
+`make watch` (--keep) goes on with such requests until it is interrupted, to be looked at in a browser.
 """
 
 from __future__ import annotations
 
+import argparse
+import random
 import signal
 import subprocess
 import sys
@@ -29,6 +33,7 @@ POOL_TOKENS = 1024
 LONG_PROMPT = 3500
 SHORT_REQUESTS = 8
 TIME_LIMIT_S = 240.0
+USERS = 6
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,9 @@ class Outcome:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", action="store_true", help="go on with requests until Ctrl-C")
+    keep = parser.parse_args().keep
     started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
     config = ServerConfig(
@@ -55,8 +63,11 @@ def main() -> int:
     with ExitStack() as stack:
         with ticking("starting"):
             server = stack.enter_context(running_server(config, REPOSITORY / "logs"))
-        print(f"Up after {server.start_s:.0f} s on port {server.port}.\n", flush=True)
+        print(f"Up after {server.start_s:.0f} s. Watch it: http://127.0.0.1:{server.port}/dyncp/live\n", flush=True)
         is_right = show(server)
+        if keep:
+            print("\nGoing on with requests. Ctrl-C ends it.", flush=True)
+            go_on(server.client)
     print(f"\nServer stopped. {time.monotonic() - started:.0f} s in all.")
     return 0 if is_right else 1
 
@@ -80,6 +91,35 @@ def show(server: Server) -> bool:
     print(f"\nsglang-dcp requests {long_outcome.request_id}")
     shown = show_request(server, long_outcome.request_id)
     return long_outcome.is_right and right == SHORT_REQUESTS and shown
+
+
+def go_on(client: Client) -> None:
+    """Requests of mixed lengths, some longer than a pool, a few at a time, until Ctrl-C."""
+    lengths = random.Random(0)
+
+    def user(number: int) -> None:
+        while not over.is_set():
+            length = lengths.choice((60, 120, 200, 400, 900, 1600) if number else (1600, 2400))
+            with client.complete_stream(random_text(length, lengths), max_tokens=lengths.randint(100, 300), ignore_eos=True) as stream:
+                for _ in stream.events():
+                    if over.is_set():
+                        return
+
+    over = threading.Event()
+    with ThreadPoolExecutor(USERS) as executor:
+        users = [executor.submit(user, number) for number in range(USERS)]
+        try:
+            for task in users:
+                task.result()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            over.set()
+
+
+def random_text(length: int, source: random.Random) -> str:
+    """A byte is a token."""
+    return "".join(source.choices("abcdefghijklmnopqrstuvwxyz ", k=length))
 
 
 def ask(client: Client, prompt: RecallPrompt) -> Outcome:
