@@ -137,12 +137,40 @@ def test_what_the_load_says_is_what_is_shown(page: Page) -> None:
     assert widths == [["50%", "25%", "0%"], ["18.75%", "0%", "6.25%"]]
     assert [(cells[0], cells[2]) for cells in rows(page, "degrees")] == [("1", "3"), ("2", "1")]
     assert (page.inner_text("#balance-kv"), page.inner_text("#balance-homes")) == ("1.50", "1.50")
+    assert page.inner_text(".axis").split("\n") == ["60 s ago", "bottom 1.00, top 2.00", "now"]
     long, short = rows(page, "longest")
     assert long[:6] == ["long", "running", "448", "1", "1", "1 → 2"]
     assert long[6].strip() == "1: 192, 0: 256"
     assert short[4:6] == ["0", "1"]
     colours = page.eval_on_selector_all("#longest .bar", "bars => bars.map(bar => [...bar.children].map(part => part.className))")
     assert colours == [["own", "guest"], ["own"]]
+
+
+def test_the_balance_is_drawn_over_time_with_gaps_and_bounded(server: LoadServer, browser: Browser) -> None:
+    """On a clock of the test's: five minutes are kept, and a time without figures is a gap."""
+    context = browser.new_context()
+    page = context.new_page()
+    page.clock.install(time=1_000_000)
+    page.clock.pause_at(1_000_001)
+    page.goto(f"http://127.0.0.1:{server.port}{LIVE_ROUTE}")
+    readings = page.locator("body")
+    for number in range(1, 5):
+        expect(readings).to_have_attribute("data-readings", str(number))
+        page.clock.run_for(1000)
+    expect(readings).to_have_attribute("data-readings", "5")
+    path = page.locator("path.line-kv")
+    assert re.fullmatch("M[^ML]*L[^ML]*L[^ML]*L[^ML]*L600.0 75.0", path.get_attribute("d") or ""), path.get_attribute("d")
+    server.load = {"instances": [instance(0, 0, homes=0), instance(1, 0, homes=0)], "degrees": {}, "longest": []}
+    page.clock.run_for(1000)
+    expect(page.locator("#balance-kv")).to_have_text("-")
+    server.load = LOAD
+    page.clock.run_for(1000)
+    expect(page.locator("#balance-kv")).to_have_text("1.50")
+    assert (path.get_attribute("d") or "").count("M") == 2
+    page.clock.fast_forward(400_000)
+    expect(readings).to_have_attribute("data-readings", "8")
+    assert path.get_attribute("d") == "M600.0 75.0", "what is older than five minutes is gone"
+    context.close()
 
 
 def test_an_idle_cluster_has_no_balance(server: LoadServer, page: Page) -> None:

@@ -1,6 +1,6 @@
 "use strict";
 // Texts from clients (request ids) enter the page as text only, never as markup. A key travels in a header only, never in an address.
-const EVERY_MS = 1000, ANSWER_LIMIT_MS = 5000, HISTORY_MS = 300000, GAP_MS = 5000;
+const EVERY_MS = 1000, ANSWER_LIMIT_MS = 5000, HISTORY_MS = 300000, SHORTEST_MS = 60000, GAP_MS = 5000;
 const KEY = "dyncp-key";
 const history = []; // {time, kv, homes}: largest / mean, null where nothing is there; bounded by HISTORY_MS
 let lastAnswer = null, readings = 0;
@@ -26,12 +26,12 @@ function row(cells) {
   return made;
 }
 
-function bar(parts, total, label) {
-  const made = element("div", "", "bar");
+function bar(parts, total, label, className = "bar") {
+  const made = element("div", "", className);
   made.setAttribute("role", "img");
   made.setAttribute("aria-label", label);
-  for (const [className, value] of parts) {
-    const part = element("span", "", className);
+  for (const [kind, value] of parts) {
+    const part = element("span", "", kind);
     part.style.width = `${total ? (100 * value) / total : 0}%`;
     part.dataset.tokens = value;
     made.append(part);
@@ -77,7 +77,7 @@ function showLongest(requests) {
     const degree = entry.degree_start === entry.degree_end ? `${entry.degree_end}` : `${entry.degree_start} → ${entry.degree_end}`;
     const id = element("td", entry.rid, "id");
     id.title = entry.rid;
-    const shards = entry.shards.length ? cellOf(bar(parts, total, names), element("div", names, "parts")) : cellOf();
+    const shards = entry.shards.length ? cellOf(bar(parts, total, names, "bar shards"), element("div", names, "parts")) : cellOf();
     return row([id, element("td", entry.state, "text"), count(entry.prompt_tokens), count(entry.output_tokens), `${entry.home}`, degree, shards]);
   }));
 }
@@ -88,12 +88,12 @@ function remember(time, instances) {
   while (history[0].time < time - HISTORY_MS) history.shift();
 }
 
-function linePath(name, now, top) {
+function linePath(name, now, span, top) {
   let path = "", before = null;
   for (const point of history) {
     const value = point[name];
     if (value !== null) {
-      const x = 600 * (1 - (now - point.time) / HISTORY_MS), y = 146 - (142 * (value - 1)) / (top - 1);
+      const x = 600 * (1 - (now - point.time) / span), y = 146 - (142 * (value - 1)) / (top - 1);
       path += `${before !== null && point.time - before < GAP_MS ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`;
     }
     before = value === null ? null : point.time;
@@ -107,11 +107,13 @@ function showBalance(now) {
   byId("balance-kv").textContent = shown(last.kv);
   byId("balance-homes").textContent = shown(last.homes);
   const top = Math.max(2, ...history.map((point) => Math.max(point.kv || 0, point.homes || 0)));
+  const span = Math.max(SHORTEST_MS, now - history[0].time);
   byId("balance-top").textContent = shown(top);
+  byId("balance-from").textContent = span < 2 * SHORTEST_MS ? `${Math.round(span / 1000)} s ago` : `${Math.round(span / 60000)} min ago`;
   byId("balance").replaceChildren(...["homes", "kv"].map((name) => {
     const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
     path.setAttribute("class", `line-${name}`);
-    path.setAttribute("d", linePath(name, now, top));
+    path.setAttribute("d", linePath(name, now, span, top));
     return path;
   }));
 }
