@@ -65,7 +65,7 @@ def make_app(
     monkeypatch.setattr(auth, "decide_request_auth", functools.partial(live.open_page, auth.decide_request_auth))
     result.add_report_route()
     live.add_live_routes()
-    app.get("/dyncp/live/other")(dict)
+    app.get("/dyncp/live/other")(result.serve_report)
     if api_key or admin_api_key:
         auth.add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_api_key)
     return app
