@@ -9,7 +9,7 @@ GPU_TESTS := sgl-kernel-dcp/tests test/gpu
 GPU_LOG := logs/gpu_test.log
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo watch test test-fast gpu-test walk lint mutants figures results docs-check clean
+.PHONY: help install demo watch test test-fast gpu-test walk lint mutants figures results docs-check docs release-check clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -57,5 +57,11 @@ results: $(READY) ## Writes the tables of docs/results from benchmark/results
 docs-check: $(READY) ## Relative links in the documentation resolve
 	$(PYTHON) scripts/check_links.py
 
+docs: $(READY) ## Builds the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+
+release-check: $(READY) ## Builds the wheels and runs the demo from a fresh environment (11 GB; REUSE=.venv takes SGLang from there)
+	$(PYTHON) scripts/release_check.py $(if $(REUSE),--reuse $(REUSE))
+
 clean: ## Removes .venv and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis logs
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis logs
