@@ -78,7 +78,7 @@ class RoundRobin:
         raise CapacityError(f"{needed} tokens exceed {max(load.kv_capacity for load in loads)}, the KV capacity of one instance")
 
 
-def _policy(name: str, cost: CostModel, num_instances: int) -> PlacementPolicy:
+def _policy(name: str, cost: CostModel, num_instances: int, max_guest_fraction: float) -> PlacementPolicy:
     """The policy behind a variant; ablations blind the policy, not the clock."""
     degree, max_degree = None, num_instances
     if name == "local-round-robin":
@@ -103,7 +103,7 @@ def _policy(name: str, cost: CostModel, num_instances: int) -> PlacementPolicy:
         cost_model=cost,
         degree=degree,
         max_degree=max_degree,
-        max_guest_fraction=1.0,
+        max_guest_fraction=max_guest_fraction,
     )
 
 
@@ -143,7 +143,7 @@ def simulate(
         if name.endswith("exchange-twice"):
             for constant in ("exchange_fixed_us", "exchange_us_per_row", "remote_exchange_fixed_us", "remote_exchange_us_per_row"):
                 cost = cost.scaled(constant, 2.0)
-        policy = _policy(name, cost, deployment.num_instances)
+        policy = _policy(name, cost, deployment.num_instances, settings.max_guest_fraction)
     return Simulation(requests, policy, cost, settings, step_hook=step_hook, progress=progress).run()
 
 

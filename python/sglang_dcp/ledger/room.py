@@ -15,7 +15,7 @@ class Room:
     def __init__(self, limits: SplitLimits, free: Sequence[int], guest_room: Sequence[int]) -> None:
         self.limits = limits
         self.free, self.guests = list(free), list(guest_room)
-        self._for_guests: list[int] | None = None
+        self._for_guests = [self._for_guest(rank) for rank in range(len(free))]
         self._richest: dict[range, list[int]] = {}
 
     def take(self, home: int, split: Sequence[tuple[int, int]]) -> None:
@@ -23,18 +23,20 @@ class Room:
             self.free[rank] -= pages
             if rank != home:
                 self.guests[rank] -= pages
-        self._for_guests = None
+            self._for_guests[rank] = self._for_guest(rank)
+        self._richest.clear()
 
     def set_aside(self, pages: Sequence[int]) -> None:
         """Takes pages[r] of every instance, whoever gets them."""
         if any(pages):
             self.free = [free - kept for free, kept in zip(self.free, pages, strict=True)]
-            self._for_guests = None
+            self._for_guests = [self._for_guest(rank) for rank in range(len(pages))]
+            self._richest.clear()
 
     def split(self, home: int, ask: AskAdmission) -> Split | None:
         """The ask's own split where that has room; for a flexible one else any that has, None when none has. What asks for one instance
         moves whole or waits: in pieces it would cost an exchange in each of its steps."""
-        for_guests, at_home, pages, fits = self._room_for_guests(), max(0, self.free[home]), 0, True
+        for_guests, at_home, pages, fits = self._for_guests, max(0, self.free[home]), 0, True
         for rank, count in ask.segments:
             pages += count
             fits = fits and count <= (at_home if rank == home else for_guests[rank])
@@ -55,16 +57,14 @@ class Room:
         best = max(scope, key=lambda rank: (room[rank], rank == home, -rank))
         return ((best, pages),) if room[best] >= pages else None
 
-    def _room_for_guests(self) -> list[int]:
-        """Pages that a new guest could take of every instance."""
-        if self._for_guests is None:
-            self._for_guests = [max(0, min(pair)) for pair in zip(self.free, self.guests, strict=True)]
-            self._richest.clear()
-        return self._for_guests
+    def _for_guest(self, rank: int) -> int:
+        """Pages that a new guest could take of an instance."""
+        free, guests = self.free[rank], self.guests[rank]
+        least = free if free < guests else guests
+        return least if least > 0 else 0
 
     def _most_for_guests(self, scope: range) -> list[int]:
         """The same of the ranks of a scope, most first. Ordered once for all asks until room is taken."""
         if scope not in self._richest:
-            for_guests = self._room_for_guests()
-            self._richest[scope] = sorted([for_guests[rank] for rank in scope], reverse=True)
+            self._richest[scope] = sorted([self._for_guests[rank] for rank in scope], reverse=True)
         return self._richest[scope]
