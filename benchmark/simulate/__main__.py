@@ -11,9 +11,10 @@ from typing import Any
 from benchmark.simulate.experiments import point
 from benchmark.simulate.rate_search import RateSearch
 from benchmark.simulate.results import SimulationResult
-from benchmark.simulate.traces import read_trace
+from benchmark.simulate.traces import load_trace
 from benchmark.simulate.variants import VARIANTS, Deployment, simulate
 from benchmark.simulate.workloads import WORKLOADS, Workload, load_workload
+from sglang_dcp.traces.flags import add_trace_flags
 
 RESULT_KEYS = ("p50_tpot_ms", "p99_tpot_ms", "kv_balance", "batch_balance", "p99_wait_s", "start_degrees", "end_degrees")
 COUNT_KEYS = {"num_retractions": "retractions", "num_growths": "growths", "num_rejected": "rejected"}
@@ -23,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Flags of the command."""
     parser = argparse.ArgumentParser(prog="python -m benchmark.simulate", description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--trace", type=Path, help="CSV or Parquet with columns arrival (seconds), input, output (tokens)")
+    add_trace_flags(parser, source)
     source.add_argument("--workload", choices=sorted(WORKLOADS), help="a workload of the project instead of a trace")
     parser.add_argument("--model", default="deepseek-v3", help="deepseek-v3, kimi-k2 or qwen3-235b-a22b")
     parser.add_argument("--gpu", default="h200", help="h200 or h100")
@@ -43,8 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Writes result.json and the plots; returns 2 for bad input."""
     args = build_parser().parse_args(arguments)
+    trace = None
     try:
-        workload = read_trace(args.trace) if args.trace else load_workload(args.workload)
+        if args.trace:
+            trace, workload = load_trace(args.trace, args.trace_format, strict=args.strict)
+            print("\n".join(trace.describe()))
+        else:
+            workload = load_workload(args.workload)
         deployment = Deployment(args.model, args.gpu, args.instances, args.pool_tokens)
         pool = deployment.pool()
     except (OSError, ValueError) as error:
@@ -64,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
         "seed": args.seed,
         "policies": {},
     }
+    if trace is not None:
+        report["trace"] = {"format": trace.format, "requests": len(trace.requests), "skipped": len(trace.skipped), "tick_s": trace.tick_s}
     results = {name: searches[name].result_at(rate) for name in policies}
     for name, result in results.items():
         data = point(result)

@@ -48,6 +48,8 @@ def violations(path: str, tree: ast.AST) -> list[str]:
             found.append(f"{path}:{line} imports {module}: only upstream/, cpu/ and plugin.py may import sglang")
         if path.startswith("policy/") and not is_policy_import(top, module):
             found.append(f"{path}:{line} imports {module}: policy/ is standard library only")
+        if path.startswith("traces/") and top != "pyarrow" and not is_traces_import(top, module):
+            found.append(f"{path}:{line} imports {module}: traces/ is standard library only, and pyarrow where a file is Parquet")
         if path.startswith("ledger/") and top != "numpy" and not is_ledger_import(top, module):
             found.append(f"{path}:{line} imports {module}: ledger/ is standard library and numpy only")
         if path.startswith("dataflow/") and module.startswith(("sglang_dcp.upstream", "sglang_dcp.cpu", "sglang_dcp.plugin")):
@@ -57,6 +59,10 @@ def violations(path: str, tree: ast.AST) -> list[str]:
 
 def is_policy_import(top: str, module: str) -> bool:
     return top in STANDARD_LIBRARY or module.startswith("sglang_dcp.policy") or module == "sglang_dcp"
+
+
+def is_traces_import(top: str, module: str) -> bool:
+    return is_policy_import(top, module) or module.startswith("sglang_dcp.traces")
 
 
 def is_ledger_import(top: str, module: str) -> bool:
@@ -74,6 +80,7 @@ def test_imports(path: Path) -> None:
         ("policy/x.py", "import numpy"),
         ("policy/x.py", "def f():\n    import torch"),
         ("policy/x.py", "from sglang_dcp.ledger import messages"),
+        ("traces/x.py", "import numpy"),
         ("ledger/x.py", "import torch.distributed as dist"),
         ("ledger/x.py", "from sglang_dcp.dataflow import merge"),
         ("dataflow/x.py", "from sglang.srt import utils"),

@@ -1,0 +1,115 @@
+"""`sglang-dcp plan`: the price of every degree, and what a trace would need."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from sglang_dcp.cli import plan
+from sglang_dcp.traces.occupancy import arrivals
+from sglang_dcp.traces.reader import read_trace
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+EXAMPLE = REPOSITORY / "docs" / "examples" / "load.json"
+DATA = REPOSITORY / "test" / "data" / "traces"
+
+
+def run(*flags: str) -> int:
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    return plan.run(parser.parse_args(flags))
+
+
+def planned(capsys: pytest.CaptureFixture[str], *flags: str) -> dict:
+    assert run("--json", *flags) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_documented_example_shows_what_a_split_gains(capsys: pytest.CaptureFixture[str]) -> None:
+    result = planned(capsys, "--load", str(EXAMPLE), "--prompt", "400000")
+    steps = {row["degree"]: row["step_ms"] for row in result["prices"]}
+    assert list(steps) == list(range(1, 9)) and result["degree"] > 1
+    assert result["step_ms_after"] == steps[result["degree"]] == min(steps.values())
+    assert steps[1] - result["step_ms_before"] > 3 * (steps[result["degree"]] - result["step_ms_before"])
+    short = planned(capsys, "--load", str(EXAMPLE), "--prompt", "2000")
+    assert short["degree"] == 1 and short["prices"][0]["step_ms"] == min(row["step_ms"] for row in short["prices"])
+
+
+def test_every_degree_is_printed_and_the_chosen_one_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--load", str(EXAMPLE), "--prompt", "400000") == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if " ms" in line and not line.startswith(("step", "home"))]
+    assert [int(row.split()[0]) for row in rows] == list(range(1, 9)) and sum("<- chosen" in row for row in rows) == 1
+
+
+def test_a_degree_that_cannot_be_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load = tmp_path / "load.json"
+    instances = [{"kv_tokens": 0, "home_requests": 0, "kv_capacity": 65_536} for _ in range(3)]
+    load.write_text(json.dumps({"instances": instances}))
+    prices = planned(capsys, "--load", str(load), "--prompt", "100000")["prices"]
+    assert "exceed" in prices[0]["refused"] and [row["degree"] for row in prices if "step_ms" in row] == [2, 3]
+    assert run("--load", str(load), "--prompt", "100000") == 0 and "exceed" in capsys.readouterr().out
+    assert [row["degree"] for row in planned(capsys, "--load", str(load), "--prompt", "64")["prices"] if "step_ms" in row] == [1]
+    assert len(planned(capsys, "--load", str(load), "--prompt", "640", "--policy", "local-least-kv")["prices"]) == 1
+    assert run("--load", str(load)) == 2 and "--prompt" in capsys.readouterr().err
+
+
+def trace_file(path: Path, rows: list[tuple[float, int, int]]) -> str:
+    path.write_text("arrival,input,output\n" + "".join(f"{a},{b},{c}\n" for a, b, c in rows))
+    return str(path)
+
+
+def test_a_trace_says_degrees_pools_and_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [(0.1 * i, 150_000 if i % 20 == 3 else 1_000, 200) for i in range(100)]
+    trace = trace_file(tmp_path / "t.csv", [*rows, (10.0, 2_000_000, 10)])
+    flags = ["--trace", trace, "--instances", "4", "--pool-tokens", "100000", "--max-new", "200"]
+    result = planned(capsys, *flags)
+    ours, whole = result["policies"]["dual-balance"], result["policies"]["local-least-kv"]
+    assert (result["requests"], result["beyond_one_pool"], result["longest_tokens"]) == (101, 6, 2_000_010)
+    assert ours["never_fit"] == 1 and whole["never_fit"] == 6
+    assert ours["degree_shares"]["1"] == 0.95 and sum(ours["degree_shares"].values()) == pytest.approx(1.0)
+    assert whole["degree_shares"]["1"] == 1.0
+    assert ours["pools_needed"] == -(-ours["peak_tokens"] // 100_000) >= 2
+    assert run(*flags) == 0
+    text = capsys.readouterr().out
+    assert "6 of 101 requests are longer than one pool" in text and "never fit" in text and "95.0 %" in text
+
+
+def test_requests_leave_after_their_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = trace_file(tmp_path / "t.csv", [(1000.0 * i, 500, 10) for i in range(8)])
+    result = planned(capsys, "--trace", trace, "--instances", "2", "--pool-tokens", "4096")
+    assert result["policies"]["dual-balance"]["peak_requests"] == 1
+    assert result["policies"]["dual-balance"]["peak_tokens"] == 510
+    crowd = planned(capsys, "--trace", trace, "--instances", "2", "--pool-tokens", "4096", "--rate", "1000", "--max-new", "100")
+    assert crowd["policies"]["dual-balance"]["peak_requests"] > 1
+
+
+def test_bad_rows_are_counted_and_strict_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--trace", str(DATA / "burstgpt.csv"), "--instances", "2", "--pool-tokens", "50000") == 0
+    assert "skipped 1 of 4 rows: a failed request (0 response tokens) (line 4)" in capsys.readouterr().out
+    assert run("--trace", str(DATA / "burstgpt.csv"), "--instances", "2", "--strict") == 2
+    assert "line 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rate", "0"], "--rate 0"),
+        (["--instances", "0"], "--instances 0"),
+        (["--limit", "0"], "--limit 0"),
+        (["--cost-model", "nothing"], "no such file"),
+    ],
+)
+def test_bad_flags_are_named(capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
+    assert run("--trace", str(DATA / "table.csv"), *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_requests_of_a_tick_are_spread_over_it_and_the_clock_is_stretched() -> None:
+    trace = read_trace(DATA / "mooncake.jsonl")
+    assert [item.arrival_s for item in arrivals(trace, None, 10)] == pytest.approx([0, 1.5, 3, 5.999])
+    fast = arrivals(trace, 2 * len(trace.requests) / trace.span_s, 10)
+    assert [item.arrival_s for item in fast] == pytest.approx([0, 0.75, 1.5, 2.9995])
+    assert len(arrivals(trace, None, 3)) == 3
