@@ -1,4 +1,5 @@
-"""`sglang-dcp serve`: SGLang's server with the environment that this machine needs. Prints what it adds, then becomes the server."""
+"""`sglang-dcp serve`: SGLang's server with the environment that this machine needs. Prints what it adds, then becomes the server, or with
+--restart its parent."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sglang_dcp.cli.supervise import supervise
 from sglang_dcp.config import add_cli_arguments
 from sglang_dcp.cpu.environment import count_cuda_devices, cpu_additions
 
@@ -22,15 +24,41 @@ class Launch:
 
 
 def run(flags: Sequence[str]) -> int:
-    """Replaces this process by the server. Returns only for --help."""
+    """Replaces this process by the server, or with --restart stays its parent. Returns the exit code of the latter, and for --help."""
     if "-h" in flags or "--help" in flags:
         print(_help())
         return 0
-    launch = plan_launch(flags, os.environ, cuda_devices=count_cuda_devices())
+    restarts, server_flags = split_restart(flags)
+    launch = plan_launch(server_flags, os.environ, cuda_devices=count_cuda_devices())
     for line in describe(launch):
         print(line, file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "sglang.launch_server", *launch.flags]
-    os.execve(sys.executable, command, {**os.environ, **launch.additions})
+    environment = {**os.environ, **launch.additions}
+    if restarts is not None:
+        return supervise(command, environment, restarts)
+    os.execve(sys.executable, command, environment)
+
+
+def split_restart(flags: Sequence[str]) -> tuple[int | None, list[str]]:
+    """(N of --restart N, or None; the other flags). It is ours alone: SGLang does not know it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    _add_restart(parser)
+    try:
+        known, others = parser.parse_known_args(list(flags))
+    except argparse.ArgumentError as error:
+        raise SystemExit(f"sglang-dcp serve: {error}") from error
+    if known.restart is not None and known.restart < 1:
+        raise SystemExit(f"sglang-dcp serve: --restart must be at least 1, got {known.restart}")
+    return known.restart, others
+
+
+def _add_restart(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--restart",
+        type=int,
+        metavar="N",
+        help="Start the server again when an instance was lost (exit code 75) or it was killed, at most N times in ten minutes.",
+    )
 
 
 def plan_launch(flags: Sequence[str], environment: Mapping[str, str], *, cuda_devices: int | None) -> Launch:
@@ -84,5 +112,6 @@ def _help() -> str:
         epilog="SGLang's own flags: `sglang serve --help` (it does not list ours: help loads no plugins).",
         add_help=False,
     )
+    _add_restart(parser.add_argument_group("this command"))
     add_cli_arguments(parser)
     return parser.format_help()
