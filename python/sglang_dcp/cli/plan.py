@@ -1,17 +1,21 @@
-"""`sglang-dcp plan`: where one request would go against a given load, and what the step would cost before and after."""
+"""`sglang-dcp plan`: where one request would go against a given load and what a step costs at every degree, or what a trace would need."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sglang_dcp.cli import plan_trace
+from sglang_dcp.observe.tables import align
 from sglang_dcp.policy.cost_model import CostModel, InstanceWork, load_cost_model
 from sglang_dcp.policy.expected_output import EXPECTED_NEW_TOKENS, expected_new_tokens
 from sglang_dcp.policy.placement import make_policy
-from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementRequest
+from sglang_dcp.policy.types import CapacityError, InstanceLoad, Placement, PlacementPolicy, PlacementRequest
+from sglang_dcp.traces.flags import add_trace_flags
 
 LOAD_HELP = (
     'JSON: {"instances": [{"kv_tokens": 90000, "home_requests": 12, "kv_capacity": 1000000, "guest_tokens": 0, "node": 0}, ...]}; '
@@ -21,8 +25,11 @@ LOAD_HELP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument("--load", type=Path, required=True, help=LOAD_HELP)
-    parser.add_argument("--prompt", type=int, required=True, help="prompt tokens of the request")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--load", type=Path, help=LOAD_HELP)
+    add_trace_flags(parser, source)
+    plan_trace.add_arguments(parser)
+    parser.add_argument("--prompt", type=int, help="with --load: prompt tokens of the request")
     expected = f"output tokens to expect (default: as a server does, at most {EXPECTED_NEW_TOKENS} where a request may grow elsewhere)"
     parser.add_argument("--expected-new", type=int, help=expected)
     parser.add_argument("--max-new", type=int, default=4096, help="max_new_tokens of the request (default 4096)")
@@ -39,23 +46,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the plan; returns 2 for bad input or a request that cannot be placed."""
     try:
-        plan = make_plan(args)
+        plan = plan_trace.make_trace_plan(args) if args.trace else make_plan(args)
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"sglang-dcp plan: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     if args.json:
         print(json.dumps(plan))
         return 0
+    print(plan_trace.format_trace_plan(plan) if args.trace else _format(plan, args.max_new))
+    return 0
+
+
+def _format(plan: dict[str, Any], max_new: int) -> str:
     shards = ", ".join(f"{rank}: {tokens}" for rank, tokens in zip(plan["shards"], plan["shard_tokens"], strict=True))
     note = "" if plan["fits_now"] else " (has to wait for room)"
-    print(f"home {plan['home']}, degree {plan['degree']}, tokens per shard {{{shards}}}{note}")
-    print(f"expects {plan['expected_new_tokens']} of at most {args.max_new} new tokens")
-    print(f"step {plan['step_ms_before']:.2f} ms -> {plan['step_ms_after']:.2f} ms ({plan['policy']}, {plan['cost_model']})")
-    return 0
+    rows = [["degree", "home", "step", "", "room"]]
+    for row in plan["prices"]:
+        if "refused" in row:
+            rows.append([str(row["degree"]), "-", "-", "", row["refused"]])
+            continue
+        chosen = "<- chosen" if row["degree"] == plan["degree"] else ""
+        rows.append([str(row["degree"]), str(row["home"]), f"{row['step_ms']:.2f} ms", chosen, "now" if row["fits_now"] else "waits"])
+    return "\n".join(
+        [
+            f"home {plan['home']}, degree {plan['degree']}, tokens per shard {{{shards}}}{note}",
+            f"expects {plan['expected_new_tokens']} of at most {max_new} new tokens",
+            f"step {plan['step_ms_before']:.2f} ms -> {plan['step_ms_after']:.2f} ms ({plan['policy']}, {plan['cost_model']})",
+            "",
+            align(rows),
+        ]
+    )
 
 
 def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     """The plan as JSON values. Raises ValueError naming what is wrong with the load or the request."""
+    if args.prompt is None:
+        raise ValueError("--load needs --prompt, the tokens of the request")
     data = json.loads(args.load.read_text(encoding="utf-8"))
     instances = data["instances"]
     if not instances:
@@ -75,7 +101,6 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     expected = expected_new_tokens(args.max_new, largest_degree) if args.expected_new is None else args.expected_new
     request = PlacementRequest(args.prompt, expected, args.max_new, args.degree, args.home)
     placement = policy.place(request, loads, args.page_size)
-    needed = {rank: -(-tokens // args.page_size) for rank, tokens in zip(placement.shards, placement.shard_tokens, strict=True)}
     return {
         "policy": policy.name,
         "cost_model": cost.name,
@@ -84,10 +109,39 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
         "shards": list(placement.shards),
         "shard_tokens": list(placement.shard_tokens),
         "expected_new_tokens": expected,
-        "fits_now": all(pages * args.page_size <= loads[rank].free_tokens for rank, pages in needed.items()),
+        "fits_now": _fits_now(placement, loads, args.page_size),
         "step_ms_before": step_ms(cost, loads, None),
         "step_ms_after": step_ms(cost, loads, placement),
+        "prices": _prices(cost, policy, request, loads, placement, largest_degree, args.page_size),
     }
+
+
+def _prices(
+    cost: CostModel,
+    policy: PlacementPolicy,
+    request: PlacementRequest,
+    loads: list[InstanceLoad],
+    chosen: Placement,
+    largest_degree: int,
+    page_size: int,
+) -> list[dict[str, Any]]:
+    """The step at every degree, each placed as the policy places a request whose degree is pinned; or why it cannot have that degree."""
+    prices: list[dict[str, Any]] = []
+    for degree in range(1, largest_degree + 1):
+        try:
+            placement = chosen if degree == chosen.degree else policy.place(replace(request, degree=degree), loads, page_size)
+        except ValueError as error:
+            prices.append({"degree": degree, "refused": str(error) if isinstance(error, CapacityError) else "not with these pins"})
+            continue
+        if placement.degree == degree:
+            fits = _fits_now(placement, loads, page_size)
+            prices.append({"degree": degree, "home": placement.home, "step_ms": step_ms(cost, loads, placement), "fits_now": fits})
+    return prices
+
+
+def _fits_now(placement: Placement, loads: list[InstanceLoad], page_size: int) -> bool:
+    pages = zip(placement.shards, (-(-tokens // page_size) for tokens in placement.shard_tokens), strict=True)
+    return all(count * page_size <= loads[rank].free_tokens for rank, count in pages)
 
 
 def _load(rank: int, item: dict[str, int], pool_tokens: int | None, per_node: int) -> InstanceLoad:
