@@ -23,7 +23,6 @@ from sglang_dcp.dataflow.contracts import NewKV
 from sglang_dcp.dataflow.graph.static_tables import guests_per_instance
 from sglang_dcp.dataflow.reference import partial_attention
 from sglang_dcp.dataflow.step_mode import STOCK, Graph
-from sglang_dcp.dataflow.step_rows import StepRows
 from sglang_dcp.dataflow.transport.base import TransportError
 from sglang_dcp.upstream.layers.graphs import GraphEngine
 from sglang_dcp.upstream.layers.peers import Place
@@ -159,7 +158,7 @@ class GpuSession(Session):
         home, instance = self.homes[rank], self.instances[rank]
         runtime, sizes = home.runtime, [len(other.batch) for other in self.homes]
         steady = home.participant.rows_steady and runtime.own_batch.steady
-        mode = self.engine.choose_step(runtime.mode, StepRows(home.participant, runtime.own_batch), sizes, steady=steady)
+        mode = self.engine.choose_step(runtime.mode, runtime.rows, sizes, steady=steady)
         assert mode is not None
         runtime.mode, step = mode, mode.step
         self.num_advances += step.is_advance

@@ -13,7 +13,6 @@ from sglang_dcp.dataflow.attention.partial_attention import torch_partial_attent
 from sglang_dcp.dataflow.attention_step import attention_step
 from sglang_dcp.dataflow.contracts import NewKV, StepPlan
 from sglang_dcp.dataflow.reference import partial_attention
-from sglang_dcp.dataflow.step_rows import StepRows
 from test.unit.dataflow.cluster import PoolCache, ThreadTransport
 from testing.protocol_model import ModelRequest, ModelScheduler, ProtocolModel
 
@@ -74,7 +73,7 @@ class Session(ProtocolModel):
 
     def run_layer(self, rank: int, tokens: tuple[torch.Tensor, NewKV]) -> torch.Tensor:
         home, (queries, new_kv) = self.homes[rank], tokens
-        rows = StepRows(home.participant, home.runtime.own_batch)
+        rows = home.runtime.rows
         local_pages = [np.array(req.pages) for req, _, _ in home.batch if req.dyncp is None]
         plan = self.plans[rank] = rows.build_plan(rows.home_rows(local_pages), len(queries))
         return attention_step(

@@ -16,7 +16,6 @@ from sglang_dcp.dataflow.graph.static_tables import FROM_TOKEN_TABLE, NO_PAGE, T
 from sglang_dcp.dataflow.merge import merge_partial_states
 from sglang_dcp.dataflow.reference import RouteTables, partial_attention, route_tables
 from sglang_dcp.dataflow.step_mode import STOCK
-from sglang_dcp.dataflow.step_rows import StepRows
 from sglang_dcp.upstream.layers.graphs import GraphEngine
 from sglang_dcp.upstream.layers.peers import Place
 from test.unit.test_decode_session import CASES, HEADS, Session, drive, take_turns
@@ -66,7 +65,7 @@ class GraphSession(Session):
         home = self.homes[rank]
         runtime, sizes = home.runtime, [len(other.batch) for other in self.homes]
         steady = home.participant.rows_steady and runtime.own_batch.steady
-        mode = self.engine.choose_step(runtime.mode, StepRows(home.participant, runtime.own_batch), sizes, steady=steady)
+        mode = self.engine.choose_step(runtime.mode, runtime.rows, sizes, steady=steady)
         assert mode is not None
         runtime.mode, step, lines, table = mode, mode.step, self.lines[rank], self.page_table[rank]
         self.num_advances += step.is_advance

@@ -45,8 +45,8 @@ class GraphStep:
     @classmethod
     def of(cls, rows: StepRows, pooled_before: frozenset[Hashable]) -> GraphStep:
         """pooled_before: keys of the pooled rows of the step just before, if that was a graph's."""
-        words, table_rows = rows.table_rows()
-        keys = frozenset(row.key for row in table_rows if isinstance(row, PooledRow))
+        words, table_rows, pooled = rows.table_rows()
+        keys = frozenset(pooled)
         return cls(rows.participant.step, words, table_rows, keys, has_new_pooled=not keys <= pooled_before)
 
 

@@ -40,9 +40,9 @@ class Batch(Protocol):
     def routes(self) -> Mapping[int, int]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class StepRows:
-    """The own batch, and the rows of other homes as the participant knows them. Valid for the step: pages move on with the next one."""
+    """The own batch, and the rows of other homes as the participant knows them: those of the step that both were told of last."""
 
     participant: Participant
     batch: Batch
@@ -89,12 +89,13 @@ class StepRows:
 
     # ---- for a step of decodes that runs as a graph
 
-    def table_rows(self) -> tuple[list[np.ndarray], list[ListedRow | PooledRow]]:
-        """Route words of every home, and this instance's attention rows: guests by home, own rows last."""
-        rank, spans = self.participant.rank, self.batch.spans
+    def table_rows(self) -> tuple[list[np.ndarray], list[ListedRow | PooledRow], list[Hashable]]:
+        """Route words of every home, this instance's attention rows (guests by home, own rows last), and the keys of the pooled ones."""
+        rank, guests, spans, routes = self.participant.rank, self.participant.guests, self.batch.spans, self.batch.routes
         own = np.full(len(spans), 1 << rank, dtype=np.int32)
         words: list[np.ndarray] = []
         rows: list[ListedRow | PooledRow] = []
+        pooled: list[Hashable] = []
         for home, told in enumerate(self.participant.rows_of):
             if home == rank:
                 words.append(own)
@@ -102,15 +103,16 @@ class StepRows:
             words.append(route_words(row.route for row in told))
             for guest in told:
                 if shard_mask(guest.route) >> rank & 1:
-                    held, arrives = self.participant.guests.pages_of(home, guest.handle), travelling_tail(guest.route) == rank
+                    held, arrives = guests.pages_of(home, guest.handle), travelling_tail(guest.route) == rank
                     rows.append(ListedRow((home, guest.handle), guest.prefix_len + 1, held, grows=arrives, arrives=arrives))
         for index, (req, prefix_len, _) in enumerate(spans):
-            route = self.batch.routes.get(index)
+            route = routes.get(index)
             if route is None:
                 rows.append(PooledRow(req.rid, req.kv.req_pool_idx, prefix_len + 1))
+                pooled.append(req.rid)
                 continue
             own[index] = route_word32(route)
             if shard_mask(route) >> rank & 1:
                 request, grows = req.dyncp, travelling_tail(route) < 0
                 rows.append(ListedRow((rank, request.handle), prefix_len + 1, request.own_pages, grows, arrives=False))
-        return words, rows
+        return words, rows, pooled

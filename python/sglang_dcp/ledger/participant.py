@@ -169,12 +169,14 @@ class Participant:
                 else:
                     self._take(home, message)
         self._advance_rows(told_rows)
-        decision = self._decide(anybody_runs) if len(self.table) else self._nothing_decided
-        for grant in decision.grants:
-            self._apply_grant(grant)
+        decision, self.victims = self._nothing_decided, []
+        if len(self.table):
+            decision = self._decide(anybody_runs)
+            for grant in decision.grants:
+                self._apply_grant(grant)
+            self.victims = [self.homes.requests[handle] for home, handle in decision.victims if home == self.rank]
+            self._forget_victims(decision.victims)
         self.promised = decision.promised
-        self.victims = [self.homes.requests[handle] for home, handle in decision.victims if home == self.rank]
-        self._forget_victims(decision.victims)
         self.homes.end_step()
         self.step += 1
         return decision

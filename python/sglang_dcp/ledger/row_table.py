@@ -49,7 +49,7 @@ class RowTable:
     def advance(self) -> None:
         if self._decodes:
             self.checksum = self.next_checksum()
-            self._rows.advance()
+            self._rows.age += 1
         else:
             self.tell(advance(self._rows.keys))
 
@@ -66,7 +66,6 @@ class RowTable:
     @property
     def rows(self) -> tuple[Row, ...]:
         if self._rows.age:
-            told = self._rows.keys
-            rows = tuple(Row(row.handle, self._rows.tokens(index), 1, row.route) for index, row in enumerate(told))
+            rows = tuple(Row(row.handle, row.prefix_len + self._rows.age, 1, row.route) for row in self._rows.keys)
             self._rows = SteadyRows(rows, [row.prefix_len for row in rows])
         return tuple(self._rows.keys)

@@ -11,8 +11,8 @@ from typing import Any
 
 
 class SteadyRows:
-    """keys: name the rows, in order. tokens: of each when it was told. age: steps since, each of which added a token to every row of
-    `growing` (None: to all)."""
+    """keys: name the rows, in order. tokens: of each when it was told. age: steps since, counted by whoever told them; each added a token
+    to every row of `growing` (None: to all)."""
 
     def __init__(self, keys: Sequence[Any], tokens: Sequence[int], page_size: int = 1, growing: Iterable[int] | None = None) -> None:
         self.keys, self.told = keys, tokens
@@ -27,10 +27,6 @@ class SteadyRows:
         """Whether `keys` are these rows, `ahead` tokens on from now: the same objects in the same order, and the last one's length tells
         for all of them."""
         return self.keys == keys and (not keys or last_tokens == self.told[-1] + self.age + ahead)
-
-    def advance(self) -> None:
-        """One step on."""
-        self.age += 1
 
     def tokens(self, index: int) -> int:
         """Of a growing row, now."""
@@ -51,7 +47,9 @@ class SteadyRows:
     def _phases(self) -> dict[int, list[int]]:
         """Rows by where in a page their last token was when told. Made when first asked for: many rows are told for one step."""
         if self._by_remainder is None:
-            self._by_remainder = {}
-            for index in range(len(self.told)) if self._growing is None else self._growing:
-                self._by_remainder.setdefault(self.told[index] % self._page_size, []).append(index)
+            phases: dict[int, list[int]] = {}
+            told, page_size = self.told, self._page_size
+            for index in range(len(told)) if self._growing is None else self._growing:
+                phases.setdefault(told[index] % page_size, []).append(index)
+            self._by_remainder = phases
         return self._by_remainder

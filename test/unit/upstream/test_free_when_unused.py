@@ -74,7 +74,7 @@ def test_no_second_exchange_and_no_floor_without_sharded_rows(runtime, exchanges
 
 def test_a_steady_sharded_row_needs_no_second_exchange_either(runtime, exchanges, monkeypatch):
     """Rows travel when they change; while a request just decodes on, every instance advances its table alone."""
-    monkeypatch.setattr(step_sync, "home_rows", lambda runtime, rows: [])
+    monkeypatch.setattr(step_sync, "home_rows", lambda runtime: [])
     monkeypatch.setattr(runtime.own_batch, "take", lambda batch: None)
     monkeypatch.setattr(runtime.own_batch, "sharded_rows", lambda: [Row(1, 40 + runtime.participant.step, 1)])
     for number in range(6):

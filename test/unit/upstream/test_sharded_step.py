@@ -201,7 +201,7 @@ def test_a_sharded_row_anywhere_makes_the_step_eager_everywhere(bound: Any, monk
             read_columns=lambda columns: 0,
             finish_step=lambda words, anybody_runs: None,
         )
-        monkeypatch.setattr(step_sync, "home_rows", lambda found, rows: ["rows"])
+        monkeypatch.setattr(step_sync, "home_rows", lambda found: ["rows"])
         info = SimpleNamespace(
             tp0_info_cpu=torch.zeros(2, 19, dtype=torch.int64),
             global_num_tokens=[3, 0],

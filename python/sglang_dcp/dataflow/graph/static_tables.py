@@ -191,7 +191,7 @@ class PageLines:
             raise ValueError(f"step {step} does not follow step {self._step}")
         self._step = step
         steady = self._steady or self._begin_growth()
-        steady.advance()
+        steady.age += 1
         table = self._table
         for index in self._appended:
             table[index, 2] = NO_PAGE

@@ -27,6 +27,15 @@ def current() -> Runtime | None:
     return _runtime
 
 
+def driver_method(name: str) -> Handler:
+    """A hook of kind "after" whose handler is a method of the StepDriver. It gets SGLang's result, which stands where it answers None."""
+
+    def hook(result: Any, *args: Any, **kwargs: Any) -> Any:
+        return result if _runtime is None else getattr(_runtime.driver, name)(result)
+
+    return hook
+
+
 def around(handler: Handler) -> Handler:
     """For a hook of kind "around": handler(runtime, original, *args)."""
 

@@ -67,11 +67,11 @@ class StepDriver:
 
     def tell(self, row: torch.Tensor) -> torch.Tensor:
         """SGLang's row of the all-gather with this instance's columns behind it."""
-        began = perf_counter()
-        sweep_waiting(self.runtime)
-        elsewhere.ask_elsewhere(self.runtime)
-        wide = self.runtime.sync_row.widen(row, sync.own_columns(self.runtime, self.batch))
-        self.runtime.host_clock.spent("columns", perf_counter() - began)
+        began, runtime = perf_counter(), self.runtime
+        sweep_waiting(runtime)
+        elsewhere.ask_elsewhere(runtime)
+        wide = runtime.sync_row.widen(row, sync.own_columns(runtime, self.batch))
+        runtime.host_clock.spent("columns", perf_counter() - began)
         return wide
 
     def settle(self, info: Any) -> None:

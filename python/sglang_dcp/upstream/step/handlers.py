@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_dcp.upstream.step.attached import after, around, before
+from sglang_dcp.upstream.step.attached import after, around, before, driver_method
 from sglang_dcp.upstream.step.runtime import Runtime
 
 
@@ -43,10 +43,8 @@ def remember_batch(runtime: Runtime, adapter: Any, local_batch: Any) -> None:
     runtime.driver.batch = local_batch
 
 
-@after
-def local_columns(runtime: Runtime, result: Any, *args: Any, **kwargs: Any) -> Any:
-    """AFTER MLPSyncBatchInfo._get_local_tensor."""
-    return runtime.driver.tell(result)
+local_columns = driver_method("tell")
+"""AFTER MLPSyncBatchInfo._get_local_tensor."""
 
 
 @after
@@ -61,7 +59,5 @@ def after_gather(runtime: Runtime, result: None, info: Any, *args: Any, **kwargs
     runtime.driver.settle(info)
 
 
-@after
-def after_forward(runtime: Runtime, result: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER TpModelWorker.forward_batch_generation."""
-    runtime.driver.account(result)
+after_forward = driver_method("account")
+"""AFTER TpModelWorker.forward_batch_generation."""

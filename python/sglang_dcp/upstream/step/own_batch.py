@@ -64,15 +64,15 @@ class OwnBatch:
         self._spans = None
         rows = self._rows_if(reqs, 1)
         if rows is not None:
-            rows.advance()
+            rows.age += 1
             self.steady = self._same_routes(rows)
             if self.steady:
                 return
         else:
             self.steady = False
             rows = self._rows = SteadyRows(list(reqs), [] if lengths is None else lengths.tolist(), self._ids.page_size)
-        ends = enumerate(rows.keys)
-        self.routes = {index: route for index, req in ends if (route := self._route(req, rows.tokens(index))) is not None}
+        age, ends = rows.age, enumerate(zip(rows.keys, rows.told, strict=True))
+        self.routes = {index: route for index, (req, told) in ends if (route := self._route(req, told + age)) is not None}
 
     def sharded_rows(self) -> list[Row]:
         spans = self.spans

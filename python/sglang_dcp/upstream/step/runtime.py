@@ -10,6 +10,7 @@ import torch
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.attention.partial_attention import PartialAttention, torch_partial_attention
 from sglang_dcp.dataflow.step_mode import STOCK, StepMode
+from sglang_dcp.dataflow.step_rows import StepRows
 from sglang_dcp.dataflow.transport.base import Transport
 from sglang_dcp.ledger.cluster import Cluster
 from sglang_dcp.ledger.participant import Participant
@@ -45,7 +46,8 @@ class Counters:
 
 @dataclass
 class Runtime:
-    """mode: what the step runs as, since its settling. own_batch: the rows of the step beside those of the step before. graphs: None where
+    """mode: what the step runs as, since its settling. own_batch: the rows of the step beside those of the step before; rows: with
+    those of other homes. graphs: None where
     sharded steps run eagerly. layer_roll: attention layers of the eager sharded step being run, as they enter our path.
     givable_pages: free ones and what eviction would free, when the last step was synchronised. idle_audited: the pool was looked at since
     this instance fell idle; audit_every_round: it is looked at in every one. metrics: None without --enable-metrics. driver: the
@@ -74,9 +76,11 @@ class Runtime:
     metrics: StepObserver | None = None
     driver: Any = None
     own_batch: OwnBatch = field(init=False)
+    rows: StepRows = field(init=False)
 
     def __post_init__(self) -> None:
         self.own_batch = OwnBatch(self.participant)
+        self.rows = StepRows(self.participant, self.own_batch)
 
 
 def cluster_of(config: DynCpConfig, num_instances: int, num_pages: int, page_size: int) -> Cluster:

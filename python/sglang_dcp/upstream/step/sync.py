@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from sglang_dcp.dataflow.step_mode import STOCK, Eager, StepMode
-from sglang_dcp.dataflow.step_rows import StepRows
 from sglang_dcp.dataflow.transport.base import TransportError
 from sglang_dcp.ledger import columns as col
 from sglang_dcp.upstream.step.managed import is_managed
@@ -72,23 +71,22 @@ def choose_mode(runtime: Runtime, info: Any) -> StepMode:
     participant = runtime.participant
     if not participant.num_sharded_rows:
         return STOCK
-    rows = StepRows(participant, runtime.own_batch)
     if runtime.graphs is not None and info.can_run_decode_cuda_graph:
         steady = participant.rows_steady and runtime.own_batch.steady
-        graph = runtime.graphs.choose_step(runtime.mode, rows, info.global_num_tokens, steady=steady)
+        graph = runtime.graphs.choose_step(runtime.mode, runtime.rows, info.global_num_tokens, steady=steady)
         if graph is not None:
             return graph
     # An instance without tokens skips attention altogether; one dummy token makes it take part in the exchange.
     info.global_num_tokens = [max(1, count) for count in info.global_num_tokens]
     info.num_tokens = max(1, info.num_tokens)
     info.can_run_decode_cuda_graph = info.can_run_prefill_cuda_graph = False
-    return Eager(rows, home_rows(runtime, rows))
+    return Eager(runtime.rows, home_rows(runtime))
 
 
-def home_rows(runtime: Runtime, rows: StepRows) -> list[Any]:
+def home_rows(runtime: Runtime) -> list[Any]:
     """Rows of the own batch. SGLang's token table is read here, on the scheduler's stream, for all local requests at once."""
     local = [(req, prefix_len + num_new) for req, prefix_len, num_new in runtime.own_batch.spans if not is_managed(req)]
-    return rows.home_rows(read_local_pages(runtime, local))
+    return runtime.rows.home_rows(read_local_pages(runtime, local))
 
 
 def read_local_pages(runtime: Runtime, lengths: Sequence[tuple[Any, int]]) -> Iterator[np.ndarray]:
