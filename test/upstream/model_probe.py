@@ -6,6 +6,7 @@ imported. SGLang is imported once; each model has a fork, because SGLang holds o
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -131,11 +132,8 @@ def run_steps(runner: Any) -> None:
 
 
 def probe(case: ModelCase) -> dict[str, Any]:
-    from sglang_dcp.cpu.hooks import CPU_HOOKS
     from sglang_dcp.upstream.attach import models
-    from sglang_dcp.upstream.attach.install import install
 
-    install(CPU_HOOKS)
     recorder = Recorder()
     register_recording_backend(recorder)
     with tempfile.TemporaryDirectory() as folder:
@@ -173,14 +171,29 @@ def heads_with_two_instances(model: torch.nn.Module, config: Any) -> list[int]:
     return sorted({module.tp_q_head_num for module in built.modules() if type(module).__name__ == "RadixAttention"})
 
 
-def main(names: list[str]) -> None:
-    import sglang.benchmark.one_batch  # noqa: F401 - the one import that all forks share
+def import_once() -> None:
+    """What all forks share: the hooks, and then every import that a first model would do, of all model files most of all."""
+    import sglang.benchmark.one_batch  # noqa: F401
     from sglang.srt.configs.bailing_moe_v2 import BailingMoeV2Config
     from transformers import AutoConfig
 
     # Ling's checkpoints bring a configuration class of their own.
     AutoConfig.register("bailing_moe_v2", BailingMoeV2Config)
 
+    from sglang_dcp.cpu.hooks import CPU_HOOKS
+    from sglang_dcp.upstream.attach.install import install
+
+    install(CPU_HOOKS)
+    import sglang.srt.models.registry  # noqa: F401
+
+    import sglang_dcp.upstream.layers.attention_backend  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # SGLang collects garbage when it makes a pool; the forks need not look at what was imported
+
+
+def main(names: list[str]) -> None:
+    import_once()
     for case in CASES:
         if names and case.architecture not in names:
             continue
