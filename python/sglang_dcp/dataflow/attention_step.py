@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from sglang_dcp.dataflow.attention.partial_attention import PartialAttention
-from sglang_dcp.dataflow.contracts import NewKV, PartialState, StepPlan
+from sglang_dcp.dataflow.contracts import NO_SCALES, KVScales, NewKV, PartialState, StepPlan
 from sglang_dcp.dataflow.dispatch import dispatch, joined, return_partials
 from sglang_dcp.dataflow.merge import merge_into
 from sglang_dcp.dataflow.transport.base import Transport
@@ -22,7 +22,7 @@ class LayerCache(Protocol):
     def write(self, slots: torch.Tensor, new_kv: NewKV) -> None: ...
 
     def keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """keys [slots, kv_heads, qk_head_dim], values [slots, kv_heads, v_head_dim]."""
+        """keys [slots, kv_heads, qk_head_dim], values [slots, kv_heads, v_head_dim], in the pool's element type."""
         ...
 
 
@@ -36,19 +36,21 @@ def attention_step(
     *,
     scale: float,
     layer: int,
+    kv_scales: KVScales = NO_SCALES,
 ) -> torch.Tensor:
     """Attention output [T, heads, v_head_dim] of the instance's own tokens, in queries' dtype.
 
     queries [T, heads, qk_head_dim] (contiguous) and new_kv: the instance's own tokens. Every instance calls this once per layer, also
-    with no token of its own; the layers' calls pair up across instances in order. Tokens that no row covers get zeros.
+    with no token of its own; the layers' calls pair up across instances in order. Tokens that no row covers get zeros. kv_scales: of the
+    layer's pool, where it is quantised; a chunk attends its own tokens as they are.
     """
     received = dispatch(queries, new_kv, plan, transport, layer=layer)
-    cache.write(plan.write_slots, new_kv)
+    cache.write(plan.write_slots, new_kv.stored)
     for slots, arrived in zip(plan.receive_kv_slots, received.new_kv, strict=True):
         if slots.numel():
             cache.write(slots, arrived)
     merged = attend_chunks(queries, new_kv, plan, partial_attention, scale)
-    own, guests = attend_pool(queries, received.queries, plan, cache, partial_attention, scale, like=merged)
+    own, guests = attend_pool(queries, received.queries, plan, cache, partial_attention, scale, kv_scales, like=merged)
     returned = return_partials(guests, plan, transport, layer=layer, dtype=queries.dtype) if plan.anybody_asks else nothing(merged)
     if len(plan.merges):
         merge_into(merged, plan.merges, own, returned)
@@ -83,6 +85,7 @@ def attend_pool(
     cache: LayerCache,
     partial_attention: PartialAttention,
     scale: float,
+    kv_scales: KVScales,
     *,
     like: PartialState,
 ) -> tuple[PartialState, PartialState]:
@@ -90,7 +93,7 @@ def attend_pool(
     if not plan.pool_rows:
         return nothing(like), nothing(like)
     asking = [part for part in (plan.pool_tokens.take(queries) if len(plan.pool_tokens) else received[:0], received) if len(part)]
-    state = partial_attention(joined(asking, queries), *cache.keys_and_values(), plan.pool_rows, scale)
+    state = partial_attention(joined(asking, queries), *cache.keys_and_values(), plan.pool_rows, scale, kv_scales=kv_scales)
     count = len(plan.pool_tokens)
     return PartialState(state.output[:count], state.lse[:count]), PartialState(state.output[count:], state.lse[count:])
 

@@ -141,15 +141,34 @@ class NewKV:
     """K/V of some tokens: keys [T, kv_heads, qk_head_dim], values [T, kv_heads, v_head_dim], contiguous.
 
     latent (MLA in absorbed form): values are the leading elements of keys, which alone travel.
+    quantised: the same tokens in the pool's element type, where that is another one. It is made at home, ahead of the trip: every shard
+    writes the bytes that it is sent.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     latent: bool
+    quantised: NewKV | None = None
+
+    @property
+    def stored(self) -> NewKV:
+        """As it lies in a pool."""
+        return self.quantised or self
 
     @property
     def travelling(self) -> tuple[torch.Tensor, ...]:
         return (self.keys,) if self.latent else (self.keys, self.values)
+
+
+@dataclass(frozen=True)
+class KVScales:
+    """What the elements of a layer's quantised pool are multiplied by to give its K/V. A weight of the model: equal on all instances."""
+
+    key: float = 1.0
+    value: float = 1.0
+
+
+NO_SCALES = KVScales()
 
 
 @dataclass(frozen=True)

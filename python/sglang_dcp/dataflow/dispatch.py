@@ -23,8 +23,10 @@ class Received:
 
 
 def dispatch(queries: torch.Tensor, new_kv: NewKV, plan: StepPlan, transport: Transport, *, layer: int) -> Received:
-    """Sends each query row, and each K/V row whose page is remote, in one message per destination."""
-    travelling = new_kv.travelling
+    """Sends each query row, and each K/V row whose page is remote, in one message per destination. Quantised K/V travels as words of the
+    queries' type."""
+    stored = new_kv.stored
+    travelling = [rows.view(queries.dtype) for rows in stored.travelling]
     pieces: list[tuple[TokenList, torch.Tensor]] = []
     send_splits = []
     for asked, written in zip(plan.send_queries, plan.send_kv, strict=True):
@@ -42,9 +44,10 @@ def dispatch(queries: torch.Tensor, new_kv: NewKV, plan: StepPlan, transport: Tr
     for part, num_queries, slots in zip(arrived.split(receive_splits), plan.receive_query_splits, plan.receive_kv_slots, strict=True):
         asked_rows, *written_rows = part.split([num_queries * query_width, *(slots.numel() * width for width in kv_widths)])
         got_queries += [asked_rows.view(-1, *queries.shape[1:])] if num_queries else []
-        keys = written_rows[0].view(-1, *new_kv.keys.shape[1:])
-        values = keys[..., : new_kv.values.shape[-1]] if new_kv.latent else written_rows[1].view(-1, *new_kv.values.shape[1:])
-        got_kv.append(NewKV(keys, values, new_kv.latent))
+        words = (rows.view(-1, *sent.shape[1:]) for rows, sent in zip(written_rows, travelling, strict=True))
+        keys, *rest = (rows.view(stored.keys.dtype) for rows in words)
+        values = keys[..., : stored.values.shape[-1]] if stored.latent else rest[0]
+        got_kv.append(NewKV(keys, values, stored.latent))
     return Received(joined(got_queries, queries), tuple(got_kv))
 
 

@@ -12,7 +12,7 @@ import torch
 
 from sglang_dcp.dataflow.attention.partial_attention import torch_partial_attention
 from sglang_dcp.dataflow.attention_step import attention_step
-from sglang_dcp.dataflow.contracts import GuestRow, HomeRow, NewKV, StepPlan
+from sglang_dcp.dataflow.contracts import NO_SCALES, GuestRow, HomeRow, NewKV, StepPlan
 from sglang_dcp.dataflow.reference import partial_attention
 from sglang_dcp.dataflow.step_plan import asks, build_step_plan
 from sglang_dcp.mutants import install_mutant
@@ -57,6 +57,11 @@ class Request:
     values: torch.Tensor
 
 
+def as_bytes(rows: torch.Tensor) -> torch.Tensor:
+    """torch indexes no 8-bit floats."""
+    return rows.view(torch.uint8) if rows.itemsize == 1 else rows
+
+
 class PoolCache:
     """One layer's pool. MLA (latent=True) keeps one row per token whose first v_head_dim elements are the value."""
 
@@ -66,9 +71,10 @@ class PoolCache:
         self.qk_dim, self.v_dim, self.latent = qk_dim, v_dim, latent
 
     def write(self, slots, new_kv):
-        self.keys[slots] = new_kv.keys
+        assert new_kv.keys.dtype == self.keys.dtype, "what is stored comes in the pool's element type"
+        as_bytes(self.keys)[slots] = as_bytes(new_kv.keys)
         if not self.latent:
-            self.values[slots] = new_kv.values
+            as_bytes(self.values)[slots] = as_bytes(new_kv.values)
 
     def keys_and_values(self):
         return self.keys, self.keys[..., : self.v_dim] if self.latent else self.values
@@ -86,7 +92,7 @@ class Cluster:
         self.pools = [PoolCache(slots, self.kv_heads, self.qk_dim, self.v_dim, latent) for _ in range(num_instances)]
         self.free = [list(self.rng.permutation(np.arange(1, num_pages + 1))) for _ in range(num_instances)]
         self.requests: list[Request] = []
-        self.scale = self.qk_dim**-0.5
+        self.scale, self.kv_scales = self.qk_dim**-0.5, NO_SCALES
 
     def randn(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.torch_rng)
@@ -146,7 +152,8 @@ class Cluster:
 
         def work(rank: int) -> torch.Tensor:
             plan, queries, kv = self.plan(rank)
-            return attention_step(queries, kv, plan, self.pools[rank], attend[rank], transport.of(rank), scale=self.scale, layer=0)
+            given = {"scale": self.scale, "kv_scales": self.kv_scales, "layer": 0}
+            return attention_step(queries, kv, plan, self.pools[rank], attend[rank], transport.of(rank), **given)
 
         with ThreadPoolExecutor(self.num_instances) as pool:
             return list(pool.map(work, range(self.num_instances)))

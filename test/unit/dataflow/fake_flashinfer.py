@@ -60,15 +60,16 @@ class FakePrefill:
         queries, (keys, values) = arguments["q"], arguments["paged_kv_cache"]
         assert len(queries) == planned["qo_indptr"][-1], "the real wrapper refuses another number of queries"
         assert keys.shape[1] == planned["page_size"] and keys.is_contiguous()
+        assert (queries.dtype, keys.dtype, values.dtype) == (planned["q_data_type"], *[planned["kv_data_type"]] * 2)
         page_indptr, last = planned["paged_kv_indptr"], planned["paged_kv_last_page_len"]
         lengths = (page_indptr.diff() - 1) * planned["page_size"] + last
         outputs, lses = [], []
         for row, length in enumerate(lengths.tolist()):
             pages = planned["paged_kv_indices"][page_indptr[row] : page_indptr[row + 1]].long()
             span = queries[planned["qo_indptr"][row] : planned["qo_indptr"][row + 1]]
-            here, there = (cache[pages].flatten(0, 1)[:length] for cache in (keys, values))
-            output, lse = attend(span, here, there, planned["sm_scale"], planned["causal"])
-            outputs.append(output.to(queries.dtype))
+            here, there = (cache.float()[pages].flatten(0, 1)[:length] for cache in (keys, values))
+            output, lse = attend(span, here, there, planned["sm_scale"] * arguments["k_scale"], planned["causal"])
+            outputs.append((output * arguments["v_scale"]).to(queries.dtype))
             lses.append(lse / math.log(2.0))
         assert arguments["return_lse"]
         return into(arguments, torch.cat(outputs), torch.cat(lses))

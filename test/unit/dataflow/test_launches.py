@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_dcp.dataflow import attention_step as layer
 from sglang_dcp.dataflow.attention.paged_attention import PagedPartialAttention
-from sglang_dcp.dataflow.contracts import GuestRow, HomeRow, NewKV, PartialState
+from sglang_dcp.dataflow.contracts import GuestRow, HomeRow, KVScales, NewKV, PartialState
 from sglang_dcp.dataflow.step_plan import build_step_plan
 
 HEADS, KV_HEADS, DIM, PAGE = 8, 2, 16, 64
@@ -51,7 +51,9 @@ class SilentKernel:
         shape = self.shape
         self.result = PartialState.neutral(table.num_queries, shape.num_heads, v_head_dim=shape.v_head_dim, dtype=shape.dtype, device="cpu")
 
-    def run(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: PartialState | None) -> PartialState:
+    def run(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: PartialState | None, kv_scales: KVScales
+    ) -> PartialState:
         return self.result if out is None else out
 
 

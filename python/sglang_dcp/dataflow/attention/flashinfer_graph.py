@@ -15,13 +15,15 @@ import numpy as np
 import torch
 
 from sglang_dcp.dataflow.attention.split_budget import with_split_budget
-from sglang_dcp.dataflow.contracts import PartialState
+from sglang_dcp.dataflow.contracts import NO_SCALES, KVScales, PartialState
 from sglang_dcp.dataflow.graph.chunk_schedule import ChunkSchedule
 
 LN_2 = math.log(2.0)
 WORKSPACE_BYTES = 256 << 20
 MLA_LATENT_DIM = 512
 MLA_ROPE_DIM = 64
+QUANTISED = torch.float8_e4m3fn
+"""The element type of quantised pools that its GQA kernels take beside bfloat16 queries."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,14 @@ class FlashInferDecode:
         buffers: KernelBuffers | None = None,
         *,
         own_split: bool = True,
+        kv_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         import flashinfer
 
         device, rows = page_indptr.device, len(last_page_length)
         buffers = buffers or KernelBuffers.allocate(rows, num_heads, head_dim, device)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.page_size, self.scale, self._page_indices = page_size, scale, page_indices
+        self.page_size, self.scale, self.kv_dtype, self._page_indices = page_size, scale, kv_dtype, page_indices
         stock = flashinfer.BatchDecodeWithPagedKVCacheWrapper
         self._wrapper = (with_split_budget(stock) if own_split else stock)(
             buffers.workspace,
@@ -127,13 +130,16 @@ class FlashInferDecode:
             self.page_size,
             sm_scale=self.scale,
             q_data_type=torch.bfloat16,
-            kv_data_type=torch.bfloat16,
+            kv_data_type=self.kv_dtype,
         )
         self._schedule.read(self._wrapper, page_indptr.diff().numpy())
 
-    def run(self, queries: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> PartialState:
+    def run(
+        self, queries: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, kv_scales: KVScales = NO_SCALES
+    ) -> PartialState:
         """queries [S, heads, head_dim]; caches [pages, page_size, kv_heads, head_dim]. The result lives until the next run."""
-        self._wrapper.run(queries, (key_cache, value_cache), out=self._output, lse=self._lse, return_lse=True)
+        scales = {"k_scale": kv_scales.key, "v_scale": kv_scales.value}
+        self._wrapper.run(queries, (key_cache, value_cache), out=self._output, lse=self._lse, return_lse=True, **scales)
         torch.add(self._empty_rows.bias, self._lse, alpha=LN_2, out=self._natural_lse)
         return PartialState(self._output, self._natural_lse)
 
@@ -141,11 +147,21 @@ class FlashInferDecode:
 class FlashInferPrefill:
     """GQA attention of query chunks over one shard's pages: all keys visible, or causal at the end of the pages (the tail)."""
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, page_size: int, scale: float, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        scale: float,
+        device: torch.device | str,
+        *,
+        kv_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         import flashinfer
 
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.page_size, self.scale = page_size, scale
+        self.page_size, self.scale, self.kv_dtype = page_size, scale, kv_dtype
         workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
         self._empty_tokens: torch.Tensor | None = None
@@ -172,17 +188,23 @@ class FlashInferPrefill:
             causal=causal,
             sm_scale=self.scale,
             q_data_type=torch.bfloat16,
-            kv_data_type=torch.bfloat16,
+            kv_data_type=self.kv_dtype,
         )
         empty = (page_indptr.diff() == 0).repeat_interleave(query_indptr.diff())
         self._empty_tokens = empty.to(page_indices.device, non_blocking=True).unsqueeze(-1) if bool(empty.any()) else None
 
     def run(
-        self, queries: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, out: PartialState | None = None
+        self,
+        queries: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        out: PartialState | None = None,
+        kv_scales: KVScales = NO_SCALES,
     ) -> PartialState:
         """queries [tokens, heads, head_dim]; caches [pages, page_size, kv_heads, head_dim]. The result lies in `out`, where given."""
         given = None if out is None else out.output
-        output, lse = self._wrapper.run(queries, (key_cache, value_cache), out=given, return_lse=True)
+        scales = {"k_scale": kv_scales.key, "v_scale": kv_scales.value}
+        output, lse = self._wrapper.run(queries, (key_cache, value_cache), out=given, return_lse=True, **scales)
         lse = torch.mul(lse, LN_2, out=None if out is None else out.lse)
         if self._empty_tokens is not None:
             lse.masked_fill_(self._empty_tokens, float("-inf"))

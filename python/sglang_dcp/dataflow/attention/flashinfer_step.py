@@ -1,4 +1,5 @@
-"""FlashInfer kernels for a step's rows, planned with host arrays, so that planning does not wait for the device. bfloat16."""
+"""FlashInfer kernels for a step's rows, planned with host arrays, so that planning does not wait for the device. bfloat16; GQA takes pools
+of float8_e4m3fn too."""
 
 from __future__ import annotations
 
@@ -6,10 +7,10 @@ from typing import Any
 
 import torch
 
-from sglang_dcp.dataflow.attention.flashinfer_graph import MLA_LATENT_DIM, MLA_ROPE_DIM, WORKSPACE_BYTES, FlashInferPrefill
+from sglang_dcp.dataflow.attention.flashinfer_graph import MLA_LATENT_DIM, MLA_ROPE_DIM, QUANTISED, WORKSPACE_BYTES, FlashInferPrefill
 from sglang_dcp.dataflow.attention.kernel_table import KernelTable
 from sglang_dcp.dataflow.attention.paged_attention import AttentionShape, PagedKernel
-from sglang_dcp.dataflow.contracts import PartialState
+from sglang_dcp.dataflow.contracts import KVScales, PartialState
 from sglang_dcp.dataflow.copy_guard import CopyGuard
 
 
@@ -17,7 +18,8 @@ class FlashInferGqaRows:
     """GQA: decode rows (one query) and chunks alike, tensor-core kernels."""
 
     def __init__(self, shape: AttentionShape, page_size: int, device: torch.device) -> None:
-        self._kernel = FlashInferPrefill(shape.num_heads, shape.num_kv_heads, shape.qk_head_dim, page_size, shape.scale, device)
+        heads = shape.num_heads, shape.num_kv_heads, shape.qk_head_dim
+        self._kernel = FlashInferPrefill(*heads, page_size, shape.scale, device, kv_dtype=shape.kv_dtype)
         self._guard = CopyGuard(device)
 
     def plan(self, table: KernelTable, page_indices: torch.Tensor, *, causal: bool) -> None:
@@ -30,8 +32,10 @@ class FlashInferGqaRows:
                 causal=causal,
             )
 
-    def run(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: PartialState | None) -> PartialState:
-        return self._kernel.run(queries, keys, values, out)
+    def run(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: PartialState | None, kv_scales: KVScales
+    ) -> PartialState:
+        return self._kernel.run(queries, keys, values, out, kv_scales)
 
 
 class FlashInferMlaRows:
@@ -66,7 +70,9 @@ class FlashInferMlaRows:
                 lse_mode="basee",
             )
 
-    def run(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: PartialState | None) -> PartialState:
+    def run(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: PartialState | None, kv_scales: KVScales
+    ) -> PartialState:
         given = {} if out is None else {"out": out.output, "lse": out.lse}
         output, lse = self._wrapper.run(query=queries, kv_cache=keys.squeeze(2), return_lse=True, return_lse_base_on_e=True, **given)
         return PartialState(output, lse)
@@ -76,6 +82,9 @@ def flashinfer_kernel(shape: AttentionShape, page_size: int, device: torch.devic
     """The kernel for a model's layers. ValueError names what it does not serve."""
     if shape.dtype != torch.bfloat16:
         raise ValueError(f"sharded attention on a GPU serves bfloat16, this model has {shape.dtype} (--dtype bfloat16)")
+    if shape.quantised not in (None, QUANTISED) or shape.latent and shape.quantised is not None:
+        kind = "MLA" if shape.latent else "GQA"
+        raise ValueError(f"sharded {kind} on a GPU serves no pool of {shape.quantised} (--kv-cache-dtype)")
     if not shape.latent:
         return FlashInferGqaRows(shape, page_size, device)
     dims = (shape.v_head_dim, shape.qk_head_dim - shape.v_head_dim)

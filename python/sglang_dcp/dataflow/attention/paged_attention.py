@@ -9,13 +9,14 @@ from typing import Protocol
 import torch
 
 from sglang_dcp.dataflow.attention.kernel_table import KernelTable, kernel_table
-from sglang_dcp.dataflow.contracts import AttentionRow, PartialState
+from sglang_dcp.dataflow.contracts import NO_SCALES, AttentionRow, KVScales, PartialState
 from sglang_dcp.dataflow.device_plan import to_device
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What the kernels of a model are planned for. latent: MLA in absorbed form, one K/V head whose value is a part of its key."""
+    """What the kernels of a model are planned for. latent: MLA in absorbed form, one K/V head whose value is a part of its key.
+    quantised: element type of the K/V where it is not dtype."""
 
     num_heads: int
     num_kv_heads: int
@@ -24,6 +25,11 @@ class AttentionShape:
     dtype: torch.dtype
     scale: float
     latent: bool
+    quantised: torch.dtype | None = None
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        return self.quantised or self.dtype
 
 
 class PagedKernel(Protocol):
@@ -33,7 +39,9 @@ class PagedKernel(Protocol):
         """page_indices: the table's, on the device. May run while kernels of the plan before still wait for the device."""
         ...
 
-    def run(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: PartialState | None) -> PartialState:
+    def run(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: PartialState | None, kv_scales: KVScales
+    ) -> PartialState:
         """queries [q, heads, qk_head_dim] in the table's order; keys, values [pages, page_size, kv_heads, dim]. The result is the
         caller's; it lies in `out` where that is given."""
         ...
@@ -47,6 +55,7 @@ KernelFactory = Callable[[AttentionShape, int, torch.device], PagedKernel]
 class _Part:
     kernel: PagedKernel
     page_size: int
+    shape: AttentionShape
     planned_rows: Sequence[AttentionRow] | None = None
 
 
@@ -56,7 +65,6 @@ class PagedPartialAttention:
 
     def __init__(self, page_size: int, make_kernel: KernelFactory) -> None:
         self._page_size, self._make_kernel = page_size, make_kernel
-        self._shape: AttentionShape | None = None
         self._parts: dict[bool, _Part] = {}
 
     def __call__(
@@ -67,9 +75,10 @@ class PagedPartialAttention:
         rows: Sequence[AttentionRow],
         scale: float,
         out: PartialState | None = None,
+        *,
+        kv_scales: KVScales = NO_SCALES,
     ) -> PartialState:
-        self._prepare(queries, keys, values, scale)
-        part = self._parts[rows[0].causal]
+        part = self._part(rows[0].causal, _shape_of(queries, keys, values, scale), queries.device)
         if rows is not part.planned_rows:
             table = kernel_table(rows, part.page_size)
             if table.num_queries != len(queries):
@@ -77,23 +86,27 @@ class PagedPartialAttention:
             part.kernel.plan(table, to_device(torch.from_numpy(table.page_indices), queries.device), causal=rows[0].causal)
             part.planned_rows = rows
         paged_keys, paged_values = (cache.unflatten(0, (-1, part.page_size)) for cache in (keys, values))
-        return part.kernel.run(queries, paged_keys, paged_values, out)
+        return part.kernel.run(queries, paged_keys, paged_values, out, kv_scales)
 
-    def _prepare(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> None:
-        num_kv_heads, qk_head_dim = keys.shape[1:]
-        shape = AttentionShape(
-            num_heads=queries.shape[1],
-            num_kv_heads=num_kv_heads,
-            qk_head_dim=qk_head_dim,
-            v_head_dim=values.shape[-1],
-            dtype=queries.dtype,
-            scale=scale,
-            latent=num_kv_heads == 1 and values.shape[-1] != qk_head_dim,
-        )
-        if shape == self._shape:
-            return
-        if self._shape is not None:
-            raise ValueError(f"paged attention is planned once per step for all layers, but layers differ: {self._shape} and {shape}")
-        self._shape = shape
-        for causal, page_size in ((False, self._page_size), (True, 1)):
-            self._parts[causal] = _Part(self._make_kernel(shape, page_size, queries.device), page_size)
+    def _part(self, causal: bool, shape: AttentionShape, device: torch.device) -> _Part:
+        part = self._parts.get(causal)
+        if part is None:
+            page_size = 1 if causal else self._page_size
+            part = self._parts[causal] = _Part(self._make_kernel(shape, page_size, device), page_size, shape)
+        if shape != part.shape:
+            raise ValueError(f"paged attention is planned once per step for all layers, but layers differ: {part.shape} and {shape}")
+        return part
+
+
+def _shape_of(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> AttentionShape:
+    num_kv_heads, qk_head_dim = keys.shape[1:]
+    return AttentionShape(
+        num_heads=queries.shape[1],
+        num_kv_heads=num_kv_heads,
+        qk_head_dim=qk_head_dim,
+        v_head_dim=values.shape[-1],
+        dtype=queries.dtype,
+        scale=scale,
+        latent=num_kv_heads == 1 and values.shape[-1] != qk_head_dim,
+        quantised=None if keys.dtype == queries.dtype else keys.dtype,
+    )

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from sglang_dcp.dataflow.contracts import AttentionRow, PartialState
+from sglang_dcp.dataflow.contracts import NO_SCALES, AttentionRow, KVScales, PartialState
 from sglang_dcp.dataflow.device_plan import to_device
 
 
@@ -16,8 +16,8 @@ class PartialAttention(Protocol):
     """Computes a step's attention rows (at least one, all causal or none) in one layer.
 
     queries [q, heads, qk_head_dim] of the rows, one row after the other, contiguous; keys [slots, kv_heads, qk_head_dim]; values
-    [slots, kv_heads, v_head_dim]. Returns a contiguous state of leading shape [q, heads], in `out` where that is given (output in any
-    element type, LSE float32); it belongs to the caller.
+    [slots, kv_heads, v_head_dim]; kv_scales: of a quantised pool. Returns a contiguous state of leading shape [q, heads], in `out` where
+    that is given (output in any element type, LSE float32); it belongs to the caller.
     """
 
     def __call__(
@@ -28,6 +28,8 @@ class PartialAttention(Protocol):
         rows: Sequence[AttentionRow],
         scale: float,
         out: PartialState | None = None,
+        *,
+        kv_scales: KVScales = NO_SCALES,
     ) -> PartialState: ...
 
 
@@ -38,6 +40,8 @@ def torch_partial_attention(
     rows: Sequence[AttentionRow],
     scale: float,
     out: PartialState | None = None,
+    *,
+    kv_scales: KVScales = NO_SCALES,
 ) -> PartialState:
     """One row after the other, float32."""
     num_queries, heads, _ = queries.shape
@@ -47,9 +51,16 @@ def torch_partial_attention(
     for row in rows:
         span = slice(start, start + row.num_queries)
         slots = to_device(row.kv_slots, keys.device)
-        out.output[span], out.lse[span] = _attend(queries[span], keys[slots], values[slots], row, scale)
+        row_keys, row_values = _rows_at(keys, slots), _rows_at(values, slots)
+        output, out.lse[span] = _attend(queries[span], row_keys, row_values, row, scale * kv_scales.key)
+        out.output[span] = output if kv_scales.value == 1.0 else output * kv_scales.value
         start += row.num_queries
     return out
+
+
+def _rows_at(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """cache[slots]: torch gathers no rows of an 8-bit float."""
+    return cache[slots] if cache.itemsize > 1 else cache.view(torch.uint8)[slots].view(cache.dtype)
 
 
 def _attend(

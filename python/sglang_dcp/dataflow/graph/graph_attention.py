@@ -17,7 +17,7 @@ from sgl_kernel_dcp import ExchangeShape, PeerExchange, StepArrays, StepTables, 
 from sglang_dcp.dataflow.attention.flashinfer_graph import MLA_LATENT_DIM, FlashInferDecode, FlashInferMLA, KernelBuffers
 from sglang_dcp.dataflow.attention.flashmla import FlashMLADecode, check_flash_mla
 from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
-from sglang_dcp.dataflow.contracts import PartialState
+from sglang_dcp.dataflow.contracts import NO_SCALES, KVScales, PartialState
 from sglang_dcp.dataflow.copy_guard import CopyGuard
 from sglang_dcp.dataflow.device_plan import to_device
 from sglang_dcp.dataflow.graph.silence import SilenceLog, SilenceNote
@@ -53,7 +53,9 @@ class GraphSizes:
         )
 
     def exchange(self, shape: AttentionShape) -> ExchangeShape:
+        # In elements of the queries' type, whatever lies in the row.
         kv_row = shape.qk_head_dim if shape.latent else shape.num_kv_heads * (shape.qk_head_dim + shape.v_head_dim)
+        kv_row = kv_row * shape.kv_dtype.itemsize // shape.dtype.itemsize
         most_returns = min(self.max_home_rows, self.guest_rows[-1]) * (self.num_instances - 1)
         return ExchangeShape(shape.num_heads, shape.qk_head_dim, shape.v_head_dim, kv_row, most_returns)
 
@@ -124,7 +126,8 @@ class GraphAttention:
             return FlashInferMLA(shape.num_heads, page_size, shape.scale, indptr, indices, section("kv_length")[:rows], buffers)
         last = section("last_page_length")[:rows]
         heads = shape.num_heads, shape.num_kv_heads, shape.qk_head_dim
-        return FlashInferDecode(*heads, page_size, shape.scale, indptr, indices, last, buffers, own_split=self.own_split)
+        options = {"own_split": self.own_split, "kv_dtype": shape.kv_dtype}
+        return FlashInferDecode(*heads, page_size, shape.scale, indptr, indices, last, buffers, **options)
 
     # ---- once per step
 
@@ -213,18 +216,20 @@ class GraphAttention:
         keys: torch.Tensor,
         values: torch.Tensor,
         pools: tuple[torch.Tensor, torch.Tensor],
+        kv_scales: KVScales = NO_SCALES,
     ) -> torch.Tensor:
         """Attention [home_rows, heads, v_head_dim] of the own rows; valid until the next call.
 
         queries: [home_rows, heads, dim], or its two parts. keys, values [home_rows, 1, elements]: the new tokens' K/V (MLA: latent and
         rotary part), written here already where they stay. pools: key and value pool of the layer, [slots, kv_heads, dim] (MLA: the
-        joined pool, twice).
+        joined pool, twice). K/V and pools are of the shape's kv_dtype, kv_scales of the layer.
         """
         rows, page_size = home_rows + guest_rows, self.sizes.page_size
         key_pool, value_pool = pools
         targets = self._targets(key_pool, value_pool)
+        key_words, value_words = (part.view(self.shape.dtype) for part in (keys, values))
         received = self.exchange.dispatch(
-            queries[0], query_rope=queries[1], key=keys, value=values, key_pool=targets[0], value_pool=targets[1]
+            queries[0], query_rope=queries[1], key=key_words, value=value_words, key_pool=targets[0], value_pool=targets[1]
         )[:rows]
         kernel = self._kernels[home_rows, guest_rows]
         state: PartialState
@@ -233,14 +238,14 @@ class GraphAttention:
         elif isinstance(kernel, FlashInferMLA):
             state = kernel.run(received, key_pool.squeeze(1).unflatten(0, (-1, page_size)))
         else:
-            state = kernel.run(received, key_pool.unflatten(0, (-1, page_size)), value_pool.unflatten(0, (-1, page_size)))
+            state = kernel.run(received, key_pool.unflatten(0, (-1, page_size)), value_pool.unflatten(0, (-1, page_size)), kv_scales)
         merged = self.merged[:home_rows]
         self.exchange.return_merge(state.output, state.lse, merged)
         return merged
 
     def _targets(self, key_pool: torch.Tensor, value_pool: torch.Tensor) -> tuple[Any, Any]:
-        """Where arriving K/V rows go: [slots, elements] views of the pools."""
+        """Where arriving K/V rows go: [slots, elements of the queries' type] views of the pools."""
         if self.shape.latent:
             joined = key_pool.flatten(1)
             return joined[:, :MLA_LATENT_DIM], joined[:, MLA_LATENT_DIM:]
-        return key_pool.flatten(1), value_pool.flatten(1)
+        return key_pool.flatten(1).view(self.shape.dtype), value_pool.flatten(1).view(self.shape.dtype)
