@@ -31,8 +31,9 @@ class ServedModel:
     experts_per_token: int
 
     @classmethod
-    def of_config(cls, config: Any, device: str) -> ServedModel:
-        """From a Hugging Face text configuration. AttributeError for one without attention heads or layers."""
+    def of_config(cls, config: Any, device: str, kv_bytes: int = 2) -> ServedModel:
+        """From a Hugging Face text configuration. kv_bytes: of an element of K/V in a pool. AttributeError for one without heads or
+        layers."""
         heads, hidden = config.num_attention_heads, config.hidden_size
         latent_width = getattr(config, "kv_lora_rank", None)
         if latent_width:
@@ -45,7 +46,7 @@ class ServedModel:
             num_layers=config.num_hidden_layers,
             num_heads=heads,
             latent=bool(latent_width),
-            kv_bytes_per_token=2 * kv_width,
+            kv_bytes_per_token=kv_bytes * kv_width,
             exchange_bytes_per_row=heads * (2 * (key + value) + 4),
             hidden_size=hidden,
             experts_per_token=getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1,

@@ -143,3 +143,12 @@ def test_a_request_is_spread_when_that_saves_more_than_the_host_costs() -> None:
 def test_a_config_without_heads_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError):
         ServedModel.of_config(SimpleNamespace(num_hidden_layers=2), "cpu")
+
+
+def test_a_quantised_pool_halves_what_a_token_of_attention_costs() -> None:
+    config = SimpleNamespace(**(SHAPES | WITHOUT_COST_MODEL)["qwen3-235b-a22b"], num_hidden_layers=94)
+    plain, quantised = (ServedModel.of_config(config, H200, kv_bytes) for kv_bytes in (2, 1))
+    assert plain.kv_bytes_per_token == 2 * quantised.kv_bytes_per_token
+    costs = [served_cost(None, model, 2).model for model in (plain, quantised)]
+    assert costs[0].attention_us_per_token == 2 * costs[1].attention_us_per_token
+    assert plain.exchange_bytes_per_row == quantised.exchange_bytes_per_row, "queries and partial results stay as they are"

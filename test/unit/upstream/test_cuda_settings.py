@@ -14,6 +14,7 @@ from sglang_dcp.upstream.attach.cuda_settings import (
     find_card_refusal,
     find_cuda_refusal,
     find_kv_type_refusal,
+    find_quantised_kv_refusal,
     find_transport_refusal,
 )
 
@@ -124,9 +125,33 @@ def test_other_cards_than_hopper_are_refused_by_their_capability(sm: int) -> Non
     assert str(find_card_refusal(sm)).startswith(f"a GPU of compute capability {sm // 10}.{sm % 10} does not work with --enable-dyncp")
 
 
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "uint8"])
-def test_a_checkpoint_that_asks_for_a_quantised_pool_is_refused_by_name(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend", "latent", "why"),
+    [
+        ("float8_e5m2", "flashinfer", False, "of quantised types, float8_e4m3fn alone is exchanged"),
+        ("uint8", "flashinfer", False, "of quantised types, float8_e4m3fn alone is exchanged"),
+        ("float8_e4m3fn", "torch_native", False, "--attention-backend flashinfer alone takes it, this is torch_native"),
+        ("float8_e4m3fn", "flashinfer", True, "latent attention (MLA) has none"),
+        ("float8_e4m3fn", "flashmla", True, "latent attention (MLA) has none"),
+    ],
+)
+def test_a_quantised_pool_that_is_not_served_is_refused_by_name(name: str, backend: str, latent: bool, why: str) -> None:
+    """A checkpoint may ask for it, which no flag shows."""
+    message = str(find_kv_type_refusal(getattr(torch, name), backend, latent=latent))
+    assert message.startswith(f"a KV pool of {name} (by --kv-cache-dtype, or by auto and this checkpoint) does not work with")
+    assert f"--enable-dyncp: {why}" in message
+    assert message.endswith("give --kv-cache-dtype bfloat16")
     for served in ("bfloat16", "float16", "float32"):
-        assert find_kv_type_refusal(getattr(torch, served)) is None
-    message = str(find_kv_type_refusal(getattr(torch, name)))
-    assert message.startswith(f"--kv-cache-dtype auto is {name} for this checkpoint") and "give --kv-cache-dtype bfloat16" in message
+        assert find_kv_type_refusal(getattr(torch, served), backend, latent=latent) is None
+    assert find_kv_type_refusal(torch.float8_e4m3fn, "flashinfer", latent=False) is None
+
+
+def test_quantised_kv_is_for_a_gpu_and_flashinfer() -> None:
+    asked = {"kv_cache_dtype": "fp8_e4m3", "device": "cuda"}
+    assert find_quantised_kv_refusal((asked | {"attention_backend": "flashinfer"}).get) is None
+    assert find_quantised_kv_refusal({"kv_cache_dtype": "auto", "device": "cpu"}.get) is None
+    message = str(find_quantised_kv_refusal((asked | {"device": "cpu"}).get))
+    assert message == "--kv-cache-dtype fp8_e4m3 does not work with --enable-dyncp on --device cpu: it is served on a GPU alone"
+    message = str(find_quantised_kv_refusal((asked | {"decode_attention_backend": "flashmla"}).get))
+    assert "--attention-backend flashmla: sharded steps take it with flashinfer" in message
+

@@ -35,7 +35,7 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
 
 
 class Stock:
-    token_to_kv_pool = None
+    token_to_kv_pool = SimpleNamespace(dtype=torch.float32)
 
     def forward(self, q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return q
@@ -112,7 +112,10 @@ def captured(engine: graphs.GraphEngine, layer_ids: list[int]) -> None:
     for layer_id in layer_ids:
         layer = SimpleNamespace(layer_id=layer_id, tp_q_head_num=2, tp_k_head_num=1, qk_head_dim=4, v_head_dim=4)
         pool = SimpleNamespace(
-            set_kv_buffer=lambda *args: None, get_key_buffer=lambda layer_id: None, get_value_buffer=lambda layer_id: None
+            dtype=torch.float32,
+            set_kv_buffer=lambda *args: None,
+            get_key_buffer=lambda layer_id: None,
+            get_value_buffer=lambda layer_id: None,
         )
         attention_backend.forward_captured(engine, 4, pool, torch.zeros(1, 8), torch.zeros(1, 4), torch.zeros(1, 4), layer)
 

@@ -42,7 +42,7 @@ BREAKING: dict[str, Any] = {
     "tokenizer_worker_num": 2,
     "dwdp_size": 2,
     "page_size": 1,
-    "kv_cache_dtype": "fp8_e4m3",
+    "kv_cache_dtype": "fp8_e5m2",
     "dcp_size": 2,
     "moe_dp_size": 2,
     "attn_cp_size": 2,

@@ -119,10 +119,11 @@ def test_flashmla_is_for_latent_attention() -> None:
 
 
 @pytest.mark.parametrize("create", ["create_torch_native", "create_flashinfer", "create_flashmla"])
-def test_every_backend_refuses_a_quantised_pool(create: str) -> None:
+def test_every_backend_refuses_quantised_pools_that_are_not_exchanged(create: str) -> None:
     """Ahead of anything else: a checkpoint decides it, so no flag could be refused at start."""
-    with pytest.raises(ValueError, match="--kv-cache-dtype auto is float8_e4m3fn for this checkpoint"):
-        getattr(attention_backend, create)(SimpleNamespace(kv_cache_dtype=torch.float8_e4m3fn))
+    for latent, dtype in ((False, torch.float8_e5m2), (True, torch.float8_e4m3fn)):
+        with pytest.raises(ValueError, match=f"a KV pool of {str(dtype)[6:]}"):
+            getattr(attention_backend, create)(SimpleNamespace(kv_cache_dtype=dtype, use_mla_backend=latent))
 
 
 @pytest.mark.parametrize("name", ["flashinfer", "flashmla"])
@@ -181,7 +182,8 @@ def test_plain_torch_on_a_gpu_serves_torch_native_and_no_mla() -> None:
 
 
 def test_torch_native_can_pad_a_batch_on_a_gpu() -> None:
-    runner = SimpleNamespace(device="cpu", req_to_token_pool=None, token_to_kv_pool=None, kv_cache_dtype=torch.float32)
+    pools = {"req_to_token_pool": None, "token_to_kv_pool": None, "kv_cache_dtype": torch.float32}
+    runner = SimpleNamespace(device="cpu", use_mla_backend=False, **pools)
     assert attention_backend.create_torch_native(runner).get_cuda_graph_seq_len_fill_value() == 1
 
 
@@ -238,7 +240,7 @@ def test_new_kv_of_a_layer_is_contiguous(latent: bool) -> None:
     """Models hand over views of a joined projection; MLA's values are a view of its keys."""
     layer: Any = SimpleNamespace(tp_k_head_num=1 if latent else 2, qk_head_dim=6 if latent else 4, v_head_dim=4)
     written: list[Any] = []
-    pool: Any = SimpleNamespace(set_kv_buffer=lambda *args: written.append(args))
+    pool: Any = SimpleNamespace(dtype=torch.float32, set_kv_buffer=lambda *args: written.append(args))
     cache = attention_backend.PoolLayer(pool, layer, latent=latent)
     joined = torch.randn(3, 20)
     new_kv = cache.new_kv(joined[:, 2:8].unflatten(1, (1, 6)) if latent else joined[:, 2:10], joined[:, 10:18])
@@ -248,3 +250,22 @@ def test_new_kv_of_a_layer_is_contiguous(latent: bool) -> None:
     slots = torch.tensor([0, 5, 6])
     cache.write(slots, new_kv)
     assert written[0][0] is layer and written[0][2].equal(new_kv.keys) and written[0][3].equal(new_kv.values)
+
+
+def test_a_quantised_layer_stores_bytes_of_its_own() -> None:
+    """SGLang's pool divides what it is handed and casts it; the chunk of the same step attends these keys."""
+    layer: Any = SimpleNamespace(tp_k_head_num=2, qk_head_dim=4, v_head_dim=4, k_scale_float=0.5, v_scale_float=2.0)
+    written: list[Any] = []
+    pool: Any = SimpleNamespace(dtype=torch.float8_e4m3fn, set_kv_buffer=lambda *args: written.append(args))
+    cache = attention_backend.PoolLayer(pool, layer, latent=False)
+    keys, values = torch.randn(3, 8).bfloat16(), torch.randn(3, 8).bfloat16()
+    before = keys.clone()
+    new_kv = cache.new_kv(keys, values)
+    cache.write(torch.tensor([1, 2, 3]), new_kv.stored)
+    assert keys.equal(before) and new_kv.keys.flatten(1).equal(keys)
+    for wanted, stored in zip(((keys / 0.5), (values / 2.0)), written[0][2:4], strict=True):
+        assert stored.dtype == torch.float8_e4m3fn and stored.flatten(1).float().equal(wanted.to(stored.dtype).float())
+    captured = cache.stored(keys, values)
+    assert all(
+        one.view(torch.uint8).equal(other.flatten(1).view(torch.uint8)) for one, other in zip(captured, written[0][2:4], strict=True)
+    )

@@ -16,6 +16,8 @@ BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_atte
 EXPERT_BACKENDS = ("none", "deepep")
 """Expert all-to-all backends that take an instance's own rows and no others: ours changes attention, and rows stay at their home for it."""
 HOPPER_SM = 90
+QUANTISED_KV, QUANTISED_KV_TYPE = "fp8_e4m3", "float8_e4m3fn"
+"""The one quantised K/V that is exchanged: SGLang's name of the setting, torch's of the type."""
 CUDA_TRANSPORTS = ("auto", "peer", "nccl", "gloo")
 CPU_TRANSPORTS = ("auto", "gloo")
 
@@ -46,13 +48,37 @@ def find_card_refusal(sm: int) -> str | None:
     )
 
 
-def find_kv_type_refusal(kv_cache_dtype: Any) -> str | None:
-    """The message for a KV pool that the checkpoint asks to be quantised (--kv-cache-dtype auto), or None. kv_cache_dtype: torch's."""
+def find_quantised_kv_refusal(values: Callable[[str], Any]) -> str | None:
+    """The message for a server whose K/V the user asks to be quantised and that cannot have it, or None. `values(field)`: as resolved."""
+    if values("kv_cache_dtype") != QUANTISED_KV:
+        return None
+    refused = f"--kv-cache-dtype {QUANTISED_KV} does not work with --enable-dyncp"
+    if values("device") != "cuda":
+        return f"{refused} on --device {values('device')}: it is served on a GPU alone"
+    backends = {values(field) for field in BACKEND_FIELDS} - {None, BACKEND}
+    if backends:
+        return f"{refused} and --attention-backend {min(backends)}: sharded steps take it with {BACKEND}"
+    return None
+
+
+def find_kv_type_refusal(kv_cache_dtype: Any, backend: str, *, latent: bool) -> str | None:
+    """The message for the element type of a KV pool, which a checkpoint may decide (--kv-cache-dtype auto), or None.
+
+    kv_cache_dtype: torch's. backend: the attention backend that runs over the pool. latent: the model's attention is MLA.
+    """
     name = str(kv_cache_dtype).removeprefix("torch.")
     if name in ("bfloat16", "float16", "float32"):
         return None
+    if name == QUANTISED_KV_TYPE and backend == BACKEND and not latent:
+        return None
+    if name == QUANTISED_KV_TYPE and latent:
+        why = "latent attention (MLA) has none: FlashInfer would cast a whole pool in every layer and step"
+    elif name == QUANTISED_KV_TYPE:
+        why = f"--attention-backend {BACKEND} alone takes it, this is {backend}"
+    else:
+        why = f"of quantised types, {QUANTISED_KV_TYPE} alone is exchanged"
     return (
-        f"--kv-cache-dtype auto is {name} for this checkpoint and does not work with --enable-dyncp: quantised KV is not exchanged; "
+        f"a KV pool of {name} (by --kv-cache-dtype, or by auto and this checkpoint) does not work with --enable-dyncp: {why}; "
         "give --kv-cache-dtype bfloat16"
     )
 

@@ -11,6 +11,7 @@ import torch
 
 from sglang_dcp.config import CONFIG_VARIABLE, DynCpConfig
 from sglang_dcp.policy.served_model import CPU_MODEL, ServedModel, served_cost
+from sglang_dcp.upstream.attach.cuda_settings import QUANTISED_KV
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ def learn_served_model(server_args: Any, device: str) -> None:
 
     try:
         model = model_config_of(server_args)
-        served = ServedModel.of_config(model.hf_text_config, card_name(device))
+        kv_bytes = kv_element_bytes(server_args.kv_cache_dtype, model.hf_config)
+        served = ServedModel.of_config(model.hf_text_config, card_name(device), kv_bytes)
         # LongCat attends twice in a layer.
         served = dataclasses.replace(served, num_layers=model.num_attention_layers)
     except AttributeError as error:
@@ -41,6 +43,13 @@ def learn_served_model(server_args: Any, device: str) -> None:
 def card_name(device: str) -> str:
     """As ServedModel wants it."""
     return torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else CPU_MODEL
+
+
+def kv_element_bytes(kv_cache_dtype: str, config: Any) -> int:
+    """Bytes of an element of K/V in the pool: --kv-cache-dtype's, or what SGLang makes of "auto" with a checkpoint that asks for FP8."""
+    asked = getattr(config, "quantization_config", None) or {}
+    is_asked = kv_cache_dtype == "auto" and str(asked.get("kv_cache_quant_algo")).upper() == "FP8"
+    return 1 if kv_cache_dtype == QUANTISED_KV or is_asked else 2
 
 
 def announce(given: str | None, served: ServedModel) -> None:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_dcp.upstream.attach.cuda_settings import (
+    QUANTISED_KV,
     complete_attention_backend,
     complete_prefill_graph,
     find_card_refusal,
     find_cuda_refusal,
+    find_quantised_kv_refusal,
     find_transport_refusal,
 )
 from sglang_dcp.upstream.attach.model_sizes import learn_served_model
@@ -61,8 +63,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "kv_cache_dtype",
         "--kv-cache-dtype",
-        lambda v: v in ("auto", "bf16", "bfloat16", "float16", "float32"),
-        "quantised KV is not exchanged",
+        lambda v: v in ("auto", "bf16", "bfloat16", "float16", "float32", QUANTISED_KV),
+        f"of quantised K/V {QUANTISED_KV} alone is exchanged",
     ),
     Refusal("enable_hisparse", "--enable-hisparse", _off, "it keeps KV of running requests on the host"),
     Refusal("dllm_algorithm", "--dllm-algorithm", _off, "diffusion decoding rewrites tokens"),
@@ -154,7 +156,7 @@ def register_resolution() -> None:
             return getattr(view, field)
 
         message = find_front_refusal(envs.SGLANG_RUST_SERVER.get()) or find_refusal(values)
-        message = message or find_transport_refusal(config.transport, view.device)
+        message = message or find_transport_refusal(config.transport, view.device) or find_quantised_kv_refusal(values)
         if message is None and view.device == "cuda":
             message = find_card_refusal(get_device_sm()) or find_cuda_refusal(values)
         if message is not None:

@@ -10,9 +10,10 @@ import torch
 
 from sglang_dcp.dataflow.attention.split_budget import with_split_budget
 from sglang_dcp.dataflow.attention_step import attention_step
-from sglang_dcp.dataflow.contracts import NewKV, StepPlan
+from sglang_dcp.dataflow.contracts import KVScales, NewKV, StepPlan
 from sglang_dcp.dataflow.copy_guard import CopyGuard
 from sglang_dcp.dataflow.device_plan import plan_on_device
+from sglang_dcp.dataflow.quantised_kv import quantised, with_quantised
 from sglang_dcp.dataflow.step_mode import Eager
 from sglang_dcp.upstream.attach.cuda_settings import find_kv_type_refusal
 from sglang_dcp.upstream.layers.graph_variants import captured_guest_rows, process_graphs
@@ -22,10 +23,14 @@ from sglang_dcp.upstream.step.runtime import Runtime
 
 
 class PoolLayer:
-    """One layer of SGLang's KV pool. MLA keeps the latent and the rotary part in one row, of which V is a view."""
+    """One layer of SGLang's KV pool. MLA keeps the latent and the rotary part in one row, of which V is a view.
+
+    scales: of the layer's K/V, where the pool is quantised and the checkpoint has some.
+    """
 
     def __init__(self, pool: Any, layer: Any, latent: bool) -> None:
         self._pool, self._layer, self.latent = pool, layer, latent
+        self.scales = KVScales(getattr(layer, "k_scale_float", None) or 1.0, getattr(layer, "v_scale_float", None) or 1.0)
         self._kv_heads, self._key_dim, self._value_dim = layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim
 
     def new_kv(self, keys: torch.Tensor, values: torch.Tensor) -> NewKV:
@@ -33,7 +38,14 @@ class PoolLayer:
         keys = keys.reshape(-1, self._kv_heads, self._key_dim).contiguous()
         if self.latent:
             return NewKV(keys, keys[..., : self._value_dim], latent=True)
-        return NewKV(keys, values.reshape(-1, self._kv_heads, self._value_dim).contiguous(), latent=False)
+        new_kv = NewKV(keys, values.reshape(-1, self._kv_heads, self._value_dim).contiguous(), latent=False)
+        return with_quantised(new_kv, self.scales, self._pool.dtype)
+
+    def stored(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K/V in the pool's element type, in the shapes that they come in."""
+        if keys.dtype == self._pool.dtype:
+            return keys, values
+        return quantised(keys, self.scales.key, self._pool.dtype), quantised(values, self.scales.value, self._pool.dtype)
 
     def write(self, slots: torch.Tensor, new_kv: NewKV) -> None:
         self.write_tokens(slots, new_kv.keys, new_kv.values)
@@ -164,6 +176,7 @@ def forward_sharded(runtime: Runtime, pool: Any, q: torch.Tensor, k: torch.Tenso
         runtime.transport,
         scale=layer.scaling,
         layer=layer.layer_id,
+        kv_scales=cache.scales,
     )
     return output.reshape(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
 
@@ -191,9 +204,10 @@ def forward_captured(
         v = k[..., : layer.v_head_dim]
         new_kv = v, k[..., layer.v_head_dim :]
     else:
+        k, v = cache.stored(k, v)
         new_kv = k.reshape(num_tokens, 1, -1), v.reshape(num_tokens, 1, -1)
     cache.write_tokens(graphs.own_slots(num_tokens), k, v)
-    merged = graphs.attention.run(num_tokens, guest_rows, queries, *new_kv, cache.keys_and_values())
+    merged = graphs.attention.run(num_tokens, guest_rows, queries, *new_kv, cache.keys_and_values(), cache.scales)
     return merged.reshape(num_tokens, heads * layer.v_head_dim)
 
 
@@ -224,7 +238,7 @@ def register_backends() -> None:
 
 
 def create_torch_native(runner: Any) -> Any:
-    check_kv_type(runner)
+    check_kv_type(runner, "torch_native")
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
     class TorchNativeBackend(TorchNativeAttnBackend):
@@ -237,7 +251,7 @@ def create_torch_native(runner: Any) -> Any:
 
 def create_flashinfer(runner: Any) -> Any:
     """As stock's factory does without speculative decoding (which is refused)."""
-    check_kv_type(runner)
+    check_kv_type(runner, "flashinfer")
     if runner.use_mla_backend:
         from sglang.srt.layers.attention.flashinfer_mla_backend import FlashInferMLAAttnBackend
 
@@ -254,7 +268,7 @@ def create_flashinfer(runner: Any) -> Any:
 
 def create_flashmla(runner: Any) -> Any:
     """FlashMLA decodes; prefills are FlashInfer's, which it inherits."""
-    check_kv_type(runner)
+    check_kv_type(runner, "flashmla")
     if not runner.use_mla_backend:
         raise ValueError("--attention-backend flashmla serves models with latent attention (MLA) alone; use flashinfer")
     from sglang.srt.layers.attention.flashmla_backend import FlashMLABackend
@@ -262,9 +276,10 @@ def create_flashmla(runner: Any) -> Any:
     return _for_runner(make_backend_class(FlashMLABackend, flash_mla=True)(runner), runner)
 
 
-def check_kv_type(runner: Any) -> None:
-    """Raises ValueError where the pool is quantised, which the checkpoint may have asked for: ahead of the first capture."""
-    message = find_kv_type_refusal(runner.kv_cache_dtype)
+def check_kv_type(runner: Any, backend: str) -> None:
+    """Raises ValueError where the pool is quantised as we do not serve it, which the checkpoint may have asked for: ahead of the first
+    capture."""
+    message = find_kv_type_refusal(runner.kv_cache_dtype, backend, latent=runner.use_mla_backend)
     if message is not None:
         raise ValueError(message)
 

@@ -149,13 +149,15 @@ class GraphEngine:
 def attention_shape(runner: Any) -> AttentionShape:
     """What the attention layers of a decode step compute. GraphError when they differ: a step's kernel is planned once for all."""
     shapes = set()
+    quantised = runner.kv_cache_dtype if runner.kv_cache_dtype.itemsize == 1 else None
     for module in runner.model.modules():
         if type(module).__name__ != "RadixAttention":
             continue
         latent = module.tp_k_head_num == 1 and module.qk_head_dim != module.v_head_dim
         if latent or not runner.use_mla_backend:
             heads = module.tp_q_head_num, module.tp_k_head_num, module.qk_head_dim, module.v_head_dim
-            shapes.add(AttentionShape(*heads, dtype=torch.bfloat16, scale=module.scaling, latent=latent))
+            kinds = {"dtype": torch.bfloat16, "scale": module.scaling, "latent": latent, "quantised": quantised}
+            shapes.add(AttentionShape(*heads, **kinds))
     if len(shapes) != 1:
         raise GraphError(f"--dyncp-transport peer: attention layers of {len(shapes)} shapes, decode graphs need one (use nccl): {shapes}")
     return shapes.pop()
