@@ -40,15 +40,26 @@ def refusal(**changes: Any) -> str | None:
 
 def test_what_was_run_is_served() -> None:
     assert refusal() is None
-    for backend in ("flashmla", "torch_native"):
+    for backend in ("fa3", "flashmla", "torch_native"):
         assert refusal(attention_backend=backend) is None
         assert refusal(attention_backend=backend, prefill_attention_backend=backend, decode_attention_backend=backend) is None
+
+
+def test_sglangs_own_default_stands_where_it_was_run() -> None:
+    """Turning dynamic context parallelism on changes no kernel of a step in which nobody is sharded."""
+    assert complete_attention_backend({}.get, latent=False) == {}
+    ours = {"attention_backend": "flashinfer"}
+    assert complete_attention_backend({}.get, latent=True) == ours
+    assert complete_attention_backend({"kv_cache_dtype": "fp8_e4m3"}.get, latent=False) == ours
+    message = find_cuda_refusal((WORKING | {"attention_backend": "fa3"}).get, latent=True)
+    assert message is not None and message.startswith("--attention-backend fa3 does not work with --enable-dyncp for a model with latent")
+    assert find_cuda_refusal(WORKING.get, latent=True) is None
 
 
 @pytest.mark.parametrize(
     ("changes", "flag"),
     [
-        ({"attention_backend": "fa3"}, "--attention-backend fa3"),
+        ({"attention_backend": "triton"}, "--attention-backend triton"),
         ({"decode_attention_backend": "trtllm_mha"}, "--decode-attention-backend trtllm_mha"),
         ({"prefill_attention_backend": "fa3"}, "--prefill-attention-backend fa3"),
         ({"decode_attention_backend": "flashmla"}, "--decode-attention-backend flashmla"),
@@ -89,10 +100,8 @@ def test_stock_takes_one_batch_size_where_the_refusal_says_so(monkeypatch: pytes
 
 
 def test_completions_leave_what_the_user_said() -> None:
-    assert complete_attention_backend({}.get) == {"attention_backend": "flashinfer"}
-    assert complete_attention_backend({"attention_backend": "fa3"}.get) == {}
-    assert complete_attention_backend({"attention_backend": "flashmla"}.get) == {}
-    assert complete_attention_backend({"decode_attention_backend": "fa3"}.get) == {}
+    for given in ({"attention_backend": "fa3"}, {"attention_backend": "flashmla"}, {"decode_attention_backend": "fa3"}):
+        assert complete_attention_backend(given.get, latent=True) == {}
     assert complete_prefill_graph({}.get) == {"disable_prefill_cuda_graph": True}
     assert complete_prefill_graph({"disable_prefill_cuda_graph": True}.get) == {}
     assert complete_prefill_graph({"cuda_graph_backend_prefill": "full"}.get) == {}

@@ -13,7 +13,7 @@ import torch
 from sglang_dcp.dataflow.attention.partial_attention import torch_partial_attention
 from sglang_dcp.dataflow.step_mode import STOCK, Eager, Graph, GraphStep
 from sglang_dcp.ledger.participant import LedgerCounters
-from sglang_dcp.upstream.layers import attention_backend, graphs, mla_form, step_path
+from sglang_dcp.upstream.layers import attention_backend, backends, graphs, mla_form, step_path
 from sglang_dcp.upstream.step import sync as step_sync
 from sglang_dcp.upstream.step.attached import attach
 from sglang_dcp.upstream.step.driver import StepDriver
@@ -115,15 +115,20 @@ def test_a_captured_step_begins_with_what_its_layers_share(monkeypatch: pytest.M
 
 def test_flashmla_is_for_latent_attention() -> None:
     with pytest.raises(ValueError, match="--attention-backend flashmla serves models with latent attention"):
-        attention_backend.create_flashmla(SimpleNamespace(use_mla_backend=False, kv_cache_dtype=torch.bfloat16))
+        backends.create_flashmla(SimpleNamespace(use_mla_backend=False, kv_cache_dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("create", ["create_torch_native", "create_flashinfer", "create_flashmla"])
+def test_fa3_is_for_models_without_latent_attention() -> None:
+    with pytest.raises(ValueError, match=r"--attention-backend fa3 .* no latent attention \(MLA\); use flashinfer or flashmla"):
+        backends.create_fa3(SimpleNamespace(use_mla_backend=True, kv_cache_dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("create", ["create_torch_native", "create_flashinfer", "create_fa3", "create_flashmla"])
 def test_every_backend_refuses_quantised_pools_that_are_not_exchanged(create: str) -> None:
     """Ahead of anything else: a checkpoint decides it, so no flag could be refused at start."""
     for latent, dtype in ((False, torch.float8_e5m2), (True, torch.float8_e4m3fn)):
         with pytest.raises(ValueError, match=f"a KV pool of {str(dtype)[6:]}"):
-            getattr(attention_backend, create)(SimpleNamespace(kv_cache_dtype=dtype, use_mla_backend=latent))
+            getattr(backends, create)(SimpleNamespace(kv_cache_dtype=dtype, use_mla_backend=latent))
 
 
 @pytest.mark.parametrize("name", ["flashinfer", "flashmla"])
@@ -184,7 +189,7 @@ def test_plain_torch_on_a_gpu_serves_torch_native_and_no_mla() -> None:
 def test_torch_native_can_pad_a_batch_on_a_gpu() -> None:
     pools = {"req_to_token_pool": None, "token_to_kv_pool": None, "kv_cache_dtype": torch.float32}
     runner = SimpleNamespace(device="cpu", use_mla_backend=False, **pools)
-    assert attention_backend.create_torch_native(runner).get_cuda_graph_seq_len_fill_value() == 1
+    assert backends.create_torch_native(runner).get_cuda_graph_seq_len_fill_value() == 1
 
 
 def test_a_graph_step_never_runs_eagerly(bound: Any) -> None:

@@ -11,7 +11,10 @@ logger = logging.getLogger(__name__)
 BACKEND = "flashinfer"
 PLAIN_BACKEND = "torch_native"
 """Serves GQA of any element type, slowly and without graphs: what float32 is compared with."""
-BACKENDS = (BACKEND, "flashmla", PLAIN_BACKEND)
+DEFAULT_BACKEND = "fa3"
+"""SGLang's own default on a Hopper GPU. It runs the steps in which nobody is sharded; the others run FlashInfer's kernels, over the same
+pool."""
+BACKENDS = (BACKEND, DEFAULT_BACKEND, "flashmla", PLAIN_BACKEND)
 BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 EXPERT_BACKENDS = ("none", "deepep")
 """Expert all-to-all backends that take an instance's own rows and no others: ours changes attention, and rows stay at their home for it."""
@@ -22,9 +25,12 @@ CUDA_TRANSPORTS = ("auto", "peer", "nccl", "gloo")
 CPU_TRANSPORTS = ("auto", "gloo")
 
 
-def complete_attention_backend(values: Callable[[str], Any]) -> dict[str, str]:
-    """FlashInfer where the user named no backend: SGLang's own default on a Hopper GPU is another one."""
+def complete_attention_backend(values: Callable[[str], Any], *, latent: bool) -> dict[str, str]:
+    """FlashInfer where the user named no backend and SGLang's own default was not run beside sharded steps: MLA, and quantised K/V. Else
+    the default stands, and steps in which nobody is sharded run what they would run without --enable-dyncp."""
     if any(values(field) is not None for field in BACKEND_FIELDS):
+        return {}
+    if not latent and values("kv_cache_dtype") != QUANTISED_KV:
         return {}
     logger.info("dyncp: --attention-backend %s (sharded steps run its kernels)", BACKEND)
     return {"attention_backend": BACKEND}
@@ -83,9 +89,10 @@ def find_kv_type_refusal(kv_cache_dtype: Any, backend: str, *, latent: bool) -> 
     )
 
 
-def find_cuda_refusal(values: Callable[[str], Any]) -> str | None:
-    """The message for the first thing of a GPU server that is not served, or None. `values(field)` reads a resolved setting."""
-    refused = _find_backend_refusal(values)
+def find_cuda_refusal(values: Callable[[str], Any], *, latent: bool = False) -> str | None:
+    """The message for the first thing of a GPU server that is not served, or None. `values(field)` reads a resolved setting. latent: the
+    model's attention is MLA."""
+    refused = _find_backend_refusal(values) or (_find_latent_refusal(values) if latent else None)
     if refused is not None:
         return refused
     graphs = values("cuda_graph_config")
@@ -128,6 +135,17 @@ def _find_backend_refusal(values: Callable[[str], Any]) -> str | None:
             return f"{flag} {value} does not work with --enable-dyncp on a GPU: sharded steps need {' or '.join(BACKENDS)}"
         if value not in (None, backend):
             return f"{flag} {value} does not work with --enable-dyncp beside --attention-backend {backend}: give one for both"
+    return None
+
+
+def _find_latent_refusal(values: Callable[[str], Any]) -> str | None:
+    for field in BACKEND_FIELDS:
+        if values(field) == DEFAULT_BACKEND:
+            flag = "--" + field.replace("_", "-")
+            return (
+                f"{flag} {DEFAULT_BACKEND} does not work with --enable-dyncp for a model with latent attention (MLA): it was not run "
+                f"beside sharded steps; give {BACKEND} or flashmla"
+            )
     return None
 
 

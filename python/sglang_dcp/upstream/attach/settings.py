@@ -121,6 +121,7 @@ def register_resolution() -> None:
 
     At its beginning, because later steps of SGLang's would end with errors of their own; at its end, because they also decide settings.
     """
+    from sglang.srt.arg_groups.model_override_base import use_mla_backend
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     from sglang.srt.environ import envs
@@ -158,7 +159,7 @@ def register_resolution() -> None:
         message = find_front_refusal(envs.SGLANG_RUST_SERVER.get()) or find_refusal(values)
         message = message or find_transport_refusal(config.transport, view.device) or find_quantised_kv_refusal(values)
         if message is None and view.device == "cuda":
-            message = find_card_refusal(get_device_sm()) or find_cuda_refusal(values)
+            message = find_card_refusal(get_device_sm()) or find_cuda_refusal(values, latent=use_mla_backend(server_args))
         if message is not None:
             raise SystemExit(f"sglang_dcp: {message}")
         learn_served_model(server_args, view.device)
@@ -168,6 +169,7 @@ def register_resolution() -> None:
 
 def _register_cuda_completions() -> None:
     """What a GPU server needs and the user did not say, each where SGLang's pipeline decides it."""
+    from sglang.srt.arg_groups.model_override_base import use_mla_backend
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
@@ -183,7 +185,7 @@ def _register_cuda_completions() -> None:
 
     @register_resolution_hook("handle_attention_backend_compatibility")
     def backend(server_args: Any, previous: Callable[[Any], None]) -> None:
-        complete(server_args, complete_attention_backend)
+        complete(server_args, lambda values: complete_attention_backend(values, latent=use_mla_backend(server_args)))
         previous(server_args)
         # Behind the backend, which may decide it, and before SGLang resolves an unset page size to 1.
         view = resolving_view(server_args)
