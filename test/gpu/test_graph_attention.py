@@ -19,14 +19,15 @@ import pytest
 import torch
 
 from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
-from sglang_dcp.dataflow.contracts import NewKV
+from sglang_dcp.dataflow.contracts import NO_SCALES, KVScales, NewKV
 from sglang_dcp.dataflow.graph.static_tables import guests_per_instance
+from sglang_dcp.dataflow.quantised_kv import with_quantised
 from sglang_dcp.dataflow.reference import partial_attention
 from sglang_dcp.dataflow.step_mode import STOCK, Graph
 from sglang_dcp.dataflow.transport.base import TransportError
 from sglang_dcp.upstream.layers.graphs import GraphEngine
 from sglang_dcp.upstream.layers.peers import Place
-from test.unit.dataflow.cluster import PoolCache
+from test.unit.dataflow.cluster import PoolCache, as_bytes
 from test.unit.test_decode_session import Session
 
 pytestmark = pytest.mark.gpu
@@ -35,6 +36,7 @@ pytest.importorskip("sgl_kernel_dcp")
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("no Hopper GPU on this machine", allow_module_level=True)
 
+FP8 = torch.float8_e4m3fn
 HOME_ROWS, GUEST_ROWS, CONTEXT_PAGES = 8, (4, 16), 64
 MOST_LINES = 2048  # of the token table: requests of a session
 
@@ -45,9 +47,10 @@ class Instance:
     def __init__(self, session: GpuSession, rank: int) -> None:
         from sglang_dcp.dataflow.graph.graph_attention import GraphAttention, GraphSizes
 
-        latent, page_size, self.device = session.latent, session.page_size, session.devices[rank]
+        latent, page_size, self.device, self.session = session.latent, session.page_size, session.devices[rank], session
         sizes = GraphSizes(session.num_instances, HOME_ROWS, GUEST_ROWS, page_size, CONTEXT_PAGES, session.num_pages + 1)
-        shape = AttentionShape(session.heads, session.kv_heads, session.qk_dim, session.v_dim, torch.bfloat16, session.qk_dim**-0.5, latent)
+        heads = session.heads, session.kv_heads, session.qk_dim, session.v_dim
+        shape = AttentionShape(*heads, torch.bfloat16, session.qk_dim**-0.5, latent, quantised=FP8 if session.quantised else None)
         sharing = session.devices.count(self.device)
         with torch.cuda.device(self.device):
             self.attention = GraphAttention(
@@ -57,7 +60,7 @@ class Instance:
         like = {"dtype": torch.bfloat16, "device": self.device}
         self.queries = torch.zeros(HOME_ROWS, session.heads, session.qk_dim, **like)
         width = session.kv_heads * session.qk_dim
-        self.kv = torch.zeros(HOME_ROWS, 1, width + (0 if latent else session.kv_heads * session.v_dim), **like)
+        self.kv = torch.zeros(HOME_ROWS, 1, width + (0 if latent else session.kv_heads * session.v_dim), **like).to(session.kv_dtype)
         self.split = session.v_dim if latent else width
         self.cache = session.caches[rank]
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -67,7 +70,7 @@ class Instance:
         self.attention.begin(HOME_ROWS, guest_rows, self.token_table)
         keys, values = self.kv[..., : self.split], self.kv[..., self.split :]
         pools = self.cache.keys, self.cache.keys if self.cache.latent else self.cache.values
-        return self.attention.run(HOME_ROWS, guest_rows, (self.queries, None), keys, values, pools)
+        return self.attention.run(HOME_ROWS, guest_rows, (self.queries, None), keys, values, pools, self.session.kv_scales)
 
     def capture(self, guest_rows: int) -> None:
         with torch.cuda.device(self.device):
@@ -80,13 +83,14 @@ class Instance:
 
 
 class GpuSession(Session):
-    """A session in the kernels' sizes, bfloat16. kernel: gqa, mla (both FlashInfer) or flashmla. spread: a GPU per instance, else all on
-    one."""
+    """A session in the kernels' sizes, bfloat16. kernel: gqa, gqa_fp8 (pools of float8_e4m3fn, scales that are not 1), mla (all
+    FlashInfer) or flashmla. spread: a GPU per instance, else all on one."""
 
     wait_seconds = 20.0
 
     def __init__(self, seed: int, num_instances: int, num_pages: int, page_size: int, *, kernel: str, spread: bool) -> None:
-        latent, self.flash_mla = kernel != "gqa", kernel == "flashmla"
+        latent, self.flash_mla, self.quantised = kernel.startswith(("mla", "flash")), kernel == "flashmla", kernel == "gqa_fp8"
+        self.kv_dtype, self.kv_scales = (FP8, KVScales(0.5, 2.0)) if self.quantised else (torch.bfloat16, NO_SCALES)
         super().__init__(seed, num_instances, num_pages, page_size, latent=latent)
         self.heads, self.kv_heads, self.qk_dim, self.v_dim = (16, 1, 576, 512) if latent else (8, 2, 128, 128)
         slots = (num_pages + 1) * page_size
@@ -97,8 +101,8 @@ class GpuSession(Session):
         self.caches = []
         for device in self.devices:
             cache = PoolCache(1, self.kv_heads, self.qk_dim, self.v_dim, latent)
-            cache.keys = torch.full((slots, self.kv_heads, self.qk_dim), 7.0, dtype=torch.bfloat16, device=device)
-            cache.values = torch.full((slots, self.kv_heads, self.v_dim), 7.0, dtype=torch.bfloat16, device=device)
+            cache.keys = torch.full((slots, self.kv_heads, self.qk_dim), 7.0, dtype=torch.bfloat16, device=device).to(self.kv_dtype)
+            cache.values = torch.full((slots, self.kv_heads, self.v_dim), 7.0, dtype=torch.bfloat16, device=device).to(self.kv_dtype)
             self.caches.append(cache)
         self.instances = [Instance(self, rank) for rank in range(num_instances)]
         addresses = [instance.attention.exchange.address for instance in self.instances]
@@ -174,9 +178,9 @@ class GpuSession(Session):
         instance.attention.plan(HOME_ROWS, mode.guest_rows)
         instance.queries.normal_()
         for row, (req, prefix_len, _) in enumerate(home.batch):
-            keys, values = self.kv_of(req)
-            parts = [keys[prefix_len].flatten()] if self.latent else [keys[prefix_len].flatten(), values[prefix_len].flatten()]
-            instance.kv[row, 0] = torch.cat(parts)
+            stored = self.stored(req, slice(prefix_len, prefix_len + 1))
+            parts = [as_bytes(part).flatten() for part in stored.travelling]
+            as_bytes(instance.kv)[row, 0] = torch.cat(parts)
 
     def write_kv(self, is_graph: bool) -> None:
         """New tokens' K/V where their pages lie, but for those that travel in a graph step: the exchange writes them."""
@@ -186,10 +190,16 @@ class GpuSession(Session):
                     index, offset = divmod(position, self.page_size)
                     owner, number = (rank, req.pages[index]) if req.dyncp is None else self.page_of(req, index)
                     travels = is_graph and owner != rank
-                    rows = [part[position : position + 1].to(self.devices[owner]) for part in self.kv_of(req)]
+                    stored = self.stored(req, slice(position, position + 1))
+                    rows = [part.to(self.devices[owner]) for part in (stored.keys, stored.values)]
                     slot = torch.tensor([number * self.page_size + offset], device=self.devices[owner])
-                    rows = [torch.full_like(row, 7.0) for row in rows] if travels else rows
+                    rows = [torch.full_like(row.bfloat16(), 7.0).to(row.dtype) for row in rows] if travels else rows
                     self.caches[owner].write(slot, NewKV(*rows, self.latent))
+
+    def stored(self, req, span: slice) -> NewKV:
+        """As it lies in a pool."""
+        keys, values = (part[span] for part in self.kv_of(req))
+        return with_quantised(NewKV(keys, values, self.latent), self.kv_scales, self.kv_dtype).stored
 
     @staticmethod
     def page_of(req, index: int) -> tuple[int, int]:
@@ -198,14 +208,18 @@ class GpuSession(Session):
 
     def compare_rows(self, home, queries: torch.Tensor, output: torch.Tensor) -> None:
         for row, (req, prefix_len, _) in enumerate(home.batch):
-            keys, values = self.keys[req.rid][: prefix_len + 1], self.values[req.rid][: prefix_len + 1]
-            expected = partial_attention(queries[row : row + 1], keys, values, scale=self.qk_dim**-0.5).output
+            stored = self.stored(req, slice(0, prefix_len + 1))
+            keys, values = stored.keys.float() * self.kv_scales.key, stored.values.float() * self.kv_scales.value
+            expected = partial_attention(queries[row : row + 1].float(), keys, values, scale=self.qk_dim**-0.5).output
             self.worst = max(self.worst, float((output[row : row + 1].float() - expected.float()).abs().max()))
             torch.testing.assert_close(output[row : row + 1].float(), expected.float(), atol=2e-2, rtol=2e-2)
 
 
+CASES = [(2, 16, "gqa"), (4, 16, "gqa"), (2, 16, "gqa_fp8"), (2, 64, "mla"), (2, 64, "flashmla")]
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("num_instances", "page_size", "kernel"), [(2, 16, "gqa"), (4, 16, "gqa"), (2, 64, "mla"), (2, 64, "flashmla")])
+@pytest.mark.parametrize(("num_instances", "page_size", "kernel"), CASES)
 def test_a_thousand_steps_of_joins_leaves_and_growth(num_instances: int, page_size: int, kernel: str) -> None:
     if kernel == "mla" and torch.cuda.device_count() < num_instances:
         pytest.skip("FlashInfer's MLA takes a GPU per instance here, see above")

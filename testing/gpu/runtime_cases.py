@@ -10,7 +10,7 @@ from typing import Any
 
 from testing.gpu.servers import GpuServer
 
-CASE_NAME = re.compile(r"(gqa|mla)(4?)(?:_(nccl|gloo|f32|flashmla))?")
+CASE_NAME = re.compile(r"(gqa|mla)(4?)(?:_(nccl|gloo|f32|flashmla|fa3|fp8))?")
 PAGE_SIZE, FLASH_MLA_PAGE_SIZE = 16, 64
 NEW_TOKENS = 24
 COST_MODEL = "cpu"
@@ -59,7 +59,8 @@ PLAIN_TORCH = {"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"}
 @dataclass(frozen=True)
 class Case:
     """A pair of servers, by name: gqa or mla (two instances over peer memory), gqa4 or mla4 (four), with _nccl or _gloo (that transport)
-    or _f32 (float32 in plain torch over NCCL, GQA alone) or _flashmla (that backend, MLA alone)."""
+    or _f32 (float32 in plain torch over NCCL, GQA alone) or _flashmla (that backend, MLA alone), _fa3 (SGLang's default under unsharded
+    steps, GQA alone) or _fp8 (quantised K/V with scales that are not 1, GQA alone)."""
 
     name: str
     model: str
@@ -71,10 +72,10 @@ class Case:
         """ValueError for a name that is no case."""
         found = CASE_NAME.fullmatch(name)
         if found is None:
-            raise ValueError(f"{name!r} is no case: gqa or mla, with 4 for four instances, then _nccl, _gloo, _f32 or _flashmla")
+            raise ValueError(f"{name!r} is no case: gqa or mla, 4 for four instances, _nccl, _gloo, _f32, _flashmla, _fa3 or _fp8")
         model, four, kind = found.groups()
-        if kind == "f32" and model == "mla":
-            raise ValueError("mla_f32: float32 on a GPU is served for GQA alone")
+        if kind in ("f32", "fa3", "fp8") and model == "mla":
+            raise ValueError(f"mla_{kind}: served for GQA alone")
         if kind == "flashmla" and model == "gqa":
             raise ValueError("gqa_flashmla: FlashMLA serves MLA alone")
         return cls(name, model, 4 if four else 2, kind)
@@ -108,6 +109,10 @@ class Case:
             flags += ("--flashinfer-mla-disable-ragged",)
         if self.is_float32 and device == "cuda":
             flags += ("--dtype", "float32", "--attention-backend", "torch_native")
+        if self.kind == "fp8" and device == "cuda":
+            flags += ("--kv-cache-dtype", "fp8_e4m3")
+        if self.kind == "fa3" and device == "cuda":
+            flags += ("--attention-backend", "fa3")
         if not dyncp:
             return flags
         flags += ("--dyncp-cost-model", COST_MODEL)
@@ -136,7 +141,7 @@ class Case:
             one_gpu=one_gpu,
             device=device,
             environment=dict(PLAIN_TORCH) if plain else {},
-            plugins=("plain_ops",) if plain else (),
+            plugins=("plain_ops",) if plain else ("kv_scales",) if self.kind == "fp8" and device == "cuda" else (),
         )
 
     @property

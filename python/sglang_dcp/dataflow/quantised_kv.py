@@ -14,10 +14,18 @@ def quantised(rows: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Ten
     return (rows / scale if scale != 1.0 else rows).to(dtype)
 
 
-def with_quantised(new_kv: NewKV, scales: KVScales, dtype: torch.dtype) -> NewKV:
-    """The same K/V with what a pool of `dtype` stores of it; as it is where that is its own type."""
+def with_quantised(new_kv: NewKV, scales: KVScales, dtype: torch.dtype, *, attend_stored: bool = False) -> NewKV:
+    """The same K/V with what a pool of `dtype` stores of it; as it is where that is its own type.
+
+    attend_stored: a chunk's own tokens attend what is stored, as if they read it back.
+    """
     if new_kv.keys.dtype == dtype:
         return new_kv
     keys = quantised(new_kv.keys, scales.key, dtype)
     values = keys[..., : new_kv.values.shape[-1]] if new_kv.latent else quantised(new_kv.values, scales.value, dtype)
-    return dataclasses.replace(new_kv, quantised=NewKV(keys, values, new_kv.latent))
+    stored = NewKV(keys, values, new_kv.latent)
+    if not attend_stored:
+        return dataclasses.replace(new_kv, quantised=stored)
+    attended = keys.to(new_kv.keys.dtype) * scales.key
+    read_back = attended[..., : new_kv.values.shape[-1]] if new_kv.latent else values.to(new_kv.values.dtype) * scales.value
+    return NewKV(attended, read_back, new_kv.latent, quantised=stored)

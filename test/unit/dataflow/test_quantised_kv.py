@@ -108,6 +108,14 @@ def test_quantising_leaves_what_the_chunk_attends() -> None:
     assert with_quantised(kv, SCALES, torch.float32) is kv
 
 
+def test_a_chunk_can_attend_what_is_stored() -> None:
+    kv = NewKV(torch.randn(3, 2, 16), torch.randn(3, 2, 16), latent=False)
+    read_back = with_quantised(kv, SCALES, FP8, attend_stored=True)
+    assert read_back.keys.equal(read_back.stored.keys.float() * 0.5) and not read_back.keys.equal(kv.keys)
+    assert read_back.values.equal(read_back.stored.values.float() * 2.0) and read_back.keys.dtype == kv.keys.dtype
+    torch.testing.assert_close(read_back.keys, kv.keys, atol=0.2, rtol=0.1)
+
+
 def test_scales_count_in_plain_torch() -> None:
     keys, values = torch.randn(8, 2, 16), torch.randn(8, 2, 16)
     queries, rows = torch.randn(1, 4, 16), (pool_row(1, 5, np.array([0, 1]), np.array([0, 1]), 4),)

@@ -37,7 +37,7 @@ class PoolLayer:
         if self.latent:
             return NewKV(keys, keys[..., : self._value_dim], latent=True)
         new_kv = NewKV(keys, values.reshape(-1, self._kv_heads, self._value_dim).contiguous(), latent=False)
-        return with_quantised(new_kv, self.scales, self._pool.dtype)
+        return with_quantised(new_kv, self.scales, self._pool.dtype, attend_stored=chunks_read_the_pool())
 
     def stored(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K/V in the pool's element type, in the shapes that they come in."""
@@ -61,6 +61,13 @@ class PoolLayer:
         from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
         return KVWriteLoc(slots, physical=True)
+
+
+def chunks_read_the_pool() -> bool:
+    """Whether a prefill chunk in a step in which nobody is sharded reads its own K/V back from the pool; else it attends it as it was."""
+    from sglang.srt.environ import envs
+
+    return bool(envs.SGLANG_FLASHINFER_USE_PAGED.get())
 
 
 _Stock: Any = object
