@@ -126,8 +126,8 @@ class GraphAttention:
             return FlashInferMLA(shape.num_heads, page_size, shape.scale, indptr, indices, section("kv_length")[:rows], buffers)
         last = section("last_page_length")[:rows]
         heads = shape.num_heads, shape.num_kv_heads, shape.qk_head_dim
-        options = {"own_split": self.own_split, "kv_dtype": shape.kv_dtype}
-        return FlashInferDecode(*heads, page_size, shape.scale, indptr, indices, last, buffers, **options)
+        split, kv_dtype = self.own_split, shape.kv_dtype
+        return FlashInferDecode(*heads, page_size, shape.scale, indptr, indices, last, buffers, own_split=split, kv_dtype=kv_dtype)
 
     # ---- once per step
 
