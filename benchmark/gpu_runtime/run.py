@@ -57,6 +57,7 @@ class Bench:
         sizes = ("--context-length", str(CONTEXT), "--page-size", str(PAGE), "--chunked-prefill-size", str(8192 * INSTANCES))
         sizes += ("--load-format", "dummy", "--mem-fraction-static", "0.85", "--cuda-graph-max-bs-decode", str(MAX_BATCH))
         sizes += ("--max-running-requests", str(MAX_BATCH * INSTANCES), "--stream-interval", "8", *model_flags(args.model))
+        sizes += ("--attention-backend", args.backend)
         stock = ("--attn-dp-size", str(INSTANCES), "--ep-size", str(INSTANCES))
         make = lambda name, dyncp, *flags: GpuServer(name, path, INSTANCES, POOL, dyncp, (*sizes, *flags), one_gpu=args.one_gpu)  # noqa: E731
         self.servers = {"stock": make("stock", False, *stock), "graph": make("graph", True)}
@@ -68,7 +69,7 @@ class Bench:
         facts = read_device_facts()
         self.found["machine"] = f"{platform.machine()}, {1 if args.one_gpu else INSTANCES} x {facts['names'][0]}"
         self.found["commit"] = args.commit or self.found["commit"]
-        self.found |= {"one_gpu": args.one_gpu, "model": args.model, "layers": args.layers, "errors": {}}
+        self.found |= {"one_gpu": args.one_gpu, "model": args.model, "backend": args.backend, "layers": args.layers, "errors": {}}
 
     def save(self) -> None:
         (self.args.out / "gpu_runtime.json").write_text(json.dumps(self.found, indent=1))
@@ -198,6 +199,7 @@ def main() -> int:
     parser.add_argument("--one-gpu", action="store_true", help="both instances on GPU 0: answers, graphs and host time, no step times")
     parser.add_argument("--model", default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, default=24, help="enough that the GPU, not the host, sets the step")
+    parser.add_argument("--backend", default="flashinfer", help="of both servers; fa3 is SGLang's own default on a Hopper GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=420.0, help="seconds for everything")
     parser.add_argument("--eager", action="store_true", help="a third server, whose sharded steps run without graphs (nccl)")
