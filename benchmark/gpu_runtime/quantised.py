@@ -22,9 +22,8 @@ from benchmark.multi_gpu.model_shapes import model_flags, write_shape
 from benchmark.multi_gpu.servers import GpuServer, stop_all, wait_ready
 from benchmark.multi_gpu.settings import set_environment
 from benchmark.serving.provenance import provenance
-
-from gpu_servers import port_range  # isort: skip - found through benchmark.multi_gpu.servers
-from support.server import find_free_port  # isort: skip
+from testing.gpu.servers import port_range
+from testing.server import find_free_port
 
 INSTANCES, PAGE, HEAD_DIM = 2, 64, 128
 ROWS, TOKENS, ROUNDS = 32, 131_072, 5
