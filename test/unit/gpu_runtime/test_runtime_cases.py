@@ -53,9 +53,9 @@ def test_servers_of_a_case() -> None:
         assert server is not None and not server.uses_peer_memory
         assert (value_of(server, "--dtype"), value_of(server, "--attention-backend")) == ("float32", "torch_native")
         assert server.environment == {"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"} and server.plugins == ("plain_ops",)
-    for server in build_servers([Case.parse("gqa_fp8")], models, "cuda", one_gpu=True, with_stock=True)["gqa_fp8"]:
+    for server in build_servers([Case.parse("gqa_fp8")], {"gqa_fp8": Path()}, "cuda", one_gpu=True, with_stock=True)["gqa_fp8"]:
         assert server is not None and value_of(server, "--kv-cache-dtype") == "fp8_e4m3" and server.plugins == ("kv_scales",)
-    for server in build_servers([Case.parse("gqa_fa3")], models, "cuda", one_gpu=True, with_stock=True)["gqa_fa3"]:
+    for server in build_servers([Case.parse("gqa_fa3")], {"gqa_fa3": Path()}, "cuda", one_gpu=True, with_stock=True)["gqa_fa3"]:
         assert server is not None and value_of(server, "--attention-backend") == "fa3" and not server.plugins
     assert all(not server.plugins and value_of(server, "--dtype") == "bfloat16" for server in pairs["gqa4"] if server)
 
