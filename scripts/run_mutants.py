@@ -21,6 +21,7 @@ LAYER = "test/unit/dataflow/test_attention_step.py::test_random_steps[2-4-False]
 CHUNK = "test/unit/dataflow/test_attention_step.py::test_first_token_and_chunk_that_crosses_two_shards"
 SESSION = "test/unit/test_decode_session.py::test_session_of_random_requests[2-8-4-False]"
 WALK = "test/unit/test_protocol.py::test_random_walk_checked_after_every_step"
+CONVERSATIONS = "test/unit/test_protocol_conversations.py::test_a_walk_of_conversations"
 
 TESTS: dict[str, tuple[str, ...]] = {
     "shard-dropped": (LAYER, SESSION),
@@ -34,10 +35,14 @@ TESTS: dict[str, tuple[str, ...]] = {
     "chunk-not-causal": (CHUNK, LAYER),
     "neutral-zero": (LAYER, SESSION),
     "wrong-owner": (LAYER, SESSION),
+    "evicted-taken-over": (CONVERSATIONS,),
+    "live-handle-evicted": (CONVERSATIONS,),
+    "partial-page-kept": (CONVERSATIONS,),
+    "retained-counted-as-free": (CONVERSATIONS,),
 }
 """Fault -> tests meant to notice, cheapest first; the run stops at the first that does."""
 
-NOTICED = re.compile(r"AssertionError|assert |sglang_dcp\.ledger\.integrity\.IntegrityError")
+NOTICED = re.compile(r"AssertionError|assert |sglang_dcp\.ledger\.integrity\.IntegrityError|sglang_dcp\.ledger\.participant\.ProtocolError")
 """What a noticed fault ends with. Any other error may as well be a mutant that no longer installs."""
 
 FAILED = re.compile(r"^FAILED (\S+)(?: - (.*))?$", re.MULTILINE)

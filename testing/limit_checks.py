@@ -50,14 +50,16 @@ class LimitChecks:
         assert decision.grants or not (is_empty and any(decision.promised)), f"promised for ever on an empty cluster: {decision}"
 
     def _check_admission(self, ask: AskAdmission, grant: Grant, guest_room: Sequence[int]) -> None:
-        ranks = [segment.rank for segment in grant.segments]
-        assert len(set(ranks)) <= self.max_degree, f"degree {len(set(ranks))} where {self.max_degree} is the most: {grant}"
+        ranks = {segment.rank for segment in grant.segments} | {rank for rank, _ in ask.kept if grant.previous}
+        assert len(ranks) <= self.max_degree, f"degree {len(ranks)} where {self.max_degree} is the most: {grant}"
         for segment in grant.segments:
             is_guest = segment.rank != grant.home
             assert not is_guest or segment.num_pages <= guest_room[segment.rank], f"guest room {guest_room} does not hold {grant}"
         fits_the_node = sum(pages for _, pages in ask.segments) <= self.reach(self.node_size)
         if ask.flexible and fits_the_node:
-            assert set(ranks) <= set(self.members(grant.home)), f"{grant} leaves the node of its home, which could hold it"
+            assert {segment.rank for segment in grant.segments} <= set(self.members(grant.home)), (
+                f"{grant} leaves the node of its home, which could hold it"
+            )
 
     def _check_growth(self, ask: AskGrowth, grant: Grant, room: Sequence[int], guest_room: Sequence[int]) -> None:
         rank = grant.segments[0].rank

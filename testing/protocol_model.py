@@ -15,12 +15,14 @@ import numpy as np
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.integrity import check_instance
-from sglang_dcp.ledger.messages import Granted, Release
+from sglang_dcp.ledger.messages import Granted, Release, Retain
+from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.ledger.participant import Participant
 from sglang_dcp.mutants import install_mutant
 from sglang_dcp.policy.types import Placement
-from sglang_dcp.upstream.step.admission import note_blocked, reserved, sweep_waiting
+from sglang_dcp.upstream.step.admission import ask_again, note_blocked, reserved, sweep_waiting, takes_over
 from sglang_dcp.upstream.step.elsewhere import ask_elsewhere
+from sglang_dcp.upstream.step.retention import begin_behind_prefix, end_request, wanted_pages
 from sglang_dcp.upstream.step.retraction import place_again
 from sglang_dcp.upstream.step.runtime import Runtime, cluster_of
 from sglang_dcp.upstream.step.sitting_out import find_leavers, has_room
@@ -74,6 +76,7 @@ class ModelKv:
     req_pool_idx: int
     kv_allocated_len: int = 0
     cache_protected_len: int = 0
+    kv_committed_len: int = 0
 
     @property
     def holds_kv(self) -> bool:
@@ -82,23 +85,41 @@ class ModelKv:
 
 @dataclass(eq=False)
 class ModelRequest:
-    """A request whose tokens are only counted. pages: those of a local one, by number."""
+    """A request whose output tokens are its number. pages: those of a local one, by number."""
 
     rid: str
-    origin_input_ids: range
+    origin_input_ids: list[int]
     max_new_tokens: int
     dyncp_placement: Placement | None
     dyncp_placement_flexible: bool
     kv: ModelKv
-    output_ids: range = range(0)
+    output_ids: list[int] = field(default_factory=list)
     dyncp: Any = None
+    dyncp_prefix_pages: int = 0
+    extra_key: str | None = None
+    dyncp_extra_key: str | None = None
+    prefix_len: int = 0
+    aborted: bool = False
+    was_managed: bool = False
     to_finish: Any = None
     pages: list[int] = field(default_factory=list)
     finished_in_step: int | None = None
 
+    cache_salt = input_embeds = positional_embed_overrides = multimodal_inputs = session = None
+
     @property
-    def full_untruncated_fill_ids(self) -> range:
-        return range(len(self.origin_input_ids) + len(self.output_ids))
+    def full_untruncated_fill_ids(self) -> list[int]:
+        return self.origin_input_ids + self.output_ids
+
+    @property
+    def finished_reason(self) -> Any:
+        return SimpleNamespace(to_json=lambda: {"type": "abort" if self.aborted else "length"})
+
+    def owned_kv_len(self) -> int:
+        return self.kv.kv_allocated_len
+
+    def _compute_max_prefix_len(self, input_len: int) -> int:
+        return input_len - 1
 
     @property
     def listed_pages(self) -> list[int]:
@@ -127,7 +148,9 @@ class ModelScheduler:
         self.req_to_token_pool = self
         self.running_batch = SimpleNamespace(batch_is_full=False)
         self.done: list[ModelRequest] = []
-        self.num_retractions = self.num_adoptions = 0
+        self.num_retractions = self.num_adoptions = self.num_cached_tokens = 0
+        self.tree_cache = self
+        self.wanted = 0
 
     @property
     def req_to_token(self) -> ModelScheduler:
@@ -159,6 +182,8 @@ class ModelScheduler:
         if self.decodes:
             self.batch = self._decode()
         sweep_waiting(self.runtime)
+        ask_again(self.runtime)
+        self.wanted = wanted_pages(self.runtime)
         ask_elsewhere(self.runtime)
 
     def columns(self) -> list[int]:
@@ -171,15 +196,15 @@ class ModelScheduler:
             own.take_extend(self.batch)
         rows = None if own.steady else own.sharded_rows()
         self.runtime.givable_pages = givable = self.pool.num_givable_pages()
-        used = (self.participant.num_pages - givable) * self.participant.page_size
+        used = (self.participant.num_pages - givable - self.participant.retention.num_pages_here) * self.participant.page_size
         num_requests = len(self.waiting_queue) + len(self.running)
-        return self.participant.build_columns(rows, free_pages(self.runtime, givable), used, num_requests)
+        return self.participant.build_columns(rows, free_pages(self.runtime, givable), used, num_requests, self.wanted)
 
     def complete_batch(self) -> None:
         """The step's tokens are sampled."""
         for req, prefix_len, num_new in self.batch:
             if prefix_len + num_new == len(req.full_untruncated_fill_ids):
-                req.output_ids = range(len(req.output_ids) + 1)
+                req.output_ids.append(-int(req.rid[1:]))
         self.batch = []
 
     def abort(self, req: ModelRequest) -> None:
@@ -192,6 +217,7 @@ class ModelScheduler:
             self.chunked_req = None
         else:
             self.running.remove(req)
+        req.aborted = True
         self._release(req)
 
     def _finish(self) -> None:
@@ -204,7 +230,8 @@ class ModelScheduler:
 
     def _release(self, req: ModelRequest) -> None:
         if req.dyncp is not None:
-            self.participant.release(req.dyncp)
+            req.was_managed = True
+            end_request(self.runtime, req.dyncp)
         else:
             self.pool.return_pages(req.pages)
         req.dyncp, req.pages = None, []
@@ -236,7 +263,7 @@ class ModelScheduler:
         blocked = self.chunked_req is not None and self.chunked_req.dyncp is None
         for req in list(self.waiting_queue):
             placement = req.dyncp_placement
-            if placement is None or placement.is_local:
+            if placement is None or (placement.is_local and req.dyncp is None and not takes_over(self.runtime, req)):
                 # A local request that finds no room holds back local ones only: what runs must never wait for what has not started.
                 if not blocked and not self._fits(req, batch):
                     note_blocked(self.runtime, req)
@@ -255,6 +282,10 @@ class ModelScheduler:
         return pages + started + self.participant.promised[self.participant.rank] <= self.pool.num_givable_pages()
 
     def _add_chunk(self, req: ModelRequest, budget: int, batch: list[tuple[ModelRequest, int, int]]) -> int:
+        if req.dyncp is not None and not req.kv.holds_kv:
+            begin_behind_prefix(req, self.participant.page_size)
+            req.kv.kv_allocated_len = req.prefix_len
+            self.num_cached_tokens += req.prefix_len
         start, total = req.kv.kv_allocated_len, len(req.full_untruncated_fill_ids)
         count = min(budget, total - start)
         self._allocate(req, start + count)
@@ -316,11 +347,18 @@ class ProtocolModel:
         max_guest_fraction: float = 1.0,
         num_nodes: int = 1,
         check_every: int = 1,
+        cache_fraction: float = 0.8,
     ) -> None:
         install_mutant()
         self.random = random.Random(seed)
         self.num_instances, self.num_pages, self.page_size = num_instances, num_pages, page_size
-        config = DynCpConfig(max_degree=max_degree, max_guest_fraction=max_guest_fraction, num_nodes=num_nodes).resolve(num_instances)
+        config = DynCpConfig(
+            max_degree=max_degree,
+            max_guest_fraction=max_guest_fraction,
+            num_nodes=num_nodes,
+            cache_fraction=cache_fraction,
+            cache_min_tokens=page_size,
+        ).resolve(num_instances)
         self.max_degree = config.max_degree or num_instances
         self.limits = LimitChecks(
             num_instances, num_pages, self.max_degree, int(max_guest_fraction * num_pages), num_instances // num_nodes
@@ -329,24 +367,63 @@ class ProtocolModel:
         self.homes = [ModelScheduler(config, Participant(cluster, rank, pool), pool, chunk_tokens) for rank, pool in enumerate(pools)]
         self.num_steps = self.num_requests = 0
         self.num_growths = [0] * num_instances  # by home
+        self.kv: list[dict[int, list[int]]] = [{} for _ in range(num_instances)]  # of each pool, what tokens a page was written with
         self.check_every = check_every
 
     # ---- what happens to the model
 
     def arrive(
-        self, home: int, prompt: int, max_new: int, shards: tuple[int, ...] | None = None, *, flexible: bool = False
+        self,
+        home: int,
+        prompt: int | list[int],
+        max_new: int,
+        shards: tuple[int, ...] | None = None,
+        *,
+        flexible: bool = False,
     ) -> ModelRequest:
-        """A request at `home`, local or split evenly over `shards` (tail last)."""
+        """A request at `home`, local or split evenly over `shards` (tail last). prompt: its tokens, or how many of its own."""
+        self.num_requests += 1
+        ids = [self.num_requests] * prompt if isinstance(prompt, int) else prompt
+        prompt = len(ids)
         placement = None
         if shards is not None:
             pages = -(-prompt // self.page_size)
             share = max(1, pages // len(shards))
             tokens = [share * self.page_size] * (len(shards) - 1)
             placement = Placement(home, shards, (*tokens, prompt - sum(tokens)))
-        self.num_requests += 1
-        req = ModelRequest(f"r{self.num_requests}", range(prompt), max_new, placement, flexible, ModelKv(self.num_requests))
+        req = ModelRequest(f"r{self.num_requests}", ids, max_new, placement, flexible, ModelKv(self.num_requests))
         self.homes[home].add(req)
         return req
+
+    def next_turn(self, req: ModelRequest, home: int, more: int, max_new: int, shards: tuple[int, ...], **kwargs: Any) -> ModelRequest:
+        """A request that begins with all of an earlier one, then has `more` tokens of its own (below 0: branches off earlier)."""
+        ids = req.full_untruncated_fill_ids
+        ids = ids + [self.num_requests + 1] * more if more >= 0 else ids[:more] + [self.num_requests + 1] * 2 * self.page_size
+        return self.arrive(home, ids, max_new, shards, **kwargs)
+
+    def turn_at_random(self) -> None:
+        """Of a request that is over, mostly at its home; where it lay, on one instance, or anywhere."""
+        choose = self.random
+        home = choose.randrange(self.num_instances)
+        done = [req for req in self.homes[home].done[-12:] if req.was_managed]
+        if not done:
+            return
+        req = choose.choice(done)
+        most = min(self.limits.reach(self.num_instances) - 3, self.max_degree * (self.num_pages - 2)) * self.page_size
+        more = choose.randint(-len(req.origin_input_ids), 2 * self.page_size)
+        if choose.random() < 0.7:
+            more = choose.randint(0, 3 * self.page_size)
+        length = len(req.full_untruncated_fill_ids) + more
+        if not 0 < length < most:
+            return
+        home = home if choose.random() < 0.9 else choose.randrange(self.num_instances)
+        max_new = choose.randint(1, max(1, min(most - length, self.num_pages * self.page_size // 2)))
+        if length < (self.num_pages - 3) * self.page_size and choose.random() < 0.5:
+            self.next_turn(req, home, more, max_new, (home,), flexible=choose.random() < 0.8)
+            return
+        members = self.limits.members_for(home, length // self.page_size + 2)
+        degree = min(len(members), self.max_degree, max(1, length // self.page_size))
+        self.next_turn(req, home, more, max_new, tuple(choose.sample(members, degree)), flexible=True)
 
     def arrive_at_random(self) -> ModelRequest:
         choose = self.random
@@ -380,9 +457,10 @@ class ProtocolModel:
         decisions = [home.participant.finish_step(words, anybody_runs) for home in homes]
         assert all(decision == decisions[0] for decision in decisions), decisions
         for grant in decisions[0].grants:
-            self.num_growths[grant.home] += grant.segments[0].first_index > 0
+            self.num_growths[grant.home] += not grant.previous and grant.segments[0].first_index > 0
         self.limits.check_step(columns, words, decisions[0])
         self.run_batches()
+        self.write_batches()
         for home in homes:
             home.complete_batch()
         self.num_steps += 1
@@ -394,6 +472,10 @@ class ProtocolModel:
         start = self.num_steps
         while any(home.requests or home.participant.outbox or home.runtime.queues.waiting for home in self.homes):
             assert self.num_steps - start < most_steps, f"not drained after {most_steps} steps: {[len(h.requests) for h in self.homes]}"
+            self.step()
+        for home in self.homes:
+            home.participant.release_retained()
+        while any(home.participant.outbox for home in self.homes):
             self.step()
         self.check()
         for home in self.homes:
@@ -407,7 +489,14 @@ class ProtocolModel:
         for home in self.homes:
             instance = home.participant
             local = [page for req in home.requests if req.dyncp is None for page in req.pages]
-            owners = {"free": home.pool.free, "local": local, "managed": instance.homes.local_pages(), "guest": instance.guests.all_pages()}
+            owners = {
+                "free": home.pool.free,
+                "local": local,
+                "managed": instance.homes.local_pages(),
+                "guest": instance.guests.all_pages(),
+                "retained": [*instance.homes.retained.local_pages(), *instance.guests.all_retained_pages()],
+            }
+            assert len(owners["retained"]) == instance.retention.num_pages_here
             check_instance(self.num_pages, owners)
         for shard in self.homes:
             self._check_lent(shard.participant)
@@ -418,7 +507,7 @@ class ProtocolModel:
             if isinstance(message, Granted):
                 told.setdefault((message.home, message.handle), []).extend(enumerate(message.pages, message.first_index))
         for home in (h.participant for h in self.homes if h.participant is not shard):
-            released = {message.handle for message in home.outbox if isinstance(message, Release)}
+            released = {message.handle for message in home.outbox if isinstance(message, Release | Retain)}
             unknown = {handle for rank, handle in shard.guests.handles() if rank == home.rank} - released - set(home.homes.requests)
             assert not unknown, f"{shard.rank} hosts handles {unknown} of {home.rank}, which does not know them"
             for handle, request in home.homes.requests.items():
@@ -442,6 +531,23 @@ class ProtocolModel:
                     held = [number for i, number in shard.guests.pages_of(home.participant.rank, req.dyncp.handle) if i < num_pages]
                     assert held == expected.get(shard.rank, []), (shard.rank, req.rid, held, expected)
 
+    def write_batches(self) -> None:
+        """What the layers write; and whether every row finds the K/V of its own tokens in all the pages before."""
+        for home in self.homes:
+            for req, prefix_len, num_new in home.batch:
+                ids = req.full_untruncated_fill_ids
+                pages = req.dyncp.pages if req.dyncp is not None else [Page(home.participant.rank, number) for number in req.pages]
+                for position in range(prefix_len, prefix_len + num_new):
+                    page = pages[position // self.page_size]
+                    written = self.kv[page.owner].setdefault(page.number, [0] * self.page_size)
+                    written[position % self.page_size] = ids[position]
+                if self.num_steps % min(self.check_every, 5):
+                    continue
+                for index in range(-(-(prefix_len + num_new) // self.page_size)):
+                    begin, end = index * self.page_size, min((index + 1) * self.page_size, prefix_len + num_new)
+                    found = self.kv[pages[index].owner].get(pages[index].number, [])[: end - begin]
+                    assert found == ids[begin:end], f"{req.rid} reads {found} in page {index}, {ids[begin:end]} were written"
+
 
 def random_walk(model: ProtocolModel, num_steps: int, *, arrival: float = 0.12, abort: float = 0.02, most_waiting: int = 6) -> None:
     """Steps with arrivals and aborts in between; then the drain."""
@@ -449,6 +555,8 @@ def random_walk(model: ProtocolModel, num_steps: int, *, arrival: float = 0.12, 
     for _ in range(num_steps):
         if choose.random() < arrival and sum(len(home.waiting_queue) for home in model.homes) < most_waiting:
             model.arrive_at_random()
+        if choose.random() < arrival and sum(len(home.waiting_queue) for home in model.homes) < most_waiting:
+            model.turn_at_random()
         if choose.random() < abort:
             model.abort_at_random()
         model.step()

@@ -42,6 +42,8 @@ class DynCpConfig:
     transport: str = "auto"
     max_rows: int = 64
     split_budget: str = "auto"
+    cache_fraction: float = 0.0
+    cache_min_tokens: int = 1024
     served_model: ServedModel | None = field(default=None, metadata={"flag": False})
     num_nodes: int = field(default=1, metadata={"flag": False})
 
@@ -61,6 +63,10 @@ class DynCpConfig:
                 raise ConfigError(f"{flag} must be at least 1, got {value}")
         if not 0.0 <= self.max_guest_fraction <= 1.0:
             raise ConfigError(f"--dyncp-max-guest-fraction must lie in [0, 1], got {self.max_guest_fraction}")
+        if not 0.0 <= self.cache_fraction <= 1.0:
+            raise ConfigError(f"--dyncp-cache-fraction must lie in [0, 1], got {self.cache_fraction}")
+        if self.cache_min_tokens < 1:
+            raise ConfigError(f"--dyncp-cache-min-tokens must be at least 1, got {self.cache_min_tokens}")
         if self.cost_model is not None and self.cost_model not in available_cost_models() and not os.path.isfile(self.cost_model):
             known = ", ".join(available_cost_models())
             raise ConfigError(f"--dyncp-cost-model {self.cost_model!r} is not a file, and none of those that ship: {known}")
@@ -83,6 +89,10 @@ class DynCpConfig:
         """How a request may be split over `num_instances` pools of `pool_pages` each; the same in every process."""
         max_degree = self.resolve(num_instances).max_degree or num_instances
         return SplitRule(max_degree, self.max_guest_fraction).limits(pool_pages, self.layout(num_instances))
+
+    def most_retained(self, num_pages: int) -> int:
+        """Pages of a pool of num_pages that retained sequences may hold; 0 for no prefix cache of sharded requests."""
+        return int(self.cache_fraction * num_pages)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -132,6 +142,19 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
         "scaled to the served model.",
     )
     group.add_argument("--dyncp-transport", choices=TRANSPORTS, help="How rows travel between instances. Default: auto.")
+    group.add_argument(
+        "--dyncp-cache-fraction",
+        type=float,
+        metavar="F",
+        help="Most of an instance's KV pool that finished sharded requests may keep for later turns, while nobody needs it. "
+        "Default: 0, none.",
+    )
+    group.add_argument(
+        "--dyncp-cache-min-tokens",
+        type=int,
+        metavar="N",
+        help="Shortest sharded request that is kept for later turns, in tokens. Default: 1024.",
+    )
     group.add_argument("--dyncp-max-rows", type=int, metavar="S", help="Most guest rows per instance of a decode graph. Default: 64.")
     group.add_argument(
         "--dyncp-split-budget",

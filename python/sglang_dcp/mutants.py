@@ -18,6 +18,7 @@ import torch
 
 from sglang_dcp.dataflow import attention_step, contracts, step_plan
 from sglang_dcp.dataflow.contracts import AttentionRow, GuestRow, HomeRow, MergeList, PartialState, StepPlan
+from sglang_dcp.mutants_retained import RETAINED_MUTANTS
 
 MUTANT_VARIABLE = "SGLANG_DYNCP_MUTANT"
 TESTING_VARIABLE = "SGLANG_DYNCP_TESTING"
@@ -254,5 +255,6 @@ MUTANTS: dict[str, Callable[[], None]] = {
     "chunk-not-causal": _chunk_not_causal,
     "neutral-zero": _neutral_zero,
     "wrong-owner": _wrong_owner,
+    **RETAINED_MUTANTS,
 }
 """Fault by name; each function's docstring says what goes wrong."""

@@ -36,9 +36,7 @@ def stock_config(model: str, instances: int) -> ServerConfig:
     return dataclasses.replace(stock_server(model), instances=instances, pool_tokens=SMALL_POOL if instances == 4 else 8192)
 
 
-PARAMS = [
-    pytest.param((m, n), id=f"{m}-{n}", marks=pytest.mark.on_server(stock_config(m, n))) for m in MODEL_NAMES for n in INSTANCES
-]
+PARAMS = [pytest.param((m, n), id=f"{m}-{n}", marks=pytest.mark.on_server(stock_config(m, n))) for m in MODEL_NAMES for n in INSTANCES]
 
 
 @pytest.fixture(scope="module", params=PARAMS)

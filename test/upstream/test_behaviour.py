@@ -109,7 +109,7 @@ def write_report(seen: Outcomes, path: Path) -> None:
         "command": "DYNCP_BEHAVIOUR_REPORT=benchmark/results/upstream_behaviour.json python -m pytest test/upstream/test_behaviour.py",
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU",
         "commit": commit,
-        "modes": {mode: " ".join(("--enable-dyncp", *c.flags[len(FLAGS):])) if c.dyncp else "plugin off" for mode, c in MODES.items()},
+        "modes": {mode: " ".join(("--enable-dyncp", *c.flags[len(FLAGS) :])) if c.dyncp else "plugin off" for mode, c in MODES.items()},
         "counts": {mode: sum(row[mode] == "holds" for row in table) for mode in MODES},
         "table": table,
     }

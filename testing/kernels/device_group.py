@@ -52,9 +52,7 @@ def prepare_step(messages: list[StepMessage], group: DeviceGroup) -> PreparedSte
 class DeviceGroup:
     """All instances and their static tensors. `rope_dim` > 0 sends queries and K/V as two parts."""
 
-    def __init__(
-        self, table_shape: TableShape, shape: ExchangeShape, *, rope_dim: int = 0, wait_limit_seconds: float = 20.0
-    ) -> None:
+    def __init__(self, table_shape: TableShape, shape: ExchangeShape, *, rope_dim: int = 0, wait_limit_seconds: float = 20.0) -> None:
         n, self.table_shape, self.shape, self.rope_dim = table_shape.num_instances, table_shape, shape, rope_dim
         self.num_instances = n
         home, attention, heads = table_shape.max_home_rows, table_shape.max_attention_rows, shape.num_heads

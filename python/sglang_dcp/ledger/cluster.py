@@ -10,11 +10,13 @@ from sglang_dcp.policy.split_limits import SplitLimits
 
 @dataclass(frozen=True)
 class Cluster:
-    """page_size: tokens of a page. cost_model: predicts levels, where growth may choose."""
+    """page_size: tokens of a page. cost_model: predicts levels, where growth may choose. most_retained_pages: of one pool, that finished
+    requests may keep for later ones."""
 
     limits: SplitLimits
     page_size: int
     cost_model: CostModel
+    most_retained_pages: int = 0
 
     @property
     def num_instances(self) -> int:

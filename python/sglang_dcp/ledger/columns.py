@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-NUM_COLUMNS = 8
-WORDS, DECISIONS, ROWS_CHECKSUM, FREE_PAGES, GUEST_PAGES, KV_TOKENS, HOME_REQUESTS, STEP = range(NUM_COLUMNS)
-"""DECISIONS: digest of what the ledger has decided up to the step before, the same on all instances."""
+NUM_COLUMNS = 9
+WORDS, DECISIONS, ROWS_CHECKSUM, FREE_PAGES, GUEST_PAGES, KV_TOKENS, HOME_REQUESTS, WANTED_PAGES, STEP = range(NUM_COLUMNS)
+"""DECISIONS: digest of what the ledger has decided up to the step before, the same on all instances. GUEST_PAGES and KV_TOKENS leave out
+what retained sequences hold. WANTED_PAGES: free pages that the instance needs for itself, where it can get them of retained ones."""

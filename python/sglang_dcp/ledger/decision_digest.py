@@ -14,12 +14,14 @@ class DecisionDigest:
 
     def add(self, decision: Decision, open_asks: int) -> None:
         """open_asks: their digest, before the decision."""
-        words = [self.value, open_asks, len(decision.grants)]
+        words = [self.value, open_asks, len(decision.grants), len(decision.victims)]
         for grant in decision.grants:
-            words += (grant.home, grant.handle, len(grant.segments))
+            words += (grant.home, grant.handle, grant.previous, grant.num_kept, len(grant.segments))
             for segment in grant.segments:
                 words += (segment.rank, segment.first_index, segment.num_pages)
         words += decision.promised
         for key in decision.victims:
             words += key
+        for eviction in decision.evicted:
+            words += eviction
         self.value = digest(words)

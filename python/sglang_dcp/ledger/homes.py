@@ -6,12 +6,14 @@ import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from sglang_dcp.ledger.messages import Granted
 from sglang_dcp.ledger.page_ids import Page, PageIds
 from sglang_dcp.ledger.reservations import Grant
+from sglang_dcp.ledger.retained_book import RetainedBook
 
 
 @dataclass
@@ -23,6 +25,8 @@ class HomeRequest:
     starts: of every owner, the sequence index of its first page. page_counts: of every owner, its pages. own_pages: (index, number) of
     the pages at home, ascending. num_missing: the Nones in pages. The four follow from `pages`; a step must not walk a long request's.
     granted_pages: of every owner, its pages and those whose numbers have not arrived.
+    previous: handle of the retained sequence that its ask would take over, 0 for none. num_kept: pages that it took over.
+    owner: whoever opened it keeps here what it needs when the request is over.
     """
 
     handle: int
@@ -39,6 +43,9 @@ class HomeRequest:
     own_pages: list[tuple[int, int]] = field(default_factory=list)
     num_missing: int = 0
     granted_pages: dict[int, int] = field(default_factory=dict)
+    previous: int = 0
+    num_kept: int = 0
+    owner: Any = field(default=None, compare=False, repr=False)
     _arrays: tuple[np.ndarray, np.ndarray] | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -85,11 +92,13 @@ class HomeBook:
     """Managed requests of one home, by handle, and the way back from a page id to the handle.
 
     granted_pages: of every instance, the pages that were granted to them there; those that the prefix cache owns count too.
+    retained: sequences whose request is over; their pages are in none of the other books.
     """
 
     def __init__(self, ids: PageIds) -> None:
         self.ids = ids
         self.requests: dict[int, HomeRequest] = {}
+        self.retained = RetainedBook(ids.home)
         self.granted_pages: Counter[int] = Counter()
         self._handle_of_page: dict[int, int] = {}
         self._closed_pages: set[int] = set()
@@ -133,7 +142,7 @@ class HomeBook:
             self._count(request, segment.rank, segment.num_pages)
             request.pages += [None] * (end - len(request.pages))
         if not request.admitted:
-            request.start_degree = len(grant.segments)
+            request.start_degree = len({*request.starts, *(segment.rank for segment in grant.segments)})
         request.admitted = True
         request.asked_admission = request.asked_growth = request.asked_stuck = False
 
@@ -153,14 +162,45 @@ class HomeBook:
 
     def close(self, handle: int) -> list[int]:
         """Forgets the request. Returns the numbers of its local pages that are ours to free."""
+        return self._local(self._close(handle))
+
+    def retain(self, handle: int, digests: bytes, num_pages: int) -> list[int]:
+        """The request is over, its first pages stay. digests: of these (prefix_index.py). Returns the numbers of the local pages behind
+        them. ValueError where the prefix cache owns some of its pages, or some are not there."""
+        request = self.requests[handle]
+        if request.num_tree_pages or num_pages > len(request.pages) or None in request.pages[:num_pages]:
+            raise ValueError(f"handle {handle} cannot keep {num_pages} pages of {request.pages}, {request.num_tree_pages} in the tree")
+        self._close(handle)
+        kept = [page for page in request.pages[:num_pages] if page is not None]
+        self.retained.put(handle, kept, digests)
+        return self._local(request.pages[num_pages:])
+
+    def take_over(self, request: HomeRequest, previous: int, num_kept: int) -> list[int]:
+        """The request begins with the first pages of a retained sequence. Returns the numbers of the local pages behind them."""
+        pages = self.retained.take(previous)
+        request.pages = list(pages[:num_kept])
+        request.num_kept, request.previous = num_kept, 0
+        for page_index, page in enumerate(pages[:num_kept]):
+            self._note(request, page)
+            self._index(request, page_index, page)
+        for owner, count in request.page_counts.items():
+            self._count(request, owner, count)
+        return self._local(pages[num_kept:])
+
+    def _close(self, handle: int) -> list[Page]:
+        """Forgets the request, and returns its pages that are not the prefix cache's."""
         request = self.requests.pop(handle)
+        self.retained.names.pop(request.previous, None)
         self.granted_pages.subtract(request.granted_pages)
         own = [page for page in request.pages[request.num_tree_pages :] if page is not None]
         for page in own:
             page_id = self.ids.encode(page)
             del self._handle_of_page[page_id]
             self._closed_pages.add(page_id)
-        return [page.number for page in own if page.owner == self.ids.home]
+        return own
+
+    def _local(self, pages: Iterable[Page | None]) -> list[int]:
+        return [page.number for page in pages if page is not None and page.owner == self.ids.home]
 
     def handle_of(self, page_id: int) -> int | None:
         """The managed request that owns this page, as seen from home."""

@@ -41,7 +41,20 @@ def check_cluster(homes: Mapping[int, HomeBook], guests: Mapping[int, GuestBook]
                 lent = list(guest_book.pages_of(home, request.handle))
                 if believed != lent:
                     raise IntegrityError(f"home {home}, handle {request.handle}: believes {believed} on {rank}, which lent {lent}")
+        _check_retained(home, book, guests)
     for rank, guest_book in guests.items():
         for home, handle in guest_book.handles():
             if handle not in homes[home].requests:
                 raise IntegrityError(f"instance {rank} hosts handle {handle} of home {home}, which does not know it")
+        for home, handle in guest_book.retained_handles():
+            if handle not in homes[home].retained:
+                raise IntegrityError(f"instance {rank} retains handle {handle} of home {home}, which does not")
+
+
+def _check_retained(home: int, book: HomeBook, guests: Mapping[int, GuestBook]) -> None:
+    for handle in book.retained.handles():
+        for rank, guest_book in guests.items():
+            believed = book.retained.pages_on(handle, rank)
+            held = guest_book.retained_pages_of(home, handle)
+            if rank != home and believed != held:
+                raise IntegrityError(f"home {home}, handle {handle}: believes {believed} retained on {rank}, which holds {held}")

@@ -21,6 +21,9 @@ class AskAdmission:
 
     `born` is the step in which the home first asked; with the home and the handle it makes the total order. A `flexible` ask may be
     split otherwise when its own split does not fit; one for a single instance may go to another, whole.
+
+    `previous` is the handle of a retained sequence that the request takes over at the grant, 0 for none: its first pages, `kept` of
+    (instance, pages), become the request's own, and the segments are those behind them.
     """
 
     KIND: ClassVar[int] = 1
@@ -28,14 +31,35 @@ class AskAdmission:
     born: int
     flexible: bool
     segments: tuple[tuple[int, int], ...]
+    previous: int = 0
+    kept: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_kept(self) -> int:
+        """Pages taken over."""
+        return sum(pages for _, pages in self.kept)
+
+    @property
+    def whole(self) -> tuple[tuple[int, int], ...]:
+        """(instance, pages) of the request once it is granted, every instance once: what it takes over and its segments."""
+        if not self.kept:
+            return self.segments
+        pages = dict(self.kept)
+        for rank, count in self.segments:
+            pages[rank] = pages.get(rank, 0) + count
+        return tuple(pages.items())
 
     def words(self) -> list[int]:
-        return [self.handle, self.born, int(self.flexible), *(word for segment in self.segments for word in segment)]
+        pairs = (word for pair in (*self.kept, *self.segments) for word in pair)
+        return [self.handle, self.born, int(self.flexible), self.previous, len(self.kept), *pairs]
 
     @classmethod
     def parse(cls, words: Sequence[int]) -> AskAdmission:
-        handle, born, flexible, *rest = words
-        return cls(handle, born, bool(flexible), tuple(zip(rest[::2], rest[1::2], strict=True)))
+        handle, born, flexible, previous, num_kept, *rest = words
+        pairs = tuple(zip(rest[::2], rest[1::2], strict=True))
+        if num_kept > len(pairs):
+            raise MessageError(f"handle {handle} keeps pages on {num_kept} instances, {len(pairs)} pairs are there")
+        return cls(handle, born, bool(flexible), pairs[num_kept:], previous, pairs[:num_kept])
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +121,27 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
+class Retain:
+    """A home's request is over and its first pages stay for a later one: `pages` of (instance, pages). All behind them are free."""
+
+    KIND: ClassVar[int] = 6
+    handle: int
+    pages: tuple[tuple[int, int], ...]
+
+    @property
+    def num_pages(self) -> int:
+        return sum(pages for _, pages in self.pages)
+
+    def words(self) -> list[int]:
+        return [self.handle, *(word for pair in self.pages for word in pair)]
+
+    @classmethod
+    def parse(cls, words: Sequence[int]) -> Retain:
+        handle, *rest = words
+        return cls(handle, tuple(zip(rest[::2], rest[1::2], strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One sharded request of a step: queries at positions prefix_len .. prefix_len + num_new - 1.
 
@@ -126,8 +171,8 @@ class Rows:
         return cls(tuple(Row(*words[i : i + 4]) for i in range(0, len(words), 4)))
 
 
-Message = AskAdmission | AskGrowth | Granted | Release | Rows
-_KINDS: dict[int, type[Message]] = {kind.KIND: kind for kind in (AskAdmission, AskGrowth, Granted, Release, Rows)}
+Message = AskAdmission | AskGrowth | Granted | Release | Rows | Retain
+_KINDS: dict[int, type[Message]] = {kind.KIND: kind for kind in (AskAdmission, AskGrowth, Granted, Release, Rows, Retain)}
 
 
 def encode(messages: Iterable[Message]) -> list[int]:

@@ -17,9 +17,10 @@ from sglang_dcp.ledger.cluster import Cluster
 from sglang_dcp.ledger.decision_digest import DecisionDigest
 from sglang_dcp.ledger.guests import GuestBook
 from sglang_dcp.ledger.homes import HomeBook, HomeRequest
-from sglang_dcp.ledger.messages import AskAdmission, AskGrowth, Granted, Message, Release, Row, Rows
+from sglang_dcp.ledger.messages import AskAdmission, AskGrowth, Granted, Message, Release, Retain, Row, Rows
 from sglang_dcp.ledger.page_ids import Page, PageIds
 from sglang_dcp.ledger.reservations import Decision, Grant, Key, ReservationTable
+from sglang_dcp.ledger.retention import Match, Retention
 from sglang_dcp.ledger.row_table import RowTable, advance, checksum
 from sglang_dcp.policy.growth import predicted_level
 
@@ -66,6 +67,8 @@ class Participant:
         self.homes = HomeBook(self.ids)
         self.guests = GuestBook()
         self.table = ReservationTable(cluster.limits)
+        self.retention = Retention(rank, self.homes, self.guests, pool, self.table.retained)
+        self.most_retained = cluster.most_retained_pages
         self.counters = LedgerCounters()
         self.step = 0
         self.outbox: list[Message] = []
@@ -87,11 +90,17 @@ class Participant:
     def open_request(self) -> HomeRequest:
         return self.homes.open(self.step)
 
-    def ask_admission(self, request: HomeRequest, segments: Sequence[tuple[int, int]], *, flexible: bool) -> None:
-        """Asks for all pages of a request: (instance, pages) in sequence order, the tail last."""
+    def ask_admission(
+        self, request: HomeRequest, segments: Sequence[tuple[int, int]], *, flexible: bool, match: Match | None = None
+    ) -> None:
+        """Asks for all pages of a request: (instance, pages) in sequence order, the tail last. match: a retained sequence that it takes
+        over at the grant; then for those behind it."""
         request.asked_admission = True
         self._asked_at[request.handle] = time.monotonic()
-        self.outbox.append(AskAdmission(request.handle, request.born, flexible, tuple(segments)))
+        if match is not None:
+            self.retention.name(request, match)
+        previous, kept = (0, ()) if match is None else (match.handle, match.kept)
+        self.outbox.append(AskAdmission(request.handle, request.born, flexible, tuple(segments), previous, kept))
 
     def ask_growth(self, request: HomeRequest, *, stuck: bool) -> None:
         """Asks for the next tail page, once; again when the request gets stuck for it. A page on its way comes first: until its number
@@ -118,6 +127,15 @@ class Participant:
         self.pool.return_pages(self.homes.close(request.handle))
         self.outbox.append(Release(request.handle))
 
+    def finish(self, request: HomeRequest, digests: bytes, num_pages: int) -> None:
+        """The request is over and its first pages stay for a later one. digests: of these pages (prefix_index.py)."""
+        self._asked_at.pop(request.handle, None)
+        self.outbox.append(self.retention.finish(request, digests, num_pages))
+
+    def release_retained(self) -> None:
+        """Gives up all retained sequences of this home."""
+        self.outbox += self.retention.release_all()
+
     def _may_hold(self, request: HomeRequest, rank: int) -> bool:
         shards = request.shards
         return rank in shards or len(shards) < self.limits.max_degree
@@ -125,15 +143,18 @@ class Participant:
     def room_for_guests(self, rank: int) -> int:
         """Pages that instance `rank` could lend by the columns of the last step, beyond what is promised there."""
         row = self._columns[rank]
-        return min(row[col.FREE_PAGES] - self.promised[rank], self.limits.guest_pages - row[col.GUEST_PAGES])
+        free = row[col.FREE_PAGES] + self.table.retained.pages[rank]
+        return min(free - self.promised[rank], self.limits.guest_pages - row[col.GUEST_PAGES])
 
     def busy(self) -> bool:
-        """Guests or managed requests are here: the pool must not be flushed."""
+        """Guests or managed requests are here, or something is to be told: the pool must not be flushed. Retained sequences are apart."""
         return bool(len(self.guests) or len(self.homes) or self.outbox)
 
     # ---- one step: columns out, messages, grants
 
-    def build_columns(self, rows: Sequence[Row] | None, free_pages: int, kv_tokens: int, num_requests: int) -> list[int]:
+    def build_columns(
+        self, rows: Sequence[Row] | None, free_pages: int, kv_tokens: int, num_requests: int, wanted_pages: int = 0
+    ) -> list[int]:
         """This instance's control columns. rows: its sharded rows, None for those of the step before, one token on. Decides whether
         they need a message."""
         table = self.rows_of[self.rank]
@@ -143,8 +164,8 @@ class Participant:
             self.outbox.append(Rows(own_rows))
         self.own_words = messages.encode(self.outbox) if self.outbox else []
         self.outbox = []
-        words, decided, num_guests = len(self.own_words), self.decisions.value, self.guests.num_pages
-        return [words, decided, rows_checksum, free_pages, num_guests, kv_tokens, num_requests, self.step]
+        words, decided, num_guests = len(self.own_words), self.decisions.value, self.guests.num_pages - self.guests.num_retained
+        return [words, decided, rows_checksum, free_pages, num_guests, kv_tokens, num_requests, wanted_pages, self.step]
 
     def read_columns(self, columns: list[list[int]]) -> int:
         """Takes in all instances' columns. Returns the most message words of any instance (0: no second exchange)."""
@@ -170,8 +191,11 @@ class Participant:
                     self._take(home, message)
         self._advance_rows(told_rows)
         decision, self.victims = self._nothing_decided, []
-        if len(self.table):
+        if len(self.table) or self._must_evict():
             decision = self._decide(anybody_runs)
+            self.retention.evict(decision.evicted)
+            for grant in decision.grants:
+                self.retention.take_over(grant)
             for grant in decision.grants:
                 self._apply_grant(grant)
             self.victims = [self.homes.requests[handle] for home, handle in decision.victims if home == self.rank]
@@ -197,15 +221,28 @@ class Participant:
         room = [max(0, most_guests - row[col.GUEST_PAGES]) for row in self._columns]
         levels = [predicted_level(cost_model, row[col.KV_TOKENS], row[col.HOME_REQUESTS]) for row in self._columns]
         open_asks = self.table.digest
-        decision = self.table.decide([row[col.FREE_PAGES] for row in self._columns], room, anybody_runs, levels)
+        free, wanted = ([row[column] for row in self._columns] for column in (col.FREE_PAGES, col.WANTED_PAGES))
+        decision = self.table.decide(free, room, anybody_runs, levels, wanted, self.most_retained)
         self.decisions.add(decision, open_asks)
         return decision
+
+    def _must_evict(self) -> bool:
+        """Whether a pool wants room that retained sequences could make, or retains more than its share."""
+        retained = self.table.retained
+        return len(retained) > 0 and any(
+            pages > self.most_retained or (pages and row[col.FREE_PAGES] < row[col.WANTED_PAGES])
+            for pages, row in zip(retained.pages, self._columns, strict=True)
+        )
 
     def _take(self, home: int, message: Message) -> None:
         if isinstance(message, Release):
             self.table.withdraw(home, message.handle)
+            self.table.retained.take((home, message.handle))
             if home != self.rank:
                 self.pool.return_pages(self.guests.take_back(home, message.handle))
+        elif isinstance(message, Retain):
+            self.table.withdraw(home, message.handle)
+            self.retention.take(home, message, self.step)
         elif isinstance(message, Granted):
             if message.home == self.rank:
                 self.homes.fill(home, message)

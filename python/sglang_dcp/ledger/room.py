@@ -26,6 +26,13 @@ class Room:
             self._for_guests[rank] = self._for_guest(rank)
         self._richest.clear()
 
+    def give(self, pages: Sequence[tuple[int, int]]) -> None:
+        """Pages of an instance that somebody has given up."""
+        for rank, count in pages:
+            self.free[rank] += count
+            self._for_guests[rank] = self._for_guest(rank)
+        self._richest.clear()
+
     def set_aside(self, pages: Sequence[int]) -> None:
         """Takes pages[r] of every instance, whoever gets them."""
         if any(pages):
@@ -44,6 +51,8 @@ class Room:
             return ask.segments
         if not ask.flexible:
             return None
+        if ask.kept:
+            return self._split_behind(home, ask)
         most_shards = len(ask.segments) if len(ask.segments) == 1 else self.limits.max_degree
         scope = self.limits.scope(home, pages)
         # Most that wait are refused by this alone: no split of a request of this home over these ranks holds more.
@@ -56,6 +65,17 @@ class Room:
             return self.limits.split(home, pages, room)
         best = max(scope, key=lambda rank: (room[rank], rank == home, -rank))
         return ((best, pages),) if room[best] >= pages else None
+
+    def _split_behind(self, home: int, ask: AskAdmission) -> Split | None:
+        """Likewise for the pages behind those that the ask takes over: on the instances where these are, and on as many others, the
+        roomiest ones, as the degree allows."""
+        kept = dict(ask.kept)
+        room = {rank: self.free[rank] if rank == home else self._for_guest(rank) for rank in range(len(self.free))}
+        room = {rank: min(pages, self.limits.most_pages(home, rank) - kept.get(rank, 0)) for rank, pages in room.items()}
+        others = sorted((rank for rank in room if rank not in kept), key=lambda rank: (-room[rank], rank != home, rank))
+        for rank in others[self.limits.max_degree - len(kept) :]:
+            room[rank] = 0
+        return self.limits.split(home, sum(count for _, count in ask.segments), list(room.values()))
 
     def _for_guest(self, rank: int) -> int:
         """Pages that a new guest could take of an instance."""

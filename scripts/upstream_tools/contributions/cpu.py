@@ -70,20 +70,20 @@ def experts(tree: EditedTree) -> None:
 
 
 def torch_native(tree: EditedTree) -> None:
-    fill_value = '''
+    fill_value = """
     def get_cpu_graph_seq_len_fill_value(self):
         # A padding row needs one key: softmax over nothing is NaN.
         return 1
-    '''
+    """
     tree.add_method(TORCH_NATIVE, fill_value)
-    handler = '''
+    handler = """
     def handle_attention_torch_native(attn, forward_batch):
         # The pool holds the latent, so prefill is absorbed, too.
         return AttnForwardMethod.MLA
 
 
     AttentionBackendRegistry.register("torch_native", handle_attention_torch_native)
-    '''
+    """
     tree.add_to_module(HANDLERS, handler)
 
 
@@ -146,10 +146,8 @@ CPU: tuple[Contribution, ...] = (
     Contribution(
         name="controller-waits",
         title="Data-parallel controller waits on its socket",
-        gap="`DataParallelController.event_loop` receives without blocking in a loop and keeps one core busy for the life of "
-        "the server.",
-        change="It polls the socket with a timeout of 20 ms, then drains it as before. The watchdog is fed as often as the "
-        "timeout.",
+        gap="`DataParallelController.event_loop` receives without blocking in a loop and keeps one core busy for the life of the server.",
+        change="It polls the socket with a timeout of 20 ms, then drains it as before. The watchdog is fed as often as the timeout.",
         proof="Messages are dispatched in order; an idle controller uses no CPU time to speak of.",
         closes="hook DataParallelController.event_loop",
         apply=controller_waits,

@@ -38,9 +38,7 @@ def plugin_flags(tree: EditedTree) -> None:
             read(server_args, namespace)
     '''
     tree.add_to_module(PLUGINS, registry)
-    tree.insert_last(
-        f"{ARGS}.add_cli_args", "from sglang.srt.plugins import add_plugin_cli_args\n\nadd_plugin_cli_args(parser)\n"
-    )
+    tree.insert_last(f"{ARGS}.add_cli_args", "from sglang.srt.plugins import add_plugin_cli_args\n\nadd_plugin_cli_args(parser)\n")
     tree.replace(f"{ARGS}.from_cli_args", "return cls(", "server_args = cls(")
     read = "from sglang.srt.plugins import read_plugin_cli_args\n\nread_plugin_cli_args(server_args, args)\nreturn server_args\n"
     tree.insert_last(f"{ARGS}.from_cli_args", read)
@@ -86,13 +84,13 @@ def placement(tree: EditedTree) -> None:
         self.refresh_load_budget_on_dispatch = True
     """
     tree.insert_after(f"{CONTROLLER}.__init__", "self.refresh_load_budget_on_dispatch =", choose)
-    method = '''
+    method = """
     def placed_scheduler(self, req: Req):
         if req.routed_dp_rank is None:
             self.placement_policy.place(req, self.load_snapshot_reader.read_all())
         if not self.maybe_external_dp_rank_routing(req):
             self.round_robin_scheduler(req)
-    '''
+    """
     tree.add_method(CONTROLLER, method)
 
 
@@ -110,7 +108,7 @@ def idle_floor(tree: EditedTree) -> None:
         _idle_rank_floors.append(needs_all_ranks)
     '''
     tree.add_before(f"{SYNC}.MLPSyncBatchInfo", registry)
-    method = '''
+    method = """
     def apply_idle_rank_floor(self):
         # Never when all are idle: an idle batch would be asked for again and again.
         if max(self.global_num_tokens) == 0 or not any(
@@ -119,7 +117,7 @@ def idle_floor(tree: EditedTree) -> None:
             return
         self.global_num_tokens = [max(1, count) for count in self.global_num_tokens]
         self.num_tokens = max(1, self.num_tokens)
-    '''
+    """
     tree.add_method(f"{SYNC}.MLPSyncBatchInfo", method)
     tree.insert_last(f"{SYNC}.MLPSyncBatchInfo.all_gather", "self.apply_idle_rank_floor()\n")
 
@@ -211,8 +209,7 @@ SEAMS: tuple[Contribution, ...] = (
         change="`forward_decode(..., return_lse=True)` also returns it: natural logarithm, [tokens, heads], float32. The "
         "default path is unchanged.",
         proof="Two halves of the keys merged by LSE equal attention over all keys.",
-        closes="nothing of ours on a CPU (we bring our own partial attention); the same argument for flashinfer would let "
-        "adapters go",
+        closes="nothing of ours on a CPU (we bring our own partial attention); the same argument for flashinfer would let adapters go",
         apply=decode_lse,
     ),
 )

@@ -33,7 +33,9 @@ def adder_with(new_chunked_req: object | None = None) -> SimpleNamespace:
 
 
 def reserved_request(*, ready: bool = True) -> SimpleNamespace:
-    return SimpleNamespace(dyncp=SimpleNamespace(ready=ready), dyncp_placement=Placement(0, (1, 0), (64, 64)))
+    return SimpleNamespace(
+        dyncp=SimpleNamespace(ready=ready, num_kept=0), dyncp_placement=Placement(0, (1, 0), (64, 64)), kv=SimpleNamespace()
+    )
 
 
 def added(adder: Any, req: Any, has_chunked_req: bool) -> bool:
@@ -73,7 +75,7 @@ def test_promises_do_not_shorten_a_local_prefill_that_has_begun(runtime: SimpleN
 
 def arriving(tokens: int) -> tuple[SimpleNamespace, list[str]]:
     refusals: list[str] = []
-    return SimpleNamespace(origin_input_ids=range(tokens), set_finish_with_abort=refusals.append, rid="r"), refusals
+    return SimpleNamespace(origin_input_ids=range(tokens), set_finish_with_abort=refusals.append, rid="r", extra_key=None), refusals
 
 
 def test_without_a_placement_a_prompt_beyond_the_pool_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import torch
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.token_ids import kernel_token_ids, torch_token_ids
 from sglang_dcp.dataflow.transport.gloo import create_gloo_group
+from sglang_dcp.ledger.homes import HomeRequest
 from sglang_dcp.ledger.participant import Participant
 from sglang_dcp.upstream.attach.agreement import check_agreement
 from sglang_dcp.upstream.attach.install import verify_installed
@@ -23,9 +24,10 @@ from sglang_dcp.upstream.layers.step_path import choose_partial_attention, choos
 from sglang_dcp.upstream.observe.metrics import attach_metrics
 from sglang_dcp.upstream.pool.kv_pool import LedgerAllocator
 from sglang_dcp.upstream.pool.page_audit import every_round_asked_for
-from sglang_dcp.upstream.step.attached import after, around, attach
+from sglang_dcp.upstream.step.attached import after, around, attach, current
 from sglang_dcp.upstream.step.driver import StepDriver
 from sglang_dcp.upstream.step.managed import is_managed
+from sglang_dcp.upstream.step.retention import end_request
 from sglang_dcp.upstream.step.runtime import Runtime, cluster_of
 
 logger = logging.getLogger(__name__)
@@ -84,7 +86,7 @@ def build_runtime(scheduler: Any, config: DynCpConfig, graphs: GraphEngine | Non
     config = config.resolve(parallel.num_dp_ranks)
     participant = Participant(cluster_of(config, parallel.num_dp_ranks, pool.num_pages, pool.page_size), parallel.tp_rank, pool)
     # With graphs the kernels are here; without, torch does it.
-    pool.bind(participant, scheduler.tree_cache, torch_token_ids if graphs is None else kernel_token_ids())
+    pool.bind(participant, scheduler.tree_cache, torch_token_ids if graphs is None else kernel_token_ids(), end_freed)
     group, device = create_gloo_group(EXCHANGE_TIMEOUT_SECONDS), torch.device(runner.device)
     check_agreement(config, participant.cluster, runner.kv_cache_dtype, group)
     transport = choose_transport(config.transport, device, group, EXCHANGE_TIMEOUT_SECONDS, graphs)
@@ -94,6 +96,13 @@ def build_runtime(scheduler: Any, config: DynCpConfig, graphs: GraphEngine | Non
     return Runtime(scheduler, config, participant, pool, transport, group, graphs, device, attention, roll)
 
 
+def end_freed(request: HomeRequest) -> None:
+    """SGLang frees the row of a managed request."""
+    runtime = current()
+    assert runtime is not None, "managed requests come with the runtime"
+    end_request(runtime, request)
+
+
 def get_allocator_class(platform: Any) -> type:
     """REPLACE SRTPlatform.get_paged_allocator_cls."""
     return LedgerAllocator
@@ -101,8 +110,11 @@ def get_allocator_class(platform: Any) -> type:
 
 @after
 def is_fully_idle(runtime: Runtime, result: bool, scheduler: Any, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
-    """AFTER Scheduler.is_fully_idle: guests of a busy home, and requests that sit out, keep the pool from being flushed."""
-    return result and (for_health_check or not (runtime.participant.busy() or runtime.queues.parked))
+    """AFTER Scheduler.is_fully_idle: guests of a busy home, and requests that sit out, keep the pool from being flushed. So do
+    retained sequences, once somebody wants it flushed."""
+    participant, queues = runtime.participant, runtime.queues
+    busy = participant.busy() or queues.parked or (queues.flushing and participant.retention.num_pages_here)
+    return result and (for_health_check or not busy)
 
 
 @around
@@ -112,5 +124,5 @@ def check_full_pool(runtime: Runtime, original: Callable[..., Any], checker: Any
 
     part = runtime.participant
     stock = sum(kv_private_tokens(req.kv, checker.page_size) for req in checker._requests_owning_rows() if not is_managed(req))
-    ledger_pages = sum(1 for _ in part.homes.local_pages()) + part.guests.num_pages
+    ledger_pages = sum(1 for _ in part.homes.local_pages()) + part.homes.retained.num_local_pages + part.guests.num_pages
     return original(checker, ps, (stock if uncached else 0) + ledger_pages * part.page_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -32,14 +32,23 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.participant: Books | None = None
+        self._end_request: Callable[[HomeRequest], None] | None = None
         self.tree_cache: Any = None
         self._claimed_pages = 0
         self._ahead: list[int] = []  # free, but not in free_pages
         self._token_ids: TokenIds = torch_token_ids
         super().__init__(*args, **kwargs)
 
-    def bind(self, participant: Books, tree_cache: Any, token_ids: TokenIds = torch_token_ids) -> None:
+    def bind(
+        self,
+        participant: Books,
+        tree_cache: Any,
+        token_ids: TokenIds = torch_token_ids,
+        end_request: Callable[[HomeRequest], None] | None = None,
+    ) -> None:
+        """end_request: takes a request whose row is freed out of the books; None: `release` does."""
         self.participant, self.tree_cache, self._token_ids = participant, tree_cache, token_ids
+        self._end_request = end_request or participant.release
 
     def num_givable_pages(self) -> int:
         """Free pages plus those that eviction from the prefix cache would free."""
@@ -132,7 +141,8 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
             homes, page_id = self.participant.homes, int(segments[0][0][0]) // self.page_size
             handle = homes.handle_of(page_id)
             if handle is not None:
-                self.participant.release(homes.requests[handle])
+                assert self._end_request is not None
+                self._end_request(homes.requests[handle])
                 return
             if homes.closed_this_step(page_id):
                 return

@@ -27,7 +27,10 @@ def check_when_due(runtime: Runtime) -> None:
 
 
 def check_integrity(runtime: Runtime) -> None:
-    """Every page: free, in the prefix cache, of a local request, of a managed request or lent to a guest. Raises IntegrityError."""
+    """Every page: free, in the prefix cache, of a local request, of a managed request, of a retained sequence, or lent to a guest.
+
+    Raises IntegrityError.
+    """
     participant, scheduler = runtime.participant, runtime.scheduler
     page_size = participant.page_size
     row_pages: list[int] = []
@@ -44,6 +47,7 @@ def check_integrity(runtime: Runtime) -> None:
             "the prefix cache": cached.tolist(),
             "a local request": row_pages,
             "a managed request": participant.homes.local_pages(),
+            "a retained sequence": [*participant.homes.retained.local_pages(), *participant.guests.all_retained_pages()],
             "a guest": participant.guests.all_pages(),
         },
     )

@@ -33,12 +33,13 @@ def read_reports() -> None:
 @after
 def add_report(runtime: Runtime, result: Any, inquirer: Any) -> Any:
     """AFTER SchedulerLoadInquirer.get_loads."""
+    result.num_used_tokens -= runtime.participant.retention.num_pages_here * runtime.participant.page_size
     fields = {name: getattr(result, name) for name in result.__struct_fields__}
     return ReportedLoad(**fields, dyncp=build_report(runtime, int(result.num_used_tokens)))
 
 
 def build_report(runtime: Runtime, used_tokens: int) -> HomeReport:
-    """used_tokens: of the own pool, guests included.
+    """used_tokens: of the own pool, guests included, retained sequences not: they give way.
 
     A managed request counts where its pages are from the moment of the grant, when its shards take them; until then, as every request that
     waits, where its placement puts it. Both change in one step of this scheduler, so no token is in the report twice or missing.
@@ -46,7 +47,7 @@ def build_report(runtime: Runtime, used_tokens: int) -> HomeReport:
     participant, scheduler = runtime.participant, runtime.scheduler
     granted = participant.homes.granted_pages.items()
     tokens = {owner: pages * participant.page_size for owner, pages in granted if owner != participant.rank and pages}
-    tokens[participant.rank] = used_tokens - participant.guests.num_pages * participant.page_size
+    tokens[participant.rank] = used_tokens - (participant.guests.num_pages - participant.guests.num_retained) * participant.page_size
     queued = [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]
     for req in queued:
         if is_managed(req) and req.dyncp.admitted:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sglang_dcp.ledger.homes import HomeRequest
+from sglang_dcp.ledger.retention import Match
 from sglang_dcp.policy.expected_output import expected_new_tokens
 from sglang_dcp.policy.split import num_pages
 from sglang_dcp.policy.split_limits import Split, SplitLimits
 from sglang_dcp.upstream.router.placement_hint import read_placement
+from sglang_dcp.upstream.step import retention
 from sglang_dcp.upstream.step.attached import around, current
 from sglang_dcp.upstream.step.managed import is_managed
 from sglang_dcp.upstream.step.runtime import Runtime
@@ -22,6 +24,8 @@ def attach_placement(req: Any, scheduler: Any, recv_req: Any, *args: Any, **kwar
     req.dyncp = req.dyncp_parked_row = None
     req.dyncp_placement = None if hint is None else hint.placement
     req.dyncp_placement_flexible = hint is not None and hint.flexible
+    req.dyncp_prefix_pages = 0
+    req.dyncp_extra_key = req.extra_key
     if hint is None:
         if runtime is not None:
             refuse_beyond_pool(runtime, req)
@@ -61,7 +65,7 @@ def add_one_req(
     its pages have left the pools already. A local one is charged as in stock, where its output could not outgrow the pool.
     """
     placement = getattr(req, "dyncp_placement", None)
-    if placement is None or placement.is_local:
+    if placement is None or (placement.is_local and req.dyncp is None and not takes_over(runtime, req)):
         return _add_local(original, adder, runtime, req, has_chunked_req, truncation_align_size)
     from sglang.srt.managers.schedule_policy import AddReqResult
 
@@ -71,8 +75,18 @@ def add_one_req(
     # those behind would only ask early, and hold pages that they cannot use yet.
     if has_chunked_req or adder.new_chunked_req is not None:
         return AddReqResult.OTHER
+    retention.begin_behind_prefix(req, runtime.participant.page_size)
     with _charge_nothing(adder):
         return original(adder, req, has_chunked_req, truncation_align_size)
+
+
+def takes_over(runtime: Runtime, req: Any) -> bool:
+    """Whether a request that would fit its own pool goes on from a retained sequence, which is longer than what SGLang's tree has of it."""
+    match = retention.find(runtime, req)
+    if match is None or match.num_pages * runtime.participant.page_size <= req.prefix_len:
+        return False
+    keep_out_of_prefix_cache(req)
+    return True
 
 
 def _add_local(original: Callable[..., Any], adder: Any, runtime: Runtime, req: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,12 +142,30 @@ def reserved(runtime: Runtime, req: Any) -> bool:
     if request is not None:
         return request.ready
     req.dyncp = request = runtime.participant.open_request()
+    request.owner = req
     keep_place_in_order(req)
     runtime.queues.waiting[request.handle] = req
-    runtime.participant.ask_admission(
-        request, page_segments(req, runtime.participant.page_size, runtime.participant.limits), flexible=req.dyncp_placement_flexible
-    )
+    ask_pages(runtime, req, retention.find(runtime, req))
     return False
+
+
+def ask_pages(runtime: Runtime, req: Any, match: Match | None) -> None:
+    """Asks for all pages of a request, or for those behind the retained sequence that it would take over."""
+    participant = runtime.participant
+    segments = page_segments(req, participant.page_size, participant.limits)
+    behind = None if match is None else retention.segments_behind(req, match, sum(pages for _, pages in segments), participant.limits)
+    if behind is None:
+        match = None
+    req.dyncp_prefix_pages = 0 if match is None else match.num_pages
+    participant.ask_admission(req.dyncp, segments if behind is None else behind, flexible=req.dyncp_placement_flexible, match=match)
+
+
+def ask_again(runtime: Runtime) -> None:
+    """Waiting requests whose retained sequence was evicted in the last step ask for all their pages, in their old place."""
+    lost, runtime.participant.retention.lost = runtime.participant.retention.lost, []
+    for request in lost:
+        if request.handle in runtime.queues.waiting:
+            ask_pages(runtime, request.owner, None)
 
 
 def keep_place_in_order(req: Any) -> None:
@@ -163,7 +195,7 @@ def sweep_waiting(runtime: Runtime) -> None:
         if req.kv.holds_kv or req.dyncp is None or req.dyncp.handle != handle:
             del runtime.queues.waiting[handle]
         elif req.rid not in queued:
-            runtime.participant.release(req.dyncp)
+            retention.end_waiting(runtime, req)
             req.dyncp = None
             del runtime.queues.waiting[handle]
 

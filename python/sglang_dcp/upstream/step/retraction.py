@@ -8,6 +8,7 @@ from sglang_dcp.policy.split import num_pages
 from sglang_dcp.policy.types import Placement
 from sglang_dcp.upstream.step.admission import keep_out_of_prefix_cache
 from sglang_dcp.upstream.step.attached import after
+from sglang_dcp.upstream.step.retention import end_request
 from sglang_dcp.upstream.step.runtime import Runtime
 
 
@@ -50,7 +51,7 @@ def release_unwritten(runtime: Runtime, req: Any) -> None:
     That is a local one which was taken over with all its tokens in prefix-cache pages and has not stored a token since.
     """
     if req.dyncp.handle in runtime.participant.homes.requests:
-        runtime.participant.release(req.dyncp)
+        end_request(runtime, req.dyncp)
 
 
 def release_finished(runtime: Runtime) -> None:

@@ -85,4 +85,5 @@ class Runtime:
 
 def cluster_of(config: DynCpConfig, num_instances: int, num_pages: int, page_size: int) -> Cluster:
     """What the ledger computes from, by the server's settings: the same on every instance, or they do not start (agreement.py)."""
-    return Cluster(config.split_limits(num_instances, num_pages), page_size, cost_model_of(config, num_instances))
+    limits, cost_model = config.split_limits(num_instances, num_pages), cost_model_of(config, num_instances)
+    return Cluster(limits, page_size, cost_model, config.most_retained(num_pages))

@@ -91,6 +91,7 @@ def adopt(runtime: Runtime, req: Any) -> None:
     row = runtime.scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : req.kv.kv_allocated_len : page_size]
     pages = [Page(participant.rank, int(token_id) // page_size) for token_id in row.tolist()]
     req.dyncp = participant.open_request()
+    req.dyncp.owner = req
     keep_place_in_order(req)
     participant.homes.adopt(req.dyncp, pages, req.kv.cache_protected_len // page_size)
     # Its prefix may be in the tree, what it adds from now on must not enter.

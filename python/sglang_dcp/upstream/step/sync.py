@@ -16,14 +16,14 @@ from sglang_dcp.upstream.step.managed import is_managed
 from sglang_dcp.upstream.step.runtime import Runtime
 
 
-def own_columns(runtime: Runtime, batch: Any) -> list[int]:
-    """Control columns of this instance. batch: SGLang's of the step, None where it has none."""
+def own_columns(runtime: Runtime, batch: Any, wanted_pages: int) -> list[int]:
+    """Control columns of this instance. batch: SGLang's of the step, None where it has none. wanted_pages: see retention.py."""
     participant, own = runtime.participant, runtime.own_batch
     own.take(batch)
     rows = None if own.steady else own.sharded_rows()
     runtime.givable_pages = givable = runtime.pool.num_givable_pages()
-    used_tokens = (participant.num_pages - givable) * participant.page_size
-    return participant.build_columns(rows, free_pages(runtime, givable), used_tokens, count_home_requests(runtime, batch))
+    used_tokens = (participant.num_pages - givable - participant.retention.num_pages_here) * participant.page_size
+    return participant.build_columns(rows, free_pages(runtime, givable), used_tokens, count_home_requests(runtime, batch), wanted_pages)
 
 
 def count_home_requests(runtime: Runtime, batch: Any) -> int:

@@ -1,0 +1,68 @@
+"""Which retained sequences make room in one step, and for whom. Part of a decision: the same on every instance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from sglang_dcp.ledger.messages import AskAdmission
+from sglang_dcp.ledger.retained import Key, RetainedTable
+from sglang_dcp.ledger.room import Room
+from sglang_dcp.policy.split_limits import Split
+
+REASONS = ("growth", "admission", "local", "share")
+"""A running request grows, one is admitted, an instance's local requests need room, a pool retains more than its share."""
+
+
+class Eviction(NamedTuple):
+    """A sequence whose pages are free from this step on. reason: an index of REASONS."""
+
+    home: int
+    handle: int
+    reason: int
+
+
+class Evictions:
+    """Of one decision. Nothing is evicted for what would not fit even if all were."""
+
+    def __init__(self, retained: RetainedTable, room: Room) -> None:
+        self.retained, self.room = retained, room
+        self.chosen: list[Eviction] = []
+
+    def free_with_all(self, spare: Key | None = None) -> list[int]:
+        """Free pages of every instance if all sequences but `spare` were evicted."""
+        free = [free + pages for free, pages in zip(self.room.free, self.retained.pages, strict=True)]
+        for rank, pages in self.retained.pages_of(spare) if spare is not None else ():
+            free[rank] -= pages
+        return free
+
+    def make_room(self, needed: Mapping[int, int], reason: str, spare: Key | None = None) -> bool:
+        """Evicts until instance r has needed[r] free pages. False when that cannot be; then nothing is evicted."""
+        free = self.room.free
+        return self._evict(self.retained.choose({rank: pages - free[rank] for rank, pages in needed.items()}, spare), reason)
+
+    def for_admission(self, home: int, ask: AskAdmission) -> Split | None:
+        """The split of an ask that has no room now and would have some. The sequence that it takes over stays."""
+        spare = (home, ask.previous) if ask.previous else None
+        split = Room(self.room.limits, self.free_with_all(spare), self.room.guests).split(home, ask)
+        return split if split is not None and self.make_room(dict(split), "admission", spare) else None
+
+    def for_locals(self, wanted: Sequence[int]) -> None:
+        """wanted[r]: free pages that instance r asks for, for requests that are no business of the ledger."""
+        for rank, pages in enumerate(wanted):
+            if pages > self.room.free[rank]:
+                self.make_room({rank: pages}, "local")
+
+    def keep_shares(self, most_pages: int) -> None:
+        """No pool retains more than this."""
+        for rank, pages in enumerate(self.retained.pages):
+            if pages > most_pages:
+                self._evict(self.retained.choose({rank: pages - most_pages}), "share")
+
+    def _evict(self, keys: list[Key] | None, reason: str) -> bool:
+        for key in keys or ():
+            sequence = self.retained.take(key)
+            assert sequence is not None
+            self.room.give(sequence.pages)
+            self.chosen.append(Eviction(*key, REASONS.index(reason)))
+        return keys is not None

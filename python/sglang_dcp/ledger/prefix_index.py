@@ -1,0 +1,68 @@
+"""Which retained sequence of a home begins with the same tokens as a new prompt, in whole pages.
+
+A page's digest covers its tokens and all before them, so one comparison tells whether two sequences agree up to the end of that page, and
+the length of a match is found by bisection.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+DIGEST_BYTES = 16
+"""Per page. Two different prefixes share one with a chance of 2^-128: an answer never rests on another client's tokens."""
+
+
+def page_digests(tokens: Sequence[int], page_size: int, namespace: Sequence[str | None] = ()) -> bytes:
+    """DIGEST_BYTES for each whole page of `tokens`, chained. namespace: what keeps equal tokens apart (extra_key, cache_salt)."""
+    words = memoryview(array("q", tokens)).cast("B")
+    chain = hashlib.blake2b(repr(tuple(namespace)).encode(), digest_size=DIGEST_BYTES).digest()
+    digests = bytearray()
+    width = 8 * page_size
+    for start in range(0, len(words) - width + 1, width):
+        chain = hashlib.blake2b(words[start : start + width], digest_size=DIGEST_BYTES, key=chain).digest()
+        digests += chain
+    return bytes(digests)
+
+
+def common_pages(left: bytes, right: bytes) -> int:
+    """Leading pages that two digests have in common."""
+    low, high = 0, min(len(left), len(right)) // DIGEST_BYTES
+    while low < high:
+        middle = (low + high + 1) // 2
+        span = slice((middle - 1) * DIGEST_BYTES, middle * DIGEST_BYTES)
+        if left[span] == right[span]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+class PrefixIndex:
+    """Handles by the digests of their pages."""
+
+    def __init__(self) -> None:
+        self._digests: dict[int, bytes] = {}
+        self._of_first_page: dict[bytes, dict[int, None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def put(self, handle: int, digests: bytes) -> None:
+        self._digests[handle] = digests
+        self._of_first_page.setdefault(digests[:DIGEST_BYTES], {})[handle] = None
+
+    def take(self, handle: int) -> bytes:
+        """Removes a handle and returns its digests. KeyError when it is not there."""
+        digests = self._digests.pop(handle)
+        same = self._of_first_page[digests[:DIGEST_BYTES]]
+        del same[handle]
+        if not same:
+            del self._of_first_page[digests[:DIGEST_BYTES]]
+        return digests
+
+    def matches(self, digests: bytes) -> list[tuple[int, int]]:
+        """(handle, leading pages in common) of all with at least one, the longest match first, then the newest."""
+        same = self._of_first_page.get(digests[:DIGEST_BYTES], ())
+        return sorted(((handle, common_pages(self._digests[handle], digests)) for handle in same), key=lambda match: (-match[1], -match[0]))

@@ -1,0 +1,118 @@
+"""Sequences that outlived their request: their pages stay until a later request takes them over or somebody needs the room.
+
+Every instance keeps this table alike. A sequence leaves it by one decision of one step: taken over by a grant, evicted, or released by its
+home. So no two instances can differ about whose its pages are, and eviction needs no message.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sglang_dcp.ledger.digest import OpenDigest
+
+Key = tuple[int, int]
+"""(home, handle)"""
+
+
+@dataclass(frozen=True, slots=True)
+class RetainedSequence:
+    """pages: (instance, pages), every instance once. last_used: the step in which its request was over."""
+
+    pages: tuple[tuple[int, int], ...]
+    last_used: int
+
+    def on(self, rank: int) -> int:
+        return sum(pages for owner, pages in self.pages if owner == rank)
+
+
+class RetainedTable:
+    """pages[r]: retained pages in the pool of instance r, guest_pages[r]: those of them whose home is elsewhere."""
+
+    def __init__(self, num_instances: int) -> None:
+        self.pages = [0] * num_instances
+        self.guest_pages = [0] * num_instances
+        self._sequences: dict[Key, RetainedSequence] = {}
+        self._named: Counter[Key] = Counter()
+        self._digest = OpenDigest()
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._sequences
+
+    @property
+    def digest(self) -> int:
+        """Of all sequences: the same on all instances, or they have gone apart."""
+        return self._digest.value
+
+    def put(self, home: int, handle: int, pages: Sequence[tuple[int, int]], step: int) -> None:
+        """ValueError for a handle that is retained already: none is ever used twice."""
+        if (home, handle) in self._sequences:
+            raise ValueError(f"home {home}, handle {handle} is retained already")
+        self._sequences[home, handle] = RetainedSequence(tuple(pages), step)
+        self._digest.put((home, handle), (home, handle, step, *(word for pair in pages for word in pair)))
+        self._count(home, pages, 1)
+
+    def take(self, key: Key) -> RetainedSequence | None:
+        """Removes a sequence, None when it is not there."""
+        sequence = self._sequences.pop(key, None)
+        if sequence is not None:
+            self._digest.take(key)
+            self._count(key[0], sequence.pages, -1)
+        return sequence
+
+    def pages_of(self, key: Key) -> tuple[tuple[int, int], ...]:
+        """(instance, pages) of a sequence, none when it is not there."""
+        sequence = self._sequences.get(key)
+        return () if sequence is None else sequence.pages
+
+    def name(self, key: Key) -> None:
+        """An open ask would take the sequence over: it is evicted last."""
+        self._named[key] += 1
+
+    def unname(self, key: Key) -> None:
+        self._named[key] -= 1
+        if not self._named[key]:
+            del self._named[key]
+
+    def choose(self, short: Mapping[int, int], spare: Key | None = None) -> list[Key] | None:
+        """Sequences whose eviction frees `short[r]` pages on every instance r, in the order of eviction; None when all together do not.
+
+        Those that an open ask names go last, then by last use; `spare` is not touched. Nothing leaves the table.
+        """
+        left = {rank: pages for rank, pages in short.items() if pages > 0}
+        if any(pages > self.pages[rank] for rank, pages in left.items()):
+            return None
+        chosen: list[Key] = []
+        for key in self._in_order():
+            if not left:
+                break
+            here = self._sequences[key]
+            if key != spare and any(rank in left for rank, _ in here.pages):
+                chosen.append(key)
+                left = {rank: pages - here.on(rank) for rank, pages in left.items() if pages > here.on(rank)}
+        return None if left else self._without_surplus(chosen, short)
+
+    def _without_surplus(self, chosen: list[Key], short: Mapping[int, int]) -> list[Key]:
+        """The choice less what its later members made unneeded: the most recently used that can stay does."""
+        surplus = Counter({rank: -pages for rank, pages in short.items() if pages > 0})
+        for key in chosen:
+            surplus.update({rank: pages for rank, pages in self._sequences[key].pages if rank in surplus})
+        needed = list(chosen)
+        for key in reversed(chosen):
+            pages = {rank: pages for rank, pages in self._sequences[key].pages if rank in surplus}
+            if all(surplus[rank] >= count for rank, count in pages.items()):
+                surplus.subtract(pages)
+                needed.remove(key)
+        return needed
+
+    def _in_order(self) -> list[Key]:
+        return sorted(self._sequences, key=lambda key: (key in self._named, self._sequences[key].last_used, *key))
+
+    def _count(self, home: int, pages: Sequence[tuple[int, int]], sign: int) -> None:
+        for rank, count in pages:
+            self.pages[rank] += sign * count
+            self.guest_pages[rank] += sign * count if rank != home else 0

@@ -1,0 +1,162 @@
+"""Prefix cache of the ledger: which requests leave their pages behind, and which begin with those of an earlier one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sglang_dcp.ledger.homes import HomeRequest
+from sglang_dcp.ledger.positions import token_ids
+from sglang_dcp.ledger.prefix_index import DIGEST_BYTES, page_digests
+from sglang_dcp.ledger.retention import Match
+from sglang_dcp.policy.split import num_pages
+from sglang_dcp.policy.split_limits import Split, SplitLimits
+from sglang_dcp.upstream.step.attached import around
+from sglang_dcp.upstream.step.managed import is_managed
+from sglang_dcp.upstream.step.runtime import Runtime
+
+LOW_WATER_PAGES = 64
+"""Pages that stay free beside retained ones, so that short prompts and growth need not wait for an eviction; fewer in a small pool."""
+FLUSH_SECONDS = 5.0
+"""Longest wait of /flush_cache for the pages that other instances hold for this one, which are free a step later."""
+
+
+def is_on(runtime: Runtime) -> bool:
+    """--disable-radix-cache is SGLang's word for no prefix cache at all."""
+    return runtime.participant.most_retained > 0 and not getattr(runtime.scheduler.tree_cache, "disable", False)
+
+
+def namespace_of(req: Any) -> tuple[str | None, str | None]:
+    """The client's own; `extra_key` is replaced when a request is kept out of SGLang's tree."""
+    return req.dyncp_extra_key, req.cache_salt
+
+
+def is_plain(req: Any) -> bool:
+    """Whether token ids tell all that the K/V of a request follow from."""
+    return req.input_embeds is None and req.positional_embed_overrides is None and req.multimodal_inputs is None and req.session is None
+
+
+# ---- the end of a request
+
+
+def end_request(runtime: Runtime, request: HomeRequest) -> None:
+    """The request's row is freed: its whole pages stay where it ended by itself, else all go."""
+    req = request.owner
+    pages = retainable_pages(runtime, request, req) if req is not None else 0
+    if not pages:
+        runtime.participant.release(request)
+        return
+    tokens = (req.origin_input_ids + req.output_ids)[: pages * runtime.participant.page_size]
+    runtime.participant.finish(request, page_digests(tokens, runtime.participant.page_size, namespace_of(req)), pages)
+
+
+def retainable_pages(runtime: Runtime, request: HomeRequest, req: Any) -> int:
+    """Whole pages of tokens that were computed for sure: the last token never counts, nor what SGLang has not committed."""
+    if not is_on(runtime) or request.num_tree_pages or not is_plain(req) or not ended_by_itself(req):
+        return 0
+    num_tokens = min(req.owned_kv_len(), len(req.origin_input_ids) + len(req.output_ids) - 1)
+    return num_tokens // runtime.participant.page_size if num_tokens >= runtime.config.cache_min_tokens else 0
+
+
+def ended_by_itself(req: Any) -> bool:
+    return req.finished() and req.finished_reason.to_json()["type"] in ("stop", "length")
+
+
+def end_waiting(runtime: Runtime, req: Any) -> None:
+    """A request that leaves the queue without having run. What it has taken over is as it was, up to the match."""
+    request, pages = req.dyncp, req.dyncp_prefix_pages
+    if request.num_kept and pages:
+        runtime.participant.finish(request, req.dyncp_digests[: pages * DIGEST_BYTES], pages)
+    else:
+        runtime.participant.release(request)
+
+
+# ---- the beginning of one
+
+
+def find(runtime: Runtime, req: Any) -> Match | None:
+    """The retained sequence that a request may take over instead of computing its beginning. Asked before its reservation."""
+    participant = runtime.participant
+    if not len(participant.homes.retained) or not is_on(runtime) or not is_plain(req):
+        return None
+    page_size, tokens = participant.page_size, req.origin_input_ids + req.output_ids
+    if getattr(req, "dyncp_digested_tokens", None) != len(tokens):
+        req.dyncp_digests, req.dyncp_digested_tokens = page_digests(tokens, page_size, namespace_of(req)), len(tokens)
+    shards = None if req.dyncp_placement_flexible else frozenset(req.dyncp_placement.shards)
+    most_pages = req._compute_max_prefix_len(len(tokens)) // page_size
+    return participant.retention.find(req.dyncp_digests, most_pages, num_pages(len(tokens), page_size) + 1, shards)
+
+
+def segments_behind(req: Any, match: Match, pages: int, limits: SplitLimits) -> Split | None:
+    """Where the pages behind those taken over are asked for, of `pages` in all: at home where the degree allows it, else where the others
+    are. None where no such split can ever fit."""
+    home, kept = req.dyncp_placement.home, dict(match.kept)
+    order = sorted(kept, key=lambda rank: rank == home)
+    split = [(rank, kept[rank]) for rank in order]
+    if home not in kept and req.dyncp_placement_flexible and pages > match.num_kept:
+        split.append((home, 1))
+    whole = limits.complete(home, split, pages)
+    if whole is None or not limits.fits(home, whole) or any(dict(whole).get(rank, 0) < count for rank, count in match.kept):
+        return None
+    if not req.dyncp_placement_flexible and {rank for rank, _ in whole} != set(req.dyncp_placement.shards):
+        return None
+    return tuple((rank, count - kept.get(rank, 0)) for rank, count in whole if count > kept.get(rank, 0))
+
+
+def begin_behind_prefix(req: Any, page_size: int) -> None:
+    """SGLang computes the prompt from here on. Its own match found nothing: the request has a key of its own."""
+    pages = req.dyncp_prefix_pages if req.dyncp.num_kept else 0
+    req.prefix_len = req.num_matched_prefix_tokens = pages * page_size
+    req.kv.cache_protected_len = 0
+
+
+@around
+def prefix_device_indices(runtime: Runtime, original: Callable[..., Any], tree_cache: Any, req: Any) -> torch.Tensor:
+    """AROUND UnifiedRadixCache.prefix_device_indices: token ids of a prefix that was taken over."""
+    if not is_managed(req):
+        return original(tree_cache, req)
+    return torch.from_numpy(token_ids(runtime.participant.ids, req.dyncp, 0, req.prefix_len)).to(runtime.device)
+
+
+# ---- room for others, and the flush
+
+
+def wanted_pages(runtime: Runtime) -> int:
+    """Free pages that this instance's own requests need, of retained ones: a low-water mark, or room for the local prompt that found none.
+    SGLang looks at its queue again once a running request has left, unless it is told."""
+    participant, scheduler = runtime.participant, runtime.scheduler
+    if not participant.table.retained.pages[participant.rank]:
+        return 0
+    req = runtime.queues.blocked
+    if req is None or not any(waiting is req for waiting in scheduler.waiting_queue):
+        return min(LOW_WATER_PAGES, participant.num_pages // 8)
+    scheduler.running_batch.batch_is_full = False
+    givable = runtime.pool.num_givable_pages()
+    return min(participant.num_pages, givable + num_pages(len(req.origin_input_ids) + len(req.output_ids), participant.page_size) + 1)
+
+
+@around
+def flush(runtime: Runtime, original: Callable[..., Any], wrapper: Any, recv_req: Any) -> Any:
+    """AROUND SchedulerFlushWrapper.handle: sequences are given up first, and the flush waits until the other instances have done so too."""
+    participant, queues = runtime.participant, runtime.queues
+    if not (len(participant.table.retained) or len(participant.homes.retained)):
+        return original(wrapper, recv_req)
+    idle = wrapper._is_fully_idle()
+    queues.flushing = True
+    participant.release_retained()
+    if idle and not recv_req.timeout_s:
+        recv_req.timeout_s = FLUSH_SECONDS
+    answer = original(wrapper, recv_req)
+    queues.flushing = wrapper._pending is not None
+    return answer
+
+
+@around
+def check_pending_flush(runtime: Runtime, original: Callable[..., Any], wrapper: Any) -> None:
+    """AROUND SchedulerFlushWrapper.check_pending: what ended while the flush waits is given up too."""
+    if runtime.queues.flushing:
+        runtime.participant.release_retained()
+    original(wrapper)
+    runtime.queues.flushing = runtime.queues.flushing and wrapper._pending is not None
