@@ -26,6 +26,19 @@ def end_process_tree(pid: int, *, grace_s: float = 15.0) -> None:
         time.sleep(0.05)
 
 
+def kill_process_tree(pid: int) -> None:
+    """SIGKILL to the tree of process group `pid` at once, for a server that nobody uses any more: SGLang takes 5 to 15 s to end by SIGTERM.
+
+    Python's resource trackers are spared: they end when their processes have gone, and remove the named semaphores that those left.
+    """
+    family = _family(pid)
+    for process in family:
+        if not _is_resource_tracker(process):
+            _signal(process.pid, signal.SIGKILL)
+    psutil.wait_procs(family, timeout=5.0)
+    end_process_tree(pid, grace_s=0.0)
+
+
 def creation_time(pid: int) -> float | None:
     """When process `pid` was made; None if there is none. Together with the pid it names one process for good."""
     try:
@@ -51,6 +64,13 @@ def _group_members(group: int) -> list[psutil.Process]:
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
     return members
+
+
+def _is_resource_tracker(process: psutil.Process) -> bool:
+    try:
+        return any("multiprocessing.resource_tracker" in word for word in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _is_running(process: psutil.Process) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from testing.client import Client
-from testing.processes import creation_time, end_process_tree
+from testing.processes import creation_time, end_process_tree, kill_process_tree
 from testing.recall import model_path
 
 START_LIMIT_S = 480.0
@@ -98,8 +98,13 @@ class Server:
         return f"--- {self.log_path}, code {self.process.poll()}\n" + "\n".join(lines[first:][:most_lines])
 
     def stop(self) -> None:
-        """Ends the server with its whole process tree. Can be repeated."""
+        """Ends the server with its whole process tree, as an operator would. Can be repeated."""
         end_process_tree(self.process.pid)
+        self.process.wait(timeout=10)
+
+    def kill(self) -> None:
+        """The same without asking it first, which would take seconds. Can be repeated."""
+        kill_process_tree(self.process.pid)
         self.process.wait(timeout=10)
 
 
@@ -128,7 +133,7 @@ def start_server(
             started(server)
         _wait_healthy(server, limit_s)
     except BaseException:
-        server.stop()
+        server.kill()
         raise
     server.start_s = time.monotonic() - began
     return server
@@ -230,7 +235,7 @@ class ServerPool:
     def get(self, config: ServerConfig) -> Server:
         if self._current is not None and self._current.is_alive and self._current.config == config:
             return self._current
-        self.stop()
+        self.stop(at_once=True)
         self._current = start_server(config, log_folder=self._log_folder, started=lambda server: _record(self._lock, server))
         return self._current
 
@@ -238,9 +243,13 @@ class ServerPool:
         """The server that tests use, if it ended by itself."""
         return self._current if self._current is not None and not self._current.is_alive else None
 
-    def stop(self) -> None:
+    def stop(self, *, at_once: bool = False) -> None:
+        """at_once: without the server's own way to end, for it has nothing to keep."""
         if self._current is not None:
-            self._current.stop()
+            if at_once:
+                self._current.kill()
+            else:
+                self._current.stop()
             self._current = None
             _record(self._lock, None)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
 from testing.client import Client, RequestFailed, checked_ids
 from testing.metrics import Sample, format_loads, parse_metrics
-from testing.processes import end_process_tree
+from testing.processes import end_process_tree, kill_process_tree
 from testing.recall import VOCABULARY_SIZE, depth_at, encode, recall_prompt
 from testing.server import ServerConfig, ServerStartError, clean_environment, find_free_port, start_server
 
@@ -104,6 +105,27 @@ def test_the_whole_tree_ends_also_what_ignores_sigterm() -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     end_process_tree(process.pid)
+
+
+def test_a_killed_tree_ends_at_once_and_leaves_no_semaphore() -> None:
+    """What ignores SIGTERM too; the resource tracker of Python is left alone until it has removed what the others made."""
+    code = "import multiprocessing, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    code += "s = multiprocessing.get_context('spawn').Semaphore(1); print(s._semlock.name, flush=True); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    name = process.stdout.readline().strip().lstrip("/")
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    semaphore = Path("/dev/shm") / f"sem.{name}"
+    assert len(family) == 2 and semaphore.exists()
+    deadline = time.monotonic() + 60
+    while not any("resource_tracker" in word for word in family[1].cmdline()):  # it starts
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    kill_process_tree(process.pid)
+    process.wait(timeout=5)
+    assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family)
+    assert not semaphore.exists()
+    kill_process_tree(process.pid)
 
 
 def test_error_events_of_a_stream_are_raised() -> None:
