@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts.result_pages import headline, kernels, one_host, several_gpus, simulation
+from scripts.result_pages import clients, headline, kernels, one_host, several_gpus, simulation
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "docs" / "results"
@@ -18,6 +18,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "several_gpus.md": several_gpus.render,
     "kernels.md": kernels.render,
     "simulation.md": simulation.render,
+    "clients.md": clients.render,
 }
 
 

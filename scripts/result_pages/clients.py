@@ -1,0 +1,44 @@
+"""docs/results/clients.md: what benchmark clients call time per token, beside the truth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scripts.result_pages.markdown import load, page, source, table
+
+NOTES = (
+    "`guidellm`: its TPOT is the whole latency over the tokens, the wait for the first included; its ITL is what others call TPOT.",
+    "`sglang.bench_serving`, `evalscope`: ITL is the time between chunks, so it grows with the tokens of a chunk; TPOT does not.",
+    "`inference-perf`: the tokens of a chunk count as arriving together, so the median of its ITL is 0 where chunks hold several. "
+    "It ends without a complaint when it sends fewer requests than it was asked for.",
+    "More than were asked for: one request to try the server came first.",
+)
+
+
+def render() -> str:
+    result = load("clients.json")
+    truth = result["truth"]
+    return page(
+        "What clients call time per token",
+        source("clients.json", result),
+        f"A server that answers by the clock: first token after {truth['ttft_ms']:g} ms, then one every {truth['token_ms']:g} ms, "
+        f"sent one or several to a chunk. Each client was asked for {truth['requests']} requests. Means in ms; `-`: no such figure.",
+        table(
+            ["client", "version", "tokens a chunk", "reached the server", "true", "its TPOT", "its ITL", "its ITL, P50"],
+            _rows(result["clients"], truth["token_ms"], truth["requests"]),
+        ),
+        "Names in the reports:",
+        table(
+            ["client", "TPOT", "ITL"], [(name, f"`{client['tpot']}`", f"`{client['itl']}`") for name, client in result["clients"].items()]
+        ),
+        "\n".join(f"- {note}" for note in NOTES),
+    )
+
+
+def _rows(clients: dict[str, Any], true_ms: float, requests: int) -> list[tuple[Any, ...]]:
+    rows = []
+    for name, client in clients.items():
+        for run in client["runs"]:
+            figures = ("-" if run[key] is None else f"{run[key]:.1f}" for key in ("tpot_ms", "itl_ms", "itl_p50_ms"))
+            rows.append((f"`{name}`", client["version"], run["tokens_per_chunk"], f"{run['sent']} of {requests}", f"{true_ms:g}", *figures))
+    return rows
