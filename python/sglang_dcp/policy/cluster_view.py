@@ -56,6 +56,10 @@ class ClusterView:
         """Placements so far with this home."""
         return self._homes[home].num_placed
 
+    def taken_in(self) -> list[int]:
+        """Of every home, the number of the newest placement that has arrived there."""
+        return [view.report.taken_in for view in self._homes]
+
     def take_report(self, home: int, capacity: int, report: HomeReport) -> None:
         """Replaces what `home` told before; the placements that it has taken in are in the report from now on.
 

@@ -82,13 +82,15 @@ def home_by_prefix(
     """The home whose prefix is worth going to, or None: then the prompt goes where it would without one.
 
     A home saves the prefill of its cached tokens. It costs, for every expected output token, what its level stands above the lowest;
-    where it has more to do than others, so has the step of everybody.
+    where it has more to do than others, so has the step of everybody. One without room for the rest of the prompt is passed over.
     """
     levels = [cost.attention_us_per_token * load.kv_tokens + cost.request_us * load.home_requests for load in loads]
     lowest, all_of_it = min(levels), prefill_us(cost, 0, prompt_tokens)
     best, best_gain = None, 0.0
     for home, tokens in cached:
         usable = min(tokens, prompt_tokens - 1)
+        if loads[home].free_tokens < prompt_tokens - usable:
+            continue
         gain = all_of_it - prefill_us(cost, usable, prompt_tokens) - new_tokens * cost.num_layers * (levels[home] - lowest)
         if gain > best_gain:
             best, best_gain = home, gain

@@ -163,4 +163,3 @@ def test_quantised_kv_is_for_a_gpu_and_flashinfer() -> None:
     assert message == "--kv-cache-dtype fp8_e4m3 does not work with --enable-dyncp on --device cpu: it is served on a GPU alone"
     message = str(find_quantised_kv_refusal((asked | {"decode_attention_backend": "flashmla"}).get))
     assert "--attention-backend flashmla: sharded steps take it with flashinfer" in message
-

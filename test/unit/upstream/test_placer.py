@@ -140,3 +140,47 @@ def test_what_cannot_be_placed_goes_on_without_a_placement(caplog: pytest.LogCap
         dispatch(controller, request(100_000))
     assert controller.sent == [(1, None), (-1, None)] and "too long" in caplog.text
     assert [load.home_requests for load in controller.dyncp.loads()] == [0, 0, 0, 0]
+
+
+def turn(ids: list[int], extra_key: str | None = None) -> SimpleNamespace:
+    return SimpleNamespace(**vars(request(0)) | {"input_ids": ids}, extra_key=extra_key, cache_salt=None)
+
+
+def arrived(placer: Placer, kv_tokens: tuple[int, ...] = (0, 0, 0, 0)) -> None:
+    """Everything that was placed has arrived, and is over."""
+    reports = [HomeReport(placer.num_placed(rank), 0, {rank: tokens}) for rank, tokens in enumerate(kv_tokens)]
+    placer.update([ReportedLoad(dp_rank=r, max_total_num_tokens=100 * POOL, dyncp=report) for r, report in enumerate(reports)])
+
+
+def retaining_placer() -> Placer:
+    placer = Placer(DynCpConfig(cache_fraction=0.8, cache_min_tokens=64).resolve(4), 4)
+    placer.configure(page_size=PAGE)
+    return placer
+
+
+def test_later_turns_come_home_and_other_namespaces_do_not() -> None:
+    placer = retaining_placer()
+    arrived(placer)
+    talks = [[100 + i] * 300 for i in range(4)]
+    homes = [placer.place(turn(ids))[0].home for ids in talks]
+    assert sorted(homes) == [0, 1, 2, 3]
+    arrived(placer)
+    # Without a prefix the first would go to instance 0, the second to 1, ...
+    for ids, home in reversed(list(zip(talks, homes, strict=True))):
+        assert placer.place(turn([*ids, *[7] * 90]))[0].home == home
+    arrived(placer)
+    assert placer.place(turn(talks[3], "tenant"))[0].home == 0
+
+
+def test_equal_prompts_at_once_spread() -> None:
+    placer = retaining_placer()
+    arrived(placer)
+    assert sorted(placer.place(turn([5] * 300))[0].home for _ in range(4)) == [0, 1, 2, 3]
+
+
+def test_a_full_home_is_left() -> None:
+    placer = retaining_placer()
+    arrived(placer)
+    home = placer.place(turn([5] * 300))[0].home
+    arrived(placer, tuple(100 * POOL if rank == home else 0 for rank in range(4)))
+    assert placer.place(turn([5] * 300))[0].home != home

@@ -11,7 +11,8 @@ from sglang_dcp.config import DynCpConfig
 from sglang_dcp.observe.placement_log import PlacementLog
 from sglang_dcp.policy.cluster_view import ClusterView, HomeReport
 from sglang_dcp.policy.placement import make_policy
-from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementPolicy
+from sglang_dcp.policy.prefix_map import BLOCK_TOKENS, PrefixMap, home_by_prefix
+from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementPolicy, PlacementRequest
 from sglang_dcp.upstream.router.placement_request import cost_model_of, describe_request
 
 
@@ -25,6 +26,7 @@ class Placer:
         self._view = ClusterView(config.layout(num_instances).nodes)
         self._policy: PlacementPolicy | None = None
         self._page_size = 0
+        self._prefixes = PrefixMap(min(BLOCK_TOKENS, config.cache_min_tokens)) if config.cache_fraction else None
         self._log = PlacementLog.from_environment()
 
     def configure(self, page_size: int) -> None:
@@ -38,6 +40,7 @@ class Placer:
             "max_degree": self._config.max_degree or self._num_instances,
             "max_guest_fraction": self._config.max_guest_fraction,
         }
+        self._cost_model = cost_model
         self._policy = make_policy(self._config.policy, cost_model=cost_model, **settings)
         if self._log is not None:
             self._log.begin(policy=self._config.policy, cost_model=cost_model.name, constants=dataclasses.asdict(cost_model), **settings)
@@ -84,9 +87,24 @@ class Placer:
             largest_degree=limits.max_degree,
         )
         loads = self.loads()
+        digests = self._digests(req)
+        if request.home is None:
+            request = dataclasses.replace(request, home=self._home_by_prefix(digests, request, loads))
         placement = self._policy.place(request, loads, page_size)
-        self._view.place(placement)
+        number = self._view.place(placement)
+        if self._prefixes is not None:
+            self._prefixes.put(digests, placement.home, number)
         if self._log is not None:
             self._log.add(self._clock(), req.rid, request, loads, placement)
         pinned = bool(pin) or self._config.policy in ("fixed", "length-buckets")
         return placement, not pinned
+
+    def _digests(self, req: Any) -> list[bytes]:
+        return [] if self._prefixes is None else self._prefixes.digests(req.input_ids, (req.extra_key, req.cache_salt))
+
+    def _home_by_prefix(self, digests: Sequence[bytes], request: PlacementRequest, loads: Sequence[InstanceLoad]) -> int | None:
+        """Where the prompt's beginning may still lie, if it is worth going there."""
+        if self._prefixes is None or not digests:
+            return None
+        cached = self._prefixes.find(digests, self._view.taken_in())
+        return home_by_prefix(cached, request.prompt_tokens, request.expected_new_tokens, loads, self._cost_model)
