@@ -42,7 +42,8 @@ class Request:
 
 def make_runtime(**scheduler: Any) -> Any:
     pool = SimpleNamespace(num_givable_pages=lambda: 60)
-    participant = SimpleNamespace(rank=1, num_pages=64, page_size=16, guests=SimpleNamespace(num_pages=0))
+    participant = SimpleNamespace(rank=1, num_pages=64, page_size=16, guests=SimpleNamespace(num_pages=0, num_retained=0))
+    participant.retention = SimpleNamespace(num_pages_here=4)
     empty = SimpleNamespace(reqs=[])
     scheduled = {"running_batch": empty, "last_batch": None, "chunked_req": None, "waiting_queue": []} | scheduler
     ends: list[Any] = []

@@ -13,6 +13,7 @@ from prometheus_client import REGISTRY
 
 from sglang_dcp.ledger.messages import Row
 from sglang_dcp.ledger.participant import LedgerCounters
+from sglang_dcp.ledger.retention import RetentionCounters
 from sglang_dcp.upstream.observe.exchange_time import DeviceStopwatch, HostStopwatch, MeasuredTransport, measured
 from sglang_dcp.upstream.observe.metrics import GAUGE_INTERVAL_SECONDS, StepMetrics, count_attention_rows
 from sglang_dcp.upstream.step.runtime import Counters
@@ -42,7 +43,7 @@ def read(name: str) -> float:
 
 def make_runtime() -> Any:
     held = {(0, 7): [(0, 3)]}
-    guests = SimpleNamespace(num_pages=2, pages_of=lambda home, handle: held.get((home, handle), ()))
+    guests = SimpleNamespace(num_pages=2, num_retained=0, pages_of=lambda home, handle: held.get((home, handle), ()))
     participant = SimpleNamespace(
         rank=1,
         page_size=16,
@@ -51,6 +52,7 @@ def make_runtime() -> Any:
         guests=guests,
         rows_of=[(Row(7, 10, 1), Row(8, 10, 1)), (Row(1, 10, 1),)],
         counters=LedgerCounters(),
+        retention=SimpleNamespace(num_pages_here=0, counters=RetentionCounters()),
     )
     transport = measured(Transport(), torch.device("cpu"))
     return SimpleNamespace(participant=participant, own_batch=[1, 2], transport=transport, counters=Counters())

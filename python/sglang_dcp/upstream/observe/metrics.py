@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sglang_dcp.ledger.eviction import REASONS
 from sglang_dcp.upstream.observe.exchange_time import MeasuredTransport, measured
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ GAUGE_INTERVAL_SECONDS = 0.1
 """Gauges are set at most this often; the step path pays one clock reading otherwise."""
 
 EXCHANGE_TEXT = "Time in the exchange of one sharded step without a graph, waiting for peers included."
+EVICTIONS_TEXT = "Sequences of this home that gave way: to growth, an admission, local requests, or the share of a pool."
 EXCHANGE_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 WAIT_BUCKETS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 DEGREE_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32)
@@ -52,6 +54,10 @@ class StepMetrics:
         self.graph_steps = counter("graph_steps_total", "Forward passes of this instance that ran as a CUDA graph.")
         self.sharded_graph_steps = counter("sharded_graph_steps_total", "Forward passes that ran as a CUDA graph with sharded rows.")
         self.eager_steps = counter("eager_steps_total", "Forward passes of this instance that ran without a graph.")
+        self.retained_tokens = gauge("retained_tokens", "KV tokens in this instance's pool that requests left to later ones.")
+        self.prefix_hits = counter("prefix_hits_total", "Requests of this home that took over what an earlier one left.")
+        evictions = Counter(PREFIX + "evictions_total", EVICTIONS_TEXT, labelnames=[*labels, "reason"])
+        self.evictions = {reason: evictions.labels(**labels, reason=reason) for reason in REASONS}
         self.exchange = histogram("exchange_seconds", EXCHANGE_TEXT, EXCHANGE_BUCKETS)
 
     def observe_end(self, where: Mapping[str, Any]) -> None:
@@ -71,7 +77,8 @@ class StepMetrics:
             return
         self._due = now + GAUGE_INTERVAL_SECONDS
         self.kv_tokens.set(int(part.kv_tokens[part.rank]))
-        self.guest_tokens.set(part.guests.num_pages * part.page_size)
+        self.guest_tokens.set((part.guests.num_pages - part.guests.num_retained) * part.page_size)
+        self.retained_tokens.set(part.retention.num_pages_here * part.page_size)
         self.home_requests.set(int(part.home_requests[part.rank]))
         self.attention_rows.set(count_attention_rows(runtime))
         for counter, total in self._totals(runtime).items():
@@ -80,13 +87,15 @@ class StepMetrics:
 
     def _totals(self, runtime: Runtime) -> dict[Any, int]:
         """What the counters are to show, since the start."""
-        ledger, passes = runtime.participant.counters, runtime.counters
+        ledger, passes, kept = runtime.participant.counters, runtime.counters, runtime.participant.retention.counters
         return {
             self.degree_growths: ledger.degree_growths,
             self.retractions: ledger.retractions,
             self.graph_steps: passes.graph_steps,
             self.eager_steps: passes.eager_steps,
             self.sharded_graph_steps: passes.sharded_graph_steps,
+            self.prefix_hits: kept.hits,
+            **{self.evictions[reason]: count for reason, count in kept.evictions.items()},
         }
 
 

@@ -132,7 +132,8 @@ def _figures(runtime: Runtime) -> dict[str, Any]:
         "rank": participant.rank,
         "pool_tokens": participant.num_pages * page_size,
         "kv_tokens": (participant.num_pages - runtime.pool.num_givable_pages()) * page_size,
-        "guest_tokens": participant.guests.num_pages * page_size,
+        "guest_tokens": (participant.guests.num_pages - participant.guests.num_retained) * page_size,
+        "retained_tokens": participant.retention.num_pages_here * page_size,
         "queued": len(runtime.scheduler.waiting_queue),
     }
 
