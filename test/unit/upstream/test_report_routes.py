@@ -51,9 +51,14 @@ class Instances:
 
 
 def make_app(
-    monkeypatch: pytest.MonkeyPatch, instances: Instances, api_key: str | None = None, admin_api_key: str | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    instances: Instances,
+    api_key: str | None = None,
+    admin_api_key: str | None = None,
+    *,
+    behind_middleware: bool = True,
 ) -> FastAPI:
-    """SGLang's middleware and our routes, as its HTTP server builds them."""
+    """Our routes, behind SGLang's middleware as its HTTP server builds them, or without, as its tokenizer workers do."""
     from sglang.srt import runtime_context
     from sglang.srt.utils import auth
 
@@ -61,22 +66,29 @@ def make_app(
     app = FastAPI()
     stand_in = SimpleNamespace(app=app, get_global_state=lambda: SimpleNamespace(tokenizer_manager=manager))
     monkeypatch.setitem(sys.modules, "sglang.srt.entrypoints.http_server", stand_in)
-    monkeypatch.setattr(runtime_context, "get_serving", lambda: SimpleNamespace(fastapi_root_path="/proxied"))
+    serving = SimpleNamespace(fastapi_root_path="/proxied", api_key=api_key, admin_api_key=admin_api_key)
+    monkeypatch.setattr(runtime_context, "get_serving", lambda: serving)
     monkeypatch.setattr(auth, "decide_request_auth", functools.partial(live.open_page, auth.decide_request_auth))
     result.add_report_route()
     live.add_live_routes()
     app.get("/dyncp/live/other")(result.serve_report)
-    if api_key or admin_api_key:
+    if behind_middleware and (api_key or admin_api_key):
         auth.add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_api_key)
     return app
 
 
+@pytest.mark.parametrize("behind_middleware", [True, False])
 @pytest.mark.parametrize(("api_key", "admin_api_key", "header", "allowed"), ACCESS)
 def test_figures_are_an_administrators_call(
-    api_key: str | None, admin_api_key: str | None, header: str | None, allowed: bool, monkeypatch: pytest.MonkeyPatch
+    api_key: str | None,
+    admin_api_key: str | None,
+    header: str | None,
+    allowed: bool,
+    behind_middleware: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     instances = Instances()
-    client = TestClient(make_app(monkeypatch, instances, api_key, admin_api_key))
+    client = TestClient(make_app(monkeypatch, instances, api_key, admin_api_key, behind_middleware=behind_middleware))
     for route in (ROUTE, LOAD_ROUTE):
         answer = client.get(route, headers={"Authorization": header} if header else {})
         assert answer.status_code == (200 if allowed else 401)

@@ -27,7 +27,6 @@ WORKING: dict[str, Any] = {
     "device": "cpu",
     "pp_size": 1,
     "disaggregation_mode": "null",
-    "tokenizer_worker_num": 1,
     "dwdp_size": 1,
     "page_size": 16,
     "kv_cache_dtype": "auto",
@@ -39,7 +38,6 @@ BREAKING: dict[str, Any] = {
     "device": "xpu",
     "pp_size": 2,
     "disaggregation_mode": "prefill",
-    "tokenizer_worker_num": 2,
     "dwdp_size": 2,
     "page_size": 1,
     "kv_cache_dtype": "fp8_e5m2",
@@ -172,6 +170,7 @@ LINES: list[tuple[str, list[int] | str]] = [
     ("--tp 4 --speculative-algorithm NGRAM", "sglang_dcp: --speculative-algorithm NGRAM does not work"),
     ("--tp 4 --dllm-algorithm LowConfidence", "sglang_dcp: --dllm-algorithm LowConfidence does not work"),
     ("--tp 4 --device xpu", "sglang_dcp: --device xpu does not work"),
+    ("--tp 4 --tokenizer-worker-num 2", [4, 4, 1, 16]),
     ("--tp 4 --dyncp-degree 3", "sglang_dcp: --dyncp-degree 3 works with --dyncp-policy fixed only"),
 ]
 """Flags as launch lines have them, and the widths (attention, experts, replicas) and page size that come of them, or our own refusal."""

@@ -1,10 +1,11 @@
-"""Touch points of the main process (HTTP server and tokenizer manager): no other process imports these modules."""
+"""Touch points of processes that serve HTTP: the main process, or each tokenizer worker. No other process imports these modules."""
 
 from __future__ import annotations
 
 from sglang_dcp.upstream.attach.hook import Hook
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_WORKER = "sglang.srt.managers.multi_tokenizer_mixin.TokenizerWorker"
 _CONTROLS = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
 _HTTP = "sglang.srt.entrypoints.http_server"
 
@@ -37,6 +38,20 @@ _REFUSALS = tuple(
     for target in REFUSED_CONTROLS
 )
 
+_PAUSES = tuple(
+    Hook(
+        target=f"{owner}.pause_generation",
+        kind="around",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.front.requests:pause_generation",
+        why="mode retract is refused by name; in_place and abort are SGLang's own",
+        upstream="a switch per control endpoint",
+        remove_when="a retraction of all requests at once frees sharded ones on every instance",
+        parameters=("obj",),
+    )
+    for owner in (_MANAGER, _WORKER)
+)
+
 DYNCP_MAIN_HOOKS: tuple[Hook, ...] = (
     Hook(
         target="sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
@@ -47,6 +62,16 @@ DYNCP_MAIN_HOOKS: tuple[Hook, ...] = (
         upstream="pool sizes on the tokenizer manager",
         remove_when="the tokenizer manager has max_total_num_tokens",
         parameters=(),
+    ),
+    Hook(
+        target=f"{_HTTP}.set_global_state",
+        kind="after",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.front.requests:learn_worker_limits",
+        why="so does every tokenizer worker",
+        upstream="pool sizes on the tokenizer manager",
+        remove_when="the tokenizer manager has max_total_num_tokens",
+        parameters=("global_state",),
     ),
     Hook(
         target=f"{_MANAGER}.generate_request",
@@ -128,15 +153,6 @@ DYNCP_MAIN_HOOKS: tuple[Hook, ...] = (
         remove_when="AuthLevel has such a level",
         parameters=("method", "path"),
     ),
-    Hook(
-        target=f"{_MANAGER}.pause_generation",
-        kind="around",
-        hook_set="dyncp",
-        handler="sglang_dcp.upstream.front.requests:pause_generation",
-        why="mode retract is refused by name; in_place and abort are SGLang's own",
-        upstream="a switch per control endpoint",
-        remove_when="a retraction of all requests at once frees sharded ones on every instance",
-        parameters=("obj",),
-    ),
+    *_PAUSES,
     *_REFUSALS,
 )

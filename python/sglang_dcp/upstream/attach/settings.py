@@ -18,6 +18,7 @@ from sglang_dcp.upstream.attach.cuda_settings import (
 )
 from sglang_dcp.upstream.attach.model_sizes import learn_served_model
 from sglang_dcp.upstream.attach.widths import SettingError, complete_widths
+from sglang_dcp.upstream.front.tokenizer_workers import find_app_refusal
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +54,6 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("enable_two_batch_overlap", "--enable-two-batch-overlap", _off, "it splits a step's rows in two"),
     Refusal("enable_mixed_chunk", "--enable-mixed-chunk", _off, "a batch is either a prefill or a decode"),
     Refusal("enable_pdmux", "--enable-pdmux", _off, "a batch is either a prefill or a decode"),
-    Refusal(
-        "tokenizer_worker_num",
-        "--tokenizer-worker-num",
-        lambda v: v == 1,
-        "tokenizer workers load no plugins, so they would not check requests",
-    ),
     Refusal("page_size", "--page-size", lambda v: v is not None and v > 1, "the ledger works in pages of at least 2 tokens"),
     Refusal(
         "kv_cache_dtype",
@@ -102,9 +97,19 @@ def find_refusal(values: Callable[[str], Any], *, resolved: bool = True) -> str 
     return None
 
 
-def find_front_refusal(rust_server: bool) -> str | None:
-    """The message for SGLang's server inside a scheduler, which an environment variable switches on, or None."""
-    return f"SGLANG_RUST_SERVER=1 does not work with --enable-dyncp: {PAST_THE_CHECKS}" if rust_server else None
+def find_front_refusal(rust_server: bool, workers: int = 1, worker_app: str | None = None) -> str | None:
+    """The message for a server that an environment variable chooses and that checks no requests, or None: SGLang's inside a scheduler, or
+    an application of the user's for several tokenizer workers."""
+    if rust_server:
+        return f"SGLANG_RUST_SERVER=1 does not work with --enable-dyncp: {PAST_THE_CHECKS}"
+    return find_app_refusal(workers, worker_app, PAST_THE_CHECKS)
+
+
+def read_front_refusal(view: Any) -> str | None:
+    """find_front_refusal of this process's environment."""
+    from sglang.srt.environ import envs
+
+    return find_front_refusal(envs.SGLANG_RUST_SERVER.get(), view.tokenizer_worker_num, envs.SGLANG_HTTP_SERVER_APP_PATH.get())
 
 
 def complete_page_size(values: Callable[[str], Any]) -> dict[str, int]:
@@ -124,7 +129,6 @@ def register_resolution() -> None:
     from sglang.srt.arg_groups.model_override_base import use_mla_backend
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
-    from sglang.srt.environ import envs
     from sglang.srt.utils import get_device_sm
 
     @register_resolution_hook("handle_deprecated_dp_attention")
@@ -136,7 +140,7 @@ def register_resolution() -> None:
             declare_resolution(server_args, SOURCE, **widths)
         except SettingError as error:
             raise SystemExit(f"sglang_dcp: {error}") from error
-        message = find_front_refusal(envs.SGLANG_RUST_SERVER.get())
+        message = read_front_refusal(view)
         message = message or find_refusal(lambda field: getattr(view, field), resolved=False)
         if message is not None:
             raise SystemExit(f"sglang_dcp: {message}")
@@ -156,7 +160,7 @@ def register_resolution() -> None:
         def values(field: str) -> Any:
             return getattr(view, field)
 
-        message = find_front_refusal(envs.SGLANG_RUST_SERVER.get()) or find_refusal(values)
+        message = read_front_refusal(view) or find_refusal(values)
         message = message or find_transport_refusal(config.transport, view.device) or find_quantised_kv_refusal(values)
         if message is None and view.device == "cuda":
             message = find_card_refusal(get_device_sm()) or find_cuda_refusal(values, latent=use_mla_backend(server_args))

@@ -7,12 +7,13 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from fastapi import HTTPException
+from fastapi import Depends, HTTPException
 from fastapi.responses import HTMLResponse
 
 from sglang_dcp.observe.live_page import live_page
 from sglang_dcp.observe.load import merge_loads
 from sglang_dcp.observe.report_client import LIVE_ROUTE, LOAD_RID, LOAD_ROUTE
+from sglang_dcp.upstream.front.access import check_key
 
 KEPT_SECONDS = 0.5
 """A load is read again after this time: many readers cost the schedulers as much as one."""
@@ -47,7 +48,8 @@ def add_live_routes() -> None:
     from sglang.srt.utils.auth import AuthLevel, auth_level
 
     app.add_api_route(LIVE_ROUTE, serve_page, methods=["GET"], response_class=HTMLResponse)
-    app.add_api_route(LOAD_ROUTE, auth_level(AuthLevel.ADMIN_OPTIONAL)(make_load_endpoint(SharedReading(read_load))), methods=["GET"])
+    endpoint = auth_level(AuthLevel.ADMIN_OPTIONAL)(make_load_endpoint(SharedReading(read_load)))
+    app.add_api_route(LOAD_ROUTE, endpoint, methods=["GET"], dependencies=[Depends(check_key)])
 
 
 async def serve_page() -> HTMLResponse:

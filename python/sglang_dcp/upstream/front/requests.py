@@ -16,26 +16,43 @@ from sglang_dcp.upstream.attach.install import verify_installed
 from sglang_dcp.upstream.front.field_kinds import Sizes
 from sglang_dcp.upstream.front.request_limits import RequestError, RequestLimits, check_options
 from sglang_dcp.upstream.front.request_ranges import check_body, check_prompt
+from sglang_dcp.upstream.front.tokenizer_workers import POOL_KEY
 from sglang_dcp.upstream.layers.synthetic_prefill import BENCHMARK_VARIABLE, is_enabled
 from sglang_dcp.upstream.router.placement_hint import strip_hints
 
 
 def learn_limits(result: tuple[Any, ...], engine: type, *args: Any, **kwargs: Any) -> None:
     """AFTER Engine._launch_subprocesses: the schedulers have told how large their pools are."""
-    from sglang.srt.runtime_context import get_parallel, get_schedule
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
     verify_installed()
     manager, init = result[0], result[3]
-    config = DynCpConfig.from_environment()
-    if manager is None or config is None:
+    if manager is None:
         return
+    pool_tokens = min(int(info["max_total_num_tokens"]) for info in init.scheduler_infos)
+    init.scheduler_infos[0][POOL_KEY] = pool_tokens
+    if isinstance(manager, TokenizerManager):
+        manager.dyncp_limits = limits_of(pool_tokens)
+
+
+def learn_worker_limits(result: None, global_state: Any) -> None:
+    """AFTER http_server.set_global_state. In the main process of a server with workers there is no tokenizer manager, but their router."""
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    manager = global_state.tokenizer_manager
+    if isinstance(manager, TokenizerManager):
+        manager.dyncp_limits = limits_of(global_state.scheduler_info[POOL_KEY])
+
+
+def limits_of(pool_tokens: int) -> RequestLimits:
+    """pool_tokens: of the smallest pool. The rest is every process's own."""
+    from sglang.srt.runtime_context import get_parallel, get_schedule
+
+    config = DynCpConfig.from_environment()
+    if config is None:
+        raise RuntimeError("the dyncp hooks are installed but no configuration came with the environment")
     num_instances = int(get_parallel().num_dp_ranks)
-    manager.dyncp_limits = RequestLimits(
-        config=config.resolve(num_instances),
-        num_instances=num_instances,
-        pool_tokens=min(int(info["max_total_num_tokens"]) for info in init.scheduler_infos),
-        page_size=int(get_schedule().page_size),
-    )
+    return RequestLimits(config.resolve(num_instances), num_instances, pool_tokens, page_size=int(get_schedule().page_size))
 
 
 def check_request_options(manager: Any, obj: Any, request: Any = None) -> None:
@@ -140,7 +157,7 @@ def refuse_control(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 async def pause_generation(original: Callable[..., Any], manager: Any, obj: Any) -> None:
-    """AROUND TokenizerManager.pause_generation.
+    """AROUND pause_generation of TokenizerManager and TokenizerWorker.
 
     in_place: schedulers take control requests from one broadcast over all of them, so all pause between the same two steps and none waits
     for another in an exchange. abort: the main process aborts every request and holds new ones back. retract would free the home's share of

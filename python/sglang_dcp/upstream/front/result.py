@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fastapi import Depends
+
 from sglang_dcp.observe.report_client import META_KEY, REPORT_RID, ROUTE
 from sglang_dcp.observe.request_log import merge_requests
+from sglang_dcp.upstream.front.access import check_key
 
 
 def add_meta_info(
@@ -31,7 +34,7 @@ def add_report_route() -> None:
     from sglang.srt.entrypoints.http_server import app
     from sglang.srt.utils.auth import AuthLevel, auth_level
 
-    app.add_api_route(ROUTE, auth_level(AuthLevel.ADMIN_OPTIONAL)(serve_report), methods=["GET"])
+    app.add_api_route(ROUTE, auth_level(AuthLevel.ADMIN_OPTIONAL)(serve_report), methods=["GET"], dependencies=[Depends(check_key)])
 
 
 async def serve_report(rid: str | None = None) -> dict[str, Any]:
