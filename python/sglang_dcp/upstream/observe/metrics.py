@@ -37,8 +37,9 @@ class StepMetrics:
         def gauge(name: str, text: str) -> Any:
             return Gauge(PREFIX + name, text, labelnames=list(labels), multiprocess_mode="mostrecent").labels(**labels)
 
-        def counter(name: str, text: str) -> Any:
-            return Counter(PREFIX + name, text, labelnames=list(labels)).labels(**labels)
+        def counter(name: str, text: str, *more: str) -> Any:
+            made = Counter(PREFIX + name, text, labelnames=[*labels, *more])
+            return made if more else made.labels(**labels)
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Any:
             return Histogram(PREFIX + name, text, labelnames=list(labels), buckets=buckets).labels(**labels)
@@ -56,7 +57,7 @@ class StepMetrics:
         self.eager_steps = counter("eager_steps_total", "Forward passes of this instance that ran without a graph.")
         self.retained_tokens = gauge("retained_tokens", "KV tokens in this instance's pool that requests left to later ones.")
         self.prefix_hits = counter("prefix_hits_total", "Requests of this home that took over what an earlier one left.")
-        evictions = Counter(PREFIX + "evictions_total", EVICTIONS_TEXT, labelnames=[*labels, "reason"])
+        evictions = counter("evictions_total", EVICTIONS_TEXT, "reason")
         self.evictions = {reason: evictions.labels(**labels, reason=reason) for reason in REASONS}
         self.exchange = histogram("exchange_seconds", EXCHANGE_TEXT, EXCHANGE_BUCKETS)
 
