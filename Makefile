@@ -5,6 +5,8 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # `make gpu-test PYTHON=python3` takes that interpreter as it is and installs nothing; likewise the other targets.
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(STAMP))
+# A module's tests stay in one process, so that they share what it prepared. Servers are started by one process alone.
+IN_TWO_PROCESSES := -n 2 --dist loadscope
 GPU_TESTS := sgl-kernel-dcp/tests test/gpu
 GPU_LOG := logs/gpu_test.log
 
@@ -27,10 +29,11 @@ watch: $(READY) ## The demo, then more requests until Ctrl-C: look at it in a br
 	$(PYTHON) scripts/demo.py --keep
 
 test: $(READY) ## All tests, real servers on the CPU included (under an hour on 2 cores)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(IN_TWO_PROCESSES) -m "not server"
+	$(PYTHON) -m pytest -m server
 
 test-fast: $(READY) ## The tests that start no server (about 2 minutes)
-	$(PYTHON) -m pytest -m "not server and not gpu"
+	$(PYTHON) -m pytest $(IN_TWO_PROCESSES) -m "not server and not gpu"
 
 gpu-test: SHELL := /bin/bash
 gpu-test: $(READY) ## Kernels and runtime on a Hopper GPU, against stock SGLang; skips with the reason where there is none

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sglang_dcp.cli.serve import plan_launch
+from sglang_dcp.cli.serve import plan_launch, split_restart
 from sglang_dcp.upstream.attach.settings import (
     REFUSALS,
     complete_page_size,
@@ -185,7 +185,8 @@ def resolved() -> list[Any]:
     lines = [["--model-path", model_path("qwen3moe"), "--enable-dyncp", "--device", "cpu", *flags.split()] for flags, _ in LINES]
     for line in DOCUMENTED:
         flags = shlex.split(line.partition(" serve ")[2].replace("MODEL", model_path("qwen3moe")))
-        lines.append(list(plan_launch(flags, os.environ, cuda_devices=None).flags))
+        _, server_flags = split_restart(flags)
+        lines.append(list(plan_launch(server_flags, os.environ, cuda_devices=None).flags))
     launch = plan_launch(lines[0], os.environ, cuda_devices=None)
     command = [sys.executable, "-c", RESOLVE, json.dumps(lines)]
     result = subprocess.run(command, env={**os.environ, **launch.additions}, capture_output=True, text=True, check=False, timeout=300)
@@ -213,4 +214,5 @@ def test_serve_commands_are_found_in_every_form() -> None:
     block = "sglang serve \\\n  --tp 2 # two\nX=1 python -m sglang.launch_server --tp 4 [more]\nsglang-dcp serve --help"
     page = f"```bash\n{block}\n```\nsglang serve prose"
     assert serve_lines([page]) == ["X=1 python -m sglang.launch_server --tp 4", "sglang serve --tp 2"]
-    assert DOCUMENTED == ["sglang-dcp serve --model-path MODEL --tp 8 --enable-dyncp"]
+    common = "--model-path MODEL --tp 8 --enable-dyncp"
+    assert list(DOCUMENTED) == [f"sglang-dcp serve {common}", f"sglang-dcp serve --restart 3 {common}"]
