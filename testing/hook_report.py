@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
-from testing.hook_probe.dyncp_hook_probe import FOLDER_VARIABLE
+from testing.hook_probe.dyncp_hook_probe import FOLDER_VARIABLE, RAISE_VARIABLE
 from testing.server import ServerConfig
 
 _PLUGIN_FOLDER = Path(__file__).parent / "hook_probe"
@@ -14,7 +15,18 @@ _PLUGIN_FOLDER = Path(__file__).parent / "hook_probe"
 
 def reporting_hooks(config: ServerConfig, folder: Path) -> ServerConfig:
     """The same server, writing the patched targets of each of its processes into `folder`."""
-    added = (("PYTHONPATH", str(_PLUGIN_FOLDER)), (FOLDER_VARIABLE, str(folder)))
+    return _with_plugin(config, FOLDER_VARIABLE, folder)
+
+
+def raising_by(config: ServerConfig, file: Path) -> ServerConfig:
+    """The same server, whose instance R raises in its next forward pass once `file` holds R."""
+    return _with_plugin(config, RAISE_VARIABLE, file)
+
+
+def _with_plugin(config: ServerConfig, variable: str, path: Path) -> ServerConfig:
+    """The plugin's folder comes before what this run itself has on its path."""
+    folders = os.pathsep.join(filter(None, (str(_PLUGIN_FOLDER), os.environ.get("PYTHONPATH"))))
+    added = (("PYTHONPATH", folders), (variable, str(path)))
     return dataclasses.replace(config, environment=config.environment + added)
 
 

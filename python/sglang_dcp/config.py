@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ class DynCpConfig:
     split_budget: str = "auto"
     cache_fraction: float = 0.0
     cache_min_tokens: int = 1024
+    hang_seconds: float = 60.0
+    drain_seconds: float = 300.0
     served_model: ServedModel | None = field(default=None, metadata={"flag": False})
     num_nodes: int = field(default=1, metadata={"flag": False})
 
@@ -61,6 +64,9 @@ class DynCpConfig:
         for flag, value in (("--dyncp-degree", self.degree), ("--dyncp-max-degree", self.max_degree), ("--dyncp-max-rows", self.max_rows)):
             if value is not None and value < 1:
                 raise ConfigError(f"{flag} must be at least 1, got {value}")
+        for flag, seconds in (("--dyncp-hang-seconds", self.hang_seconds), ("--dyncp-drain-seconds", self.drain_seconds)):
+            if not 0.0 <= seconds < math.inf:
+                raise ConfigError(f"{flag} must be a number of seconds, 0 or more, got {seconds}")
         if not 0.0 <= self.max_guest_fraction <= 1.0:
             raise ConfigError(f"--dyncp-max-guest-fraction must lie in [0, 1], got {self.max_guest_fraction}")
         if not 0.0 <= self.cache_fraction <= 1.0:
@@ -160,4 +166,21 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
         "--dyncp-split-budget",
         choices=SPLIT_BUDGETS,
         help="How decode graphs split long rows with FlashInfer (GQA): auto, whatever stands beside them, or stock. Default: auto.",
+    )
+    _add_ending_arguments(group)
+
+
+def _add_ending_arguments(group: argparse._ArgumentGroup) -> None:
+    """When a server gives up, and how long it waits for its clients."""
+    group.add_argument(
+        "--dyncp-hang-seconds",
+        type=float,
+        metavar="S",
+        help="End the server with exit code 75 when requests are open and no instance has made a step for so long; 0 never. Default: 60.",
+    )
+    group.add_argument(
+        "--dyncp-drain-seconds",
+        type=float,
+        metavar="S",
+        help="Longest time after SIGTERM for open requests to end by themselves; then they get HTTP 503. Default: 300.",
     )

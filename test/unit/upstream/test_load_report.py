@@ -36,7 +36,7 @@ def runtime_of(queue: list[Any], *, grammar: list[Any] | None = None, chunked: A
         chunked_req=chunked,
         req_to_token_pool=SimpleNamespace(size=32, available_size=lambda: 32 - rows),
     )
-    participant = SimpleNamespace(rank=1, page_size=PAGE, homes=HomeBook(PageIds(1, 3, 64, PAGE)), guests=GuestBook())
+    participant = SimpleNamespace(rank=1, step=3, page_size=PAGE, homes=HomeBook(PageIds(1, 3, 64, PAGE)), guests=GuestBook())
     participant.retention = SimpleNamespace(num_pages_here=0)
     return SimpleNamespace(scheduler=scheduler, participant=participant, queues=Queues(placements_taken_in=7))
 

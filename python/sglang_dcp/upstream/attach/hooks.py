@@ -73,6 +73,16 @@ DYNCP_HOOKS: tuple[Hook, ...] = (
         parameters=(),
     ),
     Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.run_event_loop",
+        kind="around",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.ending.failure:run_event_loop",
+        why="the error that clients get names the instance, step and exception that ended the server",
+        upstream="a scheduler tells the main process why it ends",
+        remove_when="SIGQUIT handling in the main process knows the exception",
+        parameters=(),
+    ),
+    Hook(
         target="sglang.srt.managers.scheduler.Scheduler.__init__",
         kind="after",
         hook_set="dyncp",

@@ -20,9 +20,11 @@ from sglang_dcp.upstream.step.runtime import Runtime
 
 
 class ReportedLoad(LoadSnapshot):
-    """SGLang's snapshot and, of an instance that is attached, our report."""
+    """SGLang's snapshot and, of an instance that is attached, our report, its step, and what ended it (upstream/ending)."""
 
     dyncp: HomeReport | None = None
+    dyncp_step: int = 0
+    dyncp_failure: str = ""
 
 
 def read_reports() -> None:
@@ -35,7 +37,7 @@ def add_report(runtime: Runtime, result: Any, inquirer: Any) -> Any:
     """AFTER SchedulerLoadInquirer.get_loads."""
     result.num_used_tokens -= runtime.participant.retention.num_pages_here * runtime.participant.page_size
     fields = {name: getattr(result, name) for name in result.__struct_fields__}
-    return ReportedLoad(**fields, dyncp=build_report(runtime, int(result.num_used_tokens)))
+    return ReportedLoad(**fields, dyncp=build_report(runtime, int(result.num_used_tokens)), dyncp_step=runtime.participant.step)
 
 
 def build_report(runtime: Runtime, used_tokens: int) -> HomeReport:
