@@ -35,7 +35,7 @@ def grid_server(model: str, page_size: int, chunk_tokens: int) -> ServerConfig:
         page_size=page_size,
         chunk_tokens=chunk_tokens,
         dyncp=True,
-        flags=("--enable-metrics"),
+        flags=("--enable-metrics",),
         environment=CHECK,
     )
 
