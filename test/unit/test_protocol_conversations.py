@@ -164,3 +164,24 @@ def test_a_walk_of_conversations():
         model.drain(20_000)
         assert sum(c.hits for c in counters(model)) > 30
         assert sum(sum(c.evictions.values()) for c in counters(model)) > 30
+
+
+def test_a_pinned_degree_is_kept_and_takes_the_shards_of_the_sequence():
+    model = ProtocolModel(1, 3, 32, 4)
+    req = model.arrive(0, 40, 9, (1, 0))
+    finish(model, req)
+    finish(model, model.next_turn(req, 0, 6, 5, (0, 1, 2)))
+    assert num_cached(model) == 0, "degree 3 was asked for"
+    finish(model, model.next_turn(req, 0, 6, 5, (2, 0)))
+    assert num_cached(model) == 48
+    model.drain(100)
+
+
+def test_a_pinned_degree_is_reached_from_a_sequence_on_one_shard():
+    model = ProtocolModel(1, 2, 32, 4)
+    req = model.arrive(0, 40, 5, (1,))
+    finish(model, req)
+    later = model.next_turn(req, 0, 6, 5, (1, 0))
+    finish(model, later)
+    assert num_cached(model) == 44
+    model.drain(100)

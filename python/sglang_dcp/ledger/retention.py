@@ -71,14 +71,14 @@ class Retention:
         self.counters.retained += 1
         return Retain(request.handle, retained.shards(request.handle, num_pages))
 
-    def find(self, digests: bytes, most_pages: int, total_pages: int, shards: frozenset[int] | None = None) -> Match | None:
+    def find(self, digests: bytes, most_pages: int, total_pages: int, degree: int | None = None) -> Match | None:
         """The sequence to take over for a prompt, None when none is worth it. digests: of the prompt's whole pages. At most `most_pages`
-        of them may match; the request needs `total_pages` in all. shards: those it must lie on, None where it may lie anywhere."""
+        of them may match; the request needs `total_pages` in all. degree: of the sequence, where it is pinned."""
         book = self.homes.retained
         for handle, common in book.matches(digests) if len(book) else ():
             num_pages, held = min(common, most_pages), book.num_pages(handle)
             kept = book.shards(handle, min(held, total_pages))
-            fits = shards is None or {rank for rank, _ in kept} == shards
+            fits = degree is None or len(kept) <= degree
             if num_pages and fits and held - num_pages <= MOST_LOST * held:
                 return Match(handle, num_pages, kept)
         return None

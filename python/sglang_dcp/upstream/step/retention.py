@@ -84,23 +84,25 @@ def find(runtime: Runtime, req: Any) -> Match | None:
     page_size, tokens = participant.page_size, req.origin_input_ids + req.output_ids
     if getattr(req, "dyncp_digested_tokens", None) != len(tokens):
         req.dyncp_digests, req.dyncp_digested_tokens = page_digests(tokens, page_size, namespace_of(req)), len(tokens)
-    shards = None if req.dyncp_placement_flexible else frozenset(req.dyncp_placement.shards)
+    # Which shards a pinned degree gets is the router's choice of the moment; here they are those of the sequence.
+    degree = None if req.dyncp_placement_flexible else req.dyncp_placement.degree
     most_pages = req._compute_max_prefix_len(len(tokens)) // page_size
-    return participant.retention.find(req.dyncp_digests, most_pages, num_pages(len(tokens), page_size) + 1, shards)
+    return participant.retention.find(req.dyncp_digests, most_pages, num_pages(len(tokens), page_size) + 1, degree)
 
 
 def segments_behind(req: Any, match: Match, pages: int, limits: SplitLimits) -> Split | None:
     """Where the pages behind those taken over are asked for, of `pages` in all: at home where the degree allows it, else where the others
     are. None where no such split can ever fit."""
     home, kept = req.dyncp_placement.home, dict(match.kept)
+    may_widen = req.dyncp_placement_flexible or len(kept) < req.dyncp_placement.degree
     order = sorted(kept, key=lambda rank: rank == home)
     split = [(rank, kept[rank]) for rank in order]
-    if home not in kept and req.dyncp_placement_flexible and pages > match.num_kept:
+    if home not in kept and may_widen and pages > match.num_kept:
         split.append((home, 1))
     whole = limits.complete(home, split, pages)
     if whole is None or not limits.fits(home, whole) or any(dict(whole).get(rank, 0) < count for rank, count in match.kept):
         return None
-    if not req.dyncp_placement_flexible and {rank for rank, _ in whole} != set(req.dyncp_placement.shards):
+    if not req.dyncp_placement_flexible and len(whole) != req.dyncp_placement.degree:
         return None
     return tuple((rank, count - kept.get(rank, 0)) for rank, count in whole if count > kept.get(rank, 0))
 
