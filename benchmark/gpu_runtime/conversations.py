@@ -1,0 +1,143 @@
+"""What retained conversations gain on one Hopper GPU: the time to a later turn's first token, with the prefix cache on and off.
+
+    python -m benchmark.gpu_runtime.conversations OUT_DIR [--one-gpu] [--model qwen3-30b-a3b] [--layers 4] [--tokens 100000] [--dry]
+
+Two servers of two instances, one after the other: the same flags but --dyncp-cache-fraction. Each answers a long prompt, then the same with
+2,000 tokens more, at degree 2; then a closed loop of conversations, one request of each at a time; then decodes of which nobody is sharded
+and nothing is retained. Writes OUT_DIR/conversations.json after every part. --dry: the tiny test model on a CPU, lengths divided.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmark.gpu_runtime.loads import Load, run_load
+from benchmark.multi_gpu.model_shapes import model_flags, write_shape
+from benchmark.multi_gpu.servers import ROOT, GpuServer, stop_all, wait_ready
+from benchmark.multi_gpu.settings import read_device_facts, set_environment
+from benchmark.multi_gpu.streams import Streamed, stream
+from benchmark.serving.provenance import provenance
+from testing.gpu.runtime_check import pinned, prompt
+from testing.gpu.servers import port_range
+from testing.server import find_free_port
+
+INSTANCES, CONVERSATIONS, TURNS, OUTPUT = 2, 12, 3, 16
+FRACTIONS = {"off": "0", "on": "0.9"}
+
+
+def build_server(args: argparse.Namespace, name: str) -> GpuServer:
+    flags: tuple[str, ...] = ("--dyncp-cache-fraction", FRACTIONS[name], "--stream-interval", "1")
+    if args.dry:
+        server = GpuServer(name, ROOT / "testing/models/qwen3moe", INSTANCES, 4096, True, (*flags, "--page-size", "16"), device="cpu")
+        return server
+    flags += ("--context-length", "131072", "--page-size", "64", "--load-format", "dummy", "--mem-fraction-static", "0.85")
+    flags += ("--attention-backend", "flashinfer", "--cuda-graph-max-bs-decode", "32", *model_flags(args.model))
+    path = write_shape(args.model, args.layers, args.out / "models")
+    server = GpuServer(name, path, INSTANCES, 600_000, True, flags, one_gpu=args.one_gpu)
+    server.chunk_tokens = 8192
+    return server
+
+
+def second_turn(server: GpuServer, tokens: int, more: int) -> dict[str, Any]:
+    """Seconds to the first token of a prompt and of the same prompt with `more` tokens behind it. A warm-up of other tokens goes ahead."""
+    sampling = pinned(INSTANCES, 0)
+    for seed in (1, 2):
+        first, second = prompt(tokens, seed), prompt(tokens, seed) + prompt(more, 10 + seed)
+        answers = [stream(server.client, ids, OUTPUT, sampling) for ids in (first, second)]
+    times, cached = [answer.first_token_s for answer in answers], [answer.meta.get("cached_tokens", 0) for answer in answers]
+    return {"tokens": tokens, "more": more, "ttft_s": times, "cached_tokens": cached, "ratio": round(times[1] / times[0], 4)}
+
+
+def converse(server: GpuServer, number: int, first: int, more: int) -> list[Streamed]:
+    """One conversation, a turn after the other; each turn sends all of the turn before and more. The router chooses homes and degrees."""
+    answers, ids = [], prompt(first, 100 + number)
+    for turn in range(TURNS):
+        answers.append(stream(server.client, ids, OUTPUT, {}))
+        ids = ids + prompt(more, 1000 * (turn + 1) + number)
+    return answers
+
+
+def closed_loop(server: GpuServer, first: int, more: int) -> dict[str, Any]:
+    """CONVERSATIONS at once, of lengths that differ, and all their turns' seconds to the first token."""
+    lengths = [first * (6 + number) // 12 for number in range(CONVERSATIONS)]
+    with ThreadPoolExecutor(CONVERSATIONS) as pool:
+        done = list(pool.map(lambda number: converse(server, number, lengths[number], more), range(CONVERSATIONS)))
+    later = [answer for answers in done for answer in answers[1:]]
+    every = [answer for answers in done for answer in answers]
+    asked, cached = (sum(values) for values in zip(*((a.prompt_tokens, a.meta.get("cached_tokens", 0)) for a in every), strict=True))
+    return {
+        "first_prompts": lengths,
+        "more": more,
+        "turns": TURNS,
+        "ttft_median_s": statistics.median(answer.first_token_s for answer in every),
+        "ttft_later_median_s": statistics.median(answer.first_token_s for answer in later),
+        "hit_share": round(cached / asked, 4),
+    }
+
+
+def measure(server: GpuServer, args: argparse.Namespace) -> dict[str, Any]:
+    """All parts on one server; the decodes first, while nothing is retained."""
+    found: dict[str, Any] = {"ready_s": server.ready_s}
+    load = Load(4, 0, 64, 24) if args.dry else Load(16, 0, 1024, 400)
+    found["unsharded_step_ms"] = [
+        run_load(server.client, load, INSTANCES, seed, dyncp=True)["step_ms"] for seed in range(1 if args.dry else 4)
+    ]
+    scale = 64 if args.dry else 1
+    found["second_turn"] = second_turn(server, args.tokens // scale, 2000 // scale)
+    found["closed_loop"] = closed_loop(server, 30_000 // scale, 2000 // scale)
+    return found
+
+
+def summary(servers: dict[str, Any]) -> dict[str, Any]:
+    on, off = servers["on"], servers["off"]
+    return {
+        "ttft_second_over_first": on["second_turn"]["ratio"],
+        "ttft_median_over_off": round(on["closed_loop"]["ttft_median_s"] / off["closed_loop"]["ttft_median_s"], 4),
+        "ttft_later_median_over_off": round(on["closed_loop"]["ttft_later_median_s"] / off["closed_loop"]["ttft_later_median_s"], 4),
+        "idle_step_ratio": round(statistics.median(on["unsharded_step_ms"]) / statistics.median(off["unsharded_step_ms"]), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--one-gpu", action="store_true", help="both instances on GPU 0")
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--model", default="qwen3-30b-a3b")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--start-seconds", type=float, default=240.0)
+    parser.add_argument("--commit", help="what is measured, where git cannot tell")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    set_environment()
+    result = provenance(" ".join(["python", "-m", "benchmark.gpu_runtime.conversations", *sys.argv[1:]]))
+    result["commit"] = args.commit or result["commit"]
+    if not args.dry:
+        result["machine"] = f"{1 if args.one_gpu else INSTANCES} x {read_device_facts()['names'][0]}"
+    result |= {"model": args.model, "layers": args.layers, "servers": {}}
+    for number, name in enumerate(FRACTIONS):
+        server = build_server(args, name)
+        try:
+            server.start(args.out, find_free_port(*port_range(number)))
+            wait_ready([server], time.monotonic() + args.start_seconds)
+            if server.ready_s is None:
+                raise RuntimeError(f"server {name} is not ready; its log ends with {server.log()[-1500:]}")
+            result["servers"][name] = measure(server, args)
+        finally:
+            stop_all([server])
+            (args.out / "conversations.json").write_text(json.dumps(result, indent=1) + "\n")
+    result |= summary(result["servers"])
+    (args.out / "conversations.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
