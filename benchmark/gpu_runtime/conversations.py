@@ -35,8 +35,8 @@ FRACTIONS = {"off": "0", "on": "0.9"}
 def build_server(args: argparse.Namespace, name: str) -> GpuServer:
     flags: tuple[str, ...] = ("--dyncp-cache-fraction", FRACTIONS[name], "--stream-interval", "1")
     if args.dry:
-        server = GpuServer(name, ROOT / "testing/models/qwen3moe", INSTANCES, 4096, True, (*flags, "--page-size", "16"), device="cpu")
-        return server
+        flags += ("--page-size", "16")
+        return GpuServer(name, ROOT / "testing/models/qwen3moe", INSTANCES, 4096, True, flags, device="cpu")
     flags += ("--context-length", "131072", "--page-size", "64", "--load-format", "dummy", "--mem-fraction-static", "0.85")
     flags += ("--attention-backend", "flashinfer", "--cuda-graph-max-bs-decode", "32", *model_flags(args.model))
     path = write_shape(args.model, args.layers, args.out / "models")

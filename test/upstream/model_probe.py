@@ -7,6 +7,7 @@ imported. SGLang is imported once; each model has a fork, because SGLang holds o
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import os
 import sys
@@ -155,9 +156,15 @@ def probe(case: ModelCase) -> dict[str, Any]:
         "error": recorder.error,
         "half_alone": recorder.half_alone,
         "pool_error": recorder.pool_error,
+        "skips_idle": any("is_idle" in inspect.getsource(type(layer).forward) for layer in decoder_layers(modules, layers)),
         "gathers_tokens": any(hasattr(module, "attn_boundary") for module in modules.values()),
         "heads_with_two_instances": heads_with_two_instances(model, runner.torch_runner.model_config.hf_config),
     }
+
+
+def decoder_layers(modules: dict[str, torch.nn.Module], layers: dict[int, str]) -> list[torch.nn.Module]:
+    """What calls the attention of each layer."""
+    return [modules[name.rpartition(".")[0]] for name in layers.values()]
 
 
 def heads_with_two_instances(model: torch.nn.Module, config: Any) -> list[int]:

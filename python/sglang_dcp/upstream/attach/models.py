@@ -11,7 +11,6 @@ SERVED_CLASSES = {
     "Qwen2MoeAttention": "qwen2_moe",
     "Qwen3MoeAttention": "qwen3_moe",
     "Glm4MoeAttention": "glm4_moe",
-    "MiniMaxM2Attention": "minimax_m2",
     "BailingMoEAttention": "bailing_moe",
     "DeepseekV2AttentionMLA": "deepseek_v2",
 }
@@ -21,7 +20,6 @@ TRIED_MODELS = (
     "Qwen2MoeForCausalLM",
     "Qwen3MoeForCausalLM",
     "Glm4MoeForCausalLM",
-    "MiniMaxM2ForCausalLM",
     "BailingMoEForCausalLM",
     "BailingMoeForCausalLM",
     "BailingMoeV2ForCausalLM",
