@@ -413,7 +413,7 @@ class ProtocolModel:
         more = choose.randint(-len(req.origin_input_ids), 2 * self.page_size)
         if choose.random() < 0.7:
             more = choose.randint(0, 3 * self.page_size)
-        length = len(req.full_untruncated_fill_ids) + more
+        length = len(req.full_untruncated_fill_ids) + more + (0 if more >= 0 else 2 * self.page_size)
         if not 0 < length < most:
             return
         home = home if choose.random() < 0.9 else choose.randrange(self.num_instances)
@@ -421,7 +421,8 @@ class ProtocolModel:
         if length < (self.num_pages - 3) * self.page_size and choose.random() < 0.5:
             self.next_turn(req, home, more, max_new, (home,), flexible=choose.random() < 0.8)
             return
-        members = self.limits.members_for(home, length // self.page_size + 2)
+        # As page_segments asks: the prompt's pages and one tail page.
+        members = self.limits.members_for(home, -(-length // self.page_size) + 1)
         degree = min(len(members), self.max_degree, max(1, length // self.page_size))
         self.next_turn(req, home, more, max_new, tuple(choose.sample(members, degree)), flexible=True)
 
