@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts.result_pages import clients, headline, kernels, one_host, several_gpus, simulation
+from scripts.result_pages import clients, headline, kernels, memory, one_host, several_gpus, simulation
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "docs" / "results"
@@ -19,6 +19,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "kernels.md": kernels.render,
     "simulation.md": simulation.render,
     "clients.md": clients.render,
+    "memory.md": memory.render,
 }
 
 
