@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmark.gpu_runtime.loads import Load, run_load
 from benchmark.multi_gpu.model_shapes import model_flags, write_shape
-from benchmark.multi_gpu.servers import ROOT, GpuServer, stop_all, wait_ready
+from benchmark.multi_gpu.servers import ROOT, GpuServer, running
 from benchmark.multi_gpu.settings import read_device_facts, set_environment
 from benchmark.multi_gpu.streams import Streamed, stream
 from benchmark.serving.provenance import provenance
@@ -125,15 +125,9 @@ def main() -> None:
     result |= {"model": args.model, "layers": args.layers, "servers": {}}
     for number, name in enumerate(FRACTIONS):
         server = build_server(args, name)
-        try:
-            server.start(args.out, find_free_port(*port_range(number)))
-            wait_ready([server], time.monotonic() + args.start_seconds)
-            if server.ready_s is None:
-                raise RuntimeError(f"server {name} is not ready; its log ends with {server.log()[-1500:]}")
+        with running(server, args.out, find_free_port(*port_range(number)), time.monotonic() + args.start_seconds):
             result["servers"][name] = measure(server, args)
-        finally:
-            stop_all([server])
-            (args.out / "conversations.json").write_text(json.dumps(result, indent=1) + "\n")
+        (args.out / "conversations.json").write_text(json.dumps(result, indent=1) + "\n")
     result |= summary(result["servers"])
     (args.out / "conversations.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

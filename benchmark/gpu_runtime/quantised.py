@@ -19,7 +19,7 @@ import torch
 
 from benchmark.kernels.timing import graph_microseconds
 from benchmark.multi_gpu.model_shapes import model_flags, write_shape
-from benchmark.multi_gpu.servers import GpuServer, stop_all, wait_ready
+from benchmark.multi_gpu.servers import GpuServer, running
 from benchmark.multi_gpu.settings import set_environment
 from benchmark.serving.provenance import provenance
 from testing.gpu.servers import port_range
@@ -64,14 +64,8 @@ def pools(args: argparse.Namespace) -> dict[str, Any]:
     for number, dtype in enumerate(("bfloat16", "fp8_e4m3")):
         server = GpuServer(dtype, path, INSTANCES, UNBOUNDED_TOKENS, True, (*flags, "--kv-cache-dtype", dtype), one_gpu=True)
         server.chunk_tokens = 8192
-        try:
-            server.start(args.out, find_free_port(*port_range(number)))
-            wait_ready([server], time.monotonic() + 240)
-            if server.ready_s is None:
-                raise RuntimeError(f"server {dtype} is not ready; its log ends with {server.log()[-1500:]}")
+        with running(server, args.out, find_free_port(*port_range(number)), time.monotonic() + 240):
             found[dtype] = min(int(tokens) for tokens in POOL.findall(server.log()))
-        finally:
-            stop_all([server])
     return found | {"ratio": round(found["fp8_e4m3"] / found["bfloat16"], 4)}
 
 

@@ -21,7 +21,7 @@ from benchmark.headline.client import Arrival, send_all
 from benchmark.headline.contenders import Contender, contenders
 from benchmark.headline.judge import Point, point
 from benchmark.multi_gpu.model_shapes import LONGEST_CONTEXT, model_flags, write_shape
-from benchmark.multi_gpu.servers import ROOT, GpuServer, ServerRefused, stop_all, wait_ready
+from benchmark.multi_gpu.servers import ROOT, GpuServer, running
 from benchmark.multi_gpu.settings import read_device_facts, set_environment
 from benchmark.serving.provenance import provenance
 from benchmark.simulate.workloads import chat
@@ -90,29 +90,31 @@ def run_contender(contender: Contender, args: argparse.Namespace, cases: dict[st
         return
     server = build_server(contender, args)
     try:
-        server.start(args.out, find_free_port())
-        wait_ready([server], min(args.ends, time.monotonic() + args.start_limit))
-        if server.ready_s is None:
-            raise ServerRefused(server)
-        warm = DRY_WARM_UP if args.dry else WARM_UP
-        url = f"http://127.0.0.1:{server.port}"
-        asyncio.run(send_all(url, warm, seed=7, timeout_s=300, fields=contender.fields))
-        for rate in rates:
-            if time.monotonic() > args.ends - 1.6 * args.seconds:
-                case.setdefault("notes", []).append(f"no time left for {rate:g} requests/s")
-                break
-            found = measure(server, contender, args, rate)
-            case["points"].append(found)
-            print(contender.name, json.dumps(found), flush=True)
-            save()
-            if found["failed"] or found["p99_ttft_s"] > 30 or found["p99_tpot_ms"] > args.stop_ms:
-                break
+        with running(server, args.out, find_free_port(), min(args.ends, time.monotonic() + args.start_limit)):
+            measure_rates(server, contender, args, rates, case, save)
     except (RuntimeError, OSError) as error:
         case.setdefault("notes", []).append(f"{type(error).__name__}: {error}"[:1500])
         print(contender.name, case["notes"][-1], flush=True)
     finally:
-        stop_all([server])
         save()
+
+
+def measure_rates(
+    server: GpuServer, contender: Contender, args: argparse.Namespace, rates: list[float], case: dict[str, Any], save: Any
+) -> None:
+    """A warm-up, then one rate after the other, until one is too much or the time is over. Each is saved as it is found."""
+    warm = DRY_WARM_UP if args.dry else WARM_UP
+    asyncio.run(send_all(f"http://127.0.0.1:{server.port}", warm, seed=7, timeout_s=300, fields=contender.fields))
+    for rate in rates:
+        if time.monotonic() > args.ends - 1.6 * args.seconds:
+            case.setdefault("notes", []).append(f"no time left for {rate:g} requests/s")
+            return
+        found = measure(server, contender, args, rate)
+        case["points"].append(found)
+        print(contender.name, json.dumps(found), flush=True)
+        save()
+        if found["failed"] or found["p99_ttft_s"] > 30 or found["p99_tpot_ms"] > args.stop_ms:
+            return
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from benchmark.multi_gpu.model_shapes import LONGEST_CONTEXT, model_flags, write_shape
 from benchmark.multi_gpu.settings import ROOT, Settings
@@ -44,6 +45,20 @@ def started(settings: Settings, *servers: GpuServer, limit_s: float = START_LIMI
             if server.ready_s is None:
                 server.dump_stacks()
         yield
+
+
+@contextmanager
+def running(server: GpuServer, folder: Path, port: int, deadline: float) -> Iterator[None]:
+    """One server, which answers; ServerRefused when it does not by `deadline` (time.monotonic). Logs go to `folder`. Stopped in the end,
+    whatever happens."""
+    try:
+        server.start(folder, port)
+        wait_ready([server], deadline)
+        if server.ready_s is None:
+            raise ServerRefused(server)
+        yield
+    finally:
+        stop_all([server])
 
 
 def stock_flags(num_gpus: int) -> tuple[str, ...]:

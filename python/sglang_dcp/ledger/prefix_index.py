@@ -6,24 +6,14 @@ the length of a match is found by bisection.
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections.abc import Sequence
 
-DIGEST_BYTES = 16
-"""Per page. Two different prefixes share one with a chance of 2^-128: an answer never rests on another client's tokens."""
+from sglang_dcp.policy.prefix_digests import DIGEST_BYTES, chained_digests
 
 
 def page_digests(tokens: Sequence[int], page_size: int, namespace: Sequence[str | None] = ()) -> bytes:
-    """DIGEST_BYTES for each whole page of `tokens`, chained. namespace: what keeps equal tokens apart (extra_key, cache_salt)."""
-    words = memoryview(array("q", tokens)).cast("B")
-    chain = hashlib.blake2b(repr(tuple(namespace)).encode(), digest_size=DIGEST_BYTES).digest()
-    digests = bytearray()
-    width = 8 * page_size
-    for start in range(0, len(words) - width + 1, width):
-        chain = hashlib.blake2b(words[start : start + width], digest_size=DIGEST_BYTES, key=chain).digest()
-        digests += chain
-    return bytes(digests)
+    """The digests of all whole pages of `tokens`, one behind the other. namespace: as for chained_digests."""
+    return b"".join(chained_digests(tokens, page_size, namespace))
 
 
 def common_pages(left: bytes, right: bytes) -> int:

@@ -6,12 +6,12 @@ length, not for a program, and names every home that was sent it lately.
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
 from sglang_dcp.policy.cost_model import CostModel
+from sglang_dcp.policy.growth import predicted_level
+from sglang_dcp.policy.prefix_digests import chained_digests
 from sglang_dcp.policy.types import InstanceLoad
 
 BLOCK_TOKENS = 1024
@@ -34,14 +34,7 @@ class PrefixMap:
 
     def digests(self, tokens: Sequence[int], namespace: Sequence[str | None] = ()) -> list[bytes]:
         """One per whole block; each covers all tokens before it too. namespace: what keeps equal tokens apart."""
-        words = memoryview(array("q", tokens)).cast("B")
-        width = 8 * self.block_tokens
-        chain = hashlib.blake2b(repr(tuple(namespace)).encode(), digest_size=16).digest()
-        digests = []
-        for start in range(0, len(words) - width + 1, width):
-            chain = hashlib.blake2b(words[start : start + width], digest_size=16, key=chain).digest()
-            digests.append(chain)
-        return digests
+        return list(chained_digests(tokens, self.block_tokens, namespace))
 
     def put(self, digests: Sequence[bytes], home: int, number: int) -> None:
         """A prompt was sent to `home` as its placement `number`. The last blocks are forgotten first: without them the first still match,
@@ -84,7 +77,7 @@ def home_by_prefix(
     A home saves the prefill of its cached tokens. It costs, for every expected output token, what its level stands above the lowest;
     where it has more to do than others, so has the step of everybody. One without room for the rest of the prompt is passed over.
     """
-    levels = [cost.attention_us_per_token * load.kv_tokens + cost.request_us * load.home_requests for load in loads]
+    levels = [predicted_level(cost, load.kv_tokens, load.home_requests) for load in loads]
     lowest, all_of_it = min(levels), prefill_us(cost, 0, prompt_tokens)
     best, best_gain = None, 0.0
     for home, tokens in cached:

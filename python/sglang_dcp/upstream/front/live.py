@@ -14,6 +14,7 @@ from sglang_dcp.observe.live_page import live_page
 from sglang_dcp.observe.load import merge_loads
 from sglang_dcp.observe.report_client import LIVE_ROUTE, LOAD_RID, LOAD_ROUTE
 from sglang_dcp.upstream.front.access import check_key
+from sglang_dcp.upstream.front.result import ask_instances
 
 KEPT_SECONDS = 0.5
 """A load is read again after this time: many readers cost the schedulers as much as one."""
@@ -69,13 +70,7 @@ def make_load_endpoint(reading: SharedReading) -> Callable[[], Awaitable[dict[st
 
 
 async def read_load() -> dict[str, Any]:
-    from sglang.srt.entrypoints.http_server import get_global_state
-    from sglang.srt.managers.io_struct import GetInternalStateReq
-
-    manager = get_global_state().tokenizer_manager
-    manager.auto_create_handle_loop()
-    answers = await manager.get_internal_state_communicator(GetInternalStateReq(rid=LOAD_RID))
-    return merge_loads([answer.internal_state for answer in answers])
+    return merge_loads(await ask_instances(LOAD_RID))
 
 
 def open_page(original: Callable[..., Any], *, method: str, path: str, **rest: Any) -> Any:

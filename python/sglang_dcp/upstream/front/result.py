@@ -39,15 +39,20 @@ def add_report_route() -> None:
 
 async def serve_report(rid: str | None = None) -> dict[str, Any]:
     """The body of GET /dyncp/requests. rid: only the requests of this id."""
-    from sglang.srt.entrypoints.http_server import get_global_state
-    from sglang.srt.managers.io_struct import GetInternalStateReq
-
-    manager = get_global_state().tokenizer_manager
-    manager.auto_create_handle_loop()
-    answers = await manager.get_internal_state_communicator(GetInternalStateReq(rid=REPORT_RID))
-    reports = sorted((answer.internal_state for answer in answers), key=lambda report: report["rank"])
+    reports = sorted(await ask_instances(REPORT_RID), key=lambda report: report["rank"])
     instances = [
         {key: value for key, value in report.items() if key not in ("running", "finished")} | {"home_requests": len(report["running"])}
         for report in reports
     ]
     return {"instances": instances, "requests": merge_requests(reports, rid)}
+
+
+async def ask_instances(question: str) -> list[dict[str, Any]]:
+    """Every instance's answer to REPORT_RID or LOAD_RID."""
+    from sglang.srt.entrypoints.http_server import get_global_state
+    from sglang.srt.managers.io_struct import GetInternalStateReq
+
+    manager = get_global_state().tokenizer_manager
+    manager.auto_create_handle_loop()
+    answers = await manager.get_internal_state_communicator(GetInternalStateReq(rid=question))
+    return [answer.internal_state for answer in answers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
@@ -63,8 +64,10 @@ class PoolLayer:
         return KVWriteLoc(slots, physical=True)
 
 
+@functools.cache
 def chunks_read_the_pool() -> bool:
-    """Whether a prefill chunk in a step in which nobody is sharded reads its own K/V back from the pool; else it attends it as it was."""
+    """Whether a prefill chunk in a step in which nobody is sharded reads its own K/V back from the pool; else it attends it as it was.
+    Every layer of a step wants to know, so the environment is read once."""
     from sglang.srt.environ import envs
 
     return bool(envs.SGLANG_FLASHINFER_USE_PAGED.get())

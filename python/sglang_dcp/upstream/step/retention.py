@@ -9,8 +9,9 @@ import torch
 
 from sglang_dcp.ledger.homes import HomeRequest
 from sglang_dcp.ledger.positions import token_ids
-from sglang_dcp.ledger.prefix_index import DIGEST_BYTES, page_digests
+from sglang_dcp.ledger.prefix_index import page_digests
 from sglang_dcp.ledger.retention import Match
+from sglang_dcp.policy.prefix_digests import DIGEST_BYTES
 from sglang_dcp.policy.split import num_pages
 from sglang_dcp.policy.split_limits import Split, SplitLimits
 from sglang_dcp.upstream.step.attached import around
@@ -81,13 +82,15 @@ def find(runtime: Runtime, req: Any) -> Match | None:
     participant = runtime.participant
     if not len(participant.homes.retained) or not is_on(runtime) or not is_plain(req):
         return None
-    page_size, tokens = participant.page_size, req.origin_input_ids + req.output_ids
-    if getattr(req, "dyncp_digested_tokens", None) != len(tokens):
-        req.dyncp_digests, req.dyncp_digested_tokens = page_digests(tokens, page_size, namespace_of(req)), len(tokens)
+    page_size, num_tokens = participant.page_size, len(req.origin_input_ids) + len(req.output_ids)
+    # Asked again in every round while the request waits: its tokens are gone through once.
+    if getattr(req, "dyncp_digested_tokens", None) != num_tokens:
+        tokens = req.origin_input_ids + req.output_ids
+        req.dyncp_digests, req.dyncp_digested_tokens = page_digests(tokens, page_size, namespace_of(req)), num_tokens
     # Which shards a pinned degree gets is the router's choice of the moment; here they are those of the sequence.
     degree = None if req.dyncp_placement_flexible else req.dyncp_placement.degree
-    most_pages = req._compute_max_prefix_len(len(tokens)) // page_size
-    return participant.retention.find(req.dyncp_digests, most_pages, num_pages(len(tokens), page_size) + 1, degree)
+    most_pages = req._compute_max_prefix_len(num_tokens) // page_size
+    return participant.retention.find(req.dyncp_digests, most_pages, num_pages(num_tokens, page_size) + 1, degree)
 
 
 def segments_behind(req: Any, match: Match, pages: int, limits: SplitLimits) -> Split | None:

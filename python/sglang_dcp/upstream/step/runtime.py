@@ -47,11 +47,10 @@ class Counters:
 @dataclass
 class Runtime:
     """mode: what the step runs as, since its settling. own_batch: the rows of the step beside those of the step before; rows: with
-    those of other homes. graphs: None where
-    sharded steps run eagerly. layer_roll: attention layers of the eager sharded step being run, as they enter our path.
-    givable_pages: free ones and what eviction would free, when the last step was synchronised. idle_audited: the pool was looked at since
-    this instance fell idle; audit_every_round: it is looked at in every one. metrics: None without --enable-metrics. driver: the
-    StepDriver, which hooks of the step call.
+    those of other homes. graphs: None where sharded steps run eagerly. layer_roll: attention layers of the eager sharded step being run,
+    as they enter our path. givable_pages: free ones and what eviction would free, when the last step was synchronised. idle_audited: the
+    pool was looked at since this instance fell idle; audit_every_round: it is looked at in every one. metrics: None without
+    --enable-metrics. driver: the StepDriver, which hooks of the step call.
     """
 
     scheduler: Any
