@@ -32,8 +32,8 @@ test: $(READY) ## All tests, real servers on the CPU included (under an hour on 
 	$(PYTHON) -m pytest $(IN_TWO_PROCESSES) -m "not server"
 	$(PYTHON) -m pytest -m server
 
-test-fast: $(READY) ## The tests that start no server (about 2 minutes)
-	$(PYTHON) -m pytest $(IN_TWO_PROCESSES) -m "not server and not gpu"
+test-fast: $(READY) ## The tests that start neither a server nor another SGLang process (under 3 minutes)
+	$(PYTHON) -m pytest $(IN_TWO_PROCESSES) -m "not server and not gpu and not own_process"
 
 gpu-test: SHELL := /bin/bash
 gpu-test: $(READY) ## Kernels and runtime on a Hopper GPU, against stock SGLang; skips with the reason where there is none

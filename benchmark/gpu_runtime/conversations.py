@@ -24,7 +24,7 @@ from benchmark.multi_gpu.servers import ROOT, GpuServer, running
 from benchmark.multi_gpu.settings import read_device_facts, set_environment
 from benchmark.multi_gpu.streams import Streamed, stream
 from benchmark.serving.provenance import provenance
-from testing.gpu.runtime_check import pinned, prompt
+from testing.gpu.answers import pinned, prompt
 from testing.gpu.servers import port_range
 from testing.server import find_free_port
 

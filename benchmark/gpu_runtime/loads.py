@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmark.multi_gpu.streams import decode_window, stream
-from testing.gpu.runtime_check import pinned, prompt
+from testing.gpu.answers import pinned, prompt
 
 T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 """Student's t for a two-sided 95 % interval, by number of samples."""

@@ -21,8 +21,8 @@ from benchmark.multi_gpu.servers import GpuServer, ServerRefused, started, stock
 from benchmark.multi_gpu.settings import PartFailed, Settings, Skipped
 from benchmark.multi_gpu.streams import stream
 from testing.gpu import random_models
+from testing.gpu.answers import pinned, prompt
 from testing.gpu.runtime_cases import SIZES
-from testing.gpu.runtime_check import pinned, prompt
 
 PACKAGES = {"deep_ep": "sgl-deep-ep", "deep_gemm": "sgl-deep-gemm"}
 MODEL = "gqa_wide"

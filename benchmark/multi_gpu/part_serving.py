@@ -13,7 +13,7 @@ from benchmark.multi_gpu.servers import GpuServer, has_synthetic_prefill
 from benchmark.multi_gpu.settings import PartFailed, Settings
 from benchmark.multi_gpu.streams import decode_window, placement, stream_all
 from benchmark.multi_gpu.trace import trace_lengths
-from testing.gpu.runtime_check import prompt
+from testing.gpu.answers import prompt
 
 PER_INSTANCE = 16
 LONG_TOKENS = 262_144

@@ -12,7 +12,7 @@ from benchmark.multi_gpu.server_pool import DRY_POOL, SERVED_POOL, STOCK, SYNTHE
 from benchmark.multi_gpu.servers import SYNTHETIC_VARIABLE, GpuServer, has_synthetic_prefill
 from benchmark.multi_gpu.settings import PartFailed, Settings
 from benchmark.multi_gpu.streams import Streamed, stream
-from testing.gpu.runtime_check import pinned, prompt
+from testing.gpu.answers import pinned, prompt
 
 LENGTHS = (65_536, 262_144, 1_048_576)
 LONGEST_REAL_PREFILL = 262_144

@@ -10,8 +10,8 @@ from benchmark.multi_gpu.report import FAILURES
 from benchmark.multi_gpu.server_pool import STOCK, SYNTHETIC, ServerPool, settled_counts
 from benchmark.multi_gpu.servers import GpuServer
 from benchmark.multi_gpu.settings import PartFailed, Settings
+from testing.gpu.answers import ask, differences, pinned, prompt, summary
 from testing.gpu.runtime_cases import NEW_TOKENS, PAGE_SIZE, SIZES, within_bounds
-from testing.gpu.runtime_check import ask, differences, pinned, prompt, summary
 
 AT_ONCE = 3
 

@@ -23,8 +23,8 @@ from benchmark.multi_gpu.servers import (
 from benchmark.multi_gpu.settings import ROOT, Settings
 from sglang_dcp.observe.placement_log import LOG_VARIABLE
 from testing.gpu import random_models
+from testing.gpu.answers import pinned, prompt, step_counts
 from testing.gpu.runtime_cases import SIZES
-from testing.gpu.runtime_check import pinned, prompt, step_counts
 from testing.gpu.servers import port_range
 from testing.server import find_free_port, machine_lock
 
@@ -160,6 +160,6 @@ def cost_model_notes(server: GpuServer, name: str) -> dict[str, str]:
 
 
 def settled_counts(server: GpuServer) -> dict[str, float]:
-    """runtime_check.step_counts when the last steps are in them."""
+    """answers.step_counts when the last steps are in them."""
     time.sleep(COUNTERS_S)
     return step_counts(server)

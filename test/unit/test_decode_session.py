@@ -14,7 +14,9 @@ from sglang_dcp.dataflow.attention_step import attention_step
 from sglang_dcp.dataflow.contracts import NewKV, StepPlan
 from sglang_dcp.dataflow.reference import partial_attention
 from test.unit.dataflow.cluster import PoolCache, ThreadTransport
-from testing.protocol_model import ModelRequest, ModelScheduler, ProtocolModel
+from testing.protocol.fakes import ModelRequest
+from testing.protocol.model import ProtocolModel
+from testing.protocol.scheduler import ModelScheduler
 
 HEADS = 4
 

@@ -13,7 +13,7 @@ from sglang_dcp.ledger.messages import AskAdmission
 from sglang_dcp.ledger.participant import Participant, ProtocolError
 from sglang_dcp.policy.growth import Order
 from sglang_dcp.upstream.step.runtime import cluster_of
-from testing.protocol_model import FakePool
+from testing.protocol.fakes import FakePool
 
 NUM_INSTANCES, NUM_PAGES, PAGE_SIZE = 3, 8, 4
 

@@ -14,7 +14,9 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "python" / "sglang_dcp"
 LINE_LIMIT, MEDIAN_LIMIT, FUNCTION_LIMIT, DRIVER_METHOD_LIMIT = 300, 90, 50, 15
-FOLDERS = ("python", "benchmark", "scripts", "sgl-kernel-dcp")
+FOLDERS = ("python", "benchmark", "scripts", "testing", "sgl-kernel-dcp")
+KEPT_AS_IT_RAN = {"testing/models/train_recall.py"}
+"""How the weights of the test models were made: nothing imports more of it than its prompts, and nothing runs it again."""
 
 
 def files() -> list[Path]:
@@ -37,17 +39,17 @@ def functions(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
 
 
-@pytest.mark.parametrize("path", files(), ids=name_of)
+@pytest.mark.parametrize("path", [path for path in files() if name_of(path) not in KEPT_AS_IT_RAN], ids=name_of)
 def test_functions_are_short(path: Path) -> None:
     long = [f"{name} has {length} lines" for name, length in functions(ast.parse(path.read_text())) if length > FUNCTION_LIMIT]
     assert long == [], f"{name_of(path)}: the limit is {FUNCTION_LIMIT}"
 
 
-def test_files_of_the_package_are_short() -> None:
-    lengths = {name_of(path): num_lines(path) for path in PACKAGE.rglob("*.py")}
-    assert len(lengths) > 100
-    assert {name: lines for name, lines in lengths.items() if lines > LINE_LIMIT} == {}
-    assert statistics.median(lines for lines in lengths.values() if lines) <= MEDIAN_LIMIT
+def test_files_are_short() -> None:
+    lengths = {name_of(path): num_lines(path) for path in files()}
+    assert len(lengths) > 200
+    assert {name for name, lines in lengths.items() if lines > LINE_LIMIT} == KEPT_AS_IT_RAN
+    assert statistics.median(num_lines(path) for path in PACKAGE.rglob("*.py") if num_lines(path)) <= MEDIAN_LIMIT
 
 
 def test_what_touches_sglang_lies_in_a_room() -> None:

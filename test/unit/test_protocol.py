@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from sglang_dcp.ledger.integrity import check_cluster
 from sglang_dcp.ledger.promise_turns import FIRST_TURN_STEPS
-from testing.protocol_model import ProtocolModel, random_walk
+from testing.protocol.model import ProtocolModel, random_walk
 
 NUM_PAGES, PAGE_SIZE = 8, 4
 

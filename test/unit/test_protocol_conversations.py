@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from testing.protocol_model import ProtocolModel
+from testing.protocol.model import ProtocolModel
 
 
 def finish(model, *requests, most_steps=2_000):

@@ -14,6 +14,8 @@ import pytest
 
 from sglang_dcp.cpu.environment import count_cuda_devices, cpu_additions
 
+pytestmark = pytest.mark.own_process
+
 PROBE = Path(__file__).parent / "cpu_gap_probe.py"
 
 

@@ -17,7 +17,7 @@ from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.types import InstanceLoad
 from sglang_dcp.upstream.router.placement_request import describe_request
 from testing.client import Answer, Token
-from testing.gpu import random_models, runtime_check
+from testing.gpu import random_models, runtime_check, stages
 from testing.gpu.runtime_cases import BOUNDS, COST_MODEL, FLOAT32_BOUNDS, Case, build_servers, within_bounds
 from testing.gpu.servers import GpuServer
 
@@ -117,11 +117,11 @@ def run_check(monkeypatch: pytest.MonkeyPatch, name: str, errors: dict[int, floa
         steps["sharded_graph"] += degree > 1
         return answer(ids, new_tokens, degree, errors.get(degree, 0.0))
 
-    monkeypatch.setattr(runtime_check, "ask", ask)
-    monkeypatch.setattr(runtime_check, "step_counts", lambda server: dict(steps))
-    monkeypatch.setattr(runtime_check, "time", SimpleNamespace(sleep=lambda seconds: None, monotonic=lambda: 0.0))
+    monkeypatch.setattr(stages, "ask", ask)
+    monkeypatch.setattr(stages, "step_counts", lambda server: dict(steps))
+    monkeypatch.setattr(stages, "time", SimpleNamespace(sleep=lambda seconds: None, monotonic=lambda: 0.0))
     monkeypatch.setattr(GpuServer, "alive", property(lambda server: True))
-    check = runtime_check.Check(case, ours, stock, lambda: None)
+    check = stages.Check(case, ours, stock, lambda: None)
     check.run()
     return check.result
 
@@ -158,9 +158,9 @@ def test_a_wrong_answer_or_degree_fails_its_stages(
 def test_peer_memory_without_a_sharded_graph_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     found = run_check(monkeypatch, "gqa", {})
     assert runtime_check.case_holds(found)
-    monkeypatch.setattr(runtime_check.Check, "_counts", lambda self: {"sharded_graph": 0.0})
+    monkeypatch.setattr(stages.Check, "_counts", lambda self: {"sharded_graph": 0.0})
     case = Case.parse("gqa")
-    check = runtime_check.Check(case, case.server(Path(), "cuda", dyncp=True, one_gpu=True), None, lambda: None)
+    check = stages.Check(case, case.server(Path(), "cuda", dyncp=True, one_gpu=True), None, lambda: None)
     check.run()
     failed = {stage for stage, entry in check.result["stages"].items() if entry.get("error") == "no step with sharded rows ran as a graph"}
     assert failed == {"degree_2", "degree_2_again", "growth_from_1", "soak"}
@@ -182,8 +182,8 @@ def test_who_erred_is_told_by_who_repeats_itself(monkeypatch: pytest.MonkeyPatch
             given = Answer("", (), given.meta, given.prompt_tokens, tuple(tokens))
         return given
 
-    monkeypatch.setattr(runtime_check, "ask", ask)
-    check = runtime_check.Check(case, ours, stock, lambda: None)
+    monkeypatch.setattr(stages, "ask", ask)
+    check = stages.Check(case, ours, stock, lambda: None)
     (parted,) = check._compare([([1, 2, 3], 8, {"pinned": 2})], 1)["parted"]
     assert parted["place"] == 2 and not parted["is_tie"] and len(asked) == 4
     assert parted["ours_repeats"] == (wrong == "stock") and parted["stock_repeats"] == (wrong == "ours")

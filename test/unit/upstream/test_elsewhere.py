@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from sglang_dcp.upstream.step.elsewhere import PATIENCE_STEPS
-from testing.protocol_model import ModelRequest, ProtocolModel, random_walk
+from testing.protocol.fakes import ModelRequest
+from testing.protocol.model import ProtocolModel, random_walk
 
 PAGES, PAGE = 16, 4
 SOON = PATIENCE_STEPS + 6

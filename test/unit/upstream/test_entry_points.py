@@ -12,6 +12,8 @@ from sglang_dcp.cpu.environment import count_cuda_devices, cpu_additions
 from testing.recall import model_path
 from testing.server import clean_environment
 
+pytestmark = pytest.mark.own_process
+
 ENTRY_POINTS = {
     "python -m sglang.launch_server": ["-m", "sglang.launch_server"],
     "sglang serve": ["-c", "from sglang.cli.main import main; main()", "serve"],

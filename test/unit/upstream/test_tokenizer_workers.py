@@ -86,6 +86,7 @@ assert "/dyncp/requests" in {getattr(route, "path", None) for route in app.route
 """
 
 
+@pytest.mark.own_process
 def test_importing_the_application_installs_what_the_main_process_has() -> None:
     """In a process of its own, as a worker is."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}

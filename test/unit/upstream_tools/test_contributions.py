@@ -65,6 +65,7 @@ def seams(patched: Path) -> dict[str, Any]:
     return probe(SEAM_PROBE, patched)
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize(
     ("outcome", "closed"),
     [
@@ -81,6 +82,7 @@ def test_a_gap_on_the_cpu_is_closed(outcome: str, closed: Any, gaps: dict[str, A
     assert gaps[outcome] == closed
 
 
+@pytest.mark.own_process
 def test_the_allocator_loads_without_sgl_kernel(patched: Path) -> None:
     """Closes test_sgl_kernel_is_needed_to_import_the_allocator_on_a_cpu."""
     code = "import sys; sys.modules['sgl_kernel'] = None\nimport sglang.srt.mem_cache.allocation as a; print(a.__file__)"
@@ -90,6 +92,7 @@ def test_the_allocator_loads_without_sgl_kernel(patched: Path) -> None:
     assert str(patched) in result.stdout
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize(
     "outcome",
     [
