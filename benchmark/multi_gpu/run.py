@@ -58,7 +58,10 @@ def build_settings(arguments: argparse.Namespace, work: Path) -> Settings:
     if total := arguments.total or (QUICK_TOTAL_S if arguments.quick else None):
         common["deadline"] = time.monotonic() + total
     if arguments.dry:
-        return Settings(num_gpus=DRY_RANKS, dry=True, servers=arguments.servers, **common)
+        num_ranks = arguments.num_gpus or DRY_RANKS
+        if num_ranks not in SIZES:
+            raise SystemExit(f"--num-gpus {num_ranks}: this is for 2, 4 or 8 ranks")
+        return Settings(num_gpus=num_ranks, dry=True, servers=arguments.servers, **common)
     there = count_cuda_devices() or 0
     num_gpus = arguments.num_gpus or there
     if num_gpus not in SIZES or num_gpus > there:

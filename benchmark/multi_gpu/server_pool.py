@@ -47,12 +47,11 @@ def small_server(settings: Settings, model: str, *, dyncp: bool) -> GpuServer:
 def small_model(name: str, settings: Settings) -> Path:
     if settings.dry:
         return ROOT / "testing" / "models" / "qwen3moe"
-    experts, key = max(4, settings.num_gpus), "num_experts" if name == "gqa" else "n_routed_experts"
-    # At least one expert per instance, and still all of them for every token.
-    random_models.MODELS[name] = random_models.MODELS[name] | {key: experts, "num_experts_per_tok": experts}
-    written = settings.work / "models" / name
+    experts = max(4, settings.num_gpus)  # one per instance at least
+    written = settings.work / "models" / f"{name}_{experts}experts"
     # Another server may be reading it.
-    return written if (written / "model.safetensors").is_file() else random_models.write_model(name, settings.work / "models")
+    there = (written / "model.safetensors").is_file()
+    return written if there else random_models.write_model(name, settings.work / "models", num_experts=experts)
 
 
 def build_server(name: str, settings: Settings) -> GpuServer:

@@ -93,16 +93,20 @@ KEY_SCALE = 2.0
 """Of query and key norms: attention over random keys is flat without it, and a lost shard would hardly show."""
 
 
-def write_model(name: str, folder: Path, num_layers: int | None = None) -> Path:
+def write_model(name: str, folder: Path, num_layers: int | None = None, num_experts: int | None = None) -> Path:
     """Writes model `name` to folder/name: configuration, tokenizer and weights. The same arguments give the same weights.
 
-    num_layers: other than its own, in folder/name_Nlayers.
+    num_layers, num_experts: other than its own, in folder/name_Nlayers_Mexperts. Every token takes all experts.
     """
     from safetensors.torch import save_file
 
     config, target = MODELS[name], folder / name
     if num_layers is not None:
-        config, target = config | {"num_hidden_layers": num_layers}, folder / f"{name}_{num_layers}layers"
+        config, target = config | {"num_hidden_layers": num_layers}, target.with_name(f"{target.name}_{num_layers}layers")
+    if num_experts is not None:
+        key = "num_experts" if "num_experts" in config else "n_routed_experts"
+        config = config | {key: num_experts, "num_experts_per_tok": num_experts}
+        target = target.with_name(f"{target.name}_{num_experts}experts")
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(config, indent=1))
     for part in ("tokenizer.json", "tokenizer_config.json"):

@@ -10,7 +10,7 @@ from typing import Any
 
 from testing.gpu.servers import GpuServer
 
-CASE_NAME = re.compile(r"(gqa|mla)(4?)(?:_(nccl|gloo|f32|flashmla|fa3|fp8))?")
+CASE_NAME = re.compile(r"(gqa|mla)([48]?)(?:_(nccl|gloo|f32|flashmla|fa3|fp8))?")
 PAGE_SIZE, FLASH_MLA_PAGE_SIZE = 16, 64
 NEW_TOKENS = 24
 COST_MODEL = "cpu"
@@ -43,6 +43,10 @@ FOUR_SIZES = {
     "cpu": Sizes(512, (80, 150, 333), (700, 1200), ((1, 490, 40), (2, 985, 60)), 8, 16, new_tokens=12),
 }
 """Less of everything: a GPU that four processes share runs them in turns, and an exchange of a layer takes a turn of each."""
+EIGHT_SIZES = {
+    "cuda": Sizes(1024, (160, 333, 800), (1500, 2600), ((1, 1000, 40),), 16, 12, new_tokens=8),
+    "cpu": Sizes(512, (160, 333), (700,), ((1, 490, 40),), 8, 12, new_tokens=8),
+}
 FLOAT32_SIZES = Sizes(2048, (40, 333, 800, 1500), (3000,), ((1, 2000, 80),), 16, 16)
 
 BOUNDS: dict[str, float] = {"mean_factor": 2.0, "mean_slack": 5e-3, "p99_factor": 2.0, "p99_slack": 5e-2, "tie_gap": 0.25}
@@ -61,9 +65,9 @@ PLAIN_TORCH = {"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"}
 
 @dataclass(frozen=True)
 class Case:
-    """A pair of servers, by name: gqa or mla (two instances over peer memory), gqa4 or mla4 (four), with _nccl or _gloo (that transport)
-    or _f32 (float32 in plain torch over NCCL, GQA alone) or _flashmla (that backend, MLA alone), _fa3 (SGLang's default under unsharded
-    steps, GQA alone) or _fp8 (quantised K/V with scales that are not 1, GQA alone)."""
+    """A pair of servers, by name: gqa or mla (two instances over peer memory), gqa4 or mla4 (four), gqa8 or mla8 (eight), with _nccl or
+    _gloo (that transport) or _f32 (float32 in plain torch over NCCL, GQA alone) or _flashmla (that backend, MLA alone), _fa3 (SGLang's
+    default under unsharded steps, GQA alone) or _fp8 (quantised K/V with scales that are not 1, GQA alone)."""
 
     name: str
     model: str
@@ -75,13 +79,13 @@ class Case:
         """ValueError for a name that is no case."""
         found = CASE_NAME.fullmatch(name)
         if found is None:
-            raise ValueError(f"{name!r} is no case: gqa or mla, 4 for four instances, _nccl, _gloo, _f32, _flashmla, _fa3 or _fp8")
-        model, four, kind = found.groups()
+            raise ValueError(f"{name!r} is no case: gqa or mla, 4 or 8 for so many instances, _nccl, _gloo, _f32, _flashmla, _fa3 or _fp8")
+        model, instances, kind = found.groups()
         if kind in ("f32", "fa3", "fp8") and model == "mla":
             raise ValueError(f"mla_{kind}: served for GQA alone")
         if kind == "flashmla" and model == "gqa":
             raise ValueError("gqa_flashmla: FlashMLA serves MLA alone")
-        return cls(name, model, 4 if four else 2, kind)
+        return cls(name, model, int(instances or 2), kind)
 
     @property
     def is_float32(self) -> bool:
@@ -90,15 +94,25 @@ class Case:
     @property
     def num_layers(self) -> int | None:
         """Of the random model; None: as many as it has."""
-        return 2 if self.instances == 4 else None
+        return 2 if self.instances > 2 else None
+
+    @property
+    def num_experts(self) -> int | None:
+        """Of the random model: one per instance at least. None: as many as it has."""
+        return self.instances if self.instances > 4 else None
+
+    @property
+    def shape(self) -> tuple[str, int | None, int | None]:
+        """What the random model of this case depends on."""
+        return self.model, self.num_layers, self.num_experts
 
     @property
     def page_size(self) -> int:
         return FLASH_MLA_PAGE_SIZE if self.kind == "flashmla" else PAGE_SIZE
 
     def sizes(self, device: str) -> Sizes:
-        if self.instances == 4:
-            return FOUR_SIZES[device]
+        if self.instances > 2:
+            return (FOUR_SIZES if self.instances == 4 else EIGHT_SIZES)[device]
         if self.kind == "flashmla":  # every prompt has a page for each shard
             return replace(SIZES[device], lengths=tuple(length for length in SIZES[device].lengths if length > self.page_size))
         return FLOAT32_SIZES if self.is_float32 and device == "cuda" else SIZES[device]

@@ -43,11 +43,10 @@ def write_models(cases: Sequence[Case], device: str) -> dict[str, Path]:
         folders = {"gqa": "qwen3moe", "mla": "deepseek_v2"}
         return {case.stock_name: MODELS / folders[case.model] for case in cases}
     folder = Path(tempfile.mkdtemp(prefix="dyncp_models_"))
-    written: dict[tuple[str, int | None], Path] = {}
+    written: dict[tuple[str, int | None, int | None], Path] = {}
     for case in cases:
-        key = (case.model, case.num_layers)
-        written[key] = written.get(key) or write_model(case.model, folder, case.num_layers)
-    return {case.stock_name: written[case.model, case.num_layers] for case in cases}
+        written[case.shape] = written.get(case.shape) or write_model(case.model, folder, case.num_layers, case.num_experts)
+    return {case.stock_name: written[case.shape] for case in cases}
 
 
 Pairs = dict[str, tuple[GpuServer, GpuServer | None]]

@@ -21,7 +21,7 @@ from testing.gpu import random_models, runtime_check, stages
 from testing.gpu.runtime_cases import BOUNDS, COST_MODEL, FLOAT32_BOUNDS, Case, build_servers, within_bounds
 from testing.gpu.servers import GpuServer
 
-CASES = ("gqa", "gqa_nccl", "mla", "gqa4", "mla4", "gqa_f32")
+CASES = ("gqa", "gqa_nccl", "mla", "gqa4", "mla4", "gqa8", "mla8", "gqa_f32")
 DEVICES = ("cuda", "cpu")
 
 
@@ -33,6 +33,7 @@ def value_of(server: GpuServer, flag: str) -> str:
 
 def test_names() -> None:
     assert Case.parse("mla4_nccl") == Case("mla4_nccl", "mla", 4, "nccl")
+    assert Case.parse("gqa8").shape == ("gqa", 2, 8)
     assert Case.parse("gqa_f32").is_float32 and Case.parse("gqa").instances == 2
     for name in ("gqa3", "mla_f32", "mla_fa3", "mla_fp8", "gqa_flashmla", "gqa_", "moe", "gqa,mla"):
         with pytest.raises(ValueError, match=name):

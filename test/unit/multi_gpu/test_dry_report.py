@@ -87,6 +87,7 @@ def test_a_rank_that_dies_fails_its_part_by_name(tmp_path: Path) -> None:
         (["--parts", "a,x"], "--parts x"),
         (["--limit", "a"], "--limit a: PART=SECONDS"),
         (["--limit", "z=3"], "--limit z=3"),
+        (["--num-gpus", "3"], "--num-gpus 3"),
     ],
 )
 def test_a_wrong_flag_is_named(tmp_path: Path, flags: list[str], message: str) -> None:
