@@ -1,6 +1,6 @@
 """What retained conversations gain on one Hopper GPU: the time to a later turn's first token, with the prefix cache on and off.
 
-    python -m benchmark.gpu_runtime.conversations OUT_DIR [--one-gpu] [--model qwen3-30b-a3b] [--layers 4] [--tokens 100000] [--dry]
+    python -m benchmark.gpu_runtime.conversations OUT_DIR [--one-gpu] [--model qwen3-30b-a3b] [--layers 4] [--tokens 100000] [--pool 600000] [--dry]
 
 Two servers of two instances, one after the other: the same flags but --dyncp-cache-fraction. Each answers a long prompt, then the same with
 2,000 tokens more, at degree 2; then a closed loop of conversations, one request of each at a time; then decodes of which nobody is sharded
@@ -40,7 +40,7 @@ def build_server(args: argparse.Namespace, name: str) -> GpuServer:
     flags += ("--context-length", "131072", "--page-size", "64", "--load-format", "dummy", "--mem-fraction-static", "0.85")
     flags += ("--attention-backend", "flashinfer", "--cuda-graph-max-bs-decode", "32", *model_flags(args.model))
     path = write_shape(args.model, args.layers, args.out / "models")
-    server = GpuServer(name, path, INSTANCES, 600_000, True, flags, one_gpu=args.one_gpu)
+    server = GpuServer(name, path, INSTANCES, args.pool, True, flags, one_gpu=args.one_gpu)
     server.chunk_tokens = 8192
     return server
 
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--model", default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--pool", type=int, default=600_000, help="KV tokens of an instance")
     parser.add_argument("--start-seconds", type=float, default=240.0)
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     args = parser.parse_args()
