@@ -1,8 +1,9 @@
 """The comparison, in parts of some minutes, resumable: what a file has already is not measured again.
 
-    python -m benchmark.headline.run OUT_DIR --contenders stock,ours --long 0.03 --rates 4,6,8 [--seconds 45] [--end 540]
+    python -m benchmark.headline.run OUT_DIR --contenders stock,ours --long 0.03,0 --rates 4,6,8/8,12 [--seconds 45] [--end 540]
 
-Writes OUT_DIR/headline.json after every rate. One server at a time, so that nobody shares the GPUs; equal arrivals for all.
+Writes OUT_DIR/headline.json after every rate. One server at a time, so that nobody shares the GPUs, and one start of it for all mixes
+(--long), each with its own rates; equal arrivals for all.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,23 @@ from testing.server import find_free_port, machine_lock
 PAGE, GRAPH_SIZES = 64, (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 WARM_UP = [Arrival(0.0, 300, 40), Arrival(0.1, 9000, 40), Arrival(0.2, 70_000, 40), Arrival(0.3, 200, 40)]
 DRY_WARM_UP = [Arrival(0.0, 100, 8), Arrival(0.1, 300, 8)]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """long_share: of long prompts. rates: requests per second, rising."""
+
+    long_share: float
+    rates: tuple[float, ...]
+
+
+def parse_mixes(shares: str, rates: str) -> list[Mix]:
+    """`0.03,0` and `4,6/8,12`: a list of rates for each share, or one for all. ValueError where they do not fit each other."""
+    lists = [tuple(sorted(float(rate) for rate in part.split(","))) for part in rates.split("/")]
+    values = [float(share) for share in shares.split(",")]
+    if len(lists) not in (1, len(values)):
+        raise ValueError(f"--rates {rates}: {len(lists)} lists for the {len(values)} shares of --long {shares}")
+    return [Mix(share, lists[index % len(lists)]) for index, share in enumerate(values)]
 
 
 def arrivals(long_share: float, rate: float, seconds: float, seed: int, longest: int, longest_output: int = 4096) -> list[Arrival]:
@@ -70,9 +90,9 @@ class BalanceProbe(threading.Thread):
                 self.samples.append(max(tokens) / (sum(tokens) / len(tokens)))
 
 
-def measure(server: GpuServer, contender: Contender, args: argparse.Namespace, rate: float) -> Point:
+def measure(server: GpuServer, contender: Contender, args: argparse.Namespace, long_share: float, rate: float) -> Point:
     """One rate: arrivals, answers, balance; what the server counted of its steps."""
-    drawn = arrivals(args.long, rate, args.seconds, args.seed, args.longest, args.longest_output)
+    drawn = arrivals(long_share, rate, args.seconds, args.seed, args.longest, args.longest_output)
     probe = BalanceProbe(server)
     probe.start()
     url = f"http://127.0.0.1:{server.port}"
@@ -82,36 +102,43 @@ def measure(server: GpuServer, contender: Contender, args: argparse.Namespace, r
     return point(served, rate, probe.samples)
 
 
-def run_contender(contender: Contender, args: argparse.Namespace, cases: dict[str, Any], save: Any) -> None:
-    case = cases.setdefault(contender.name, {"what": contender.what, "flags": list(contender.flags), "points": []})
-    done = {found["requests_per_s"] for found in case["points"]}
-    rates = [rate for rate in args.rates if rate not in done]
-    if not rates or time.monotonic() > args.ends - args.seconds - 60:
+def run_contender(contender: Contender, args: argparse.Namespace, cases: dict[str, Any], save: Callable[[], None]) -> None:
+    """What of the mixes is not in `cases` ("share|seed" -> contender -> case), on one server."""
+    left = []
+    for mix in args.mixes:
+        case = cases.setdefault(f"{mix.long_share:g}|{args.seed}", {}).setdefault(
+            contender.name, {"what": contender.what, "flags": list(contender.flags), "points": []}
+        )
+        done = {found["requests_per_s"] for found in case["points"]}
+        if rates := tuple(rate for rate in mix.rates if rate not in done):
+            left.append((Mix(mix.long_share, rates), case))
+    if not left or time.monotonic() > args.ends - args.seconds - 60:
         return
     server = build_server(contender, args)
     try:
         with running(server, args.out, find_free_port(), min(args.ends, time.monotonic() + args.start_limit)):
-            measure_rates(server, contender, args, rates, case, save)
+            warm = DRY_WARM_UP if args.dry else WARM_UP
+            asyncio.run(send_all(f"http://127.0.0.1:{server.port}", warm, seed=7, timeout_s=300, fields=contender.fields))
+            for mix, case in left:
+                measure_rates(server, contender, args, mix, case, save)
     except (RuntimeError, OSError) as error:
-        case.setdefault("notes", []).append(f"{type(error).__name__}: {error}"[:1500])
-        print(contender.name, case["notes"][-1], flush=True)
+        left[0][1].setdefault("notes", []).append(f"{type(error).__name__}: {error}"[:1500])
+        print(contender.name, left[0][1]["notes"][-1], flush=True)
     finally:
         save()
 
 
 def measure_rates(
-    server: GpuServer, contender: Contender, args: argparse.Namespace, rates: list[float], case: dict[str, Any], save: Any
+    server: GpuServer, contender: Contender, args: argparse.Namespace, mix: Mix, case: dict[str, Any], save: Callable[[], None]
 ) -> None:
-    """A warm-up, then one rate after the other, until one is too much or the time is over. Each is saved as it is found."""
-    warm = DRY_WARM_UP if args.dry else WARM_UP
-    asyncio.run(send_all(f"http://127.0.0.1:{server.port}", warm, seed=7, timeout_s=300, fields=contender.fields))
-    for rate in rates:
+    """One rate after the other, until one is too much or the time is over. Each is saved as it is found."""
+    for rate in mix.rates:
         if time.monotonic() > args.ends - 1.6 * args.seconds:
             case.setdefault("notes", []).append(f"no time left for {rate:g} requests/s")
             return
-        found = measure(server, contender, args, rate)
+        found = measure(server, contender, args, mix.long_share, rate)
         case["points"].append(found)
-        print(contender.name, json.dumps(found), flush=True)
+        print(contender.name, f"{mix.long_share:g} long", json.dumps(found), flush=True)
         save()
         if found["failed"] or found["p99_ttft_s"] > 30 or found["p99_tpot_ms"] > args.stop_ms:
             return
@@ -121,8 +148,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--contenders", default="stock,whole,ours", help="in this order; names of contenders.py")
-    parser.add_argument("--long", type=float, default=0.03, help="share of long prompts")
-    parser.add_argument("--rates", default="4,6,8,10,12", help="requests per second, rising")
+    parser.add_argument("--long", default="0.03", help="shares of long prompts, one mix each")
+    parser.add_argument("--rates", default="4,6,8,10,12", help="requests per second; between mixes a slash, or the same for all")
     parser.add_argument("--seconds", type=float, default=45.0, help="of arrivals at one rate")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=2)
@@ -137,7 +164,7 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true", help="the tiny test model on a CPU: shows that it runs, its times mean nothing")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     args = parser.parse_args()
-    args.rates = sorted(float(rate) for rate in args.rates.split(","))
+    args.mixes = parse_mixes(args.long, args.rates)
     args.ends = time.monotonic() + args.end
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "headline.json"
@@ -149,11 +176,10 @@ def main() -> int:
         found["machine"] = f"{args.gpus} x {read_device_facts()['names'][0]}"
     found |= {"model": args.model, "layers": args.layers, "pool_tokens": args.pool}
     found |= {"longest": args.longest, "longest_output": args.longest_output}
-    cases = found["cases"].setdefault(f"{args.long:g}|{args.seed}", {})
     known = contenders(args.gpus)
     with machine_lock() if args.dry else nullcontext():
         for name in args.contenders.split(","):
-            run_contender(known[name], args, cases, lambda: path.write_text(json.dumps(found, indent=1)))
+            run_contender(known[name], args, found["cases"], lambda: path.write_text(json.dumps(found, indent=1)))
     return 0
 
 
