@@ -1,6 +1,6 @@
 """What retained conversations gain on one Hopper GPU: the time to a later turn's first token, with the prefix cache on and off.
 
-    python -m benchmark.gpu_runtime.conversations OUT_DIR [--one-gpu] [--model qwen3-30b-a3b] [--layers 4] [--tokens 100000] [--pool 600000] [--dry]
+    python -m benchmark.gpu_runtime.conversations OUT_DIR [--one-gpu] [--model qwen3-30b-a3b] [--layers 4] [--tokens 100000] [--dry]
 
 Two servers of two instances, one after the other: the same flags but --dyncp-cache-fraction. Each answers a long prompt, then the same with
 2,000 tokens more, at degree 2; then a closed loop of conversations, one request of each at a time; then decodes of which nobody is sharded
