@@ -8,12 +8,15 @@ from collections.abc import Iterable
 import numpy as np
 
 from benchmark.simulate.cluster import Cluster, SimulatedRequest
-from sglang_dcp.policy.cost_model import CostModel
+from sglang_dcp.policy.cost_model import CostModel, InstanceWork, unsplit_tokens
 
 
 def decode_us(cluster: Cluster, cost: CostModel, num_running: int) -> float:
     """The cost model's step_us on arrays; a test holds the two equal."""
-    level = cost.attention_us_per_token * cluster.kv_tokens + cost.attention_us_per_row * cluster.rows
+    level = cost.attention_us_per_token * cluster.kv_tokens
+    if cost.attention_us_per_unsplit_token:
+        level = np.maximum(level, cost.attention_us_per_unsplit_token * _unsplit_tokens(cluster, cost.attention_chunks))
+    level += cost.attention_us_per_row * cluster.rows
     level += cost.dispatch_us_per_request * cluster.batch
     layer = cost.constant_layer_us
     if cluster.num_routed:
@@ -25,9 +28,21 @@ def decode_us(cluster: Cluster, cost: CostModel, num_running: int) -> float:
             layer += cost.remote_exchange_fixed_us
         else:
             level += cost.exchange_us_per_row * rows
-    layer += float(level.max()) + cost.expert_us(num_running / len(cluster.loads))
+    layer += float(level.max()) + cost.expert_us(num_running)
     layer += cost.combine_us_per_request * float(cluster.batch.max())
-    return cost.num_layers * layer + cost.step_fixed_us
+    return max(cost.num_layers * layer + cost.step_fixed_us, cost.host_step_us) + _sharded_host_us(cluster, cost)
+
+
+def _sharded_host_us(cluster: Cluster, cost: CostModel) -> float:
+    rows = float(cluster.routed[:2].max())
+    return cost.sharded_step_fixed_us + cost.sharded_step_us_per_row * rows if rows else 0.0
+
+
+def _unsplit_tokens(cluster: Cluster, chunks: int) -> np.ndarray:
+    """Of every instance, as unsplit_tokens; a graph has as many rows as there are, and a tail as many tokens as were booked last."""
+    longest = [max((request.tokens[rank] for request in held.values()), default=0) for rank, held in enumerate(cluster.residents)]
+    work = zip(cluster.kv_tokens.tolist(), cluster.rows.tolist(), longest, strict=True)
+    return np.array([unsplit_tokens(InstanceWork(int(tokens), int(rows), 0, longest_row=row), chunks) for tokens, rows, row in work])
 
 
 def run_chunks(queues: Iterable[deque[SimulatedRequest]], chunk_tokens: int, cost: CostModel) -> tuple[float, list[SimulatedRequest]]:

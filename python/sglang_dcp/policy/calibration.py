@@ -11,16 +11,23 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One timed attention kernel: `requests` rows of `tokens_per_request` KV tokens took `microseconds`."""
+    """One timed attention kernel: `requests` rows of `tokens_per_request` KV tokens took `microseconds`.
+
+    longest_row: tokens of one of these rows where it is another length; 0: all are equal. captured_rows: as InstanceWork's.
+    """
 
     model: str
     requests: int
     tokens_per_request: int
     microseconds: float
+    longest_row: int = 0
+    captured_rows: int = 0
 
     @property
     def tokens(self) -> int:
-        return self.requests * self.tokens_per_request
+        if not self.longest_row:
+            return self.requests * self.tokens_per_request
+        return (self.requests - 1) * self.tokens_per_request + self.longest_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +45,7 @@ class AttentionFit:
 
 
 def read_measurements(path: Path) -> list[Measurement]:
-    """Reads a CSV with the columns of Measurement. Raises ValueError naming file and line for a bad row."""
+    """Reads a CSV with the columns of Measurement, the last two optional. Raises ValueError naming file and line for a bad row."""
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         wanted = {"model", "requests", "tokens_per_request", "microseconds"}
@@ -47,13 +54,18 @@ def read_measurements(path: Path) -> list[Measurement]:
         rows = []
         for row in reader:
             try:
-                item = Measurement(row["model"], int(row["requests"]), int(row["tokens_per_request"]), float(row["microseconds"]))
+                item = _measurement(row)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-            if item.requests < 1 or item.tokens_per_request < 1 or not item.microseconds > 0:
+            if item.requests < 1 or item.tokens_per_request < 1 or not item.microseconds > 0 or item.longest_row < 0:
                 raise ValueError(f"{path}, line {reader.line_num}: counts and time must be positive, got {row}")
             rows.append(item)
     return rows
+
+
+def _measurement(row: dict[str, str]) -> Measurement:
+    further = {name: int(row[name]) for name in ("longest_row", "captured_rows") if row.get(name)}
+    return Measurement(row["model"], int(row["requests"]), int(row["tokens_per_request"]), float(row["microseconds"]), **further)
 
 
 def fit_attention(measurements: Sequence[Measurement], with_rows: bool = False) -> AttentionFit:

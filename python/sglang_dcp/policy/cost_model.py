@@ -2,11 +2,11 @@
 
 Inside a layer the MoE exchange is a barrier, so a layer lasts as long as its slowest instance, twice:
 
-    layer = max_i(attention_i + exchange_i + dispatch_i) + experts(mean batch) + max_i(combine_i) + constant part
-    step  = num_layers * layer + host part (which grows with the sharded rows, where a model says so)
+    layer = max_i(attention_i + exchange_i + dispatch_i) + experts(batch) + max_i(combine_i) + constant part
+    step  = max(num_layers * layer + fixed part, host) + the host's part of sharded rows
 
-attention_i follows the KV tokens that instance i reads, dispatch_i and combine_i the batch it is home to. Constants come from a
-data file per (model, GPU); each carries its source. All times are microseconds.
+attention_i follows the KV tokens, the rows and the longest row of instance i, dispatch_i and combine_i the batch it is home to. Constants
+come from a data file per (model, GPU); each carries its source. All times are microseconds.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from sglang_dcp.policy.attention_table import BFLOAT16, KV_DTYPES, OUR_SPLIT, table_constants
+
 DATA_FOLDER = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceWork:
-    """What one instance does in a step. `routed_*` count rows whose home and shard differ; `remote_*` those of them that cross nodes."""
+    """What one instance does in a step. `routed_*` count rows whose home and shard differ; `remote_*` those of them that cross nodes.
+
+    longest_row: tokens of the longest row here; 0 where that is not known. captured_rows: rows that the step's graph was captured with,
+    padding included; 0: as many as it has. Both matter to kernels alone that do not split a long row over the whole GPU.
+    """
 
     kv_tokens: int
     attention_rows: int
@@ -30,14 +36,26 @@ class InstanceWork:
     routed_in: int = 0
     remote_out: int = 0
     remote_in: int = 0
+    longest_row: int = 0
+    captured_rows: int = 0
+
+
+def unsplit_tokens(work: InstanceWork, chunks: int) -> float:
+    """Tokens of the longest run of one row that one thread block reads alone, where a kernel has `chunks` for all captured rows: each row
+    has one, and the longest row gets what is left."""
+    spare = chunks - max(work.captured_rows, work.attention_rows)
+    return float(work.longest_row) if spare <= 0 else max(work.longest_row / (1 + spare), work.kv_tokens / chunks)
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
     """Constants of one model on one kind of GPU at one expert-parallel size; microseconds per layer unless the name says otherwise.
 
-    sharded_step_*: host time that a step with routed rows takes more, and that each of them adds. The constants that ship have none, so
-    the simulator does not know it; those that a server takes do (served_model.py).
+    attention_us_per_unsplit_token, attention_chunks: see unsplit_tokens; 0 where long rows are split over all multiprocessors, as ours are.
+    expert_token_share: experts of a token over all experts; 1 where every step is taken to read all expert weights.
+    host_step_us: no step is shorter, however little the GPU does. sharded_step_*: host time that a step with routed rows takes more, and
+    that each of them adds. The authors' constants have none of the three, so the simulator does not know them; those that a server takes
+    do (served_model.py).
     """
 
     name: str
@@ -64,6 +82,10 @@ class CostModel:
     prefill_attention_us_per_token_context: float
     sharded_step_fixed_us: float = 0.0
     sharded_step_us_per_row: float = 0.0
+    attention_us_per_unsplit_token: float = 0.0
+    attention_chunks: int = 0
+    expert_token_share: float = 1.0
+    host_step_us: float = 0.0
     pool_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -71,8 +93,14 @@ class CostModel:
             value = getattr(self, field.name)
             if field.name.endswith(("_us", "_us_per_token", "_us_per_row", "_us_per_request", "_context")) and not value >= 0:
                 raise ValueError(f"cost model {self.name}: {field.name} must be >= 0, got {value}")
+        if not 0 < self.expert_token_share <= 1:
+            raise ValueError(f"cost model {self.name}: expert_token_share must be in (0, 1], got {self.expert_token_share}")
         if self.num_instances < 1 or self.num_layers < 1 or self.gpus_per_node < 1:
             raise ValueError(f"cost model {self.name}: instances, layers and GPUs per node must be >= 1")
+
+    def lone_row_us(self, tokens: float) -> float:
+        """Attention lasts no less once a row of these tokens is there, where long rows are not split and all chunks are taken."""
+        return self.attention_us_per_unsplit_token * tokens
 
     @property
     def constant_layer_us(self) -> float:
@@ -94,21 +122,29 @@ class CostModel:
         """The host's part of one more routed row, spread over the layers."""
         return self.sharded_step_us_per_row / self.num_layers
 
+    def attention_us(self, work: InstanceWork) -> float:
+        """Attention of one instance in one layer, beyond its fixed part: the time of all bytes, or of one block's long row if longer."""
+        us = self.attention_us_per_token * work.kv_tokens
+        if self.attention_us_per_unsplit_token:
+            us = max(us, self.attention_us_per_unsplit_token * unsplit_tokens(work, self.attention_chunks))
+        return us + self.attention_us_per_row * work.attention_rows
+
     def instance_us(self, work: InstanceWork) -> float:
-        """Attention, exchange beyond its fixed part, and dispatch of one instance in one layer."""
+        """Attention and exchange beyond their fixed parts, and dispatch, of one instance in one layer."""
         rows = max(work.routed_out, work.routed_in)
         remote_rows = max(work.remote_out, work.remote_in)
         return (
-            self.attention_us_per_token * work.kv_tokens
-            + self.attention_us_per_row * work.attention_rows
+            self.attention_us(work)
             + self.exchange_us_per_row * (rows - min(rows, remote_rows))
             + self.remote_exchange_us_per_row * remote_rows
             + self.dispatch_us_per_request * work.home_requests
         )
 
-    def expert_us(self, mean_batch: float) -> float:
-        """Expert GEMMs of one layer: reading the weights or computing, whichever is longer."""
-        return max(self.expert_weight_us, self.expert_us_per_request * mean_batch)
+    def expert_us(self, num_requests: float) -> float:
+        """Expert GEMMs of one layer for the whole batch: reading the weights of the experts that its tokens choose (evenly, one by one), or
+        computing, whichever is longer."""
+        chosen = 1.0 - (1.0 - self.expert_token_share) ** num_requests
+        return max(self.expert_weight_us * chosen, self.expert_us_per_request * num_requests / self.num_instances)
 
     def exchange_us(self, work: Sequence[InstanceWork]) -> float:
         """Fixed part of the exchange: nothing when no row of the step is routed, for all instances when one is."""
@@ -127,13 +163,14 @@ class CostModel:
             self.constant_layer_us
             + max(self.instance_us(item) for item in work)
             + self.exchange_us(work)
-            + self.expert_us(sum(batches) / len(batches))
+            + self.expert_us(sum(batches))
             + self.combine_us_per_request * max(batches)
         )
 
     def step_us(self, work: Sequence[InstanceWork]) -> float:
         """One decode step; the slowest instance ends it."""
-        return self.num_layers * self.layer_us(work) + self.step_fixed_us + self.sharded_host_us(work)
+        device_us = self.num_layers * self.layer_us(work) + self.step_fixed_us
+        return max(device_us, self.host_step_us) + self.sharded_host_us(work)
 
     def sharded_host_us(self, work: Sequence[InstanceWork]) -> float:
         """What the host of the busiest instance does for its routed rows."""
@@ -173,31 +210,58 @@ def read_constants(name_or_path: str) -> tuple[Path, dict]:
         raise ValueError(f"cost model {path}: not JSON: {error}") from error
 
 
-def build_cost_model(path: Path, data: dict, num_instances: int, *, serving: bool = False) -> CostModel:
-    """serving: with the constants of this runtime, where the file has some (`serving`), in place of the authors'."""
+def build_cost_model(
+    path: Path, data: dict, num_instances: int, *, serving: bool = False, kv_dtype: str = BFLOAT16, split: str = OUR_SPLIT
+) -> CostModel:
+    """serving: with the constants of this runtime in place of the authors': those of the file (`serving`), and for a file that ships, the
+    card's attention with this `split` of long rows. kv_dtype: of the pools; a file without constants of it (`kv_dtypes`) keeps its own."""
     try:
-        return _parse(data, num_instances, data.get("serving", {}) if serving else {})
+        replaced = _values(data.get("serving", {})) if serving else {}
+        if serving and path.parent == DATA_FOLDER and "layer" in data:
+            replaced |= shipped_attention(data, kv_dtype, split)
+        return _parse(data, num_instances, replaced | _values(data.get("kv_dtypes", {}).get(kv_dtype, {})), KV_DTYPES[kv_dtype])
     except KeyError as error:
         raise ValueError(f"cost model {path}: key {error} is missing") from error
     except TypeError as error:
         raise ValueError(f"cost model {path}: {error}") from error
 
 
-def _parse(data: dict, num_instances: int, replaced: dict) -> CostModel:
+def shipped_attention(data: dict, kv_dtype: str, split: str) -> dict[str, float]:
+    """The card's constants for the attention of the file's model; bfloat16's where there are none of `kv_dtype`; else none."""
+    layer, kv_bytes = data["layer"], data["kv_bytes_per_token_layer"]
+    for dtype in (kv_dtype, BFLOAT16):
+        shape = {"latent": layer["latent"], "num_heads": layer["num_heads"], "kv_bytes": kv_bytes, "kv_dtype": dtype}
+        found = table_constants(data["gpu"], **shape, split=split)
+        if found:
+            return found
+    return {}
+
+
+def _values(entries: dict) -> dict[str, float]:
+    return {key: float(entry["value"]) for key, entry in entries.items()}
+
+
+def expert_parallel_size(data: dict, num_instances: int) -> int:
+    """The tabulated size whose constants `num_instances` get: the largest that is not larger, else the smallest."""
     sizes = sorted(int(size) for size in data["expert_parallel"])
-    size = max((size for size in sizes if size <= num_instances), default=sizes[0])
+    return max((size for size in sizes if size <= num_instances), default=sizes[0])
+
+
+def _parse(data: dict, num_instances: int, replaced: dict, kv_bytes: int) -> CostModel:
+    constants = {key: float(value) for key, value in data["expert_parallel"][str(expert_parallel_size(data, num_instances))].items()}
+    constants |= _values(data["constants"]) | replaced
     return CostModel(
         name=f"{data['model']}.{data['gpu']}",
         num_instances=num_instances,
         num_layers=data["num_layers"],
         gpus_per_node=data["gpus_per_node"],
-        pool_tokens=_pool_tokens(data, num_instances),
-        **{key: float(entry["value"]) for key, entry in (data["constants"] | replaced).items()},
-        **{key: float(value) for key, value in data["expert_parallel"][str(size)].items()},
+        pool_tokens=_pool_tokens(data, num_instances, kv_bytes),
+        attention_chunks=int(constants.pop("attention_chunks", 0)),
+        **constants,
     )
 
 
-def _pool_tokens(data: dict, num_instances: int) -> int | None:
+def _pool_tokens(data: dict, num_instances: int, kv_bytes: int) -> int | None:
     """KV tokens that fit one instance beside its weights; None when the file describes no memory, 0 when the weights do not fit."""
     memory = data.get("memory")
     if memory is None:
@@ -208,4 +272,5 @@ def _pool_tokens(data: dict, num_instances: int) -> int | None:
         - memory["expert_weight_bytes"] / num_instances
         - memory["reserved_bytes"]
     )
-    return max(0, int(free // (data["kv_bytes_per_token_layer"] * data["num_layers"])))
+    token_bytes = data["kv_bytes_per_token_layer"] // KV_DTYPES[BFLOAT16] * kv_bytes
+    return max(0, int(free // (token_bytes * data["num_layers"])))

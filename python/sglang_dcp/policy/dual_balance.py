@@ -35,7 +35,7 @@ class DualBalance:
     def __init__(self, cost_model: CostModel, rule: SplitRule) -> None:
         self._cost = cost_model
         self._rule = rule
-        row_us = cost_model.exchange_us_per_row + cost_model.sharded_row_us
+        row_us = cost_model.exchange_us_per_row + cost_model.attention_us_per_row + cost_model.sharded_row_us
         self._small_tokens = MIN_SPLIT_ROWS * row_us / max(cost_model.attention_us_per_token, 1e-12)
         self._nodes: list[Sequence[int]] = []
         self._turn = 0
@@ -107,12 +107,12 @@ class DualBalance:
             if split is not None:
                 best = split
         levels = call.levels
-        added = levels.request_us(call.total_tokens)
+        added, lone = levels.request_us(call.total_tokens), self._cost.lone_row_us(call.total_tokens)
         # Where even the emptiest instance is dearer than the split, the best one need not be looked for.
-        if best is None or levels.least_price_whole(added) <= best.price:
+        if best is None or levels.least_price_whole(added, lone) <= best.price:
             single = self._best_single(call)
             if single is not None and (
-                best is None or levels.price(levels.attention[single] + added, levels.batches[single] + 1) <= best.price
+                best is None or levels.price(max(levels.attention[single] + added, lone), levels.batches[single] + 1) <= best.price
             ):
                 return call.whole(single)
         return None if best is None else self._split(call, best.home, best.guests, waiting=False)

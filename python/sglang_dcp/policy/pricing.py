@@ -1,8 +1,9 @@
 """What a placement would add to a step, from levels that are computed once per request.
 
-Instance i stands at an *attention level* a_i (KV tokens and dispatch of its batch) and a *batch* b_i (combine). A layer lasts
+Instance i stands at an *attention level* a_i (KV tokens, rows and dispatch of its batch) and a *batch* b_i (combine). A layer lasts
 max(a) + combine_us * max(b), so a candidate that leaves its instance at (a, b) is priced by how far it raises either maximum, plus a
-small share of its own levels that keeps valleys open for those who come next.
+small share of its own levels that keeps valleys open for those who come next. Where long rows are not split within an instance
+(--dyncp-split-budget stock), no level is below what the request's own row takes.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ class Levels:
                 return True
         return False
 
-    def least_price_whole(self, added_us: float) -> float:
-        """No instance takes a request that adds `added_us` at a lower price."""
-        return self.price(min(self.attention) + added_us, min(self.batches) + 1)
+    def least_price_whole(self, added_us: float, lone_us: float) -> float:
+        """No instance takes a request that adds `added_us`, and takes `lone_us` by itself, at a lower price."""
+        return self.price(max(min(self.attention) + added_us, lone_us), min(self.batches) + 1)
 
     def price(self, attention: float, batch: int) -> float:
         """Price of leaving one instance, and none higher, at these levels."""
@@ -131,6 +132,7 @@ def cheapest_split(
     best_price, best_degree, best_home = cheaper_than, 0, -1
     highest, most, combine_us, own = levels.highest_attention, levels.highest_batch, cost.combine_us_per_request, OWN_WEIGHT
     batch, batch_us, double_us, may_change = 0, 0.0, 2 * row_us, pinned_home is None
+    lone_us = cost.lone_row_us(total_tokens)
     row_us += cost.sharded_row_us
     for entry, position in enumerate(ordered):
         lowest = a[position]
@@ -143,9 +145,7 @@ def cheapest_split(
             batch_us = combine_us * ((batch - most if batch > most else 0) + own * batch)
         if entry == 0 or room - headroom < pages or home < 0:
             continue
-        level = (column + entry * double_us) / (entry + 1)
-        if level < lowest:
-            level = lowest
+        level = max((column + entry * double_us) / (entry + 1), lowest, lone_us / (entry + 1))
         price = (level - highest if level > highest else 0.0) + own * level + entry * row_us + fixed_us
         price += batch_us
         if price < best_price:

@@ -1,8 +1,9 @@
 """The cost model of what a server serves: constants that ship, brought to the served model's layers and row sizes.
 
-What a step costs per layer follows from few sizes: attention from K/V bytes per token (MLA in absorbed form: from the number of heads,
-it is bound by arithmetic), the exchange from bytes per row, MoE's own exchange from hidden size and experts per token. Standard library
-only.
+What a step costs per layer follows from few sizes: attention from the K/V width of a token (MLA in absorbed form: from the number of
+heads, it is bound by arithmetic), the exchange from bytes per row, experts from the bytes of their weights, MoE's own exchange from hidden
+size and experts per token. The element type of the pools changes attention by what was measured, not by its bytes: the kernels that read
+FP8 convert it, which takes most of what the bytes save. Standard library only.
 """
 
 from __future__ import annotations
@@ -10,7 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sglang_dcp.policy.cost_model import CostModel, available_cost_models, build_cost_model, load_cost_model, read_constants
+from sglang_dcp.policy.attention_table import BFLOAT16, FP8, KV_DTYPES, OUR_SPLIT, table_constants
+from sglang_dcp.policy.cost_model import (
+    CostModel,
+    available_cost_models,
+    build_cost_model,
+    expert_parallel_size,
+    load_cost_model,
+    read_constants,
+)
 
 CPU_MODEL = "cpu"
 FAR_APART = 2.0
@@ -19,7 +28,11 @@ FAR_APART = 2.0
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What constants depend on. device: "cpu", or the card as its driver names it. Bytes are of one layer, in bfloat16."""
+    """What constants depend on. device: "cpu", or the card as its driver names it. Bytes are of one layer, as they lie in memory: of K/V in
+    the pool's elements, of queries and partial results in bfloat16, of all experts' weights as the checkpoint has them (0: not known).
+
+    expert_token_share: experts of a token over all experts.
+    """
 
     device: str
     num_layers: int
@@ -29,6 +42,9 @@ class ServedModel:
     exchange_bytes_per_row: int
     hidden_size: int
     experts_per_token: int
+    kv_element_bytes: int = KV_DTYPES[BFLOAT16]
+    expert_bytes: int = 0
+    expert_token_share: float = 1.0
 
     @classmethod
     def of_config(cls, config: Any, device: str, kv_bytes: int = 2) -> ServedModel:
@@ -41,6 +57,9 @@ class ServedModel:
         else:
             key = value = getattr(config, "head_dim", None) or hidden // heads
             kv_width = (getattr(config, "num_key_value_heads", None) or heads) * (key + value)
+        per_token = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
+        num_experts = _first(config, "num_experts", "n_routed_experts", "num_local_experts")
+        width = _first(config, "moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
         return cls(
             device=device,
             num_layers=config.num_hidden_layers,
@@ -49,13 +68,34 @@ class ServedModel:
             kv_bytes_per_token=kv_bytes * kv_width,
             exchange_bytes_per_row=heads * (2 * (key + value) + 4),
             hidden_size=hidden,
-            experts_per_token=getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1,
+            experts_per_token=per_token,
+            kv_element_bytes=kv_bytes,
+            expert_bytes=int(num_experts * 3 * hidden * width * _weight_bytes(config)),
+            expert_token_share=min(1.0, per_token / num_experts) if num_experts else 1.0,
         )
 
     @property
+    def kv_dtype(self) -> str:
+        """As KV_DTYPES names it."""
+        return FP8 if self.kv_element_bytes == KV_DTYPES[FP8] else BFLOAT16
+
+    @property
     def attention_size(self) -> int:
-        """What a token of attention costs, up to a factor of the card."""
-        return self.num_heads if self.latent else self.kv_bytes_per_token
+        """What a token of attention costs, up to a factor of card and element type: heads, or bytes of K/V as bfloat16 has them."""
+        return self.num_heads if self.latent else self.kv_bytes_per_token // self.kv_element_bytes * KV_DTYPES[BFLOAT16]
+
+
+def _first(config: Any, *names: str) -> int:
+    return next((int(value) for value in (getattr(config, name, None) for name in names) if isinstance(value, int)), 0)
+
+
+def _weight_bytes(config: Any) -> float:
+    """Of an element of the experts' weights: what the checkpoint's quantisation says, else bfloat16's."""
+    asked = getattr(config, "quantization_config", None) or {}
+    asked = asked if isinstance(asked, dict) else vars(asked)
+    if isinstance(asked.get("bits"), int):
+        return float(asked["bits"]) / 8
+    return 1.0 if "fp8" in str(asked.get("quant_method", "")).lower() else 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +107,22 @@ class ServedCost:
     warnings: tuple[str, ...]
 
 
-def served_cost(given: str | None, served: ServedModel | None, num_instances: int) -> ServedCost:
+def served_cost(given: str | None, served: ServedModel | None, num_instances: int, split: str = OUR_SPLIT) -> ServedCost:
     """`given`: what --dyncp-cost-model names; its constants are taken as they are, with the served model's number of layers. Without it
     the nearest constants that ship for the card are scaled to the served model's sizes; on a CPU, those of the tiny test models are
-    taken. served None: nothing is known of the model, and nothing is adapted."""
+    taken. served None: nothing is known of the model, and nothing is adapted. split: who splits long rows, as --dyncp-split-budget says."""
     if served is None:
         return ServedCost(load_cost_model(given or CPU_MODEL, num_instances), given or CPU_MODEL, ())
     name = given or nearest_constants(served)
     path, data = read_constants(name)
-    model = build_cost_model(path, data, num_instances, serving=True)
+    model = build_cost_model(path, data, num_instances, serving=True, kv_dtype=served.kv_dtype, split=split)
     layers = f"{model.num_layers} layers there, {served.num_layers} here"
     warnings = []
     if _ratio(model.num_layers, served.num_layers) > FAR_APART:
         warnings.append(f"cost model {name} is of {model.num_layers} layers, the served model has {served.num_layers}: taken per layer")
+    measured = _card_attention(data, served, split)
+    if served.kv_dtype != BFLOAT16 and not measured and served.kv_dtype not in data.get("kv_dtypes", {}) and name != CPU_MODEL:
+        warnings.append(f"cost model {name} has no constants for K/V in {served.kv_dtype}: bfloat16's are taken")
     adapted = with_layers(model, served.num_layers)
     if given is not None or "layer" not in data:
         return ServedCost(adapted, f"{name}, {layers}, constants per layer as given", tuple(warnings))
@@ -88,7 +131,15 @@ def served_cost(given: str | None, served: ServedModel | None, num_instances: in
         warnings.append(f"cost model {name}: attention of a token is scaled by {served.attention_size / size:.3g} to the served model's")
     if "h100" not in served.device.lower() and "h200" not in served.device.lower():
         warnings.append(f"cost model {name}: no constants for {served.device}")
-    return ServedCost(_scaled(adapted, data, served), f"{name}, {layers}, scaled to the served model's sizes", tuple(warnings))
+    scaled = replace(_scaled(adapted, data, served), **measured)
+    return ServedCost(scaled, f"{name}, {layers}, scaled to the served model's sizes", tuple(warnings))
+
+
+def _card_attention(data: dict, served: ServedModel, split: str) -> dict[str, Any]:
+    """What was measured on the constants' card for attention of the served shape."""
+    width = served.kv_bytes_per_token // served.kv_element_bytes * KV_DTYPES[BFLOAT16]
+    shape: dict[str, Any] = {"latent": served.latent, "num_heads": served.num_heads, "kv_bytes": width, "kv_dtype": served.kv_dtype}
+    return table_constants(data["gpu"], **shape, split=split)
 
 
 def with_layers(model: CostModel, num_layers: int) -> CostModel:
@@ -106,16 +157,18 @@ def with_layers(model: CostModel, num_layers: int) -> CostModel:
 
 
 def nearest_constants(served: ServedModel) -> str:
-    """Name of the constants that ship for the card (H100's for an unknown one) and are nearest in size, of the same kind of attention."""
+    """Name of the constants that ship for the card (H100's for an unknown one) and are nearest in size, of the same kind of attention; of
+    equal attention, the one whose rows of MoE's exchange are."""
     if served.device == CPU_MODEL:
         return CPU_MODEL
     card = "h200" if "h200" in served.device.lower() else "h100"
-    found: list[tuple[float, str]] = []
+    found: list[tuple[float, float, str]] = []
     for name in available_cost_models():
         _, data = read_constants(name)
         if data["gpu"] == card and data.get("layer", {}).get("latent") == served.latent:
-            found.append((_ratio(_attention_size(data), served.attention_size), name))
-    return min(found)[1]
+            row = _ratio(data["layer"]["hidden_size"] * data["layer"]["experts_per_token"], served.hidden_size * served.experts_per_token)
+            found.append((_ratio(_attention_size(data), served.attention_size), row, name))
+    return min(found)[-1]
 
 
 def _scaled(model: CostModel, data: dict, served: ServedModel) -> CostModel:
@@ -123,8 +176,15 @@ def _scaled(model: CostModel, data: dict, served: ServedModel) -> CostModel:
     attention = served.attention_size / _attention_size(data)
     row = served.exchange_bytes_per_row / layer["exchange_bytes_per_row"]
     expert_row = served.hidden_size * served.experts_per_token / (layer["hidden_size"] * layer["experts_per_token"])
+    experts = 1.0
+    if served.expert_bytes and "memory" in data:
+        # The table's bytes of one GPU are those of its expert-parallel size.
+        experts = served.expert_bytes * data["num_layers"] / data["memory"]["expert_weight_bytes"]
+        experts *= expert_parallel_size(data, model.num_instances) / model.num_instances
     return replace(
         model,
+        expert_weight_us=model.expert_weight_us * experts,
+        expert_token_share=served.expert_token_share,
         attention_us_per_token=model.attention_us_per_token * attention,
         exchange_us_per_row=model.exchange_us_per_row * row,
         remote_exchange_us_per_row=model.remote_exchange_us_per_row * row,

@@ -126,7 +126,8 @@ class PlainBalance(DualBalance):
         column = levels.request_us(call.total_tokens)
         for i in prefix:
             column += levels.attention[i]
-        level = max((column + (degree - 1) * (2 * row_us)) / degree, levels.attention[prefix[-1]])
+        lone = cost.lone_row_us(call.total_tokens) / degree
+        level = max((column + (degree - 1) * (2 * row_us)) / degree, levels.attention[prefix[-1]], lone)
         batch = levels.batches[home] + 1
         price = max(0.0, level - levels.highest_attention) + OWN_WEIGHT * level + (degree - 1) * (row_us + cost.sharded_row_us) + fixed_us
         price += cost.combine_us_per_request * (max(0, batch - levels.highest_batch) + OWN_WEIGHT * batch)
@@ -165,6 +166,7 @@ def test_the_served_placement_decides_as_the_plain_one(seed: int):
         cost = load_cost_model(draw.choice(MODELS), count)
         if host.random() < 0.3:
             cost = replace(cost, sharded_step_fixed_us=host.uniform(0, 500), sharded_step_us_per_row=host.uniform(0, 50))
+            cost = replace(cost, attention_us_per_unsplit_token=host.choice((0.0, host.uniform(0, 20 * cost.attention_us_per_token))))
         rule = SplitRule(draw.choice((count, count, count, min(2, count), 1)), draw.choice((1.0, 1.0, 1.0, 0.3, 0.0)))
         policies, loads = (DualBalance(cost, rule), PlainBalance(cost, rule)), random_loads(draw, count, pool)
         for _ in range(3):

@@ -240,7 +240,7 @@ def test_the_parts_of_the_gap_add_up_to_the_step_less_a_perfect_one():
         if simulation.num_running == 6:
             cluster = simulation.cluster
             level = cost.attention_us_per_token * cluster.kv_tokens.mean() + cost.dispatch_us_per_request * cluster.batch.mean()
-            layer = cost.constant_layer_us + level + cost.expert_us(6 / 4) + cost.combine_us_per_request * cluster.batch.mean()
+            layer = cost.constant_layer_us + level + cost.expert_us(6) + cost.combine_us_per_request * cluster.batch.mean()
             perfect = (cost.num_layers * layer + cost.step_fixed_us) / 1e3
             seen.append((sum(step_parts(simulation).values()), 1e3 * simulation._step_seconds() - perfect))
 

@@ -14,7 +14,7 @@ from sglang_dcp.policy.types import PlacementRequest
 
 def cost_model_of(config: DynCpConfig, num_instances: int) -> CostModel:
     """The same in every process."""
-    return served_cost(config.cost_model, config.served_model, num_instances).model
+    return served_cost(config.cost_model, config.served_model, num_instances, config.split_budget).model
 
 
 def describe_request(
