@@ -12,8 +12,10 @@ from sglang_dcp.ledger.reservations import Decision, Grant
 class LimitChecks:
     """Looks at every step of a protocol walk. guest_pages: most pages of a pool that new guests may take. node_size: instances per node."""
 
-    def __init__(self, num_instances: int, num_pages: int, max_degree: int, guest_pages: int, node_size: int) -> None:
-        self.num_instances, self.num_pages = num_instances, num_pages
+    def __init__(
+        self, num_instances: int, num_pages: int, max_degree: int, guest_pages: int, node_size: int, *, crosses: bool = False
+    ) -> None:
+        self.num_instances, self.num_pages, self.crosses = num_instances, num_pages, crosses
         self.max_degree, self.guest_pages, self.node_size = max_degree, guest_pages, node_size
         self.asks: dict[tuple[int, int], AskAdmission | AskGrowth] = {}
 
@@ -25,9 +27,18 @@ class LimitChecks:
         first = home // self.node_size * self.node_size
         return range(first, min(first + self.node_size, self.num_instances))
 
+    def group(self, home: int) -> range:
+        """Where anything of this home may ever lie."""
+        return range(self.num_instances) if self.crosses else self.members(home)
+
+    @property
+    def most_pages(self) -> int:
+        """Of one request."""
+        return self.reach(self.num_instances if self.crosses else self.node_size)
+
     def members_for(self, home: int, pages: int) -> range:
         """Where a flexible placement of so many pages may lie."""
-        return self.members(home) if pages <= self.reach(self.node_size) else range(self.num_instances)
+        return self.members(home) if pages <= self.reach(self.node_size) else self.group(home)
 
     def check_step(self, columns: Sequence[Sequence[int]], words: Sequence[Sequence[int]], decision: Decision) -> None:
         """columns, words: of every instance in this step; decision: what came of them."""
@@ -52,6 +63,7 @@ class LimitChecks:
     def _check_admission(self, ask: AskAdmission, grant: Grant, guest_room: Sequence[int]) -> None:
         ranks = {segment.rank for segment in grant.segments} | {rank for rank, _ in ask.kept if grant.previous}
         assert len(ranks) <= self.max_degree, f"degree {len(ranks)} where {self.max_degree} is the most: {grant}"
+        assert ranks <= set(self.group(grant.home)), f"{grant} lies outside {self.group(grant.home)}, where its home exchanges rows"
         for segment in grant.segments:
             is_guest = segment.rank != grant.home
             assert not is_guest or segment.num_pages <= guest_room[segment.rank], f"guest room {guest_room} does not hold {grant}"
@@ -65,6 +77,7 @@ class LimitChecks:
         rank = grant.segments[0].rank
         if rank in ask.shards:
             return
+        assert rank in self.group(grant.home), f"{grant} lies outside {self.group(grant.home)}, where its home exchanges rows"
         assert len(set(ask.shards)) < self.max_degree, f"degree {len(set(ask.shards)) + 1} where {self.max_degree} is the most: {grant}"
         assert rank == grant.home or guest_room[rank] >= 1, f"guest room {guest_room} does not hold {grant}"
         fits_the_node = ask.page_index + 1 <= self.reach(self.node_size)

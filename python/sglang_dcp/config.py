@@ -17,6 +17,7 @@ from sglang_dcp.policy.split_limits import Layout, SplitLimits, SplitRule
 
 POLICIES = ("dual-balance", "length-buckets", "fixed", "local")
 TRANSPORTS = ("auto", "gloo", "nccl", "peer")
+SCOPES = ("node", "cluster")
 SPLIT_BUDGETS = ("auto", "stock")
 
 CONFIG_VARIABLE = "SGLANG_DYNCP_CONFIG"
@@ -32,13 +33,15 @@ class DynCpConfig:
     """Settings of one server. `None` stands for "number of instances" and is resolved by `resolve`.
 
     cost_model None: the constants that fit the served model best. served_model: no setting; read off the model by the main process.
-    num_nodes: no setting of ours either; SGLang's --nnodes.
+    num_nodes: no setting of ours either; SGLang's --nnodes, the hosts. node_size None: all instances of a host.
     """
 
     policy: str = "dual-balance"
     degree: int | None = None
     max_degree: int | None = None
     max_guest_fraction: float = 1.0
+    node_size: int | None = None
+    scope: str = "node"
     cost_model: str | None = None
     transport: str = "auto"
     max_rows: int = 64
@@ -55,13 +58,16 @@ class DynCpConfig:
             raise ConfigError(f"--dyncp-policy {self.policy!r} is unknown; choose one of {', '.join(POLICIES)}")
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"--dyncp-transport {self.transport!r} is unknown; choose one of {', '.join(TRANSPORTS)}")
+        if self.scope not in SCOPES:
+            raise ConfigError(f"--dyncp-scope {self.scope!r} is unknown; choose one of {', '.join(SCOPES)}")
         if self.split_budget not in SPLIT_BUDGETS:
             raise ConfigError(f"--dyncp-split-budget {self.split_budget!r} is unknown; choose one of {', '.join(SPLIT_BUDGETS)}")
         if self.policy == "fixed" and self.degree is None:
             raise ConfigError("--dyncp-policy fixed needs --dyncp-degree K")
         if self.policy != "fixed" and self.degree is not None:
             raise ConfigError(f"--dyncp-degree {self.degree} works with --dyncp-policy fixed only, not with {self.policy!r}")
-        for flag, value in (("--dyncp-degree", self.degree), ("--dyncp-max-degree", self.max_degree), ("--dyncp-max-rows", self.max_rows)):
+        counts = {"--dyncp-degree": self.degree, "--dyncp-max-degree": self.max_degree, "--dyncp-node-size": self.node_size}
+        for flag, value in (*counts.items(), ("--dyncp-max-rows", self.max_rows)):
             if value is not None and value < 1:
                 raise ConfigError(f"{flag} must be at least 1, got {value}")
         for flag, seconds in (("--dyncp-hang-seconds", self.hang_seconds), ("--dyncp-drain-seconds", self.drain_seconds)):
@@ -79,22 +85,35 @@ class DynCpConfig:
 
     def resolve(self, num_instances: int) -> DynCpConfig:
         """Fills in what depends on the number of instances, and checks it."""
+        most = self.layout(num_instances).group_size
         for flag, value in (("--dyncp-degree", self.degree), ("--dyncp-max-degree", self.max_degree)):
             if value is not None and value > num_instances:
                 raise ConfigError(f"{flag} {value} exceeds the number of instances, {num_instances} (--tp)")
-        max_degree = 1 if self.policy == "local" else self.max_degree or self.degree or num_instances
+            if value is not None and value > most:
+                raise ConfigError(
+                    f"{flag} {value} exceeds the {most} instances of a node (--dyncp-node-size, --nnodes {self.num_nodes}), which requests "
+                    "do not leave without --dyncp-scope cluster"
+                )
+        max_degree = 1 if self.policy == "local" else self.max_degree or self.degree or most
         if self.degree is not None and self.degree > max_degree:
             raise ConfigError(f"--dyncp-degree {self.degree} exceeds --dyncp-max-degree {max_degree}")
         return dataclasses.replace(self, max_degree=max_degree)
 
     def layout(self, num_instances: int) -> Layout:
-        """Which instances share a node."""
-        return Layout.of_nodes(num_instances, self.num_nodes)
+        """Which instances share a node. ConfigError where hosts or nodes would differ in size, or a node would lie on two hosts."""
+        if num_instances % self.num_nodes:
+            raise ConfigError(f"{num_instances} instances (--tp) cannot be spread evenly over --nnodes {self.num_nodes}")
+        per_host = num_instances // self.num_nodes
+        node_size = self.node_size or per_host
+        if per_host % node_size:
+            raise ConfigError(f"--dyncp-node-size {node_size} does not divide the {per_host} instances of a host (--tp, --nnodes)")
+        return Layout(num_instances, node_size, crosses=self.scope == "cluster")
 
     def split_limits(self, num_instances: int, pool_pages: int) -> SplitLimits:
         """How a request may be split over `num_instances` pools of `pool_pages` each; the same in every process."""
         max_degree = self.resolve(num_instances).max_degree or num_instances
-        return SplitRule(max_degree, self.max_guest_fraction).limits(pool_pages, self.layout(num_instances))
+        layout = self.layout(num_instances)
+        return SplitRule(max_degree, self.max_guest_fraction, layout.crosses).limits(pool_pages, layout)
 
     def most_retained(self, num_pages: int) -> int:
         """Pages of a pool of num_pages that retained sequences may hold; 0 for no prefix cache of sharded requests."""
@@ -134,7 +153,7 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--enable-dyncp", action="store_true", help="Give every request its own context-parallel degree while it decodes.")
     group.add_argument("--dyncp-policy", choices=POLICIES, help="How requests are placed. Default: dual-balance.")
     group.add_argument("--dyncp-degree", type=int, metavar="K", help="Degree of every request, with --dyncp-policy fixed.")
-    group.add_argument("--dyncp-max-degree", type=int, metavar="K", help="Most shards of one request. Default: the number of instances.")
+    group.add_argument("--dyncp-max-degree", type=int, metavar="K", help="Most shards of one request. Default: the instances of a node.")
     group.add_argument(
         "--dyncp-max-guest-fraction",
         type=float,
@@ -167,7 +186,24 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SPLIT_BUDGETS,
         help="How decode graphs split long rows with FlashInfer (GQA): auto, whatever stands beside them, or stock. Default: auto.",
     )
+    _add_node_arguments(group)
     _add_ending_arguments(group)
+
+
+def _add_node_arguments(group: argparse._ArgumentGroup) -> None:
+    """Where the shards of a request may lie in a server of several nodes."""
+    group.add_argument(
+        "--dyncp-node-size",
+        type=int,
+        metavar="N",
+        help="Instances whose GPUs reach each other's memory: a request's shards lie in one such node. Default: a host's (--nnodes).",
+    )
+    group.add_argument(
+        "--dyncp-scope",
+        choices=SCOPES,
+        help="How far the shards of a request may lie apart: in one node, or anywhere in the cluster where no node can hold it (such steps "
+        "run without graphs). Default: node.",
+    )
 
 
 def _add_ending_arguments(group: argparse._ArgumentGroup) -> None:

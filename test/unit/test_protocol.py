@@ -24,18 +24,20 @@ class ProtocolMachine(RuleBasedStateMachine):
         max_degree=st.integers(1, 4),
         chunk_pages=st.integers(1, 4),
         fraction=st.sampled_from([1.0, 0.5, 0.25, 0.0]),
-        has_nodes=st.booleans(),
+        scope=st.sampled_from([None, "node", "cluster"]),
     )
-    def start(self, num_instances, max_degree, chunk_pages, fraction, has_nodes):
+    def start(self, num_instances, max_degree, chunk_pages, fraction, scope):
+        has_nodes = scope is not None and num_instances % 2 == 0
         self.model = ProtocolModel(
             0,
             num_instances,
             NUM_PAGES,
             PAGE_SIZE,
             chunk_tokens=chunk_pages * PAGE_SIZE,
-            max_degree=min(max_degree, num_instances),
+            max_degree=min(max_degree, num_instances // 2 if has_nodes and scope == "node" else num_instances),
             max_guest_fraction=fraction,
-            num_nodes=2 if has_nodes and num_instances % 2 == 0 else 1,
+            num_nodes=2 if has_nodes else 1,
+            scope=scope or "node",
         )
 
     @rule(home=st.integers(0, 3), prompt=st.integers(1, 20), max_new=st.integers(1, 11))
@@ -49,10 +51,14 @@ class ProtocolMachine(RuleBasedStateMachine):
     def sharded_request(self, home, order, degree, data, flexible):
         model = self.model
         degree = min(degree, model.max_degree)
-        reach = model.limits.reach(model.num_instances)
+        reach = model.limits.most_pages
         pages = min(degree * (NUM_PAGES - 3), reach - 3)
         prompt = data.draw(st.integers(degree * PAGE_SIZE, pages * PAGE_SIZE))
-        able = model.limits.members_for(home % model.num_instances, prompt // PAGE_SIZE + 2) if flexible else range(model.num_instances)
+        able = (
+            model.limits.members_for(home % model.num_instances, prompt // PAGE_SIZE + 2)
+            if flexible
+            else model.limits.group(home % model.num_instances)
+        )
         shards = tuple(rank for rank in order if rank in able)[:degree]
         room = (reach - 1) * PAGE_SIZE - prompt
         model.arrive(home % model.num_instances, prompt, data.draw(st.integers(1, min(room, 24))), shards, flexible=flexible)
@@ -103,6 +109,7 @@ def walk(num_steps: int, *, check_every: int) -> ProtocolModel:
             max_degree=2 if seed % 3 == 0 else None,
             max_guest_fraction=FRACTIONS[seed % len(FRACTIONS)],
             num_nodes=2 if seed % 4 == 1 and shape[0] % 2 == 0 else 1,
+            scope="cluster" if shape[0] < 4 else "node",
             check_every=check_every,
         )
         random_walk(model, min(left, 10_000))
@@ -116,13 +123,34 @@ def test_random_walk_checked_after_every_step():
     walk(20_000, check_every=1)
 
 
-@pytest.mark.parametrize("limits", [{"max_degree": 2}, {"max_guest_fraction": 0.5}, {"max_guest_fraction": 0.0}, {"num_nodes": 2}], ids=str)
+LIMITS = [
+    {"max_degree": 2},
+    {"max_guest_fraction": 0.5},
+    {"max_guest_fraction": 0.0},
+    {"num_nodes": 2},
+    {"num_nodes": 2, "max_guest_fraction": 0.5},
+    {"num_nodes": 2, "scope": "cluster"},
+]
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_walk_keeps_each_limit_of_a_split(limits, seed):
     """Degree, guest pages and nodes, in every grant and growth; no pages stay promised on an empty cluster; pins outlive retractions."""
     model = ProtocolModel(seed, 4, 8, 16, chunk_tokens=48, check_every=50, **limits)
     random_walk(model, 1_500, arrival=0.3)
     assert sum(home.num_retractions for home in model.homes) > 0
+
+
+def test_rows_that_leave_a_node_are_told_from_others():
+    """Two nodes of two: a request over three pools crosses, one over its node's two does not. Seen by its home and by its shards."""
+    for scope, shards, crossing in (("cluster", (1, 2, 0), [True, False, True, False]), ("cluster", (1, 0), [False] * 4)):
+        model = ProtocolModel(1, 4, 8, 4, num_nodes=2, scope=scope, chunk_tokens=100)
+        request = model.arrive(0, 4 * (6 * len(shards) - 2), 6, shards)
+        while not request.output_ids:
+            model.step()
+        model.step()
+        assert [home.runtime.rows.leaves_node() for home in model.homes] == crossing
 
 
 @pytest.mark.timeout(900)

@@ -30,6 +30,7 @@ class ProtocolModel:
         max_degree: int | None = None,
         max_guest_fraction: float = 1.0,
         num_nodes: int = 1,
+        scope: str = "node",
         check_every: int = 1,
         cache_fraction: float = 0.8,
     ) -> None:
@@ -40,12 +41,18 @@ class ProtocolModel:
             max_degree=max_degree,
             max_guest_fraction=max_guest_fraction,
             num_nodes=num_nodes,
+            scope=scope,
             cache_fraction=cache_fraction,
             cache_min_tokens=page_size,
         ).resolve(num_instances)
         self.max_degree = config.max_degree or num_instances
         self.limits = LimitChecks(
-            num_instances, num_pages, self.max_degree, int(max_guest_fraction * num_pages), num_instances // num_nodes
+            num_instances,
+            num_pages,
+            self.max_degree,
+            int(max_guest_fraction * num_pages),
+            num_instances // num_nodes,
+            crosses=scope == "cluster",
         )
         cluster, pools = cluster_of(config, num_instances, num_pages, page_size), [FakePool(num_pages) for _ in range(num_instances)]
         self.homes = [ModelScheduler(config, Participant(cluster, rank, pool), pool, chunk_tokens) for rank, pool in enumerate(pools)]
@@ -93,7 +100,7 @@ class ProtocolModel:
         if not done:
             return
         req = choose.choice(done)
-        most = min(self.limits.reach(self.num_instances) - 3, self.max_degree * (self.num_pages - 2)) * self.page_size
+        most = min(self.limits.most_pages - 3, self.max_degree * (self.num_pages - 2)) * self.page_size
         more = choose.randint(-len(req.origin_input_ids), 2 * self.page_size)
         if choose.random() < 0.7:
             more = choose.randint(0, 3 * self.page_size)
@@ -116,12 +123,12 @@ class ProtocolModel:
         if choose.random() < 0.6:
             prompt = choose.randint(1, pool // 3)
             return self.arrive(home, prompt, choose.randint(1, max(1, pool // 2)))
-        degree, reach = choose.randint(1, self.max_degree), self.limits.reach(self.num_instances)
+        degree, reach = choose.randint(1, self.max_degree), self.limits.most_pages
         pages = choose.randint(degree, max(degree, min(degree * (self.num_pages - 3), reach - 3)))
         prompt = pages * self.page_size - choose.randrange(self.page_size)
         max_new = choose.randint(1, max(1, min((reach - 1 - pages) * self.page_size - 1, pool // 2)))
         flexible = choose.random() < 0.5
-        members = self.limits.members_for(home, pages + 1) if flexible else range(self.num_instances)
+        members = self.limits.members_for(home, pages + 1) if flexible else self.limits.group(home)
         shards = tuple(choose.sample(members, min(degree, len(members))))
         return self.arrive(home, prompt, max_new, shards, flexible=flexible)
 

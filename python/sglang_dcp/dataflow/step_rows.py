@@ -52,6 +52,18 @@ class StepRows:
         """By home: the routes of its sharded rows. All instances know them alike."""
         return [[row.route for row in rows] for rows in self.participant.rows_of]
 
+    def leaves_node(self) -> bool:
+        """Whether a row of this instance, or a guest's, is shared with an instance of another node."""
+        participant, layout = self.participant, self.participant.limits.layout
+        near = layout.members(participant.rank)
+        if not layout.crosses or len(near) == layout.num_instances:
+            return False
+        spans = self.batch.spans
+        if any(shard not in near for index in self.batch.routes for shard in spans[index][0].dyncp.shards):
+            return True
+        far = ((home, row) for home, rows in enumerate(participant.rows_of) if home not in near for row in rows)
+        return any(participant.guests.pages_of(home, row.handle) for home, row in far)
+
     # ---- for a step of any shape
 
     def home_rows(self, local_pages: Iterable[np.ndarray]) -> list[HomeRow]:

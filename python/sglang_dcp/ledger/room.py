@@ -69,13 +69,16 @@ class Room:
     def _split_behind(self, home: int, ask: AskAdmission) -> Split | None:
         """Likewise for the pages behind those that the ask takes over: on the instances where these are, and on as many others, the
         roomiest ones, as the degree allows."""
-        kept = dict(ask.kept)
-        room = {rank: self.free[rank] if rank == home else self._for_guest(rank) for rank in range(len(self.free))}
-        room = {rank: min(pages, self.limits.most_pages(home, rank) - kept.get(rank, 0)) for rank, pages in room.items()}
-        others = sorted((rank for rank in room if rank not in kept), key=lambda rank: (-room[rank], rank != home, rank))
+        kept, pages = dict(ask.kept), sum(count for _, count in ask.segments)
+        scope = self.limits.scope(home, pages + ask.num_kept)
+        room = [0] * len(self.free)
+        for rank in scope:
+            free = self.free[rank] if rank == home else self._for_guest(rank)
+            room[rank] = min(free, self.limits.most_pages(home, rank) - kept.get(rank, 0))
+        others = sorted((rank for rank in scope if rank not in kept), key=lambda rank: (-room[rank], rank != home, rank))
         for rank in others[self.limits.max_degree - len(kept) :]:
             room[rank] = 0
-        return self.limits.split(home, sum(count for _, count in ask.segments), list(room.values()))
+        return self.limits.split(home, pages, room)
 
     def _for_guest(self, rank: int) -> int:
         """Pages that a new guest could take of an instance."""

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from sglang_dcp.policy.cost_model import CostModel
-from sglang_dcp.policy.split import build_placement, check_pins, check_request, free_pages, node_members, num_pages, water_fill
+from sglang_dcp.policy.split import build_placement, check_pins, check_request, free_pages, node_members, num_pages, reach_of, water_fill
 from sglang_dcp.policy.split_limits import SplitRule
 from sglang_dcp.policy.types import CapacityError, InstanceLoad, Placement, PlacementRequest
 
@@ -49,6 +49,8 @@ class FixedDegree:
     """Static context parallelism: consecutive groups of `degree` instances, every request spread evenly over one group.
 
     Group: the smallest batch; home: the smallest batch in the group. A prompt of fewer pages than `degree` takes one shard per page.
+    Groups lie inside nodes, whose last instances are in none where the degree does not divide them; a degree beyond a node is refused,
+    or, where shards may cross, cuts all instances into groups.
     """
 
     name = "fixed"
@@ -63,9 +65,7 @@ class FixedDegree:
         """See PlacementPolicy."""
         degree = request.degree or self._degree
         check_pins(request, len(loads), self._rule.max_degree, page_size)
-        groups = [list(range(start, start + degree)) for start in range(0, len(loads) - degree + 1, degree)]
-        if request.home is not None:
-            groups = [group for group in groups if request.home in group] or [_group_around(request.home, degree, len(loads))]
+        groups = self._groups(degree, loads, request.home)
         pages = max(reach_of(self._rule, request, loads, group, page_size) for group in groups)
         check_request(request, pages * page_size, f"a group of {degree} (--dyncp-degree, --dyncp-max-guest-fraction)")
         group = min(
@@ -74,20 +74,29 @@ class FixedDegree:
         home = request.home if request.home is not None else _smallest_batch(loads, group)
         return spread_evenly(request, loads, home, group, page_size, self._rule)
 
+    def _groups(self, degree: int, loads: Sequence[InstanceLoad], home: int | None) -> list[list[int]]:
+        """Those that the request may lie on: with a pinned home the one that has it, or one around it."""
+        nodes: list[list[int]] = [members for members in node_members(loads) if len(members) >= degree]
+        if not nodes and self._rule.crosses:
+            nodes = [list(range(len(loads)))]
+        if not nodes:
+            raise CapacityError(f"a degree of {degree} exceeds the instances of a node (--dyncp-degree, dyncp.degree, --dyncp-node-size)")
+        groups = [node[start : start + degree] for node in nodes for start in range(0, len(node) - degree + 1, degree)]
+        if home is None:
+            return groups
+        around = [_group_around(home, degree, node) for node in nodes if home in node]
+        if not around:
+            raise CapacityError(f"the node of dyncp.home = {home} has fewer than {degree} instances (--dyncp-degree, dyncp.degree)")
+        return [group for group in groups if home in group] or around
+
 
 def _smallest_batch(loads: Sequence[InstanceLoad], ranks: Sequence[int]) -> int:
     return min(ranks, key=lambda rank: (loads[rank].home_requests, loads[rank].kv_tokens, rank))
 
 
-def _group_around(home: int, degree: int, num_instances: int) -> list[int]:
-    start = min(home, num_instances - degree)
-    return list(range(start, start + degree))
-
-
-def reach_of(rule: SplitRule, request: PlacementRequest, loads: Sequence[InstanceLoad], group: Sequence[int], page_size: int) -> int:
-    """Pages of one request that the group's pools hold, empty."""
-    home = None if request.home is None else list(group).index(request.home)
-    return rule.reach_pages([loads[rank].kv_capacity // page_size for rank in group], min(rule.max_degree, len(group)), home)
+def _group_around(home: int, degree: int, node: Sequence[int]) -> list[int]:
+    start = min(node.index(home), len(node) - degree)
+    return list(node[start : start + degree])
 
 
 def spread_evenly(

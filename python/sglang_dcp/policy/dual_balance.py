@@ -12,7 +12,7 @@ from math import inf
 from sglang_dcp.policy.cost_model import CostModel
 from sglang_dcp.policy.placement_call import Call, as_range, of
 from sglang_dcp.policy.pricing import Levels, Split, cheapest_split
-from sglang_dcp.policy.split import check_pins, check_request, node_members, num_pages, water_fill
+from sglang_dcp.policy.split import check_pins, check_request, node_members, num_pages, reach_of, water_fill
 from sglang_dcp.policy.split_limits import SplitRule
 from sglang_dcp.policy.types import CapacityError, InstanceLoad, Placement, PlacementRequest
 
@@ -28,7 +28,7 @@ WINDOW = 128
 
 
 class DualBalance:
-    """Ours. Shards of a request lie in one node unless no node could hold it."""
+    """Ours. Shards of a request lie in one node; where the rule lets them cross, a request that no node could hold is spread over all."""
 
     name = "dual-balance"
 
@@ -38,13 +38,15 @@ class DualBalance:
         row_us = cost_model.exchange_us_per_row + cost_model.attention_us_per_row + cost_model.sharded_row_us
         self._small_tokens = MIN_SPLIT_ROWS * row_us / max(cost_model.attention_us_per_token, 1e-12)
         self._nodes: list[Sequence[int]] = []
+        self._group_size = 0
         self._turn = 0
 
     def place(self, request: PlacementRequest, loads: Sequence[InstanceLoad], page_size: int) -> Placement:
         """See PlacementPolicy. Deterministic for equal inputs and an equal number of earlier calls; ties go to the lower rank."""
         if len(self._nodes) == 0 or self._nodes[-1][-1] != len(loads) - 1:
             self._nodes = [as_range(members) for members in node_members(loads)]
-        check_pins(request, len(loads), min(self._rule.max_degree, len(loads)), page_size)
+            self._group_size = len(loads) if self._rule.crosses else max(map(len, self._nodes))
+        check_pins(request, len(loads), min(self._rule.max_degree, self._group_size), page_size)
         if len(loads) > WINDOW and request.home is None and request.degree is None:
             placement = self._place_now(self._window_call(request, loads, page_size))
             if placement is not None and request.prompt_tokens + request.max_new_tokens <= loads[placement.home].kv_capacity:
@@ -79,14 +81,23 @@ class DualBalance:
             window += [loads[rank] for rank in members]
         return self._call(request, window, nodes, page_size)
 
+    def _groups(self, request: PlacementRequest, loads: Sequence[InstanceLoad]) -> Sequence[Sequence[int]]:
+        """Where all shards of the request may lie."""
+        if self._rule.crosses:
+            return [range(len(loads))]
+        return self._nodes if request.home is None else [members for members in self._nodes if request.home in members]
+
     def _check_capacity(self, request: PlacementRequest, loads: Sequence[InstanceLoad], page_size: int) -> None:
         first_pool = loads[0].kv_capacity // page_size * page_size
         if 1 <= request.prompt_tokens <= first_pool - request.max_new_tokens and request.max_new_tokens >= 0:
             return  # What fits one pool fits them all.
-        pools, most = [load.kv_capacity // page_size for load in loads], min(self._rule.max_degree, len(loads))
+        most, groups = min(self._rule.max_degree, self._group_size), self._groups(request, loads)
         flags = f"--dyncp-max-degree {self._rule.max_degree}, --dyncp-max-guest-fraction {self._rule.guest_fraction}"
-        check_request(request, self._rule.reach_pages(pools, most, request.home) * page_size, f"{most} of {len(loads)} instances ({flags})")
-        reach = self._rule.reach_pages(pools, request.degree or most, request.home) * page_size
+        where = f"{most} of {len(loads)} instances ({flags})"
+        if self._group_size < len(loads):
+            where = f"{most} of the {self._group_size} instances of a node ({flags}, --dyncp-node-size, --nnodes)"
+        check_request(request, max(reach_of(self._rule, request, loads, group, page_size, most) for group in groups) * page_size, where)
+        reach = max(reach_of(self._rule, request, loads, group, page_size, request.degree or most) for group in groups) * page_size
         if request.prompt_tokens > reach:
             raise CapacityError(
                 f"prompt_tokens = {request.prompt_tokens} exceed {reach}, the KV capacity of {request.degree} instances "
@@ -129,7 +140,7 @@ class DualBalance:
         return None
 
     def _candidate_nodes(self, call: Call) -> list[Sequence[int]]:
-        """The nodes with the lowest mean level that have room now; all instances only when the prompt fits no node."""
+        """The nodes with the lowest mean level that have room now; all instances, where shards may cross, when the prompt fits no node."""
         needed = (call.pages + 1) * call.page_size
         attention, free = call.levels.attention, call.levels.free
         nodes = call.nodes if call.home is None else [members for members in call.nodes if call.home in members]
@@ -144,7 +155,7 @@ class DualBalance:
                 able.append(members)
                 if len(able) == NUM_PRICED_NODES:
                     break
-        if not able and not any(call.fits(members) for members in nodes):
+        if not able and self._rule.crosses and not any(call.fits(members) for members in nodes):
             return [range(len(call.loads))]
         return able
 
@@ -203,8 +214,10 @@ class DualBalance:
             fitting = [i for i in call.allowed() if loads[i].kv_capacity >= needed]
             return call.whole(max(fitting, key=lambda i: (loads[i].kv_capacity - loads[i].kv_tokens, -i)))
         groups = [members for members in call.nodes if call.home is None or call.home in members]
-        groups = [members for members in groups if call.fits(members)] or [range(len(loads))]
-        members = max(groups, key=lambda members: sum(loads[i].kv_capacity - loads[i].kv_tokens for i in members))
+        able = [members for members in groups if call.fits(members)]
+        members = max(
+            able or self._groups(call.request, loads), key=lambda members: sum(loads[i].kv_capacity - loads[i].kv_tokens for i in members)
+        )
         return self._spread(call, members, min(self._rule.max_degree, call.pages))
 
     def _spread(self, call: Call, members: Sequence[int], degree: int) -> Placement:
@@ -239,5 +252,6 @@ class DualBalance:
         able = [members for members in nodes if call.fits(members, degree)]
         with_room = [members for members in able if sum(loads[i].free_tokens for i in members) >= needed]
         attention = call.levels.attention
-        group = min(with_room or able or [range(len(loads))], key=lambda members: sum(attention[i] for i in members) / len(members))
+        groups = with_room or able or self._groups(call.request, loads)
+        group = min(groups, key=lambda members: sum(attention[i] for i in members) / len(members))
         return self._spread(call, group, degree)

@@ -20,8 +20,11 @@ def make_policy(
     degree: int | None,
     max_degree: int,
     max_guest_fraction: float,
+    crosses_nodes: bool = False,
 ) -> PlacementPolicy:
     """The policy of `--dyncp-policy`. Raises ValueError naming the flag for a value that cannot work.
+
+    crosses_nodes: shards may leave the home's node (Layout.crosses).
 
     `local-least-batch` and `local-least-kv` name the two variants of `local` (which alone means least KV).
     """
@@ -33,12 +36,13 @@ def make_policy(
         raise ValueError(f"--dyncp-max-guest-fraction {max_guest_fraction} is outside 0..1")
     if (degree is not None) != (name == "fixed"):
         raise ValueError(f"--dyncp-degree goes with --dyncp-policy fixed and only with it, got degree {degree} and policy {name}")
+    rule = SplitRule(max_degree, max_guest_fraction, crosses_nodes)
     if name == "dual-balance":
-        return DualBalance(cost_model, SplitRule(max_degree, max_guest_fraction))
+        return DualBalance(cost_model, rule)
     if name == "length-buckets":
-        return LengthBuckets.for_cost_model(cost_model, SplitRule(max_degree, max_guest_fraction))
+        return LengthBuckets.for_cost_model(cost_model, rule)
     if name == "fixed" and degree is not None:
-        return FixedDegree(degree, SplitRule(max_degree, max_guest_fraction))
+        return FixedDegree(degree, rule)
     if name in ("local", "local-least-kv"):
         return Local("least-kv")
     if name == "local-least-batch":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sglang_dcp.policy.split_limits import SplitRule
 from sglang_dcp.policy.types import CapacityError, InstanceLoad, Placement, PlacementRequest
 
 
@@ -112,6 +113,20 @@ def build_placement(home: int, tail: int, pages_of: dict[int, int], prompt_token
     others = sorted([rank for rank in pages_of if rank != tail])
     tokens = [pages_of[rank] * page_size for rank in others]
     return Placement(home, (*others, tail), (*tokens, prompt_tokens - sum(tokens)))
+
+
+def reach_of(
+    rule: SplitRule,
+    request: PlacementRequest,
+    loads: Sequence[InstanceLoad],
+    group: Sequence[int],
+    page_size: int,
+    degree: int | None = None,
+) -> int:
+    """Pages of one request that the group's pools hold, empty, over at most `degree` shards (None: as many as the rule allows)."""
+    home = None if request.home is None else group.index(request.home)
+    most = min(degree or rule.max_degree, len(group))
+    return rule.reach_pages([loads[rank].kv_capacity // page_size for rank in group], most, home)
 
 
 def node_members(loads: Sequence[InstanceLoad]) -> list[list[int]]:

@@ -1,7 +1,8 @@
 """How a request may be split over instances: the one rule of the door, the policies, grants, growth, retraction and the simulator.
 
 A request's pages lie on at most `max_degree` shards. Its home may give it the whole pool, any other instance `guest_pages` at admission
-(growth of a guest that is there already is not bounded). Shards lie in the home's node unless the node could never hold the request.
+(growth of a guest that is there already is not bounded). Shards lie in the home's node; under --dyncp-scope cluster they leave it where
+the node could never hold the request.
 """
 
 from __future__ import annotations
@@ -15,19 +16,18 @@ Split = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Which instances share a node: `node_size` consecutive ranks each; the last node may have fewer."""
+    """Which instances share a node: `node_size` consecutive ranks each; the last node may have fewer.
+
+    crosses: a request may have shards outside its home's node, where that could never hold it.
+    """
 
     num_instances: int
     node_size: int
+    crosses: bool = False
 
     def __post_init__(self) -> None:
         if self.num_instances < 1 or self.node_size < 1:
             raise ValueError(f"a layout of {self.num_instances} instances, {self.node_size} per node, has none")
-
-    @classmethod
-    def of_nodes(cls, num_instances: int, num_nodes: int = 1) -> Layout:
-        """Instances spread evenly over the hosts, as SGLang does with --nnodes."""
-        return cls(num_instances, -(-num_instances // num_nodes))
 
     @property
     def nodes(self) -> list[int]:
@@ -42,14 +42,29 @@ class Layout:
         first = rank - rank % self.node_size
         return range(first, min(first + self.node_size, self.num_instances))
 
+    def group(self, rank: int) -> range:
+        """The ranks that may ever exchange rows with this one, itself included: where a request with this home may have shards."""
+        return range(self.num_instances) if self.crosses else self.members(rank)
+
+    @property
+    def groups(self) -> list[range]:
+        """All of them, each once, in order of rank."""
+        return [self.group(first) for first in range(0, self.num_instances, self.num_instances if self.crosses else self.node_size)]
+
+    @property
+    def group_size(self) -> int:
+        """Ranks of the largest group: most shards of a request."""
+        return self.num_instances if self.crosses else min(self.node_size, self.num_instances)
+
 
 @dataclass(frozen=True, slots=True)
 class SplitRule:
     """What the flags say about any split, before the pools are known: most shards of a request (--dyncp-max-degree), and the fraction of a
-    pool that new guests may take (--dyncp-max-guest-fraction)."""
+    pool that new guests may take (--dyncp-max-guest-fraction), and whether shards may leave the home's node (--dyncp-scope cluster)."""
 
     max_degree: int
     guest_fraction: float = 1.0
+    crosses: bool = False
 
     def guest_pages(self, pool_pages: int) -> int:
         """Most pages of a pool that new guests may take. The small addend keeps 0.29 x 100 at 29."""
@@ -79,7 +94,7 @@ class SplitLimits:
     @property
     def reach_pages(self) -> int:
         """Most pages of one request, on an empty cluster."""
-        return self._reach(self.layout.num_instances)
+        return self._reach(self.layout.group_size)
 
     def most_pages(self, home: int, rank: int) -> int:
         """Most pages that `rank` may give a request of `home` when it is admitted."""
@@ -87,17 +102,19 @@ class SplitLimits:
 
     def fits(self, home: int, split: Sequence[tuple[int, int]]) -> bool:
         """Whether an empty cluster could grant this split."""
-        ranks = {rank for rank, _ in split}
-        return len(ranks) == len(split) <= self.max_degree and all(0 < pages <= self.most_pages(home, rank) for rank, pages in split)
+        ranks, group = {rank for rank, _ in split}, self.layout.group(home)
+        if not len(ranks) == len(split) <= self.max_degree:
+            return False
+        return all(rank in group and 0 < pages <= self.most_pages(home, rank) for rank, pages in split)
 
     def can_ever_fit(self, home: int, pages: int) -> bool:
         """Whether an empty cluster could hold so many pages of a request of `home`, however split."""
         return pages <= self._reach(len(self.scope(home, pages)))
 
     def scope(self, home: int, pages: int) -> range:
-        """Ranks that may hold shards of a request of so many pages: the home's node, or all where the node could never hold it."""
+        """Ranks that may hold shards of a request of so many pages: the home's node, or its group where the node could never hold it."""
         members = self.layout.members(home)
-        return members if pages <= self._reach(len(members)) else range(self.layout.num_instances)
+        return members if pages <= self._reach(len(members)) else self.layout.group(home)
 
     def split(self, home: int, pages: int, room: Sequence[int]) -> Split | None:
         """Pages over the instances with most room, so that as few as possible are used and they end equally empty; the home, when used,

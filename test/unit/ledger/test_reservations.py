@@ -20,9 +20,9 @@ def growth(handle, born, *shards, stuck=False, page_index=7):
     return AskGrowth(handle, born, stuck, page_index, shards)
 
 
-def table_of(*asks, num_instances=4, max_degree=None, guest_pages=100, node_size=None):
+def table_of(*asks, num_instances=4, max_degree=None, guest_pages=100, node_size=None, crosses=False):
     """asks: (home, ask). Pools of 100 pages."""
-    layout = Layout(num_instances, node_size or num_instances)
+    layout = Layout(num_instances, node_size or num_instances, crosses)
     table = ReservationTable(SplitLimits(100, max_degree or num_instances, guest_pages, layout))
     for home, ask in asks:
         table.ask(home, ask)
@@ -191,17 +191,29 @@ def test_a_flexible_ask_stays_in_its_node_which_could_hold_it():
     assert [segment.rank for segment in decide(table, [4, 6, 60, 60]).grants[0].segments] == [1, 0]
 
 
-def test_a_request_beyond_its_node_is_split_over_others():
-    table = table_of((0, admission(1, 0, (1, 100), (2, 60), (0, 90), flexible=True)), node_size=2)
-    assert granted(decide(table, [100, 60, 60, 60])) == [(0, 1)]
+def test_a_request_beyond_its_node_is_split_over_others_where_it_may():
+    beyond = 0, admission(1, 0, (1, 100), (2, 60), (0, 90), flexible=True)
+    assert granted(decide(table_of(beyond, node_size=2, crosses=True), [100, 60, 60, 60])) == [(0, 1)]
+    with pytest.raises(ValueError, match="can never be granted within"):
+        table_of(beyond, node_size=2)
+
+
+@pytest.mark.parametrize("max_degree", [2, 4])
+def test_what_is_taken_over_is_continued_in_the_node(max_degree):
+    """The roomiest instances are in another node: they must not use up the shards that the degree leaves."""
+    table = table_of(node_size=2, max_degree=max_degree)
+    table.retained.put(0, 7, ((0, 10),), step=1)
+    table.ask(0, AskAdmission(8, 2, True, ((0, 30),), previous=7, kept=((0, 10),)))
+    assert [segment.rank for segment in decide(table, [5, 40, 90, 90]).grants[0].segments] == [1]
 
 
 def test_growth_stays_in_its_node_while_that_could_hold_it():
     table = table_of((0, growth(1, 0, 0, stuck=True)), node_size=2)
     assert decide(table, [0, 0, 9, 9]).promised == (1, 1, 0, 0)
     assert decide(table, [0, 1, 9, 9]).grants[0].segments[0].rank == 1
-    table = table_of((0, growth(1, 0, 0, 1, page_index=200)), node_size=2)
-    assert decide(table, [0, 0, 9, 9]).grants[0].segments[0].rank == 2
+    beyond = 0, growth(1, 0, 0, 1, page_index=200)
+    assert not decide(table_of(beyond, node_size=2), [0, 0, 9, 9]).grants
+    assert decide(table_of(beyond, node_size=2, crosses=True), [0, 0, 9, 9]).grants[0].segments[0].rank == 2
 
 
 def test_growth_takes_a_guest_page_of_a_new_shard_only_where_guests_have_room():

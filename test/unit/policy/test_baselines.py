@@ -7,7 +7,7 @@ import pytest
 from sglang_dcp.policy.baselines import LENGTH_BUCKETS, FixedDegree, LengthBuckets, Local
 from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.split_limits import SplitRule
-from sglang_dcp.policy.types import InstanceLoad, PlacementRequest
+from sglang_dcp.policy.types import CapacityError, InstanceLoad, PlacementRequest
 
 PAGE = 64
 POOL = 1_104_000
@@ -56,6 +56,20 @@ def test_length_buckets_of_another_model_scale_with_attention_cost():
     policy = LengthBuckets.for_cost_model(load_cost_model("qwen3-235b-a22b.h200", 32), SplitRule(8))
     assert place(policy, 50_000).degree == 1
     assert place(policy, 63_488).degree == 5
+
+
+def test_fixed_groups_stay_inside_nodes():
+    """Nodes of 8: groups of 3 are 0-2, 3-5, 8-10, ... and none is 6-8."""
+    loads = loads_of([0] * 24, [5] * 6 + [0] * 18)
+    for home in (None, *range(24)):
+        request = PlacementRequest(64 * 30, 8, 8, home=home)
+        shards = FixedDegree(3, SplitRule(24)).place(request, loads, PAGE).shards
+        assert len(shards) == 3 and len({loads[rank].node for rank in shards}) == 1, shards
+        assert home is None or home in shards
+    with pytest.raises(CapacityError, match="a degree of 12 exceeds the instances of a node.*--dyncp-degree"):
+        FixedDegree(12, SplitRule(24)).place(PlacementRequest(64 * 30, 8, 8), loads, PAGE)
+    crossing = FixedDegree(12, SplitRule(24, crosses=True)).place(PlacementRequest(64 * 30, 8, 8), loads, PAGE)
+    assert len({loads[rank].node for rank in crossing.shards}) == 2
 
 
 def test_fixed_groups_are_consecutive_and_even():

@@ -12,13 +12,15 @@ COST = load_cost_model("cpu", 4)
 POOL_PAGES, PAGE = 64, 16
 
 
-def limits_of(max_degree: int = 4, node_size: int = 4, guest_pages: int = POOL_PAGES) -> SplitLimits:
-    return SplitLimits(POOL_PAGES, max_degree, guest_pages, Layout(4, node_size))
+def limits_of(max_degree: int = 4, node_size: int = 4, guest_pages: int = POOL_PAGES, *, crosses: bool = False) -> SplitLimits:
+    return SplitLimits(POOL_PAGES, max_degree, guest_pages, Layout(4, node_size, crosses))
 
 
-def grow(room: list[int], shards: tuple[int, ...], node_size: int = 4, max_degree: int = 4, num_pages: int = 8) -> int | None:
+def grow(
+    room: list[int], shards: tuple[int, ...], node_size: int = 4, max_degree: int = 4, num_pages: int = 8, *, crosses: bool = False
+) -> int | None:
     levels = [predicted_level(COST, (POOL_PAGES - pages) * PAGE, 0) for pages in room]
-    limits = limits_of(max_degree, node_size)
+    limits = limits_of(max_degree, node_size, crosses=crosses)
     tail = next_tail(0, shards, num_pages, room, limits=limits, guest_room=[POOL_PAGES] * 4, levels=levels)
     assert tail is None or tail in may_grow_on(0, shards, num_pages, limits)
     return tail
@@ -57,10 +59,12 @@ def test_home_then_known_shards_then_new_ones(shards, max_degree, room, expected
     assert grow(room, shards, max_degree=max_degree) == expected
 
 
-def test_a_new_shard_is_in_the_home_s_node_while_that_can_hold_the_request():
-    assert grow([0, 10, 500, 500], (0,), node_size=2) == 1
-    assert grow([0, 0, 500, 500], (0,), node_size=2) is None
-    assert grow([0, 0, 500, 500], (0, 1), node_size=2, num_pages=2 * POOL_PAGES + 1) == 2
+def test_a_new_shard_is_in_the_home_s_node():
+    """Where shards may cross, one elsewhere only once the node could not hold the request."""
+    for crosses in (False, True):
+        assert grow([0, 10, 500, 500], (0,), node_size=2, crosses=crosses) == 1
+        assert grow([0, 0, 500, 500], (0,), node_size=2, crosses=crosses) is None
+        assert grow([0, 0, 500, 500], (0, 1), node_size=2, num_pages=2 * POOL_PAGES + 1, crosses=crosses) == (2 if crosses else None)
 
 
 def test_a_new_shard_has_room_for_guests():

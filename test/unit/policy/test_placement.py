@@ -146,10 +146,33 @@ def test_long_prompts_stay_inside_the_node_and_short_ones_whole():
     assert policy.place(request_of(2_000), loads, PAGE).is_local
 
 
-def test_a_prompt_beyond_a_node_crosses_nodes():
+@pytest.mark.parametrize("pins", [{}, {"home": 5}, {"degree": 4}])
+def test_a_prompt_beyond_a_node_is_refused_with_the_node_s_size(pins):
     loads = loads_of([0] * 16, pool=POOL, per_node=4)
-    placement = policy_of("dual-balance", 16).place(request_of(6_000), loads, PAGE)
+    placement = policy_of("dual-balance", 16).place(request_of(4_000, **pins), loads, PAGE)
+    assert len({loads[rank].node for rank in placement.shards}) == 1
+    with pytest.raises(CapacityError, match=r"exceed 4096, the KV capacity of 4 of the 4 instances of a node .*--dyncp-node-size"):
+        policy_of("dual-balance", 16).place(request_of(6_000, **pins), loads, PAGE)
+    for members in (range(4), range(8, 12)):  # a full node changes nothing about where it may lie
+        for rank in members:
+            loads[rank].kv_tokens = POOL
+    assert len({loads[rank].node for rank in policy_of("dual-balance", 16).place(request_of(4_000, **pins), loads, PAGE).shards}) == 1
+
+
+def test_a_prompt_beyond_a_node_crosses_nodes_where_it_may():
+    loads = loads_of([0] * 16, pool=POOL, per_node=4)
+    policy = policy_of("dual-balance", 16, crosses_nodes=True)
+    placement = policy.place(request_of(6_000), loads, PAGE)
     assert len({loads[rank].node for rank in placement.shards}) > 1
+    assert len({loads[rank].node for rank in policy.place(request_of(4_000), loads, PAGE).shards}) == 1
+
+
+@pytest.mark.parametrize("degree", [3, 5])
+def test_a_pinned_degree_beyond_a_node_is_refused(degree):
+    loads = loads_of([0] * 8, per_node=2)
+    for name in ("dual-balance", "length-buckets", "fixed"):
+        with pytest.raises(ValueError, match=f"{degree}.*(node|--dyncp-max-degree)"):
+            policy_of(name, 8).place(request_of(600, degree=degree), loads, PAGE)
 
 
 def test_max_degree_bounds_every_split():
@@ -167,15 +190,18 @@ def test_max_degree_bounds_every_split():
     prompt=st.integers(1, 4000),
     max_degree=st.integers(1, 4),
     fraction=st.sampled_from([0.0, 0.25, 0.6, 1.0]),
-    per_node=st.sampled_from([2, 4]),
+    per_node=st.sampled_from([1, 2, 4]),
     degree=st.none() | st.integers(1, 4),
+    home=st.none() | st.integers(0, 3),
+    crosses=st.booleans(),
 )
-def test_no_policy_leaves_the_limits_of_a_split(name, kv, guests, prompt, max_degree, fraction, per_node, degree):
+def test_no_policy_leaves_the_limits_of_a_split(name, kv, guests, prompt, max_degree, fraction, per_node, degree, home, crosses):
     """What is placed outside them no grant could give, and the request would wait for ever."""
-    layout, request = Layout(4, per_node), request_of(prompt, degree=degree)
+    layout, request = Layout(4, per_node, crosses), request_of(prompt, degree=degree, home=home)
     limits = SplitRule(1 if name == "local" else max_degree, fraction).limits(POOL // PAGE, layout)
     changes = {"degree": min(2, max_degree)} if name == "fixed" else {}
-    policy, loads = policy_of(name, max_degree=max_degree, max_guest_fraction=fraction, **changes), loads_of(kv, per_node=per_node)
+    changes |= {"max_degree": max_degree, "max_guest_fraction": fraction, "crosses_nodes": crosses}
+    policy, loads = policy_of(name, **changes), loads_of(kv, per_node=per_node)
     for load in loads:
         load.guest_tokens = min(guests, load.kv_tokens)
     try:

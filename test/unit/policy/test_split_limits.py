@@ -37,15 +37,16 @@ def test_split_prefers_home_among_equals() -> None:
 
 
 CLUSTERS = [(1, 1), (2, 1), (4, 2), (6, 2), (4, 4), (6, 3)]
-SHAPES = st.tuples(st.integers(2, 6), st.integers(1, 6), st.integers(0, 6), st.sampled_from(CLUSTERS))
-"""(pages of a pool, degree, guest pages, (instances, instances of a node))."""
+SHAPES = st.tuples(st.integers(2, 6), st.integers(1, 6), st.integers(0, 6), st.sampled_from(CLUSTERS), st.booleans())
+"""(pages of a pool, degree, guest pages, (instances, instances of a node), shards may cross)."""
 
 
 @given(SHAPES, st.integers(0, 5), st.integers(1, 40), st.data())
 def test_every_rule_keeps_every_limit(shape: tuple, home: int, num_pages: int, data: st.DataObject) -> None:
-    """Against a plain count: what fits some set of at most max_degree ranks, in the node where that could hold it."""
-    pool, degree, guests, (count, node_size) = shape
-    limits = SplitLimits(pool, degree, min(pool, guests), Layout(count, node_size))
+    """Against a plain count: what fits some set of at most max_degree ranks of the node, of all where shards may cross and the node could
+    not hold it."""
+    pool, degree, guests, (count, node_size), crosses = shape
+    limits = SplitLimits(pool, degree, min(pool, guests), Layout(count, node_size, crosses))
     home %= count
     node = [rank for rank in range(count) if rank // node_size == home // node_size]
 
@@ -54,14 +55,14 @@ def test_every_rule_keeps_every_limit(shape: tuple, home: int, num_pages: int, d
         return max(sum(chosen) for size in range(1, min(degree, len(able)) + 1) for chosen in itertools.combinations(able, size))
 
     empty = [pool] * count
-    scope = node if most(node, empty) >= num_pages else list(range(count))
+    scope = list(range(count)) if crosses and most(node, empty) < num_pages else node
     can = most(scope, empty) >= num_pages
     assert limits.can_ever_fit(home, num_pages) == can
     assert list(limits.scope(home, num_pages)) == scope
     room = data.draw(st.lists(st.integers(0, pool), min_size=count, max_size=count))
     split = limits.split(home, num_pages, room)
     assert (split is not None) == (most(scope, room) >= num_pages)
-    segment = st.tuples(st.integers(0, count - 1), st.integers(1, pool))
+    segment = st.tuples(st.integers(0, count - 1) if crosses else st.sampled_from(node), st.integers(1, pool))
     wished = data.draw(st.lists(segment, min_size=1, max_size=4, unique_by=lambda s: s[0]))
     complete = limits.complete(home, wished, num_pages)
     assert complete is not None or not can or num_pages < len(wished)
@@ -89,9 +90,12 @@ def test_whole_is_at_home_where_that_has_room_and_never_beyond_a_guest_s_pages()
 
 
 def test_layout() -> None:
-    layout = Layout.of_nodes(6, 3)
+    layout = Layout(6, 2)
     assert layout.nodes == [0, 0, 1, 1, 2, 2] and list(layout.members(3)) == [2, 3]
-    assert Layout.of_nodes(8).nodes == [0] * 8, "one host is one node, whatever it holds"
+    assert layout.groups == [range(2), range(2, 4), range(4, 6)] and layout.group(3) == range(2, 4) and layout.group_size == 2
+    crossing = Layout(6, 2, crosses=True)
+    assert crossing.nodes == layout.nodes and crossing.groups == [range(6)] and crossing.group(3) == range(6) and crossing.group_size == 6
+    assert Layout(6, 4).groups == [range(4), range(4, 6)] and Layout(4, 8).group_size == 4
     assert Layout(4, 8).nodes == [0] * 4 and list(Layout(6, 4).members(5)) == [4, 5]
     with pytest.raises(ValueError, match="4 instances, 0 per node, has none"):
         Layout(4, 0)

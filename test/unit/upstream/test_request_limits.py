@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sglang.srt import runtime_context
 
-from sglang_dcp.config import CONFIG_VARIABLE, DynCpConfig
+from sglang_dcp.config import CONFIG_VARIABLE, ConfigError, DynCpConfig
+from sglang_dcp.policy.split_limits import Layout
+from sglang_dcp.upstream.attach.settings import find_layout_refusal
 from sglang_dcp.upstream.front.request_limits import REFUSED_OPTIONS, RequestError, RequestLimits, check_options, read_pin
 from sglang_dcp.upstream.pool import capacity
 from sglang_dcp.upstream.router.placement_hint import ACTION_TYPE, strip_hints
@@ -37,24 +40,57 @@ def test_senseless_home(home: Any) -> None:
 @pytest.mark.parametrize("pin", [None, 2, "degree", [1], True])
 def test_pin_must_be_an_object(pin: Any) -> None:
     with pytest.raises(RequestError, match="must be an object"):
-        read_pin({"dyncp": pin}, 4)
+        read_pin({"dyncp": pin}, Layout(4, 4))
 
 
 def test_unknown_key_is_named() -> None:
     with pytest.raises(RequestError, match="dyncp.degre is unknown; there are degree, home, at_most"):
-        read_pin({"dyncp": {"degre": 2}}, 4)
+        read_pin({"dyncp": {"degre": 2}}, Layout(4, 4))
 
 
 def test_custom_params_of_others_are_left_alone() -> None:
-    assert read_pin({"thinking_budget": 3}, 4) == {}
-    assert read_pin(None, 4) == {}
-    assert read_pin({"dyncp": {"degree": 4, "home": 0}}, 4) == {"degree": 4, "home": 0}
+    assert read_pin({"thinking_budget": 3}, Layout(4, 4)) == {}
+    assert read_pin(None, Layout(4, 4)) == {}
+    assert read_pin({"dyncp": {"degree": 4, "home": 0}}, Layout(4, 4)) == {"degree": 4, "home": 0}
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3, 4])
 def test_every_honourable_pin_passes(degree: int) -> None:
     for home in range(4):
         limits().check(degree * PAGE, {"custom_params": {"dyncp": {"degree": degree, "home": home}}, "max_new_tokens": 10})
+
+
+@pytest.mark.parametrize("hosts", [{"num_nodes": 2}, {"node_size": 2}])
+def test_a_prompt_beyond_a_node_names_the_node_s_size(hosts: dict[str, int]) -> None:
+    """Two nodes of two: what fits one is placed there, whatever home is pinned; four pools hold nothing that two cannot."""
+    nodes = limits(**hosts)
+    assert nodes.split_limits.max_degree == 2 and nodes.reach_tokens == 2 * POOL
+    for home in range(4):
+        placement = nodes.check(2 * POOL - 3 * PAGE, {"max_new_tokens": 1, "custom_params": {"dyncp": {"home": home}}})
+        assert {rank // 2 for rank in placement.shards} == {home // 2}
+    with pytest.raises(RequestError, match="2 KV pools of 1024 tokens of a node with 2 instances .*--dyncp-node-size"):
+        nodes.check(2 * POOL, {"max_new_tokens": 1})
+    with pytest.raises(RequestError, match="degree must be an integer in 1..2 .the instances of a node, --tp 4., got 3"):
+        nodes.check(320, {"custom_params": {"dyncp": {"degree": 3}}})
+    limits(**hosts, scope="cluster").check(4 * POOL - 3 * PAGE, {"max_new_tokens": 1})
+
+
+CONTRADICTIONS = [
+    ({"max_degree": 3, "num_nodes": 2}, "--dyncp-max-degree 3 exceeds the 2 instances of a node .*--nnodes 2.*--dyncp-scope cluster"),
+    ({"policy": "fixed", "degree": 4, "node_size": 2}, "--dyncp-degree 4 exceeds the 2 instances of a node .*--dyncp-scope cluster"),
+    ({"node_size": 3}, "--dyncp-node-size 3 does not divide the 4 instances of a host"),
+    ({"node_size": 4, "num_nodes": 2}, "--dyncp-node-size 4 does not divide the 2 instances of a host"),
+    ({"num_nodes": 3}, "4 instances .--tp. cannot be spread evenly over --nnodes 3"),
+    ({"max_degree": 5}, "--dyncp-max-degree 5 exceeds the number of instances, 4"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), CONTRADICTIONS, ids=str)
+def test_flags_that_no_layout_can_keep_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DynCpConfig(**settings).resolve(4)
+    assert re.search(message, str(find_layout_refusal(DynCpConfig(**settings), 4)))
+    assert find_layout_refusal(DynCpConfig(node_size=2, num_nodes=2, max_degree=2), 8) is None
 
 
 def test_more_shards_than_pages() -> None:

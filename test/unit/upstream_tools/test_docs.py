@@ -103,7 +103,7 @@ def test_every_flag_is_in_the_operators_table_with_its_default() -> None:
     for field in (field for field in dataclasses.fields(default) if field.metadata.get("flag", True)):
         value = getattr(default, field.name)
         stated = rows[f"--dyncp-{field.name.replace('_', '-')}"].strip()
-        assert stated == ("number of instances" if field.name == "max_degree" else "none" if value is None else f"`{value}`")
+        assert stated == ("instances of a node" if field.name == "max_degree" else "none" if value is None else f"`{value}`")
 
 
 def test_every_metric_is_in_the_reference() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_dcp.config import ConfigError, DynCpConfig
 from sglang_dcp.upstream.attach.cuda_settings import (
     QUANTISED_KV,
     complete_attention_backend,
@@ -97,6 +98,15 @@ def find_refusal(values: Callable[[str], Any], *, resolved: bool = True) -> str 
     return None
 
 
+def find_layout_refusal(config: DynCpConfig, num_instances: int) -> str | None:
+    """The message for flags of ours that this number of instances, or their nodes, cannot keep, or None."""
+    try:
+        config.resolve(num_instances)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 def find_front_refusal(rust_server: bool, workers: int = 1, worker_app: str | None = None) -> str | None:
     """The message for a server that an environment variable chooses and that checks no requests, or None: SGLang's inside a scheduler, or
     an application of the user's for several tokenizer workers."""
@@ -161,6 +171,7 @@ def register_resolution() -> None:
             return getattr(view, field)
 
         message = read_front_refusal(view) or find_refusal(values)
+        message = message or find_layout_refusal(config, view.tp_size)
         message = message or find_transport_refusal(config.transport, view.device) or find_quantised_kv_refusal(values)
         if message is None and view.device == "cuda":
             message = find_card_refusal(get_device_sm()) or find_cuda_refusal(values, latent=use_mla_backend(server_args))

@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.policy.placement import make_policy
-from sglang_dcp.policy.split_limits import SplitLimits
+from sglang_dcp.policy.split_limits import Layout, SplitLimits
 from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementPolicy
 from sglang_dcp.upstream.router.placement_request import cost_model_of, describe_request
 
@@ -50,7 +50,7 @@ def check_options(request: Any) -> None:
             raise RequestError(f"beam_width {width!r} does not work with --enable-dyncp: beams share pages, the ledger knows one owner")
 
 
-def read_pin(custom_params: Any, num_instances: int) -> dict[str, int]:
+def read_pin(custom_params: Any, layout: Layout) -> dict[str, int]:
     """The placement that custom_params.dyncp pins; {} without one. Raises RequestError for what is no placement."""
     if custom_params is None:
         return {}
@@ -68,9 +68,11 @@ def read_pin(custom_params: Any, num_instances: int) -> dict[str, int]:
         raise RequestError(f"custom_params.dyncp.at_most must be true or false, got {pin['at_most']!r}")
     if "at_most" in pin and "degree" not in pin:
         raise RequestError("custom_params.dyncp.at_most says how degree is meant, and there is none")
-    for key, first, last in (("degree", 1, num_instances), ("home", 0, num_instances - 1)):
+    where = f"--tp {layout.num_instances}"
+    in_node = where if layout.group_size == layout.num_instances else f"the instances of a node, {where}"
+    for key, first, last, flags in (("degree", 1, layout.group_size, in_node), ("home", 0, layout.num_instances - 1, where)):
         if key in pin and (type(pin[key]) is not int or not first <= pin[key] <= last):
-            raise RequestError(f"custom_params.dyncp.{key} must be an integer in {first}..{last} (--tp {num_instances}), got {pin[key]!r}")
+            raise RequestError(f"custom_params.dyncp.{key} must be an integer in {first}..{last} ({flags}), got {pin[key]!r}")
     return dict(pin)
 
 
@@ -95,6 +97,7 @@ class RequestLimits:
             degree=self.config.degree,
             max_degree=self.config.max_degree or self.num_instances,
             max_guest_fraction=self.config.max_guest_fraction,
+            crosses_nodes=self.config.layout(self.num_instances).crosses,
         )
         object.__setattr__(self, "policy", policy)
         object.__setattr__(self, "split_limits", self.config.split_limits(self.num_instances, self.pool_tokens // self.page_size))
@@ -107,7 +110,7 @@ class RequestLimits:
     def check(self, prompt_tokens: int, sampling: Mapping[str, Any], routed_dp_rank: int | None = None) -> Placement:
         """Where an idle server would place the request. Raises RequestError (or the policy's CapacityError, also a ValueError) where it
         could not serve it."""
-        pin = read_pin(sampling.get("custom_params"), self.num_instances)
+        pin = read_pin(sampling.get("custom_params"), self.split_limits.layout)
         if pin and self.config.policy == "local":
             raise RequestError(f"custom_params.dyncp {pin} has no effect with --dyncp-policy local")
         if routed_dp_rank is not None and not 0 <= routed_dp_rank < self.num_instances:
@@ -139,6 +142,8 @@ class RequestLimits:
         if prompt_pages * self.page_size + max_new_tokens > limit:
             limits = self.split_limits
             pools = f"{limits.max_degree} KV pools of {self.pool_tokens} tokens"
+            if limits.layout.group_size < self.num_instances:
+                pools += f" of a node with {limits.layout.group_size} instances (--dyncp-node-size, --nnodes)"
             if limits.guest_pages < limits.pool_pages:
                 fraction = self.config.max_guest_fraction
                 pools += f", all but one of them lending {limits.guest_pages * self.page_size} (--dyncp-max-guest-fraction {fraction})"

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_dcp.dataflow.attention.partial_attention import PartialAttention, torch_partial_attention
-from sglang_dcp.dataflow.step_mode import Eager, Graph
+from sglang_dcp.dataflow.step_mode import Eager, Graph, Stock
 from sglang_dcp.dataflow.transport.base import Transport
 from sglang_dcp.dataflow.transport.gloo import GlooTransport
 from sglang_dcp.upstream.attach.cuda_settings import PLAIN_BACKEND
@@ -93,6 +93,8 @@ def count_forward(runtime: Runtime, result: Any) -> None:
     """Which share of the steps runs as a graph, who did not answer in one, and that every attention layer of an eager sharded step was
     ours."""
     counters, mode = runtime.counters, runtime.mode
+    if not isinstance(mode, Stock) and runtime.rows.leaves_node():
+        counters.crossing_steps += 1
     if result.can_run_cuda_graph:
         counters.graph_steps += 1
         if isinstance(mode, Graph):

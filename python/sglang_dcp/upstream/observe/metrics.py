@@ -17,6 +17,7 @@ GAUGE_INTERVAL_SECONDS = 0.1
 """Gauges are set at most this often; the step path pays one clock reading otherwise."""
 
 EXCHANGE_TEXT = "Time in the exchange of one sharded step without a graph, waiting for peers included."
+CROSSING_TEXT = "Forward passes with a row of this instance, or a guest, whose home and shards lie in different nodes."
 EVICTIONS_TEXT = "Sequences of this home that gave way: to growth, an admission, local requests, or the share of a pool."
 EXCHANGE_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 WAIT_BUCKETS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -55,6 +56,7 @@ class StepMetrics:
         self.graph_steps = counter("graph_steps_total", "Forward passes of this instance that ran as a CUDA graph.")
         self.sharded_graph_steps = counter("sharded_graph_steps_total", "Forward passes that ran as a CUDA graph with sharded rows.")
         self.eager_steps = counter("eager_steps_total", "Forward passes of this instance that ran without a graph.")
+        self.crossing_steps = counter("crossing_steps_total", CROSSING_TEXT)
         self.retained_tokens = gauge("retained_tokens", "KV tokens in this instance's pool that requests left to later ones.")
         self.prefix_hits = counter("prefix_hits_total", "Requests of this home that took over what an earlier one left.")
         evictions = counter("evictions_total", EVICTIONS_TEXT, "reason")
@@ -95,6 +97,7 @@ class StepMetrics:
             self.graph_steps: passes.graph_steps,
             self.eager_steps: passes.eager_steps,
             self.sharded_graph_steps: passes.sharded_graph_steps,
+            self.crossing_steps: passes.crossing_steps,
             self.prefix_hits: kept.hits,
             **{self.evictions[reason]: count for reason, count in kept.evictions.items()},
         }

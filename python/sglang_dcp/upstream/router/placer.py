@@ -39,6 +39,7 @@ class Placer:
             "degree": self._config.degree,
             "max_degree": self._config.max_degree or self._num_instances,
             "max_guest_fraction": self._config.max_guest_fraction,
+            "crosses_nodes": self._config.layout(self._num_instances).crosses,
         }
         self._cost_model = cost_model
         self._policy = make_policy(self._config.policy, cost_model=cost_model, **settings)

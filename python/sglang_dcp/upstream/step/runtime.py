@@ -37,11 +37,13 @@ class StepObserver(Protocol):
 
 @dataclass
 class Counters:
-    """Forward passes that this instance ran as a CUDA graph (sharded_graph_steps: those of them with sharded rows), and otherwise."""
+    """Forward passes that this instance ran as a CUDA graph (sharded_graph_steps: those of them with sharded rows), and otherwise.
+    crossing_steps: those in which it shared a row with an instance of another node."""
 
     graph_steps: int = 0
     sharded_graph_steps: int = 0
     eager_steps: int = 0
+    crossing_steps: int = 0
 
 
 @dataclass
