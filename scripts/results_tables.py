@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts.result_pages import clients, headline, kernels, memory, one_host, several_gpus, simulation
+from scripts.result_pages import clients, headline, kernels, memory, one_host, prices, several_gpus, simulation
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "docs" / "results"
@@ -17,6 +17,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "one_host.md": one_host.render,
     "several_gpus.md": several_gpus.render,
     "kernels.md": kernels.render,
+    "prices.md": prices.render,
     "simulation.md": simulation.render,
     "clients.md": clients.render,
     "memory.md": memory.render,

@@ -23,11 +23,12 @@ from typing import Any
 from benchmark.headline.client import Arrival, send_all
 from benchmark.headline.contenders import Contender, contenders
 from benchmark.headline.judge import Point, point
+from benchmark.headline.predict import add_predictions
+from benchmark.headline.traffic import arrivals
 from benchmark.multi_gpu.model_shapes import LONGEST_CONTEXT, model_flags, write_shape
 from benchmark.multi_gpu.servers import ROOT, GpuServer, running
 from benchmark.multi_gpu.settings import read_device_facts, set_environment
 from benchmark.serving.provenance import provenance
-from benchmark.simulate.workloads import chat
 from testing.server import find_free_port, machine_lock
 
 PAGE, GRAPH_SIZES = 64, (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
@@ -50,12 +51,6 @@ def parse_mixes(shares: str, rates: str) -> list[Mix]:
     if len(lists) not in (1, len(values)):
         raise ValueError(f"--rates {rates}: {len(lists)} lists for the {len(values)} shares of --long {shares}")
     return [Mix(share, lists[index % len(lists)]) for index, share in enumerate(values)]
-
-
-def arrivals(long_share: float, rate: float, seconds: float, seed: int, longest: int, longest_output: int = 4096) -> list[Arrival]:
-    """The simulator's chat mix with this share of long prompts, none above `longest`, no output above `longest_output`."""
-    drawn = chat(long_share, max_prompt=longest).requests(rate, seconds, seed)
-    return [Arrival(at, min(prompt, longest), min(longest_output, max(2, output))) for at, prompt, output in drawn]
 
 
 def build_server(contender: Contender, args: argparse.Namespace) -> GpuServer:
@@ -180,6 +175,9 @@ def main() -> int:
     with machine_lock() if args.dry else nullcontext():
         for name in args.contenders.split(","):
             run_contender(known[name], args, found["cases"], lambda: path.write_text(json.dumps(found, indent=1)))
+    if not args.dry:
+        add_predictions(found)
+        path.write_text(json.dumps(found, indent=1))
     return 0
 
 

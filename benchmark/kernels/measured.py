@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sglang_dcp.policy.attention_table import BFLOAT16, FP8, OUR_SPLIT, STOCK_SPLIT, TABLE_FOLDER
+from sglang_dcp.policy.attention_table import BFLOAT16, FP8, OUR_SPLIT, STOCK_SPLIT, TABLE_FOLDER, table_constants
 from sglang_dcp.policy.calibration import AttentionFit, Measurement, fit_attention
-from sglang_dcp.policy.cost_model import InstanceWork, unsplit_tokens
+from sglang_dcp.policy.cost_model import InstanceWork, load_cost_model, unsplit_tokens
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 HEAD_DIM, LATENT_BYTES = 128, 1152
@@ -111,6 +111,15 @@ def _of_calibration(path: Path) -> Iterator[Measured]:
     shape = Shape(found["card"], found["latent"], found["num_heads"], found["kv_bytes"], found["kv_dtype"], OUR_SPLIT)
     for row in found["rows"]:
         yield Measured(shape, path.name, Measurement(**row))
+
+
+def price_us(item: Measured) -> float:
+    """A layer's attention as policy, simulator and `plan` price it, by the constants that ship."""
+    shape = item.shape
+    asked = {"latent": shape.latent, "num_heads": shape.num_heads, "kv_bytes": shape.kv_bytes, "kv_dtype": shape.kv_dtype}
+    constants = table_constants(shape.card, **asked, split=shape.split)
+    model = replace(load_cost_model("cpu", 1), **constants)
+    return model.attention_fixed_us + model.attention_us(work_of(item.row))
 
 
 def by_shape() -> dict[Shape, list[Measured]]:

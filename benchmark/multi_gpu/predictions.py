@@ -23,7 +23,12 @@ def cost_model(shape: str, settings: Settings) -> CostModel:
 
 def step_ms(model: CostModel, num_layers: int, placements: Sequence[tuple[int, Shards]]) -> float:
     """A decode step of requests that live as (home, shards), with `num_layers` layers instead of the model's."""
-    n = model.num_instances
+    return replace(model, num_layers=num_layers).step_us(work_of(placements, model.num_instances)) / 1000
+
+
+def work_of(placements: Sequence[tuple[int, Shards]], num_instances: int) -> list[InstanceWork]:
+    """What every instance does for requests that live as (home, shards)."""
+    n = num_instances
     tokens, rows, homes, out, come = ([0] * n for _ in range(5))
     for home, shards in placements:
         homes[home] += 1
@@ -32,8 +37,7 @@ def step_ms(model: CostModel, num_layers: int, placements: Sequence[tuple[int, S
             rows[rank] += 1
             out[home] += rank != home
             come[rank] += rank != home
-    work = [InstanceWork(tokens[i], rows[i], homes[i], routed_out=out[i], routed_in=come[i]) for i in range(n)]
-    return replace(model, num_layers=num_layers).step_us(work) / 1000
+    return [InstanceWork(tokens[i], rows[i], homes[i], routed_out=out[i], routed_in=come[i]) for i in range(n)]
 
 
 def predicted_step_ms(settings: Settings, num_layers: int, tokens: int, degree: int) -> float | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from scripts.result_pages.markdown import load, page, source, table
 
+HEADINGS = ["server", "requests/s", "P50 TPOT, ms", "simulated", "P99 TPOT, ms", "simulated", "KV max over mean", "degrees", "simulated"]
 RATIOS = ("rate_over_stock", "rate_over_whole", "p99_over_stock")
 
 
@@ -17,7 +18,8 @@ def render() -> str:
         source("headline.json", result),
         "\n".join(f"- {note}" for note in result["notes"]),
         "![P99 TPOT over the request rate](../figures/headline.png)",
-        table(["server", "requests/s", "P50 TPOT, ms", "P99 TPOT, ms", "KV max over mean", "degrees"], _points(points)),
+        "*Simulated*: the same arrivals through the [simulator](../simulation.md), by a server's constants ([prices](prices.md)).",
+        table(HEADINGS, _points(points)),
         "Highest rate under a limit on P99 TPOT, requests/s, interpolated, and ours over the others:",
         table(["limit, ms", "stock", "whole", "ours", *(f"`{name}`" for name in RATIOS)], _limits(result["two_gpus"]["by_limit"])),
         "## A long row beside many",
@@ -31,10 +33,15 @@ def _points(cases: dict[str, Any]) -> list[tuple[Any, ...]]:
     rows = []
     for name, case in cases.items():
         for found in case["points"]:
-            degrees = ", ".join(f"{count} at {degree}" for degree, count in found["degrees"].items())
-            times = (f"{found[key]:.1f}" for key in ("p50_tpot_ms", "p99_tpot_ms"))
-            rows.append((f"`{name}`", f"{found['requests_per_s']:g}", *times, f"{found['kv_max_over_mean']:.2f}", degrees))
+            simulated = found.get("predicted", {})
+            times = [f"{side[key]:.1f}" if side else "" for key in ("p50_tpot_ms", "p99_tpot_ms") for side in (found, simulated)]
+            balance, degrees = f"{found['kv_max_over_mean']:.2f}", [_degrees(side.get("degrees", {})) for side in (found, simulated)]
+            rows.append((f"`{name}`", f"{found['requests_per_s']:g}", *times, balance, *degrees))
     return rows
+
+
+def _degrees(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} at {degree}" for degree, count in counts.items())
 
 
 def _limits(limits: dict[str, Any]) -> list[tuple[Any, ...]]:

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from benchmark.kernels.measured import Measured, Shape, by_shape, measured, table_text, work_of
+from benchmark.kernels.measured import Shape, by_shape, measured, price_us, table_text
 from sglang_dcp.policy.attention_table import STOCK_SPLIT, TABLE_FOLDER, table_constants
-from sglang_dcp.policy.cost_model import load_cost_model
 
 LONG = 100_000
-
-
-def price_us(shape: Shape, item: Measured) -> float:
-    """A layer's attention as the policy, the simulator and `plan` price it."""
-    asked = {"latent": shape.latent, "num_heads": shape.num_heads, "kv_bytes": shape.kv_bytes, "kv_dtype": shape.kv_dtype}
-    constants = table_constants(shape.card, **asked, split=shape.split)
-    model = load_cost_model("cpu", 1)
-    model = type(model)(**{name: getattr(model, name) for name in model.__dataclass_fields__} | constants)
-    return model.attention_fixed_us + model.attention_us(work_of(item.row))
 
 
 @pytest.mark.parametrize("path", sorted(TABLE_FOLDER.glob("*.json")), ids=lambda path: path.stem)
@@ -28,7 +18,7 @@ def test_what_ships_is_fitted_to_the_results(path) -> None:
 @pytest.mark.parametrize("shape", list(by_shape()), ids=lambda shape: f"{shape.card}, {shape.name}, {shape.split}")
 def test_every_measured_row_is_priced(shape: Shape) -> None:
     """Within 10 % where long rows are split; where they are not, within 5 % for a long row, and 25 % for one of a few microseconds."""
-    errors = [price_us(shape, item) / item.row.microseconds - 1 for item in by_shape()[shape]]
+    errors = [price_us(item) / item.row.microseconds - 1 for item in by_shape()[shape]]
     if shape.split != STOCK_SPLIT:
         assert max(map(abs, errors)) <= 0.10
         return
