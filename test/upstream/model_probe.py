@@ -90,8 +90,8 @@ def register_recording_backend(recorder: Recorder) -> None:
     register_attention_backend("torch_native")(RecordingBackend)
 
 
-def load(folder: str) -> Any:
-    """SGLang's ModelRunner for one rank, with dummy weights."""
+def load(folder: str, *, load_format: str = "dummy", pool_tokens: int = 512) -> Any:
+    """SGLang's ModelRunner for one rank, with dummy weights or (load_format "auto") those of the folder."""
     from sglang.benchmark import one_batch
     from sglang.srt.model_loader import loader, weight_utils
     from sglang.srt.server_args import PortArgs, ServerArgs
@@ -103,11 +103,12 @@ def load(folder: str) -> Any:
     arguments = ServerArgs(
         model_path=folder,
         tokenizer_path=str(TOKENIZER),
-        load_format="dummy",
+        load_format=load_format,
         device="cpu",
         dtype="float32",
         attention_backend="torch_native",
-        max_total_tokens=512,
+        max_total_tokens=pool_tokens,
+        chunked_prefill_size=pool_tokens,
         max_running_requests=4,
         # Stock's torch_native writes latents by token id.
         page_size=1,

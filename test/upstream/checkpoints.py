@@ -1,0 +1,43 @@
+"""Checkpoints of tiny models with random weights, written by transformers: a server loads them as it loads any other."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from upstream.model_cases import ModelCase
+
+TOKENIZER = Path(__file__).resolve().parents[2] / "testing" / "models" / "qwen3moe"
+SEED = 20261128
+KEY_SCALE = 2.0
+"""Of query and key projections: attention over random keys is flat without it, and a lost shard would hardly show."""
+
+
+def write_checkpoint(case: ModelCase, folder: Path) -> None:
+    """Weights in float32, configuration and tokenizer. The same arguments give the same weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {name: value for name, value in case.config().items() if name != "architectures"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).float()
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                weight.copy_(_random_weight(name, weight, generator))
+    model.save_pretrained(folder)
+    for part in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / part, folder / part)
+
+
+def _random_weight(name: str, weight: Any, generator: Any) -> Any:
+    """Of unit gain; embeddings of unit size, so that logits are a few nats apart."""
+    import torch
+
+    fan_in = weight.shape[-1]
+    gain = KEY_SCALE if name.endswith(("q_proj.weight", "k_proj.weight", "lm_head.weight")) else 1.0
+    if name.endswith("embed_tokens.weight"):
+        gain = math.sqrt(fan_in)
+    return torch.randn(weight.shape, generator=generator) * gain / math.sqrt(fan_in)
