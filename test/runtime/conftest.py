@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from upstream.checkpoints import find_case, write_checkpoint
 
 from testing.recall import MODEL_NAMES
 from testing.server import Server, ServerConfig
@@ -16,6 +18,19 @@ from testing.stock_answers import StockAnswers
 @pytest.fixture(scope="session")
 def stock_answers(serve: Callable[[ServerConfig], Server]) -> StockAnswers:
     return StockAnswers(serve)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """checkpoint(architecture) -> folder of a tiny checkpoint of test/upstream/model_cases.py, written once."""
+
+    @cache
+    def write(architecture: str) -> Path:
+        folder = tmp_path_factory.mktemp(architecture)
+        write_checkpoint(find_case(architecture), folder)
+        return folder
+
+    return write
 
 
 HERE = Path(__file__).parent

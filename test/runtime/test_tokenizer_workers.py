@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import http.client
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from upstream.checkpoints import checkpoint_server
 
-from testing.recall import VOCABULARY_SIZE, random_ids, recall_prompt
+from testing.recall import VOCABULARY_SIZE, random_ids
 from testing.server import Server, ServerConfig
 
 WORKERS = 2
-CONFIG = ServerConfig(
-    "qwen3moe",
-    instances=2,
-    pool_tokens=1024,
-    chunk_tokens=256,
-    dyncp=True,
-    # With a listener each, whom the kernel deals connections to; else an idle server gives them to one worker alone.
-    flags=("--tokenizer-worker-num", str(WORKERS), "--enable-http-worker-reuseport"),
-    # uvicorn ends a worker that does not answer within 10 s, and on a busy machine it imports for longer.
-    environment=(("SGLANG_DYNCP_CHECK_EVERY_STEP", "1"), ("SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT", "300")),
-)
 START_LIMIT_S = 300.0
 """SGLang's server is healthy as soon as one worker is up; on a busy machine the next comes a minute later."""
 
@@ -60,8 +53,13 @@ def owner_of(connection: http.client.HTTPConnection, server: Server) -> int:
 
 
 @pytest.fixture(scope="module")
-def workers(serve: Callable[[ServerConfig], Server]) -> Iterator[list[Worker]]:
-    server = serve(CONFIG)
+def server(serve: Callable[[ServerConfig], Server], checkpoint: Callable[[str], Path]) -> Server:
+    """That of test_tiny_checkpoints.py."""
+    return serve(checkpoint_server(checkpoint("Glm4MoeLiteForCausalLM"), workers=True))
+
+
+@pytest.fixture(scope="module")
+def workers(server: Server) -> Iterator[list[Worker]]:
     found: dict[int, Worker] = {}
     opened: list[http.client.HTTPConnection] = []
     deadline = time.monotonic() + START_LIMIT_S
@@ -76,6 +74,9 @@ def workers(serve: Callable[[ServerConfig], Server]) -> Iterator[list[Worker]]:
     for connection in opened:
         connection.close()
 
+
+LONG = random_ids(1500, seed=3)
+PINNED: dict[str, Any] = {"ignore_eos": True, "custom_params": {"dyncp": {"degree": 2, "home": 0}}}
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("/generate", {"input_ids": [5, VOCABULARY_SIZE]}, "input_ids[1] must be an integer"),
@@ -97,12 +98,16 @@ def test_each_worker_refuses(workers: list[Worker], path: str, body: dict[str, A
         assert (status, message in json.dumps(answer, ensure_ascii=False).replace('\\"', '"')) == (400, True), answer
 
 
-def test_each_worker_answers_a_prompt_beyond_one_pool(workers: list[Worker]) -> None:
-    prompt = recall_prompt(1500, depth=0.3, seed=1)
-    for worker in workers:
-        answer = worker.generate(prompt.ids)
-        assert answer["text"] == prompt.answer
-        assert answer["meta_info"]["dyncp"]["degree_end"] == 2
+@pytest.fixture(scope="module")
+def beyond_one_pool(workers: list[Worker]) -> list[int]:
+    """What the first worker answers to LONG, on both instances."""
+    answer = workers[0].generate(LONG, **PINNED)
+    assert answer["meta_info"]["dyncp"]["degree_end"] == 2
+    return list(answer["output_ids"])
+
+
+def test_each_worker_answers_a_prompt_beyond_one_pool(workers: list[Worker], beyond_one_pool: list[int]) -> None:
+    assert [worker.generate(LONG, **PINNED)["output_ids"] for worker in workers] == [beyond_one_pool] * WORKERS
 
 
 def test_each_worker_reports_the_requests_of_all(workers: list[Worker]) -> None:
@@ -120,3 +125,31 @@ def test_a_pause_by_one_worker_is_ended_by_another(workers: list[Worker], mode: 
     assert first.ask("POST", "/pause_generation", {"mode": mode})[0] == 200
     assert second.ask("POST", "/continue_generation", {})[0] == 200
     assert [worker.generate(random_ids(300, seed=2))["output_ids"] for worker in workers] == [expected] * WORKERS
+
+
+JOIN = """
+import json, sys
+from sglang.srt.entrypoints.engine import Engine
+
+parent, prompt, sampling = json.loads(sys.argv[1])
+engine = Engine.attach_tokenizer_worker(parent)
+answer = engine.generate(input_ids=prompt, sampling_params=sampling)
+told = {"ids": answer["output_ids"], "degree": answer["meta_info"]["dyncp"]["degree_end"]}
+try:
+    engine.generate(input_ids=[5, 99999], sampling_params=sampling)
+except ValueError as refusal:
+    told["refusal"] = str(refusal)
+print("TOLD " + json.dumps(told))
+"""
+
+
+def test_a_process_that_joins_checks_its_requests(server: Server, workers: list[Worker], beyond_one_pool: list[int]) -> None:
+    """By Engine.attach_tokenizer_worker(), from a process that is no child of the server. The server goes on without it."""
+    asked = json.dumps([server.process.pid, LONG, {"temperature": 0, "max_new_tokens": 12} | PINNED])
+    result = subprocess.run([sys.executable, "-c", JOIN, asked], capture_output=True, text=True, check=False, timeout=280)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("TOLD ")]
+    assert lines, result.stderr[-2000:]
+    told = json.loads(lines[0].removeprefix("TOLD "))
+    assert (told["ids"], told["degree"]) == (beyond_one_pool, 2)
+    assert told["refusal"].startswith("input_ids[1] must be an integer")
+    assert len(workers[0].generate([5], max_new_tokens=1, ignore_eos=True)["output_ids"]) == 1

@@ -1,4 +1,7 @@
-"""Checkpoints of tiny models with random weights, written by transformers: a server loads them as it loads any other."""
+"""Checkpoints of tiny models with random weights, written by transformers: a server loads them as it loads any other.
+
+Which weights they have says nothing about answers: tests of such a server compare scores, or two answers of it.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,31 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from upstream.model_cases import ModelCase
+from upstream.model_cases import CASES, ModelCase
+
+from testing.server import ServerConfig
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "testing" / "models" / "qwen3moe"
 SEED = 20261128
 KEY_SCALE = 2.0
 """Of query and key projections: attention over random keys is flat without it, and a lost shard would hardly show."""
+
+WORKER_FLAGS = ("--tokenizer-worker-num", "2", "--enable-http-worker-reuseport")
+"""Two tokenizer workers with a listener each, whom the kernel deals connections to; else an idle server gives them to one alone."""
+
+
+def checkpoint_server(folder: Path, *, workers: bool = False) -> ServerConfig:
+    """Two instances of 1,024 tokens. workers: two tokenizer workers in front of them."""
+    environment = [("SGLANG_DYNCP_CHECK_EVERY_STEP", "1")]
+    if workers:
+        # uvicorn ends a worker that does not answer within 10 s, and on a busy machine it imports for longer.
+        environment.append(("SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT", "300"))
+    flags = ("--model-path", str(folder), *(WORKER_FLAGS if workers else ()))
+    return ServerConfig("qwen3moe", 2, pool_tokens=1024, chunk_tokens=256, dyncp=True, flags=flags, environment=tuple(environment))
+
+
+def find_case(architecture: str) -> ModelCase:
+    return next(case for case in CASES if case.architecture == architecture)
 
 
 def write_checkpoint(case: ModelCase, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from sglang_dcp.config import CONFIG_VARIABLE, DynCpConfig
 from sglang_dcp.cpu.environment import count_cuda_devices, cpu_additions
 from sglang_dcp.upstream.attach.settings import find_front_refusal
 from sglang_dcp.upstream.front import requests
-from sglang_dcp.upstream.front.tokenizer_workers import APP_VARIABLE, POOL_KEY, WORKER_APP, select_worker_app
+from sglang_dcp.upstream.front.tokenizer_workers import APP_VARIABLE, POOL_KEY, WORKER_APP, PoolTokens, select_worker_app
 
 FOREIGN = "sglang.srt.entrypoints.http_server:app"
 
@@ -65,6 +66,12 @@ def test_a_worker_learns_the_smallest_pool_of_all(manager: type[Manager]) -> Non
     assert (worker.dyncp_limits.pool_tokens, worker.dyncp_limits.num_instances, worker.dyncp_limits.page_size) == (1024, 2, 16)
 
 
+def test_a_worker_of_an_engine_learns_the_same(manager: type[Manager]) -> None:
+    worker = manager()
+    requests.learn_engine_limits((worker, None), None, None, {POOL_KEY: 1024})
+    assert worker.dyncp_limits.pool_tokens == 1024
+
+
 def test_one_process_learns_the_same(manager: type[Manager]) -> None:
     alone = manager()
     requests.learn_limits((alone, None, None, SimpleNamespace(scheduler_infos=[{"max_total_num_tokens": 512}])), object)
@@ -86,10 +93,38 @@ assert "/dyncp/requests" in {getattr(route, "path", None) for route in app.route
 """
 
 
+JOIN = """
+import os, pickle, sys
+from sglang_dcp.config import DynCpConfig
+assert DynCpConfig.from_environment() is None
+told = pickle.loads(bytes.fromhex(sys.argv[1]))
+assert (told, DynCpConfig.from_environment().max_degree) == ({"dyncp_pool_tokens": 1024}, 2), told
+from sglang_dcp.upstream.attach import install
+from sglang_dcp.upstream.attach.main_hooks import DYNCP_MAIN_HOOKS
+assert install._installed == list(DYNCP_MAIN_HOOKS), install._installed
+from sglang.srt.entrypoints.engine import Engine
+assert Engine._init_tokenizer_worker.__wrapped__
+"""
+
+
+@pytest.mark.own_process
+def test_a_process_that_reads_the_pool_size_checks_requests_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engine.attach_tokenizer_worker() loads no plugins, and its process need not be a child of the server."""
+    monkeypatch.setenv(CONFIG_VARIABLE, DynCpConfig(max_degree=2).to_json())
+    told = pickle.dumps({POOL_KEY: PoolTokens(1024)}).hex()
+    monkeypatch.delenv(CONFIG_VARIABLE)
+    run_alone(JOIN, told)
+
+
 @pytest.mark.own_process
 def test_importing_the_application_installs_what_the_main_process_has() -> None:
     """In a process of its own, as a worker is."""
+    run_alone(IMPORT)
+
+
+def run_alone(script: str, *arguments: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
     environment |= cpu_additions(1, environment, has_cuda_driver=count_cuda_devices() is not None)
-    result = subprocess.run([sys.executable, "-c", IMPORT], env=environment, capture_output=True, text=True, check=False, timeout=280)
+    command = [sys.executable, "-c", script, *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -74,6 +74,16 @@ DYNCP_MAIN_HOOKS: tuple[Hook, ...] = (
         parameters=("global_state",),
     ),
     Hook(
+        target="sglang.srt.entrypoints.engine.Engine._init_tokenizer_worker",
+        kind="after",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.front.requests:learn_engine_limits",
+        why="so does a worker of an Engine, in whichever process it was attached",
+        upstream="pool sizes on the tokenizer manager",
+        remove_when="the tokenizer manager has max_total_num_tokens",
+        parameters=("scheduler_info",),
+    ),
+    Hook(
         target=f"{_MANAGER}.generate_request",
         kind="before",
         hook_set="dyncp",

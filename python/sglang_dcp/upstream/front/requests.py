@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from fastapi import HTTPException
@@ -16,7 +16,7 @@ from sglang_dcp.upstream.attach.install import verify_installed
 from sglang_dcp.upstream.front.field_kinds import Sizes
 from sglang_dcp.upstream.front.request_limits import RequestError, RequestLimits, check_options
 from sglang_dcp.upstream.front.request_ranges import check_body, check_prompt
-from sglang_dcp.upstream.front.tokenizer_workers import POOL_KEY
+from sglang_dcp.upstream.front.tokenizer_workers import POOL_KEY, PoolTokens
 from sglang_dcp.upstream.layers.synthetic_prefill import BENCHMARK_VARIABLE, is_enabled
 from sglang_dcp.upstream.router.placement_hint import strip_hints
 
@@ -30,7 +30,7 @@ def learn_limits(result: tuple[Any, ...], engine: type, *args: Any, **kwargs: An
     if manager is None:
         return
     pool_tokens = min(int(info["max_total_num_tokens"]) for info in init.scheduler_infos)
-    init.scheduler_infos[0][POOL_KEY] = pool_tokens
+    init.scheduler_infos[0][POOL_KEY] = PoolTokens(pool_tokens)
     if isinstance(manager, TokenizerManager):
         manager.dyncp_limits = limits_of(pool_tokens)
 
@@ -42,6 +42,12 @@ def learn_worker_limits(result: None, global_state: Any) -> None:
     manager = global_state.tokenizer_manager
     if isinstance(manager, TokenizerManager):
         manager.dyncp_limits = limits_of(global_state.scheduler_info[POOL_KEY])
+
+
+def learn_engine_limits(result: tuple[Any, Any], server_args: Any, port_args: Any, scheduler_info: Mapping[str, Any]) -> None:
+    """AFTER Engine._init_tokenizer_worker: an Engine with workers has one in its own process, and others join it."""
+    verify_installed()
+    result[0].dyncp_limits = limits_of(scheduler_info[POOL_KEY])
 
 
 def limits_of(pool_tokens: int) -> RequestLimits:

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
+
+from sglang_dcp.config import CONFIG_VARIABLE
 
 APP_VARIABLE = "SGLANG_HTTP_SERVER_APP_PATH"
 """SGLang's name for the application that tokenizer workers import."""
 WORKER_APP = "sglang_dcp.upstream.front.worker_app:app"
 POOL_KEY = "dyncp_pool_tokens"
 """Tokens of the smallest pool, among what SGLang hands from the main process to its workers: the answer of scheduler 0."""
+
+
+class PoolTokens(int):
+    """The number under POOL_KEY. Whoever reads it out of shared memory has our configuration and touch points with it, because SGLang loads
+    no plugins there: a process that joins by Engine.attach_tokenizer_worker() would check nothing otherwise."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return join_server, (int(self), os.environ[CONFIG_VARIABLE])
+
+
+def join_server(pool_tokens: int, config: str) -> PoolTokens:
+    """Makes this process one that checks requests. config: the server's, as JSON."""
+    os.environ[CONFIG_VARIABLE] = config
+    from sglang_dcp.upstream.attach.install import install
+    from sglang_dcp.upstream.attach.main_hooks import DYNCP_MAIN_HOOKS
+
+    install(DYNCP_MAIN_HOOKS)
+    return PoolTokens(pool_tokens)
 
 
 def select_worker_app(enabled: bool) -> None:

@@ -1,4 +1,4 @@
-"""GLM-4.5 and MiniMax-M2 in tiny, served on two instances: each token's log-probability is that of one rank with one large pool.
+"""GLM-4.5 and GLM-4.7-Flash in tiny, served on two instances: each token's log-probability is that of stock on one rank with one pool.
 
 Weights are random, so tokens are given and scored; a greedy path of such a model hangs on ties.
 """
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from upstream.checkpoints import write_checkpoint
-from upstream.model_cases import CASES
+from upstream.checkpoints import checkpoint_server
 
 from sglang_dcp.cpu.environment import count_cuda_devices, cpu_additions
 from testing.client import Answer
 from testing.recall import random_ids
 from testing.server import Server, ServerConfig
 
-SERVED = ("Glm4MoeForCausalLM", "MiniMaxM2ForCausalLM")
-PROBE = Path(__file__).parent / "score_probe.py"
+SERVED = {"Glm4MoeForCausalLM": False, "Glm4MoeLiteForCausalLM": True}
+"""GQA and MLA; whether two tokenizer workers stand in front, as test_tokenizer_workers.py has them."""
+PROBE = Path(__file__).resolve().parents[1] / "upstream" / "score_probe.py"
 PROMPTS = [(1500, {}), (640, {"degree": 2, "home": 0}), (333, {"degree": 2, "home": 1})]
 """Lengths and pins. The first is beyond one pool of 1,024 tokens."""
 NEW_TOKENS = 16
@@ -40,10 +40,7 @@ class Case:
     expected: list[list[float]]
 
 
-def serve_checkpoint(serve: Callable[[ServerConfig], Server], folder: Path) -> list[Answer]:
-    flags = ("--model-path", str(folder))
-    environment = (("SGLANG_DYNCP_CHECK_EVERY_STEP", "1"),)
-    server = serve(ServerConfig("qwen3moe", 2, pool_tokens=1024, chunk_tokens=256, dyncp=True, flags=flags, environment=environment))
+def ask_about(server: Server) -> list[Answer]:
     answers = []
     for length, pin in PROMPTS:
         sampling = {"ignore_eos": True} | ({"custom_params": {"dyncp": pin}} if pin else {})
@@ -74,18 +71,13 @@ def score_in_one_pool(answers: dict[str, list[Answer]]) -> dict[str, list[list[f
 
 
 @pytest.fixture(scope="module")
-def cases(serve: Callable[[ServerConfig], Server], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    answers: dict[str, list[Answer]] = {}
-    for case in CASES:
-        if case.architecture in SERVED:
-            folder = tmp_path_factory.mktemp(case.architecture)
-            write_checkpoint(case, folder)
-            answers[str(folder)] = serve_checkpoint(serve, folder)
+def cases(serve: Callable[[ServerConfig], Server], checkpoint: Callable[[str], Path]) -> dict[str, Case]:
+    folders = {name: str(checkpoint(name)) for name in SERVED}
+    answers = {folders[name]: ask_about(serve(checkpoint_server(checkpoint(name), workers=workers))) for name, workers in SERVED.items()}
     expected = score_in_one_pool(answers)
-    return {name: Case(given, expected[folder]) for name, (folder, given) in zip(SERVED, answers.items(), strict=True)}
+    return {name: Case(answers[folder], expected[folder]) for name, folder in folders.items()}
 
 
-@pytest.mark.server
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("architecture", SERVED)
 def test_equal_to_one_large_pool(cases: dict[str, Case], architecture: str) -> None:
