@@ -253,6 +253,7 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], str]] = [
     ({"logprob_start_len": len(FEW) + 1, "return_logprob": True}, "logprob_start_len must be an integer in -1..20 (prompt), got 21"),
     ({"top_logprobs_num": [1], "return_logprob": True}, "top_logprobs_num must be one value for a single prompt"),
     ({"input_ids": [FEW, FEW], "sampling_params": [{}]}, "sampling_params has 1 entries for 2 prompts"),
+    ({"custom_labels": {"tier": "gold"}}, "custom_labels must be labels of the metrics (none; "),
     ({"input_ids": [FEW, []]}, "the prompt is empty: give at least one token"),
 ]
 

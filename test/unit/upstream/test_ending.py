@@ -306,6 +306,28 @@ def test_the_handler_is_taken_where_the_instances_were_started_only() -> None:
         assert manager.signal_handler_class is wanted
 
 
+def test_an_exception_of_the_main_process_ends_the_server_with_answers(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
+    async def loop(_manager: Any) -> None:
+        raise ValueError("Incorrect label names")
+
+    async def run() -> list[Any]:
+        manager = FakeManager({"a": True})
+        with pytest.raises(ValueError, match="Incorrect label names"):
+            await handler.end_on_failure(loop, manager)
+        make(monkeypatch, manager)
+        await handler.end_on_failure(loop, manager)
+        async with asyncio.timeout(20):
+            while ("exit", 75) not in manager.events:
+                await asyncio.sleep(0.01)
+        return manager.events
+
+    events = asyncio.run(run())
+    assert events[:2] == [
+        "watchdog stopped",
+        ("a", "the server is ending, ask again later: the main process raised ValueError: Incorrect label names"),
+    ]
+
+
 def test_a_client_that_does_not_read_holds_the_end_up_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
     async def run() -> None:
         manager = FakeManager({})

@@ -15,7 +15,7 @@ import pytest
 
 from sglang_dcp.upstream.front.field_kinds import Elsewhere, Integer, RangeError, Sizes
 from sglang_dcp.upstream.front.request_limits import REFUSED_OPTIONS
-from sglang_dcp.upstream.front.request_ranges import MOST_SAMPLES, REQUEST, SAMPLING, check_body, check_prompt, check_sampling
+from sglang_dcp.upstream.front.request_ranges import MOST_SAMPLES, REQUEST, SAMPLING, check_body, check_labels, check_prompt, check_sampling
 
 VOCABULARY, PROMPT = 512, [5, 6, 7, 8]
 SIZES = Sizes(VOCABULARY, len(PROMPT))
@@ -159,6 +159,11 @@ PROMPT_FIELDS: list[tuple[str, Any, str]] = [
     ("priority", 2**63, "9223372036854775807"),
     ("extra_key", 5, "a string"),
     ("rid", ["a"], "a string"),
+    ("custom_labels", {"tier": 5}, "an object of strings"),
+    ("custom_labels", ["tier"], "an object of strings"),
+    ("external_trace_header", {"traceparent": ["00"]}, "an object of strings"),
+    ("received_time", NAN, "a number in 0..1e+12"),
+    ("received_time", -1.0, "a number in 0..1e+12"),
 ]
 
 
@@ -199,6 +204,16 @@ def test_positions_that_nothing_reads_are_not_compared_with_the_prompt() -> None
         check_prompt(request(return_logprob=False, logprob_start_len="900"), PROMPT, VOCABULARY)
     with pytest.raises(RangeError, match=r"routed_experts_start_len must be an integer in 0\.\.4 \(prompt\)"):
         check_prompt(request(return_routed_experts=True, routed_experts_start_len=5), PROMPT, VOCABULARY)
+
+
+def test_labels_that_the_metrics_do_not_have() -> None:
+    """SGLang's counters raise on them, outside any request: one request would end the server."""
+    check_labels({"tier": "gold"}, ["tier", "team"])
+    check_labels(None, [])
+    with pytest.raises(RangeError, match=r"custom_labels must be labels of the metrics \(tier, team; .*\), got 'model_name'"):
+        check_labels({"tier": "gold", "model_name": "x"}, ["tier", "team"])
+    with pytest.raises(RangeError, match=r"\(none; --tokenizer-metrics-allowed-custom-labels\), got 'a'"):
+        check_labels({"a": "b"}, [])
 
 
 SHAPES: list[tuple[dict[str, Any], str]] = [

@@ -184,5 +184,15 @@ DYNCP_MAIN_HOOKS: tuple[Hook, ...] = (
         remove_when="SGLang answers open requests before it ends",
         parameters=(),
     ),
+    Hook(
+        target=f"{_MANAGER}.handle_loop",
+        kind="around",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.ending.handler:end_on_failure",
+        why="an exception of the main process ends the server as the loss of an instance does: every open request gets HTTP 503",
+        upstream="answers before the end in print_exception_wrapper",
+        remove_when="SGLang answers open requests before it ends",
+        parameters=(),
+    ),
     *_REFUSALS,
 )

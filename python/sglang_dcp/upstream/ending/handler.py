@@ -7,13 +7,14 @@ its place (a plain attribute of the tokenizer manager) and runs in the same even
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from http import HTTPStatus
 from multiprocessing import util
 from typing import Any
@@ -23,7 +24,7 @@ from sglang.srt.managers.tokenizer_manager import ServerStatus, SignalHandler
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.upstream.ending.dumps import dump_before_end
-from sglang_dcp.upstream.ending.failure import describe_failures
+from sglang_dcp.upstream.ending.failure import MOST_CHARACTERS, describe_failures
 from sglang_dcp.upstream.ending.family import Family, read_exit_codes
 from sglang_dcp.upstream.ending.gate import GATE, Gate
 from sglang_dcp.upstream.ending.progress import ProgressWatch, StepReport, describe_steps
@@ -46,6 +47,18 @@ def take_signals(manager: Any) -> None:
         manager.signal_handler_class = EndingHandler
 
 
+async def end_on_failure(original: Callable[[Any], Coroutine[Any, Any, None]], manager: Any) -> None:
+    """AROUND TokenizerManager.handle_loop, where answers come in: an exception there ends the server, and SGLang would answer nobody."""
+    try:
+        await original(manager)
+    except Exception as error:
+        ending: EndingHandler | None = getattr(manager, "dyncp_ending", None)
+        if ending is None:  # a tokenizer worker: it ends alone, and is started again
+            raise
+        logger.exception("dyncp: the main process cannot hand out answers any more")
+        ending.end(f"the main process raised {type(error).__name__}: {error}"[:MOST_CHARACTERS])
+
+
 class EndingHandler(SignalHandler):
     """In place of SGLang's SignalHandler. Made in the event loop's thread, when the first request or probe has come."""
 
@@ -54,6 +67,7 @@ class EndingHandler(SignalHandler):
         self._loop: asyncio.AbstractEventLoop = manager.event_loop
         self._config = DynCpConfig.from_environment() or DynCpConfig()
         self._gate: Gate = GATE
+        manager.dyncp_ending = self
         self._is_ending = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._family = Family()
@@ -83,8 +97,8 @@ class EndingHandler(SignalHandler):
         """A process of ours has died, or says that it failed."""
         self.end("")
 
-    def end(self, reason: str) -> None:
-        """Ends the server once, with exit code 75. reason: what is known already; else it is looked up."""
+    def end(self, reason: str, *, hung: bool = False) -> None:
+        """Ends the server once, with exit code 75. reason: what is known already; else it is looked up. hung: instances do not step."""
         if self._is_ending:
             return
         self._is_ending = True
@@ -96,7 +110,7 @@ class EndingHandler(SignalHandler):
         self._gate.ending = message
         if watchdog is not None:
             watchdog.stop()
-        self._start(self._end(message, hung=bool(reason)))
+        self._start(self._end(message, hung=hung))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.add(self._loop.create_task(work))
@@ -168,7 +182,8 @@ class EndingHandler(SignalHandler):
             if watch.is_hung(time.monotonic(), reports, has_work=has_work):
                 stopped = self._family.describe_stopped()
                 where = "; ".join([*stopped, describe_steps(reports)])
-                self._loop.call_soon_threadsafe(self.end, f"no step for {self._config.hang_seconds:g} s (--dyncp-hang-seconds): {where}")
+                reason = f"no step for {self._config.hang_seconds:g} s (--dyncp-hang-seconds): {where}"
+                self._loop.call_soon_threadsafe(functools.partial(self.end, reason, hung=True))
                 return
 
     def _leave_nothing(self) -> None:

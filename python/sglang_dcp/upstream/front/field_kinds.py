@@ -147,6 +147,15 @@ class Biases:
 
 
 @dataclass(frozen=True)
+class Strings:
+    """An object of strings."""
+
+    def check(self, name: str, value: Any, sizes: Sizes) -> None:
+        if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
+            raise refuse(name, "an object of strings", value)
+
+
+@dataclass(frozen=True)
 class Parameters:
     """custom_params: an object of numbers, strings, true, false and null, of lists of those and of objects of those."""
 

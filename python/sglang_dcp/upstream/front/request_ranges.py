@@ -5,7 +5,7 @@ A scheduler that meets a value out of range ends, and with it all instances: the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sglang_dcp.upstream.front.field_kinds import (
@@ -23,6 +23,7 @@ from sglang_dcp.upstream.front.field_kinds import (
     RangeError,
     Real,
     Sizes,
+    Strings,
     Text,
     Texts,
     TokenIds,
@@ -34,6 +35,9 @@ MOST_SAMPLES = 4096
 
 SMALLEST_PENALTY = 1e-6
 """Smallest repetition_penalty: logits are divided by it and must stay finite."""
+
+LARGEST_TIME = 1e12
+"""Seconds; a request's times are differences with it, which are shown and counted."""
 
 SAMPLING: Mapping[str, Kind] = {
     "max_new_tokens": Integer(0, INT32),
@@ -119,9 +123,9 @@ REQUEST: Mapping[str, Kind] = {
     "no_logs": MAIN_ONLY,
     "background": MAIN_ONLY,
     "conversation_id": MAIN_ONLY,
-    "custom_labels": MAIN_ONLY,
-    "external_trace_header": MAIN_ONLY,
-    "received_time": MAIN_ONLY,
+    "custom_labels": Strings(),
+    "external_trace_header": Strings(),
+    "received_time": Real(0, LARGEST_TIME),
     "mm_hashes": MEDIA,
     "mm_content_hashes": MEDIA,
     "use_audio_in_video": MEDIA,
@@ -186,6 +190,14 @@ def check_sampling(parameters: Any, sizes: Sizes) -> None:
             raise RangeError(f"sampling_params has no {name!r}; there are {', '.join(SAMPLING)}")
         if value is not None or name == "n":
             kind.check(name, value, sizes)
+
+
+def check_labels(labels: Any, allowed: Collection[str]) -> None:
+    """custom_labels beside metrics that have the labels `allowed`: another name would end the process that counts. Raises RangeError."""
+    for name in labels or ():
+        if name not in allowed:
+            there = f"{', '.join(allowed) or 'none'}; --tokenizer-metrics-allowed-custom-labels"
+            raise refuse("custom_labels", f"labels of the metrics ({there})", name)
 
 
 def check_prompt(request: Any, input_ids: Sequence[int] | None, vocabulary: int) -> None:

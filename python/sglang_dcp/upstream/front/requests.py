@@ -15,7 +15,7 @@ from sglang_dcp.config import DynCpConfig
 from sglang_dcp.upstream.attach.install import verify_installed
 from sglang_dcp.upstream.front.field_kinds import Sizes
 from sglang_dcp.upstream.front.request_limits import RequestError, RequestLimits, check_options
-from sglang_dcp.upstream.front.request_ranges import check_body, check_prompt
+from sglang_dcp.upstream.front.request_ranges import check_body, check_labels, check_prompt
 from sglang_dcp.upstream.front.tokenizer_workers import POOL_KEY, PoolTokens
 from sglang_dcp.upstream.layers.synthetic_prefill import BENCHMARK_VARIABLE, is_enabled
 from sglang_dcp.upstream.router.placement_hint import strip_hints
@@ -64,11 +64,14 @@ def limits_of(pool_tokens: int) -> RequestLimits:
 def check_request_options(manager: Any, obj: Any, request: Any = None) -> None:
     """BEFORE TokenizerManager.generate_request."""
     from sglang.srt.managers.io_struct import EmbeddingReqInput
+    from sglang.srt.runtime_context import get_observability
 
     if isinstance(obj, EmbeddingReqInput):
         raise RequestError("embedding, classification and reranking requests do not work with --enable-dyncp: such models do not decode")
     check_options(obj)
     check_body(obj, Sizes(int(manager.model_config.vocab_size)))
+    if manager.enable_metrics:
+        check_labels(obj.custom_labels, get_observability().tokenizer_metrics_allowed_custom_labels or ())
     if is_enabled() and obj.return_logprob:
         raise RequestError(f"return_logprob does not work with {BENCHMARK_VARIABLE}=1: prompts are not computed")
 
