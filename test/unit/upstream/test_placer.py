@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from sglang.srt.managers.load_snapshot import LoadSnapshot
 
 from sglang_dcp.config import DynCpConfig
+from sglang_dcp.observe.placement_log import LOG_VARIABLE
 from sglang_dcp.policy.cluster_view import HomeReport
 from sglang_dcp.upstream.router.load_report import ReportedLoad
 from sglang_dcp.upstream.router.placement_hint import PlacedHint, read_placement
@@ -140,6 +142,21 @@ def test_what_cannot_be_placed_goes_on_without_a_placement(caplog: pytest.LogCap
         dispatch(controller, request(100_000))
     assert controller.sent == [(1, None), (-1, None)] and "too long" in caplog.text
     assert [load.home_requests for load in controller.dyncp.loads()] == [0, 0, 0, 0]
+
+
+def test_a_log_that_cannot_be_written_costs_no_placement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "placements"
+    monkeypatch.setenv(LOG_VARIABLE, str(path))
+    controller = Controller(new_placer())
+    path.unlink()
+    path.mkdir()
+    with caplog.at_level(logging.ERROR):
+        for _ in range(2):
+            dispatch(controller, request(1500))
+    assert [hint.placement.degree > 1 for _, hint in controller.sent if hint is not None] == [True, True]
+    assert caplog.text.count("the placement log ends here") == 1
 
 
 def turn(ids: list[int], extra_key: str | None = None) -> SimpleNamespace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.prefix_map import BLOCK_TOKENS, PrefixMap, home_by_prefix
 from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementPolicy, PlacementRequest
 from sglang_dcp.upstream.router.placement_request import cost_model_of, describe_request
+
+logger = logging.getLogger(__name__)
 
 
 class Placer:
@@ -95,10 +98,19 @@ class Placer:
         number = self._view.place(placement)
         if self._prefixes is not None:
             self._prefixes.put(digests, placement.home, number)
-        if self._log is not None:
-            self._log.add(self._clock(), req.rid, request, loads, placement)
+        self._note(req.rid, request, loads, placement)
         pinned = bool(pin) or self._config.policy in ("fixed", "length-buckets")
         return placement, not pinned
+
+    def _note(self, rid: str, request: PlacementRequest, loads: Sequence[InstanceLoad], placement: Placement) -> None:
+        """Into the placement log. A disk that is full must cost the measurement, and no request its placement."""
+        if self._log is None:
+            return
+        try:
+            self._log.add(self._clock(), rid, request, loads, placement)
+        except OSError:
+            logger.exception("dyncp: the placement log ends here (%s)", self._log.path)
+            self._log = None
 
     def _digests(self, req: Any) -> list[bytes]:
         return [] if self._prefixes is None else self._prefixes.digests(req.input_ids, (req.extra_key, req.cache_salt))
