@@ -27,8 +27,9 @@ def checkpoint_server(folder: Path, *, workers: bool = False) -> ServerConfig:
     """Two instances of 1,024 tokens. workers: two tokenizer workers in front of them."""
     environment = [("SGLANG_DYNCP_CHECK_EVERY_STEP", "1")]
     if workers:
-        # uvicorn ends a worker that does not answer within 10 s, and on a busy machine it imports for longer.
-        environment.append(("SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT", "300"))
+        # uvicorn ends a worker that does not answer within 10 s, and on a busy machine it imports for longer. It closes a connection that
+        # is silent for 5 s, and a worker is known by its connection.
+        environment += [("SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT", "300"), ("SGLANG_TIMEOUT_KEEP_ALIVE", "600")]
     flags = ("--model-path", str(folder), *(WORKER_FLAGS if workers else ()))
     return ServerConfig("qwen3moe", 2, pool_tokens=1024, chunk_tokens=256, dyncp=True, flags=flags, environment=tuple(environment))
 
