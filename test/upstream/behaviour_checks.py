@@ -41,6 +41,43 @@ def flush_when_idle(client: Client) -> None:
         time.sleep(0.2)
 
 
+def loads(client: Client) -> Any:
+    reply = client.json("GET", "/v1/loads?include=all")
+    assert [load["dp_rank"] for load in reply["loads"]] == [0, 1]
+    return sorted(reply), [sorted(load) for load in reply["loads"]]
+
+
+def server_info_fields(client: Client) -> Any:
+    """Whatever we add is named after us."""
+    info = client.server_info()
+    return sorted(name for name in info if "dyncp" not in name), len(info["internal_states"])
+
+
+def priority(client: Client) -> Any:
+    return [client.generate(PROMPT, max_new_tokens=4, sampling=ENDLESS, priority=value).ids for value in (-5, 0, 7, 2**40)]
+
+
+def pause_in_place(client: Client) -> Any:
+    with client.stream(PROMPT, max_new_tokens=60, sampling=ENDLESS) as stream:
+        events = stream.events()
+        next(events)
+        client.json("POST", "/pause_generation", {"mode": "in_place"})
+        client.json("POST", "/continue_generation", {})
+        return list(events)[-1]["output_ids"]
+
+
+def pause_abort(client: Client) -> None:
+    with client.stream(PROMPT, max_new_tokens=2000, sampling=ENDLESS) as stream:
+        events = stream.events()
+        next(events)
+        client.json("POST", "/pause_generation", {"mode": "abort"})
+        try:
+            assert list(events)[-1]["meta_info"]["finish_reason"]["type"] == "abort"
+        finally:
+            client.json("POST", "/continue_generation", {})
+    assert client.generate(PROMPT, max_new_tokens=2).ids
+
+
 def completion(client: Client) -> Any:
     reply = client.complete(PROMPT, max_tokens=8)
     choice, usage = reply["choices"][0], reply["usage"]
@@ -254,7 +291,8 @@ def bench_serving(client: Client) -> None:
 CHECKS = {
     check.__name__: check
     for check in (
-        health, model_list, flush_when_idle, completion, completion_batch, chat, completion_logprobs, openai_client, greedy, batch, rid,
+        health, model_list, flush_when_idle, loads, server_info_fields, priority, pause_in_place, pause_abort,
+        completion, completion_batch, chat, completion_logprobs, openai_client, greedy, batch, rid,
         max_new_tokens, min_new_tokens, stop_string, stop_token, top_k_one, several_choices, logit_bias, frequency_penalty,
         stream_equals_text, stream_usage, abort_by_id, client_disconnect, prompt_logprobs, top_logprobs, regex, json_schema,
         cached_tokens, too_long, bad_sampling, metrics, bench_serving,
