@@ -42,6 +42,9 @@ def request_ranges(tree: EditedTree) -> None:
                 raise ValueError(
                     f"token_indices_to_pool must hold positions in [0, {prompt_len}), got {position!r}."
                 )
+        unknown = sorted(set(obj.custom_labels or ()) - set(self.metrics_collector.labels)) if self.enable_metrics else []
+        if unknown:
+            raise ValueError(f"custom_labels must be labels of the metrics, got {unknown[0]!r}.")
     '''
     tree.add_method(MANAGER, method)
 
@@ -83,7 +86,8 @@ RANGES: tuple[Contribution, ...] = (
         gap="Token ids of a prompt and stop token ids are not compared with the vocabulary, `top_logprobs_num` and `logprob_start_len` not "
         "with their ranges. Types are compared with a schema on `/generate` alone; from other endpoints and `Engine.generate` a value of "
         "another type reaches the typed message between processes, and decoding that ends the process that reads it. With "
-        "data-parallel attention all ranks end with one.",
+        "data-parallel attention all ranks end with one. With `--enable-metrics` a name in `custom_labels` that is no label of the "
+        "metrics ends the main process.",
         change="`SamplingParams.normalize` compares values with the struct's own types, `verify` looks at `n`, `top_k`, "
         "`stop_token_ids` and `logit_bias`; `TokenizerManager._validate_ranges` does the rest. A ValueError takes the path of every "
         "other bad parameter: HTTP 400.",

@@ -164,3 +164,14 @@ def test_a_local_request_without_room_is_noted_from_its_first_time_on(runtime: S
     outcome[0] = AddReqResult.CONTINUE
     admission.add_one_req(lambda *_: outcome[0], adder_with(), req, False, None)
     assert runtime.queues.blocked is None and req.dyncp_blocked_since is None
+
+
+def test_a_request_that_left_the_queue_gives_back_beside_another_of_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tokenizer workers may be given one id: the queue's limit or a timeout takes one of the two."""
+    ended: list[Any] = []
+    monkeypatch.setattr(admission.retention, "end_waiting", lambda _runtime, req: ended.append(req))
+    left, stays = (SimpleNamespace(rid="same", kv=SimpleNamespace(holds_kv=False), dyncp=SimpleNamespace(handle=h)) for h in (1, 2))
+    queues = Queues()
+    queues.waiting.update({1: left, 2: stays})
+    admission.sweep_waiting(SimpleNamespace(queues=queues, scheduler=SimpleNamespace(waiting_queue=[stays])))  # type: ignore[arg-type]
+    assert (ended, list(queues.waiting)) == ([left], [2])

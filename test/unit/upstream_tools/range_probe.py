@@ -17,7 +17,8 @@ def prompt(ids, **values):
 
     request = GenerateReqInput(input_ids=ids, **values)
     request.normalize_batch_and_arguments()
-    manager = types.SimpleNamespace(model_config=types.SimpleNamespace(vocab_size=8))
+    metrics = types.SimpleNamespace(labels={"model_name": "x", "tier": ""})
+    manager = types.SimpleNamespace(model_config=types.SimpleNamespace(vocab_size=8), enable_metrics=True, metrics_collector=metrics)
     TokenizerManager._validate_ranges(manager, request, ids)
 
 
@@ -55,6 +56,7 @@ def prompts_out_of_range_are_refused():
     cases = [
         (([1, 8], {}), "out-of-vocabulary token id 8"),
         (([1, -1], {}), "out-of-vocabulary token id -1"),
+        (([1], {"custom_labels": {"tier": "a", "team": "b"}}), "custom_labels must be labels of the metrics, got 'team'"),
         (([1], {"top_logprobs_num": 9}), "top_logprobs_num must be an integer in [0, 8], got 9"),
         (([1], {"top_logprobs_num": [2]}), "top_logprobs_num must be an integer"),
         (([1], {"logprob_start_len": 2, "return_logprob": True}), "logprob_start_len must be an integer in [-1, 1], got 2"),

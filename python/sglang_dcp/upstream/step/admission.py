@@ -190,11 +190,12 @@ def sweep_waiting(runtime: Runtime) -> None:
     """Gives back reservations of requests that left the queue without ever running (abort, timeout, queue limit)."""
     if not runtime.queues.waiting:
         return
-    queued = {req.rid for req in runtime.scheduler.waiting_queue}
+    # By identity: two tokenizer workers, or a client that asks again, may give two requests one id.
+    queued = {id(req) for req in runtime.scheduler.waiting_queue}
     for handle, req in list(runtime.queues.waiting.items()):
         if req.kv.holds_kv or req.dyncp is None or req.dyncp.handle != handle:
             del runtime.queues.waiting[handle]
-        elif req.rid not in queued:
+        elif id(req) not in queued:
             retention.end_waiting(runtime, req)
             req.dyncp = None
             del runtime.queues.waiting[handle]
