@@ -10,14 +10,10 @@ import json
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from upstream.model_probe import load
+from model_probe import load
 
 POOL_TOKENS = 8192
 
