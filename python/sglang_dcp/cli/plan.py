@@ -11,9 +11,11 @@ from typing import Any
 
 from sglang_dcp.cli import plan_trace
 from sglang_dcp.observe.tables import align
-from sglang_dcp.policy.cost_model import CostModel, InstanceWork, load_cost_model
+from sglang_dcp.policy.attention_table import BFLOAT16, KV_DTYPES
+from sglang_dcp.policy.cost_model import CostModel, InstanceWork
 from sglang_dcp.policy.expected_output import EXPECTED_NEW_TOKENS, expected_new_tokens
 from sglang_dcp.policy.placement import make_policy
+from sglang_dcp.policy.served_model import serving_cost
 from sglang_dcp.policy.types import CapacityError, InstanceLoad, Placement, PlacementPolicy, PlacementRequest
 from sglang_dcp.traces.flags import add_trace_flags
 
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--degree", type=int, help="pin the degree")
     parser.add_argument("--home", type=int, help="pin the home")
     parser.add_argument("--cost-model", default="deepseek-v3.h200", help="name or JSON file (default deepseek-v3.h200)")
+    parser.add_argument("--kv-dtype", choices=list(KV_DTYPES), default=BFLOAT16, help="as --kv-cache-dtype: sizes pools and attention")
     parser.add_argument("--policy", default="dual-balance", help="as --dyncp-policy, or local-least-batch, local-least-kv")
     parser.add_argument("--policy-degree", type=int, help="as --dyncp-degree, with --policy fixed")
     parser.add_argument("--page-size", type=int, default=64)
@@ -71,6 +74,7 @@ def _format(plan: dict[str, Any], max_new: int) -> str:
         [
             f"home {plan['home']}, degree {plan['degree']}, tokens per shard {{{shards}}}{note}",
             f"expects {plan['expected_new_tokens']} of at most {max_new} new tokens",
+            *(f"warning: {text}" for text in plan["warnings"]),
             f"step {plan['step_ms_before']:.2f} ms -> {plan['step_ms_after']:.2f} ms ({plan['policy']}, {plan['cost_model']})",
             "",
             align(rows),
@@ -86,7 +90,8 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     instances = data["instances"]
     if not instances:
         raise ValueError(f"{args.load}: instances is empty")
-    cost = load_cost_model(args.cost_model, len(instances))
+    served = serving_cost(args.cost_model, len(instances), args.kv_dtype)
+    cost = served.model
     loads = [_load(rank, item, args.pool_tokens or cost.pool_tokens, cost.gpus_per_node) for rank, item in enumerate(instances)]
     policy = make_policy(
         args.policy,
@@ -103,7 +108,8 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     placement = policy.place(request, loads, args.page_size)
     return {
         "policy": policy.name,
-        "cost_model": cost.name,
+        "cost_model": served.description,
+        "warnings": list(served.warnings),
         "home": placement.home,
         "degree": placement.degree,
         "shards": list(placement.shards),

@@ -7,8 +7,8 @@ from collections import Counter
 from typing import Any
 
 from sglang_dcp.observe.tables import align
-from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.placement import make_policy
+from sglang_dcp.policy.served_model import serving_cost
 from sglang_dcp.policy.types import InstanceLoad
 from sglang_dcp.traces.occupancy import Occupancy, arrivals, occupy
 from sglang_dcp.traces.reader import read_trace
@@ -30,7 +30,8 @@ def make_trace_plan(args: argparse.Namespace) -> dict[str, Any]:
     if args.instances < 1 or args.limit < 1:
         raise ValueError(f"--instances {args.instances} and --limit {args.limit} must be at least 1")
     trace = read_trace(args.trace, args.trace_format, strict=args.strict)
-    cost = load_cost_model(args.cost_model, args.instances)
+    served = serving_cost(args.cost_model, args.instances, args.kv_dtype)
+    cost = served.model
     pool = args.pool_tokens or cost.pool_tokens
     if not pool:
         raise ValueError(f"cost model {cost.name} knows no pool for {args.instances} instances: give --pool-tokens or more --instances")
@@ -56,7 +57,8 @@ def make_trace_plan(args: argparse.Namespace) -> dict[str, Any]:
         "format": trace.format,
         "skipped": len(trace.skipped),
         "requests": len(requests),
-        "cost_model": cost.name,
+        "cost_model": served.description,
+        "warnings": list(served.warnings),
         "instances": args.instances,
         "pool_tokens": pool,
         "p50_tokens": _quantile(lengths, 0.5),
@@ -72,6 +74,7 @@ def format_trace_plan(plan: dict[str, Any]) -> str:
     pool, total = plan["pool_tokens"], plan["requests"]
     lines = [
         *plan["trace"],
+        *(f"warning: {text}" for text in plan["warnings"]),
         f"{plan['instances']} instances of {pool:,} KV tokens ({plan['cost_model']}); prompt + output: P50 {plan['p50_tokens']:,}, "
         f"P99 {plan['p99_tokens']:,}, longest {plan['longest_tokens']:,} tokens",
         f"{plan['beyond_one_pool']} of {total} requests are longer than one pool",

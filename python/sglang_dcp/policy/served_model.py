@@ -13,6 +13,7 @@ from typing import Any
 
 from sglang_dcp.policy.attention_table import BFLOAT16, FP8, KV_DTYPES, OUR_SPLIT, table_constants
 from sglang_dcp.policy.cost_model import (
+    DATA_FOLDER,
     CostModel,
     available_cost_models,
     build_cost_model,
@@ -121,8 +122,7 @@ def served_cost(given: str | None, served: ServedModel | None, num_instances: in
     if _ratio(model.num_layers, served.num_layers) > FAR_APART:
         warnings.append(f"cost model {name} is of {model.num_layers} layers, the served model has {served.num_layers}: taken per layer")
     measured = _card_attention(data, served, split)
-    if served.kv_dtype != BFLOAT16 and not measured and served.kv_dtype not in data.get("kv_dtypes", {}) and name != CPU_MODEL:
-        warnings.append(f"cost model {name} has no constants for K/V in {served.kv_dtype}: bfloat16's are taken")
+    warnings += _missing_kv_dtype(name, data, served.kv_dtype, measured)
     adapted = with_layers(model, served.num_layers)
     if given is not None or "layer" not in data:
         return ServedCost(adapted, f"{name}, {layers}, constants per layer as given", tuple(warnings))
@@ -133,6 +133,23 @@ def served_cost(given: str | None, served: ServedModel | None, num_instances: in
         warnings.append(f"cost model {name}: no constants for {served.device}")
     scaled = replace(_scaled(adapted, data, served), **measured)
     return ServedCost(scaled, f"{name}, {layers}, scaled to the served model's sizes", tuple(warnings))
+
+
+def serving_cost(name: str, num_instances: int, kv_dtype: str = BFLOAT16) -> ServedCost:
+    """What a server of the model that the constants are of is placed by, for whoever asks without one. Raises as read_constants."""
+    path, data = read_constants(name)
+    model = build_cost_model(path, data, num_instances, serving=True, kv_dtype=kv_dtype)
+    measured: dict[str, float] = {}
+    if path.parent == DATA_FOLDER and "layer" in data:
+        size, layer = data["kv_bytes_per_token_layer"], data["layer"]
+        measured = table_constants(data["gpu"], latent=layer["latent"], num_heads=layer["num_heads"], kv_bytes=size, kv_dtype=kv_dtype)
+    return ServedCost(model, f"{model.name}, K/V in {kv_dtype}", tuple(_missing_kv_dtype(name, data, kv_dtype, measured)))
+
+
+def _missing_kv_dtype(name: str, data: dict, kv_dtype: str, measured: dict[str, Any]) -> list[str]:
+    if kv_dtype == BFLOAT16 or measured or kv_dtype in data.get("kv_dtypes", {}) or name == CPU_MODEL:
+        return []
+    return [f"cost model {name} has no constants for K/V in {kv_dtype}: bfloat16's are taken"]
 
 
 def _card_attention(data: dict, served: ServedModel, split: str) -> dict[str, Any]:
