@@ -1,6 +1,6 @@
 """Every attention kernel that was measured (benchmark/results), in one form; and the constants that ship, fitted to them.
 
-    python -m benchmark.kernels.measured        # writes python/sglang_dcp/policy/data/attention/<card>.json
+python -m benchmark.kernels.measured        # writes python/sglang_dcp/policy/data/attention/<card>.json
 """
 
 from __future__ import annotations

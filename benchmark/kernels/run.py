@@ -1,6 +1,6 @@
 """Measures the kernels on one Hopper GPU, prints one table and writes benchmark/results/kernels.json.
 
-    PYTHONPATH=python:sgl-kernel-dcp/python python -m benchmark.kernels.run [--output FILE] [--commit ID] [--without-attention]
+PYTHONPATH=python:sgl-kernel-dcp/python python -m benchmark.kernels.run [--output FILE] [--commit ID] [--without-attention]
 """
 
 from __future__ import annotations

@@ -51,9 +51,7 @@ def lengths(rows: int, longest: int, padding: int) -> list[int]:
 
 
 def build(shape: tuple[int, int], pages: Pages, *, own: bool) -> FlashInferDecode:
-    decode = FlashInferDecode(
-        *shape, 128, PAGE, 128**-0.5, pages.indptr.cuda(), pages.indices, pages.last.cuda(), own_split=own
-    )
+    decode = FlashInferDecode(*shape, 128, PAGE, 128**-0.5, pages.indptr.cuda(), pages.indices, pages.last.cuda(), own_split=own)
     decode.mark_empty_rows(pages.lengths.cuda())
     decode.plan(pages.indptr, pages.last)
     return decode

@@ -46,12 +46,13 @@ def measure_collective(
     """kind: "nccl" (GPU `rank`) or "gloo" (CPU)."""
     join_group(rank, num_ranks, folder)
     torch.set_num_threads(1)
+    everybody = [range(num_ranks)]
     if kind == "nccl":
         torch.cuda.set_device(rank)
-        transport: Transport = NcclTransport(create_nccl_group(GROUP_TIMEOUT_S))
+        transport: Transport = NcclTransport(create_nccl_group(GROUP_TIMEOUT_S, everybody))
         device = torch.device("cuda", rank)
     else:
-        transport, device = GlooTransport(create_gloo_group(GROUP_TIMEOUT_S)), torch.device("cpu")
+        transport, device = GlooTransport(create_gloo_group(GROUP_TIMEOUT_S, everybody)), torch.device("cpu")
     results = [CollectiveExchange(case, rank, device, transport).measure(layers, repeats) for case in cases]
     dist.barrier()
     if kind == "gloo":  # NCCL's may wait for a peer; the process ends when its results are read

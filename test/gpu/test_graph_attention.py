@@ -25,6 +25,7 @@ from sglang_dcp.dataflow.quantised_kv import with_quantised
 from sglang_dcp.dataflow.reference import partial_attention
 from sglang_dcp.dataflow.step_mode import STOCK, Graph
 from sglang_dcp.dataflow.transport.base import TransportError
+from sglang_dcp.policy.split_limits import Layout
 from sglang_dcp.upstream.layers.graphs import GraphEngine
 from sglang_dcp.upstream.layers.peers import Place
 from test.unit.dataflow.cluster import PoolCache, as_bytes
@@ -111,7 +112,8 @@ class GpuSession(Session):
         for guest_rows in GUEST_ROWS:
             for instance in self.instances:
                 instance.capture(guest_rows)
-        self.engine = GraphEngine(GUEST_ROWS, [Place("host", "gpu", ("gpu",))] * num_instances, 0, None)
+        self.layout = Layout(num_instances, num_instances)
+        self.engine = GraphEngine(GUEST_ROWS, [Place("host", "gpu", ("gpu",))] * num_instances, 0, self.layout, None)
         self.engine.max_home_rows = HOME_ROWS
         self.num_graph_steps = self.num_advances = 0
         self.worst = 0.0
@@ -122,7 +124,7 @@ class GpuSession(Session):
     def run_batches(self) -> None:
         extends = any(num_new > 1 for home in self.homes for _, _, num_new in home.batch)
         told = self.homes[0].participant.rows_of
-        needed = max(guests_per_instance([[row.route for row in rows] for rows in told], self.num_instances))
+        needed = max(guests_per_instance([[row.route for row in rows] for rows in told], self.layout.groups))
         fits = needed <= GUEST_ROWS[-1] and all(len(home.batch) <= HOME_ROWS for home in self.homes)
         is_graph = not extends and self.homes[0].participant.num_sharded_rows > 0 and fits
         self.write_kv(is_graph)

@@ -24,19 +24,23 @@ HEADS = 4
 class Session(ProtocolModel):
     """The protocol model, whose steps run one attention layer on every instance."""
 
-    def __init__(self, seed: int, num_instances: int, num_pages: int, page_size: int, *, latent: bool) -> None:
-        super().__init__(seed, num_instances, num_pages, page_size, chunk_tokens=3 * page_size // 2)
+    def __init__(
+        self, seed: int, num_instances: int, num_pages: int, page_size: int, *, latent: bool, num_nodes: int = 1, scope: str = "node"
+    ) -> None:
+        super().__init__(seed, num_instances, num_pages, page_size, chunk_tokens=3 * page_size // 2, num_nodes=num_nodes, scope=scope)
+        self.layout = self.homes[0].participant.limits.layout
         self.latent = latent
         self.kv_heads, self.qk_dim, self.v_dim = (1, 12, 8) if latent else (2, 8, 8)
         slots = (num_pages + 1) * page_size
         self.caches = [PoolCache(slots, self.kv_heads, self.qk_dim, self.v_dim, latent) for _ in range(num_instances)]
-        self.transport = ThreadTransport(num_instances)
+        transports = [(group, ThreadTransport(len(group))) for group in self.layout.groups]
+        self.endpoints = [transport.of(place) for group, transport in transports for place in range(len(group))]
         self.plans: list[StepPlan] = [None] * num_instances  # type: ignore[list-item]
         self.threads = ThreadPoolExecutor(num_instances)
         self.torch_rng = torch.Generator().manual_seed(seed)
         self.keys: dict[str, torch.Tensor] = {}
         self.values: dict[str, torch.Tensor] = {}
-        self.num_sharded_steps = self.num_rows = self.num_mixed_steps = self.num_steps_without_return = 0
+        self.num_sharded_steps = self.num_rows = self.num_mixed_steps = self.num_steps_without_return = self.num_steps_of_one_node = 0
 
     def close(self) -> None:
         self.threads.shutdown()
@@ -50,13 +54,19 @@ class Session(ProtocolModel):
         modes = {num_new > 1 for home in self.homes for _, _, num_new in home.batch[:1]}
         self.num_sharded_steps += instances[0].num_sharded_rows > 0
         self.num_mixed_steps += instances[0].num_sharded_rows > 0 and len(modes) == 2
-        inputs = [self.tokens_of(home) for home in self.homes]
-        outputs = list(self.threads.map(self.run_layer, range(self.num_instances), inputs))
-        asked = {plan.anybody_asks for plan in self.plans}
+        self.num_steps_of_one_node += 0 < len(instances[0].busy_ranks) < self.num_instances
+        for group in self.layout.groups:
+            self.run_eagerly(group)
+
+    def run_eagerly(self, group: range) -> None:
+        """The layer of one exchange group. No other group is there: each could run at another time."""
+        inputs = [self.tokens_of(self.homes[rank]) for rank in group]
+        outputs = list(self.threads.map(self.run_layer, group, inputs))
+        asked = {self.plans[rank].anybody_asks for rank in group}
         assert len(asked) == 1, "instances disagree about a collective"
-        self.num_steps_without_return += instances[0].num_sharded_rows > 0 and not asked.pop()
-        for home, (queries, _), output in zip(self.homes, inputs, outputs, strict=True):
-            self.compare(home, queries, output)
+        self.num_steps_without_return += group.start in self.homes[0].participant.busy_ranks and not asked.pop()
+        for rank, (queries, _), output in zip(group, inputs, outputs, strict=True):
+            self.compare(self.homes[rank], queries, output)
 
     def tokens_of(self, home: ModelScheduler) -> tuple[torch.Tensor, NewKV]:
         """Queries and K/V rows of the batch; a home without tokens takes part with a dummy one."""
@@ -79,7 +89,7 @@ class Session(ProtocolModel):
         local_pages = [np.array(req.pages) for req, _, _ in home.batch if req.dyncp is None]
         plan = self.plans[rank] = rows.build_plan(rows.home_rows(local_pages), len(queries))
         return attention_step(
-            queries, new_kv, plan, self.caches[rank], torch_partial_attention, self.transport.of(rank), scale=self.qk_dim**-0.5, layer=0
+            queries, new_kv, plan, self.caches[rank], torch_partial_attention, self.endpoints[rank], scale=self.qk_dim**-0.5, layer=0
         )
 
     def compare(self, home: ModelScheduler, queries: torch.Tensor, output: torch.Tensor) -> None:
@@ -143,6 +153,15 @@ def test_session_of_random_requests(num_instances, num_pages, page_size, latent)
     assert session.num_mixed_steps > 10
     assert session.num_steps_without_return >= 3
     assert sum(session.num_growths) > 5
+
+
+@pytest.mark.parametrize(("scope", "latent"), [("node", False), ("node", True), ("cluster", False)])
+def test_nodes_exchange_rows_each_by_itself(scope, latent):
+    """Two nodes of two; under scope cluster all four are one group."""
+    session = Session(8, 4, 10, 8, latent=latent, num_nodes=2, scope=scope)
+    drive(session)
+    assert session.num_sharded_steps > 100 and sum(session.num_growths) > 5
+    assert (session.num_steps_of_one_node > 20) == (scope == "node")
 
 
 @pytest.mark.parametrize("latent", [False, True])

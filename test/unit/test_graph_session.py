@@ -15,7 +15,7 @@ from sglang_dcp.dataflow.contracts import NewKV, PartialState
 from sglang_dcp.dataflow.graph.static_tables import FROM_TOKEN_TABLE, NO_PAGE, TAIL_SHIFT, PageLines, guests_per_instance
 from sglang_dcp.dataflow.merge import merge_partial_states
 from sglang_dcp.dataflow.reference import RouteTables, partial_attention, route_tables
-from sglang_dcp.dataflow.step_mode import STOCK
+from sglang_dcp.dataflow.step_mode import STOCK, Graph, StepMode, Stock
 from sglang_dcp.upstream.layers.graphs import GraphEngine
 from sglang_dcp.upstream.layers.peers import Place
 from test.unit.test_decode_session import CASES, HEADS, Session, drive, take_turns
@@ -36,14 +36,16 @@ class Side:
 class GraphSession(Session):
     """A `Session` whose steps without a prefill take the graphs' path."""
 
-    def __init__(self, *args: int, latent: bool) -> None:
-        super().__init__(*args, latent=latent)
+    def __init__(self, *args: int, latent: bool, num_nodes: int = 1) -> None:
+        super().__init__(*args, latent=latent, num_nodes=num_nodes)
         self.lines = [PageLines(NUM_ENTRIES, WIDTH, self.page_size) for _ in range(self.num_instances)]
         self.page_table = [np.full((NUM_ENTRIES, WIDTH), -1) for _ in range(self.num_instances)]
         place = Place("host", "gpu", ("gpu",))
-        self.engine = GraphEngine((1000,), [place] * self.num_instances, 0, None)
-        self.engine.max_home_rows = 1000
-        self.num_graph_steps = self.num_travelling = self.num_written = self.num_advances = 0
+        places = [place] * self.num_instances
+        self.engines = [GraphEngine((1000,), places, rank, self.layout, None) for rank in range(self.num_instances)]
+        for engine in self.engines:
+            engine.max_home_rows = 1000
+        self.num_graph_steps = self.num_travelling = self.num_written = self.num_advances = self.num_groups_beside = 0
 
     def run_batches(self) -> None:
         instances = [home.participant for home in self.homes]
@@ -54,20 +56,38 @@ class GraphSession(Session):
             super().run_batches()
             return
         self.num_graph_steps += 1
-        sides = [self.prepare(rank) for rank in range(self.num_instances)]
-        self.check_guests(sides)
-        self.write_kv(sides)
-        returned = self.attend(sides)
-        for home, side, output in zip(self.homes, sides, self.merge(sides, returned), strict=True):
+        for rank, home in enumerate(self.homes):
+            home.runtime.mode = self.choose(rank)
+        for group in self.layout.groups:
+            modes = {type(self.homes[rank].runtime.mode) for rank in group}
+            assert modes == {Graph if group.start in instances[0].busy_ranks else Stock}
+            if modes == {Graph}:
+                self.run_graph(group)
+            else:
+                self.num_groups_beside += 1
+                self.run_eagerly(group)
+
+    def choose(self, rank: int) -> StepMode:
+        runtime, sizes = self.homes[rank].runtime, [len(other.batch) for other in self.homes]
+        steady = runtime.participant.rows_steady and runtime.own_batch.steady
+        mode = self.engines[rank].choose_step(runtime.mode, runtime.rows, sizes, steady=steady)
+        assert mode is not None
+        return mode
+
+    def run_graph(self, group: range) -> None:
+        """One exchange group's layer. Whatever its tables name is a place in the group."""
+        homes, sides = [self.homes[rank] for rank in group], [self.prepare(rank, group) for rank in group]
+        self.check_guests(sides, group)
+        self.write_kv(sides, group)
+        returned = self.attend(sides, group)
+        for home, side, output in zip(homes, sides, self.merge(sides, returned), strict=True):
             self.compare(home, side.queries, output)
 
-    def prepare(self, rank: int) -> Side:
+    def prepare(self, rank: int, group: range) -> Side:
         home = self.homes[rank]
-        runtime, sizes = home.runtime, [len(other.batch) for other in self.homes]
-        steady = home.participant.rows_steady and runtime.own_batch.steady
-        mode = self.engine.choose_step(runtime.mode, runtime.rows, sizes, steady=steady)
-        assert mode is not None
-        runtime.mode, step, lines, table = mode, mode.step, self.lines[rank], self.page_table[rank]
+        mode, lines, table = home.runtime.mode, self.lines[rank], self.page_table[rank]
+        assert isinstance(mode, Graph)
+        step = mode.step
         self.num_advances += step.is_advance
         if step.is_advance:
             lines.advance(step.step)
@@ -84,48 +104,48 @@ class GraphSession(Session):
                 last = (tokens - 1) // self.page_size
                 table[entry, last] = new_page if new_page >= 0 else home.rows_by_slot[FROM_TOKEN_TABLE - new_page].listed_pages[last]
                 self.num_written += 1
-        masks = [[[s for s in range(self.num_instances) if word >> s & 1] for word in words.tolist()] for words in step.words]
+        masks = [[[s for s in range(len(group)) if word >> s & 1] for word in words.tolist()] for words in step.words]
         tails = [[(word >> TAIL_SHIFT) - 1 for word in words.tolist()] for words in step.words]
         if home.batch:
             queries, new_kv = self.tokens_of(home)
         else:
             none = self.randn(0, self.kv_heads, self.qk_dim)
             queries, new_kv = self.randn(0, HEADS, self.qk_dim), NewKV(none, none[..., : self.v_dim], self.latent)
-        return Side(lines.table.copy(), route_tables(masks, tails, rank), queries, new_kv)
+        return Side(lines.table.copy(), route_tables(masks, tails, group.index(rank)), queries, new_kv)
 
-    def check_guests(self, sides: list[Side]) -> None:
+    def check_guests(self, sides: list[Side], group: range) -> None:
         routes = [[row.route for row in rows] for rows in self.homes[0].participant.rows_of]
-        found = [sum(home != rank for home, _ in side.tables.attention) for rank, side in enumerate(sides)]
-        assert guests_per_instance(routes, self.num_instances) == found
+        found = [sum(home != place for home, _ in side.tables.attention) for place, side in enumerate(sides)]
+        assert guests_per_instance(routes, self.layout.groups)[group.start : group.stop] == found
 
-    def write_kv(self, sides: list[Side]) -> None:
+    def write_kv(self, sides: list[Side], group: range) -> None:
         """New tokens' K/V: at home by the request's page, elsewhere where the tail's row says."""
-        for rank, (home, side) in enumerate(zip(self.homes, sides, strict=True)):
-            for row, (req, prefix_len, _) in enumerate(home.batch):
+        for place, side in enumerate(sides):
+            for row, (req, prefix_len, _) in enumerate(self.homes[group[place]].batch):
                 target = side.tables.kv_send[row]
                 if target is None:
                     index, offset = divmod(prefix_len, self.page_size)
                     page = req.pages[index] if req.dyncp is None else req.dyncp.pages[index].number
-                    owner, slot = rank, page * self.page_size + offset
+                    owner, slot = place, page * self.page_size + offset
                 else:
                     owner, arrival = target
                     arriving = [int(line[3]) for line in sides[owner].rows if line[3] >= 0]
                     slot = arriving[arrival]
                     self.num_travelling += 1
                 one = slice(row, row + 1)
-                self.caches[owner].write(torch.tensor([slot]), NewKV(side.new_kv.keys[one], side.new_kv.values[one], self.latent))
+                self.caches[group[owner]].write(torch.tensor([slot]), NewKV(side.new_kv.keys[one], side.new_kv.values[one], self.latent))
         for side in sides:
             assert len(side.tables.kv_receive) == sum(line[3] >= 0 for line in side.rows)
 
-    def attend(self, sides: list[Side]) -> list[list[PartialState]]:
+    def attend(self, sides: list[Side], group: range) -> list[list[PartialState]]:
         """Partial state of every attention row of every instance."""
         results = []
-        for rank, side in enumerate(sides):
-            keys, values = self.caches[rank].keys_and_values()
+        for place, side in enumerate(sides):
+            keys, values = self.caches[group[place]].keys_and_values()
             states = []
             for (home, _), (entry, tokens, _, _) in zip(side.tables.attention, side.rows.tolist(), strict=True):
-                query = self.received(sides[home], rank, len(states))
-                pages = self.page_table[rank][entry, : -(-tokens // self.page_size)]
+                query = self.received(sides[home], place, len(states))
+                pages = self.page_table[group[place]][entry, : -(-tokens // self.page_size)]
                 assert (pages > 0).all(), "a page that was never filled"
                 slots = torch.from_numpy((pages[:, None] * self.page_size + np.arange(self.page_size)).ravel()[:tokens])
                 states.append(partial_attention(query, keys[slots], values[slots], scale=self.qk_dim**-0.5))
@@ -163,6 +183,14 @@ def test_session_of_random_requests(num_instances, num_pages, page_size, latent)
     drive(session)
     assert session.num_graph_steps > 60 and session.num_travelling > 10 and session.num_rows > 30
     assert session.num_advances > 30
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_nodes_replay_each_by_itself(latent):
+    """Two nodes of two; a node without sharded rows replays SGLang's own graph beside the other."""
+    session = GraphSession(9, 4, 10, 8, latent=latent, num_nodes=2)
+    drive(session)
+    assert session.num_graph_steps > 60 and session.num_travelling > 10 and session.num_groups_beside > 20
 
 
 def test_pages_are_reused_right_after_a_release():

@@ -175,9 +175,9 @@ NO_SCALES = KVScales()
 class StepPlan:
     """Everything the layers of one step need to know; constant over the layers, known on both sides before they start.
 
-    Tuples have one entry per instance. A *chunk* is a row of several tokens; its tokens see each other at home, where all of their K/V
-    is (chunk_rows over the step's new K/V), and those before it on every shard that holds some (pool_rows). A row of one token (decode)
-    sees itself on its tail.
+    Tuples have one entry per instance of the exchange group, in order of rank. A *chunk* is a row of several tokens; its tokens see each
+    other at home, where all of their K/V is (chunk_rows over the step's new K/V), and those before it on every shard that holds some
+    (pool_rows). A row of one token (decode) sees itself on its tail.
 
     send_queries:          own tokens whose query goes to that instance, and whose partial comes back.
     receive_query_splits:  queries that come from there.

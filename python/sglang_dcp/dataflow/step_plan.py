@@ -2,7 +2,7 @@
 
 Sender and receiver build their halves from the same facts (page owners, prefix lengths), so nothing is negotiated. A query goes to every
 instance that holds a page with tokens which the row's home cannot attend itself: those before a chunk, or for a single token all. A new
-token's K/V goes to the owner of its page.
+token's K/V goes to the owner of its page. Nothing leaves the exchange group (Layout.group).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from sglang_dcp.dataflow.contracts import AttentionRow, GuestRow, HomeRow, Merge
 def build_step_plan(
     step: int,
     rank: int,
-    num_instances: int,
+    group: range,
     page_size: int,
     num_tokens: int,
     home_rows: Sequence[HomeRow],
     guest_rows: Sequence[GuestRow],
 ) -> StepPlan:
-    """Plan of instance `rank`.
+    """Plan of instance `rank` of `group`. ValueError for a page of a home row that lies outside the group.
 
     num_tokens: tokens of the own batch (padding included); home_rows in batch order; guest_rows ordered by home, then by that home's batch.
     """
-    sending = _Sending(rank, num_instances, num_tokens)
+    sending = _Sending(rank, group, num_tokens)
     pool_rows, pool_tokens, chunk_rows, chunk_tokens = [], [], [], []
     for row in home_rows:
         sending.add(row, page_size)
@@ -41,13 +41,14 @@ def build_step_plan(
         if row.num_new > 1:
             chunk_rows.append(chunk_row(tokens))
             chunk_tokens.append(tokens)
-    receive_queries = [0] * num_instances
-    receive_slots: list[list[np.ndarray]] = [[] for _ in range(num_instances)]
+    receive_queries = [0] * len(group)
+    receive_slots: list[list[np.ndarray]] = [[] for _ in group]
     for guest in guest_rows:
-        receive_slots[guest.home].append(_written_slots(guest, page_size))
+        home = group.index(guest.home)
+        receive_slots[home].append(_written_slots(guest, page_size))
         held = pool_row(guest.num_new, guest.prefix_len, guest.page_index, guest.page_numbers, page_size)
         if held.num_keys:
-            receive_queries[guest.home] += guest.num_new
+            receive_queries[home] += guest.num_new
             pool_rows.append(held)
     asked, held_tokens = [_concat(parts) for parts in sending.queries], _concat(pool_tokens)
     return StepPlan(
@@ -87,10 +88,10 @@ def asks(num_new: int, prefix_len: int) -> bool:
 class _Sending:
     """What an instance's own rows send, per destination, and what of their K/V stays."""
 
-    def __init__(self, rank: int, num_instances: int, num_tokens: int) -> None:
-        self._rank = rank
-        self.queries: list[list[np.ndarray]] = [[] for _ in range(num_instances)]
-        self.kv: list[list[np.ndarray]] = [[] for _ in range(num_instances)]
+    def __init__(self, rank: int, group: range, num_tokens: int) -> None:
+        self._rank, self._group = rank, group
+        self.queries: list[list[np.ndarray]] = [[] for _ in group]
+        self.kv: list[list[np.ndarray]] = [[] for _ in group]
         self.write_slots = np.zeros(num_tokens, dtype=np.int64)
 
     def add(self, row: HomeRow, page_size: int) -> None:
@@ -101,12 +102,12 @@ class _Sending:
         positions = np.arange(row.prefix_len, row.prefix_len + row.num_new)
         for owner in _owners_before(row, row.prefix_len, page_size):
             if owner != self._rank:
-                self.queries[owner].append(tokens)
+                self.queries[self._group.index(owner)].append(tokens)
         pages = positions // page_size
         owners = row.page_owners[pages]
-        for owner in np.unique(owners):
+        for owner in np.unique(owners).tolist():
             if owner != self._rank:
-                self.kv[owner].append(tokens[owners == owner])
+                self.kv[self._group.index(owner)].append(tokens[owners == owner])
         here = owners == self._rank
         self.write_slots[tokens[here]] = row.page_numbers[pages[here]] * page_size + positions[here] % page_size
 
@@ -121,9 +122,9 @@ class _Sending:
         token = np.array([row.token_start])
         for owner in _owners_before(row, row.prefix_len + 1, page_size):
             if owner != self._rank:
-                self.queries[owner].append(token)
+                self.queries[self._group.index(owner)].append(token)
         if tail != self._rank:
-            self.kv[tail].append(token)
+            self.kv[self._group.index(tail)].append(token)
 
 
 def pool_row(num_queries: int, prefix_len: int, page_index: np.ndarray, page_numbers: np.ndarray, page_size: int) -> AttentionRow:

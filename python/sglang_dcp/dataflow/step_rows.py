@@ -49,15 +49,15 @@ class StepRows:
 
     @property
     def routes_of_homes(self) -> list[list[int]]:
-        """By home: the routes of its sharded rows. All instances know them alike."""
+        """By home: the routes of its sharded rows, each by places in the home's exchange group. All instances know them alike."""
         return [[row.route for row in rows] for rows in self.participant.rows_of]
 
     def leaves_node(self) -> bool:
         """Whether a row of this instance, or a guest's, is shared with an instance of another node."""
         participant, layout = self.participant, self.participant.limits.layout
-        near = layout.members(participant.rank)
-        if not layout.crosses or len(near) == layout.num_instances:
+        if not layout.crosses:
             return False
+        near = layout.members(participant.rank)
         spans = self.batch.spans
         if any(shard not in near for index in self.batch.routes for shard in spans[index][0].dyncp.shards):
             return True
@@ -81,10 +81,10 @@ class StepRows:
     def guest_rows(self) -> list[GuestRow]:
         """Rows of other homes that have pages here, by home and in the order of its batch."""
         participant, found = self.participant, []
-        for home, rows in enumerate(participant.rows_of):
+        for home in participant.group:
             if home == participant.rank:
                 continue
-            for row in rows:
+            for row in participant.rows_of[home]:
                 held = participant.guests.pages_of(home, row.handle)
                 if held and holds_active_page(held[0][0], participant.page_size, row.prefix_len + row.num_new):
                     found.append(GuestRow(home, row.num_new, row.prefix_len, *participant.guests.arrays_of(home, row.handle)))
@@ -93,29 +93,32 @@ class StepRows:
     def build_plan(self, home_rows: Sequence[HomeRow], num_tokens: int) -> StepPlan:
         """num_tokens: of the own batch, padding included."""
         part = self.participant
-        facts = part.step, part.rank, part.num_instances, part.page_size
+        facts = part.step, part.rank, part.group, part.page_size
         plan = build_step_plan(*facts, num_tokens, home_rows, self.guest_rows())
-        # From the rows of all homes, which every instance knows alike: a collective may depend on nothing else.
-        anybody_asks = any(asks(row.num_new, row.prefix_len) for rows in part.rows_of for row in rows)
+        # From the rows of all homes of the group, which its instances know alike: a collective may depend on nothing else.
+        anybody_asks = any(asks(row.num_new, row.prefix_len) for home in part.group for row in part.rows_of[home])
         return dataclasses.replace(plan, anybody_asks=anybody_asks)
 
     # ---- for a step of decodes that runs as a graph
 
     def table_rows(self) -> tuple[list[np.ndarray], list[ListedRow | PooledRow], list[Hashable]]:
-        """Route words of every home, this instance's attention rows (guests by home, own rows last), and the keys of the pooled ones."""
+        """Route words of every home of the exchange group, this instance's attention rows (guests by home, own rows last), and the keys of
+        the pooled ones."""
         rank, guests, spans, routes = self.participant.rank, self.participant.guests, self.batch.spans, self.batch.routes
-        own = np.full(len(spans), 1 << rank, dtype=np.int32)
+        group, place = self.participant.group, self.participant.group.index(self.participant.rank)
+        own = np.full(len(spans), 1 << place, dtype=np.int32)
         words: list[np.ndarray] = []
         rows: list[ListedRow | PooledRow] = []
         pooled: list[Hashable] = []
-        for home, told in enumerate(self.participant.rows_of):
+        for home in group:
             if home == rank:
                 words.append(own)
                 continue
+            told = self.participant.rows_of[home]
             words.append(route_words(row.route for row in told))
             for guest in told:
-                if shard_mask(guest.route) >> rank & 1:
-                    held, arrives = guests.pages_of(home, guest.handle), travelling_tail(guest.route) == rank
+                if shard_mask(guest.route) >> place & 1:
+                    held, arrives = guests.pages_of(home, guest.handle), travelling_tail(guest.route) == place
                     rows.append(ListedRow((home, guest.handle), guest.prefix_len + 1, held, grows=arrives, arrives=arrives))
         for index, (req, prefix_len, _) in enumerate(spans):
             route = routes.get(index)
@@ -124,7 +127,7 @@ class StepRows:
                 pooled.append(req.rid)
                 continue
             own[index] = route_word32(route)
-            if shard_mask(route) >> rank & 1:
+            if shard_mask(route) >> place & 1:
                 request, grows = req.dyncp, travelling_tail(route) < 0
                 rows.append(ListedRow((rank, request.handle), prefix_len + 1, request.own_pages, grows, arrives=False))
         return words, rows, pooled

@@ -57,12 +57,14 @@ class Participant:
 
     promised: pages of every instance that new local requests must leave. rows_of: the sharded rows of every home, which all instances
     keep alike; rows_steady: no home told others of its rows in this step; num_sharded_rows: of the step, 0 means that nothing of ours
-    runs in the layers. victims: own requests that the step chose to give their pages back.
+    runs in the layers. group: the ranks that this one may exchange rows with; busy_ranks: those in whose group some row is sharded.
+    victims: own requests that the step chose to give their pages back.
     """
 
     def __init__(self, cluster: Cluster, rank: int, pool: PagePool) -> None:
         self.cluster, self.limits, self.rank, self.pool = cluster, cluster.limits, rank, pool
         self.num_instances, self.num_pages, self.page_size = cluster.num_instances, cluster.num_pages, cluster.page_size
+        self.group = cluster.limits.layout.group(rank)
         self.ids = PageIds(rank, self.num_instances, self.num_pages, self.page_size)
         self.homes = HomeBook(self.ids)
         self.guests = GuestBook()
@@ -76,6 +78,7 @@ class Participant:
         self.rows_of = [RowTable() for _ in range(self.num_instances)]
         self.rows_steady = False
         self.num_sharded_rows = 0
+        self.busy_ranks: frozenset[int] = frozenset()
         self.decisions = DecisionDigest()
         self._nothing_decided = Decision((), (0,) * self.num_instances, ())
         self.promised = self._nothing_decided.promised
@@ -215,6 +218,8 @@ class Participant:
                 raise ProtocolError(f"rank {self.rank}, step {self.step}: row table of home {home} went apart: {table.rows}")
         if told_rows:
             self.num_sharded_rows = sum(map(len, self.rows_of))
+            busy = (group for group in self.limits.layout.groups if any(len(self.rows_of[home]) for home in group))
+            self.busy_ranks = frozenset(rank for group in busy for rank in group)
 
     def _decide(self, anybody_runs: bool) -> Decision:
         most_guests, cost_model = self.limits.guest_pages, self.cluster.cost_model

@@ -34,15 +34,15 @@ def token_id(ids: PageIds, request: HomeRequest, position: int) -> int:
     return ids.encode(page) * ids.page_size + offset
 
 
-def route_of(ids: PageIds, request: HomeRequest, sequence_len: int) -> int | None:
-    """The route of a row that ends at sequence_len; None where no remote instance takes part in it."""
+def route_of(ids: PageIds, request: HomeRequest, sequence_len: int, group: range) -> int | None:
+    """The route of a row that ends at sequence_len; None where no remote instance takes part in it. group: the home's exchange group."""
     shards = request.active_shards(sequence_len, ids.page_size)
     if all(owner == ids.home for owner in shards):
         return None
     tail = request.pages[(sequence_len - 1) // ids.page_size]
     if tail is None:
         raise PositionError(f"handle {request.handle}: a row of {sequence_len} tokens runs before the page of its last one is known")
-    return route_word(request.active_shards(sequence_len, ids.page_size), tail.owner, ids.home, ids.num_instances)
+    return route_word(request.active_shards(sequence_len, ids.page_size), tail.owner, ids.home, group)
 
 
 def keeps_route(ids: PageIds, request: HomeRequest, sequence_len: int) -> bool:

@@ -19,15 +19,15 @@ from sglang_dcp.mutants import install_mutant
 
 
 class ThreadTransport:
-    """All-to-all between threads; a peer that never comes breaks the barrier after 20 seconds."""
+    """All-to-all between threads of one exchange group; a peer that never comes breaks the barrier after 20 seconds."""
 
     def __init__(self, num_instances: int) -> None:
         self.barrier = threading.Barrier(num_instances, timeout=20)
         self.board: list = [None] * num_instances
         self.num_instances = num_instances
 
-    def of(self, rank: int) -> _Endpoint:
-        return _Endpoint(self, rank)
+    def of(self, place: int) -> _Endpoint:
+        return _Endpoint(self, place)
 
 
 @dataclass
@@ -141,7 +141,7 @@ class Cluster:
         keys = torch.cat([r.keys[r.prefix_len :] for r in own] + [self.randn(padding, self.kv_heads, self.qk_dim)])
         values = torch.cat([r.values[r.prefix_len :] for r in own] + [self.randn(padding, self.kv_heads, self.v_dim)])
         kv = NewKV(keys, keys[..., : self.v_dim] if self.latent else values, self.latent)
-        plan = build_step_plan(0, rank, self.num_instances, self.page_size, len(queries), rows, guests)
+        plan = build_step_plan(0, rank, range(self.num_instances), self.page_size, len(queries), rows, guests)
         asking = any(asks(r.num_new, r.prefix_len) for r in self.requests)
         return dataclasses.replace(plan, anybody_asks=asking), queries, kv
 

@@ -79,7 +79,7 @@ class Nowhere:
 
 def run_layer(home_rows: list[HomeRow], guest_rows: list[GuestRow], num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> Launches:
     """Launches of a layer that is not the step's first; a merge is one, which it is on a GPU."""
-    plan = build_step_plan(0, 0, 2, PAGE, num_tokens, home_rows, guest_rows)
+    plan = build_step_plan(0, 0, range(2), PAGE, num_tokens, home_rows, guest_rows)
     queries = torch.zeros(num_tokens, HEADS, DIM, dtype=torch.bfloat16)
     keys = torch.zeros(num_tokens, KV_HEADS, DIM, dtype=torch.bfloat16)
     attention, pool = PagedPartialAttention(PAGE, SilentKernel), Pool()

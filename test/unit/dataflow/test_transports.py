@@ -51,7 +51,7 @@ def test_a_failure_names_rank_step_layer_and_stage(monkeypatch: pytest.MonkeyPat
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("communicator aborted")
 
-    monkeypatch.setattr(dist, "get_rank", lambda group: 3)
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 3)
     monkeypatch.setattr(dist, "all_to_all_single", fail)
     with pytest.raises(TransportError, match="rank 3, step 7, layer 2, return: NCCL failed .communicator aborted"):
         NcclTransport(None).all_to_all(torch.zeros(1), [1], [1], step=7, layer=2, stage="return")  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ def test_other_element_types_keep_their_type() -> None:
 
 def test_the_row_of_a_rank_that_is_gone_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang makes it of constants in every step; it ends in zeros of ours."""
-    monkeypatch.setattr(attached, "_runtime", Runtime(None, None, SimpleNamespace(ids=None), None, None, None))  # type: ignore[arg-type]
+    monkeypatch.setattr(attached, "_runtime", Runtime(None, None, SimpleNamespace(ids=None, group=range(2)), None, None, None))  # type: ignore[arg-type]
     first, second = (fallback_columns(torch.arange(11), None, "cpu") for _ in range(2))
     assert first.tolist() == [*range(11), *[0] * NUM_COLUMNS] and second is first
 
@@ -45,6 +45,7 @@ def test_waits_for_pages_are_forgotten_where_there_are_no_metrics() -> None:
     counters = LedgerCounters()
     participant: Any = SimpleNamespace(
         ids=None,
+        group=range(1),
         counters=counters,
         num_sharded_rows=0,
         read_columns=lambda columns: 0,

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_dcp.dataflow.step_mode import Graph, GraphStep
+from sglang_dcp.dataflow.step_mode import STOCK, Graph, GraphStep
 from sglang_dcp.ledger.routes import MOST_INSTANCES, route_word, shard_mask, travelling_tail
+from sglang_dcp.policy.split_limits import Layout
 from sglang_dcp.upstream.layers import graph_variants
+from sglang_dcp.upstream.layers import graphs as graph_modules
 from sglang_dcp.upstream.layers.graphs import GraphEngine, guest_row_grid
 from sglang_dcp.upstream.layers.peers import Place, find_obstacle, num_sharing
 from sglang_dcp.upstream.step import attached
@@ -23,18 +25,53 @@ def test_grid(max_rows: int, grid: tuple[int, ...]) -> None:
 
 
 def engine() -> GraphEngine:
-    found = GraphEngine((2, 5), PLACES, 0, None)
+    found = GraphEngine((2, 5), PLACES, 0, Layout(3, 3), None)
     found.max_home_rows = 8
     return found
 
 
 def test_the_smallest_graph_that_holds_every_instance() -> None:
-    to_both = route_word((0, 1, 2), 0, 0, 3)
-    to_one = route_word((0, 2), 2, 0, 3)
+    to_both = route_word((0, 1, 2), 0, 0, range(3))
+    to_one = route_word((0, 2), 2, 0, range(3))
     assert engine().choose([[to_one], [], []], [1, 0, 0]) == 2
     assert engine().choose([[to_one] * 2 + [to_both], [], []], [3, 8, 1]) == 5
     assert engine().choose([[to_one] * 6, [], []], [6, 0, 0]) == 0
     assert engine().choose([[to_one], [], []], [1, 9, 0]) == 0
+
+
+class Exchange:
+    """Notes whose memory is opened."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.opened = rank, None
+
+    def ipc_handle(self) -> str:
+        return f"handle {self.rank}"
+
+    def connect_processes(self, handles: list[str]) -> None:
+        self.opened = handles
+
+
+@pytest.mark.parametrize(("crosses", "opened"), [(False, [4, 5]), (True, [0, 1, 2, 3, 4, 5])])
+def test_memory_is_opened_inside_the_node_alone(monkeypatch: pytest.MonkeyPatch, crosses: bool, opened: list[int]) -> None:
+    found = GraphEngine((2, 5), PLACES * 2, 4, Layout(6, 2, crosses), None)
+    found.attention = SimpleNamespace(exchange=Exchange(4))
+    monkeypatch.setattr(graph_modules, "tell_everybody", lambda own, group: [f"handle {rank}" for rank in range(6)])
+    found.connect()
+    assert found.attention.exchange.opened == [f"handle {rank}" for rank in opened]
+
+
+def test_all_nodes_take_one_graph_and_one_without_rows_takes_stock_s() -> None:
+    """Four guests on one instance of the last node: every instance of every node says the same of the step."""
+    layout, route = Layout(6, 2), route_word((4, 5), 5, 4, range(4, 6))
+    routes = [[], [], [], [], [route] * 4, []]
+    rows = SimpleNamespace(routes_of_homes=routes, participant=SimpleNamespace(step=7, busy_ranks=frozenset((4, 5)), rank=0))
+    for rank in range(4):
+        found = GraphEngine((2, 5), PLACES * 2, rank, layout, None)
+        found.max_home_rows = 8
+        assert found.choose(routes, [1] * 6) == 5
+        assert found.choose_step(STOCK, rows, [1] * 6, steady=True) is STOCK  # type: ignore[arg-type]
+        assert found.choose_step(STOCK, rows, [9] + [1] * 5, steady=True) is None, "beyond every graph, for all"  # type: ignore[arg-type]
 
 
 def test_labels_name_guest_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,11 +87,11 @@ def test_labels_name_guest_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_routes() -> None:
-    word = route_word((3, 0, 5), 5, 0, 8)
+    word = route_word((3, 0, 5), 5, 0, range(8))
     assert shard_mask(word) == 0b101001 and travelling_tail(word) == 5
-    assert travelling_tail(route_word((0, 2), 0, 0, 8)) == -1
-    assert 0 < route_word(range(MOST_INSTANCES), 47, 0, MOST_INSTANCES) < 1 << 62
-    assert route_word((0, 1), 1, 0, MOST_INSTANCES + 1) == 0
+    assert travelling_tail(route_word((0, 2), 0, 0, range(8))) == -1
+    assert 0 < route_word(range(MOST_INSTANCES), 47, 0, range(MOST_INSTANCES)) < 1 << 62
+    assert route_word((0, 1), 1, 0, range(MOST_INSTANCES + 1)) == 0
 
 
 @pytest.mark.parametrize(
@@ -67,9 +104,20 @@ def test_routes() -> None:
     ],
 )
 def test_obstacles(change: dict, message: str | None) -> None:
-    assert find_obstacle([*PLACES[:2], dataclasses.replace(PLACES[2], **change)]) == message
+    assert find_obstacle([*PLACES[:2], dataclasses.replace(PLACES[2], **change)], [range(3)]) == message
+
+
+def test_hosts_meet_at_the_border_of_a_group() -> None:
+    """Two hosts of two GPUs each: no obstacle between nodes, one where requests may cross them."""
+    places = [Place(host, f"{host} {gpu}", (f"{host} 0", f"{host} 1")) for host in ("a", "b") for gpu in range(2)]
+    assert find_obstacle(places, Layout(4, 2).groups) is None
+    assert find_obstacle(places, Layout(4, 2, crosses=True).groups) == "instances 0 and 2 run on different hosts"
+    places[3] = dataclasses.replace(places[3], has_kernels=False)
+    assert find_obstacle(places, Layout(4, 2).groups) == "sgl-kernel-dcp is not installed where instance 3 runs"
 
 
 def test_too_many_peers() -> None:
-    assert find_obstacle([Place("host", "gpu0", ("gpu0",))] * 17) == "17 instances, the kernels serve 16"
+    places = [Place("host", "gpu0", ("gpu0",))] * 34
+    assert find_obstacle(places[:17], [range(17)]) == "17 instances exchange rows, the kernels serve 16 (--dyncp-node-size)"
+    assert find_obstacle(places, [range(16), range(16, 32), range(32, 34)]) is None
     assert num_sharing([PLACES[0], PLACES[1], PLACES[0]], 2) == 2

@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from sglang_dcp.dataflow.step_mode import STOCK, Eager
+from sglang_dcp.policy.split_limits import Layout, SplitLimits
 from sglang_dcp.upstream.layers import attention_backend, graphs, synthetic_prefill
 from sglang_dcp.upstream.layers.layer_roll import LayerMissedError, LayerRoll
 from sglang_dcp.upstream.step.attached import attach
 from sglang_dcp.upstream.step.driver import StepDriver
 from sglang_dcp.upstream.step.handlers import after_forward
 from sglang_dcp.upstream.step.runtime import Runtime
+
+LIMITS = SplitLimits(8, 2, 8, Layout(2, 2))
 
 NAMES = {0: "model.layers.0.self_attn", 1: "model.layers.1.self_attn", 2: "model.layers.2.self_attn"}
 EAGER, GRAPH = SimpleNamespace(can_run_cuda_graph=False), SimpleNamespace(can_run_cuda_graph=True)
@@ -24,7 +27,7 @@ EAGER, GRAPH = SimpleNamespace(can_run_cuda_graph=False), SimpleNamespace(can_ru
 @pytest.fixture
 def bound(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     """A runtime in a sharded eager step, whose attention gives the queries back."""
-    found = Runtime(None, None, SimpleNamespace(rank=1, step=7, ids=None), None, None, None)  # type: ignore[arg-type]
+    found = Runtime(None, None, SimpleNamespace(rank=1, step=7, ids=None, group=range(2), limits=LIMITS), None, None, None)  # type: ignore[arg-type]
     StepDriver(found)
     found.layer_roll, found.mode = LayerRoll(NAMES), Eager(None, [])  # type: ignore[arg-type]
     monkeypatch.setattr(attention_backend, "plan_of_step", lambda *args: None)
@@ -122,7 +125,7 @@ def captured(engine: graphs.GraphEngine, layer_ids: list[int]) -> None:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> graphs.GraphEngine:
-    made = graphs.GraphEngine((4,), [], 0, None)
+    made = graphs.GraphEngine((4,), [], 0, Layout(1, 1), None)
     made.attention = SimpleNamespace(
         begin=lambda *args: None, run=lambda tokens, *args: torch.zeros(tokens, 2, 4), shape=SimpleNamespace(latent=False)
     )

@@ -108,7 +108,9 @@ def test_joins_leaves_and_other_lengths_are_changes() -> None:
         take(batch, changed, lengths)
         assert not batch.steady
     batch.take_extend([(reqs[0], 0, 24)])
-    assert not batch.steady and batch.sharded_rows() == [Row(reqs[0].dyncp.handle, 0, 24, route_of(participant.ids, reqs[0].dyncp, 24))]
+    assert not batch.steady and batch.sharded_rows() == [
+        Row(reqs[0].dyncp.handle, 0, 24, route_of(participant.ids, reqs[0].dyncp, 24, participant.group))
+    ]
     take(batch, reqs, [25, 11])
     assert not batch.steady
     batch.take(None)

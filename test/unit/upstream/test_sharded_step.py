@@ -13,6 +13,7 @@ import torch
 from sglang_dcp.dataflow.attention.partial_attention import torch_partial_attention
 from sglang_dcp.dataflow.step_mode import STOCK, Eager, Graph, GraphStep
 from sglang_dcp.ledger.participant import LedgerCounters
+from sglang_dcp.policy.split_limits import Layout, SplitLimits
 from sglang_dcp.upstream.layers import attention_backend, backends, graphs, mla_form, step_path
 from sglang_dcp.upstream.step import sync as step_sync
 from sglang_dcp.upstream.step.attached import attach
@@ -21,6 +22,7 @@ from sglang_dcp.upstream.step.handlers import after_forward, after_gather
 from sglang_dcp.upstream.step.runtime import Runtime
 
 STOCK_OUTPUT = object()
+LIMITS = SplitLimits(8, 2, 8, Layout(2, 2))
 
 
 class Stock:
@@ -39,7 +41,7 @@ class Stock:
 @pytest.fixture
 def bound() -> Iterator[Any]:
     """The runtime of this process; `mode` says whether the step is sharded."""
-    found = Runtime(None, None, SimpleNamespace(rank=1, step=7, ids=None), None, None, None)  # type: ignore[arg-type]
+    found = Runtime(None, None, SimpleNamespace(rank=1, step=7, ids=None, group=range(2), limits=LIMITS), None, None, None)  # type: ignore[arg-type]
     StepDriver(found)
     attach(found)
     yield found
@@ -96,7 +98,7 @@ def test_a_captured_step_begins_with_what_its_layers_share(monkeypatch: pytest.M
     """Stock's variant is stock's; what the layers of ours share is recorded once, ahead of them."""
     seen: list[Any] = []
     attention = SimpleNamespace(prepare=lambda *rows: seen.append(("prepare", *rows)), begin=lambda *rows: seen.append(("begin", *rows)))
-    engine = graphs.GraphEngine((4,), [], 0, None)
+    engine = graphs.GraphEngine((4,), [], 0, Layout(1, 1), None)
     engine.attention, engine._own_slots = attention, torch.zeros(8, dtype=torch.int64)
     monkeypatch.setattr(engine, "build", lambda runner, max_bs, *, flash_mla=False: seen.append(("build", runner, max_bs, flash_mla)))
     monkeypatch.setattr(attention_backend, "process_graphs", lambda: engine)
@@ -162,16 +164,17 @@ def test_graph_and_eager_steps_are_counted(bound: Any) -> None:
 
 
 def test_auto_is_gloo_on_a_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(step_path, "create_gloo_group", lambda timeout, groups: None)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     with caplog.at_level("INFO"):
-        chosen = step_path.choose_transport("auto", cpu, None, 1.0, None)  # type: ignore[arg-type]
+        chosen = step_path.choose_transport("auto", cpu, [range(1)], 1.0, None)
     assert type(chosen).__name__ == "GlooTransport" and "auto is gloo: the device is a CPU" in caplog.text
-    assert type(step_path.choose_transport("gloo", cuda, None, 1.0, None)).__name__ == "HostStagedTransport"  # type: ignore[arg-type]
-    monkeypatch.setattr("sglang_dcp.dataflow.transport.nccl.create_nccl_group", lambda timeout: None)
-    assert type(step_path.choose_transport("auto", cuda, None, 1.0, None)).__name__ == "NcclTransport"  # type: ignore[arg-type]
+    assert type(step_path.choose_transport("gloo", cuda, [range(1)], 1.0, None)).__name__ == "HostStagedTransport"
+    monkeypatch.setattr("sglang_dcp.dataflow.transport.nccl.create_nccl_group", lambda timeout, groups: None)
+    assert type(step_path.choose_transport("auto", cuda, [range(1)], 1.0, None)).__name__ == "NcclTransport"
     with pytest.raises(graphs.GraphError, match="--dyncp-transport peer"):
-        step_path.choose_transport("peer", cuda, None, 1.0, None)  # type: ignore[arg-type]
+        step_path.choose_transport("peer", cuda, [range(1)], 1.0, None)
 
 
 def test_plain_torch_on_a_gpu_serves_torch_native_and_no_mla() -> None:
@@ -199,11 +202,37 @@ def test_a_graph_step_never_runs_eagerly(bound: Any) -> None:
         attention_backend.make_backend_class(Stock)().init_forward_metadata(None)
 
 
+NODES = [((), True, [3, 0, 0, 0]), ((0, 1), False, [3, 1, 0, 0]), ((2, 3), False, [3, 0, 1, 1])]
+"""Ranks whose group has a sharded row, whether SGLang may replay a graph, tokens of every rank as SGLang sees them."""
+
+
+@pytest.mark.parametrize("num_tokens", [0, 3])
+@pytest.mark.parametrize(("busy", "graph", "counts"), NODES)
+def test_a_node_without_sharded_rows_runs_stock_beside_the_others(
+    bound: Any, monkeypatch: pytest.MonkeyPatch, busy: tuple[int, ...], graph: bool, counts: list[int], num_tokens: int
+) -> None:
+    """It takes no part in an exchange, so an idle instance of it needs no dummy token; all instances count every other's alike."""
+    told = {"read_columns": lambda columns: 0, "finish_step": lambda words, anybody_runs: None}
+    bound.participant = SimpleNamespace(counters=LedgerCounters(), num_sharded_rows=len(busy), busy_ranks=frozenset(busy), rank=1, **told)
+    monkeypatch.setattr(step_sync, "home_rows", lambda found: ["rows"])
+    flags = {"can_run_decode_cuda_graph": True, "can_run_prefill_cuda_graph": True}
+    info = SimpleNamespace(
+        tp0_info_cpu=torch.zeros(4, 19, dtype=torch.int64), global_num_tokens=[3, 0, 0, 0], num_tokens=num_tokens, **flags
+    )
+    after_gather(None, info)
+    assert info.can_run_decode_cuda_graph is info.can_run_prefill_cuda_graph is graph
+    assert info.global_num_tokens == counts and all(type(count) is int for count in info.global_num_tokens)
+    assert info.num_tokens == (max(1, num_tokens) if 1 in busy else num_tokens)
+    assert (bound.mode is STOCK) == (1 not in busy)
+
+
 def test_a_sharded_row_anywhere_makes_the_step_eager_everywhere(bound: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The flags that SGLang's graph runners ask are cleared from what all instances know, with an idle instance made to take part."""
     for num_sharded, graph in ((0, True), (1, False)):
         bound.participant = SimpleNamespace(
             counters=LedgerCounters(),
+            rank=1,
+            busy_ranks=frozenset((0, 1)),
             num_sharded_rows=num_sharded,
             read_columns=lambda columns: 0,
             finish_step=lambda words, anybody_runs: None,

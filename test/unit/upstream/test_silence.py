@@ -15,11 +15,14 @@ import torch
 from sglang_dcp.dataflow.graph.silence import IN_FLIGHT, SilenceLog, SilenceNote
 from sglang_dcp.dataflow.step_mode import STOCK, Graph, GraphStep
 from sglang_dcp.dataflow.transport.base import TransportError
+from sglang_dcp.policy.split_limits import Layout, SplitLimits
 from sglang_dcp.upstream.layers import silence
 from sglang_dcp.upstream.step.attached import attach, current
 from sglang_dcp.upstream.step.driver import StepDriver
 from sglang_dcp.upstream.step.handlers import after_forward
 from sglang_dcp.upstream.step.runtime import Runtime
+
+LIMITS = SplitLimits(8, 2, 8, Layout(2, 2))
 
 
 class Attention:
@@ -87,7 +90,9 @@ class Scheduler:
 @pytest.fixture
 def attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[Attention]:
     built = Attention()
-    found = Runtime(None, None, SimpleNamespace(ids=None), None, None, None, SimpleNamespace(attention=built))  # type: ignore[arg-type]
+    found = Runtime(
+        None, None, SimpleNamespace(ids=None, group=range(2), limits=LIMITS), None, None, None, SimpleNamespace(attention=built)
+    )  # type: ignore[arg-type]
     StepDriver(found)
     attach(found)
     monkeypatch.setattr(silence, "ANSWER_SECONDS", 0.0)

@@ -27,8 +27,8 @@ from sglang_dcp.dataflow.transport.base import TransportError
 
 @dataclass(frozen=True)
 class GraphSizes:
-    """Capacities of an instance's graphs. guest_rows: the captured numbers, ascending; context_pages: most pages of one request;
-    pool_pages: of this instance's pool, with the padding page."""
+    """Capacities of an instance's graphs. num_instances: of its exchange group; guest_rows: the captured numbers, ascending;
+    context_pages: most pages of one request; pool_pages: of this instance's pool, with the padding page."""
 
     num_instances: int
     max_home_rows: int
@@ -65,7 +65,8 @@ class GraphAttention:
 
     Instances connect (`exchange.connect_processes`) before the first capture. `fill` (or `advance`) and `plan` run once per step ahead of
     the replay, on the stream of the replay; `begin` and, once per layer, `run` are captured. flash_mla: FlashMLA's kernel in place of
-    FlashInfer's (MLA only). own_split: split_budget.py in place of FlashInfer's (GQA).
+    FlashInfer's (MLA only). own_split: split_budget.py in place of FlashInfer's (GQA). rank: the place in the exchange group, whose first
+    instance is `first_rank`.
     """
 
     def __init__(
@@ -79,11 +80,12 @@ class GraphAttention:
         wait_seconds: float,
         flash_mla: bool = False,
         own_split: bool = True,
+        first_rank: int = 0,
     ) -> None:
         if flash_mla:
             check_flash_mla(shape.num_heads, sizes.page_size)
         self.rank, self.sizes, self.shape, self.wait_seconds = rank, sizes, shape, wait_seconds
-        self.flash_mla, self.own_split = flash_mla, own_split
+        self.flash_mla, self.own_split, self.first_rank = flash_mla, own_split, first_rank
         exchange_shape = sizes.exchange(shape)
         num_entries = 2 * sizes.max_rows
         self.tables = StepTables(sizes.tables(), rank, num_entries, device, exchange_shape.max_return_rows)
@@ -189,10 +191,11 @@ class GraphAttention:
 
     def raise_if_silent(self, note: SilenceNote) -> None:
         """TransportError where a peer did not answer in the noted step: its rows are wrong. The stream has come to the note's copy."""
-        peers = note.silent()
+        peers = [self.first_rank + place for place in note.silent()]
         if peers:
             raise TransportError(
-                f"rank {self.rank}, step {note.step}, peer memory: instances {peers} did not answer within {self.wait_seconds:g} s "
+                f"rank {self.first_rank + self.rank}, step {note.step}, peer memory: instances {peers} did not answer within "
+                f"{self.wait_seconds:g} s "
                 f"(exchanges {self.exchange.silent_peers()})"
             )
 

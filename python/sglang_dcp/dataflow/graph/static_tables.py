@@ -94,16 +94,17 @@ def route_words(routes: Iterable[int]) -> np.ndarray:
     return np.array([route_word32(route) for route in routes], dtype=np.int32)
 
 
-def guests_per_instance(routes: Sequence[Sequence[int]], num_instances: int) -> list[int]:
-    """Rows that each instance attends for other homes; routes[h]: those of home h's sharded rows."""
-    counts = [0] * num_instances
-    for home, row_routes in enumerate(routes):
-        for route in row_routes:
-            mask = shard_mask(route) & ~(1 << home)
-            while mask:
-                low = mask & -mask
-                counts[low.bit_length() - 1] += 1
-                mask ^= low
+def guests_per_instance(routes: Sequence[Sequence[int]], groups: Sequence[range]) -> list[int]:
+    """Rows that each instance attends for other homes; routes[h]: those of home h's sharded rows, by places in its group."""
+    counts = [0] * len(routes)
+    for group in groups:
+        for place, home in enumerate(group):
+            for route in routes[home]:
+                mask = shard_mask(route) & ~(1 << place)
+                while mask:
+                    low = mask & -mask
+                    counts[group[low.bit_length() - 1]] += 1
+                    mask ^= low
     return counts
 
 

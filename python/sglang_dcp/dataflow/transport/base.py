@@ -13,7 +13,8 @@ class TransportError(RuntimeError):
 
 
 class Transport(Protocol):
-    """Moves flat messages between all instances. Calls pair up across instances in order."""
+    """Moves flat messages between the instances of an exchange group (Layout.group). Calls pair up across them in order; splits are by
+    place in the group."""
 
     def all_to_all(
         self, message: torch.Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], *, step: int, layer: int, stage: str

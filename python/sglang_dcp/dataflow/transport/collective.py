@@ -13,13 +13,13 @@ from sglang_dcp.dataflow.transport.base import TransportError
 
 
 class CollectiveTransport:
-    """Wraps a group of all instances, made by `create_group`. `failure` says what an error of the backend means."""
+    """Wraps a group that `create_group` made. `failure` says what an error of the backend means."""
 
     failure: ClassVar[str]
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
-        self._rank = dist.get_rank(group)
+        self._rank = dist.get_rank()
 
     def all_to_all(
         self, message: torch.Tensor, send_splits: Sequence[int], receive_splits: Sequence[int], *, step: int, layer: int, stage: str
@@ -32,8 +32,12 @@ class CollectiveTransport:
         return arrived
 
 
-def create_group(backend: str, timeout_seconds: float) -> dist.ProcessGroup:
-    """A group of all ranks, apart from those of SGLang's collectives. Every rank must call it."""
-    group = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_seconds))
-    assert isinstance(group, dist.ProcessGroup), "this rank is in the group of all ranks"
-    return group
+def create_group(backend: str, timeout_seconds: float, groups: Sequence[range]) -> dist.ProcessGroup:
+    """Process groups of these ranks, apart from those of SGLang's collectives; returns this rank's. Every rank must call it, with the same
+    groups, of which each rank is in one."""
+    timeout, own = timedelta(seconds=timeout_seconds), None
+    for ranks in groups:
+        made = dist.new_group(list(ranks), backend=backend, timeout=timeout)
+        own = made if dist.get_rank() in ranks else own
+    assert isinstance(own, dist.ProcessGroup), f"rank {dist.get_rank()} is in none of {groups}"
+    return own

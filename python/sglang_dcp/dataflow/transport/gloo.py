@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 
 from sglang_dcp.dataflow.transport.collective import CollectiveTransport, create_group
 
 
 class GlooTransport(CollectiveTransport):
-    """Wraps a gloo group of all instances, made by `create_gloo_group`."""
+    """Wraps a gloo group, made by `create_gloo_group`."""
 
     failure = "peers did not answer"
 
 
-def create_gloo_group(timeout_seconds: float) -> dist.ProcessGroup:
-    """A gloo group of all ranks. Every rank must call it. A wait longer than the timeout raises TransportError."""
-    return create_group("gloo", timeout_seconds)
+def create_gloo_group(timeout_seconds: float, groups: Sequence[range]) -> dist.ProcessGroup:
+    """This rank's gloo group of `groups`. Every rank must call it. A wait longer than the timeout raises TransportError."""
+    return create_group("gloo", timeout_seconds, groups)

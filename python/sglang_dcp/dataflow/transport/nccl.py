@@ -7,17 +7,19 @@ never comes is noticed by NCCL's watchdog, which ends the process after the grou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 
 from sglang_dcp.dataflow.transport.collective import CollectiveTransport, create_group
 
 
 class NcclTransport(CollectiveTransport):
-    """Wraps a NCCL group of all instances, made by `create_nccl_group`. Messages are device tensors."""
+    """Wraps a NCCL group, made by `create_nccl_group`. Messages are device tensors."""
 
     failure = "NCCL failed"
 
 
-def create_nccl_group(timeout_seconds: float) -> dist.ProcessGroup:
-    """A NCCL group of all ranks. Every rank must call it."""
-    return create_group("nccl", timeout_seconds)
+def create_nccl_group(timeout_seconds: float, groups: Sequence[range]) -> dist.ProcessGroup:
+    """This rank's NCCL group of `groups`. Every rank must call it."""
+    return create_group("nccl", timeout_seconds, groups)

@@ -87,9 +87,10 @@ def build_runtime(scheduler: Any, config: DynCpConfig, graphs: GraphEngine | Non
     participant = Participant(cluster_of(config, parallel.num_dp_ranks, pool.num_pages, pool.page_size), parallel.tp_rank, pool)
     # With graphs the kernels are here; without, torch does it.
     pool.bind(participant, scheduler.tree_cache, torch_token_ids if graphs is None else kernel_token_ids(), end_freed)
-    group, device = create_gloo_group(EXCHANGE_TIMEOUT_SECONDS), torch.device(runner.device)
+    layout, device = participant.limits.layout, torch.device(runner.device)
+    group = create_gloo_group(EXCHANGE_TIMEOUT_SECONDS, [range(layout.num_instances)])
     check_agreement(config, participant.cluster, runner.kv_cache_dtype, group)
-    transport = choose_transport(config.transport, device, group, EXCHANGE_TIMEOUT_SECONDS, graphs)
+    transport = choose_transport(config.transport, device, layout.groups, EXCHANGE_TIMEOUT_SECONDS, graphs)
     attention = choose_partial_attention(device, pool.page_size, runner)
     prepare_merge(runner, device)
     roll = LayerRoll(attention_layers(runner.model))

@@ -56,16 +56,16 @@ def process_graphs() -> GraphEngine | None:
         return None
     from sglang.srt.runtime_context import get_parallel
 
-    group = get_parallel().tp_group.cpu_group
+    group, layout = get_parallel().tp_group.cpu_group, config.layout(int(get_parallel().num_dp_ranks))
     places = tell_everybody(own_place(), group)
-    obstacle = find_obstacle(places)
+    obstacle = find_obstacle(places, layout.groups)
     if obstacle is not None:
         if config.transport == "peer":
             raise GraphError(f"--dyncp-transport peer: {obstacle}")
         logger.info("dyncp: --dyncp-transport auto is nccl, steps with sharded rows run without graphs: %s", obstacle)
         return None
     logger.info("dyncp: --dyncp-transport %s: decode graphs over peer memory, other sharded steps over nccl", config.transport)
-    return GraphEngine(guest_row_grid(config.max_rows), places, get_parallel().tp_rank, group)
+    return GraphEngine(guest_row_grid(config.max_rows), places, get_parallel().tp_rank, layout, group)
 
 
 def add_graph_variants(result: Any, hf_config: Any) -> Any:

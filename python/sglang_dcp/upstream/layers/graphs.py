@@ -15,8 +15,9 @@ import torch
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
 from sglang_dcp.dataflow.graph.static_tables import guests_per_instance
-from sglang_dcp.dataflow.step_mode import Graph, GraphStep, StepMode
+from sglang_dcp.dataflow.step_mode import STOCK, Graph, GraphStep, StepMode, Stock
 from sglang_dcp.dataflow.step_rows import StepRows
+from sglang_dcp.policy.split_limits import Layout
 from sglang_dcp.upstream.attach.models import attention_layers
 from sglang_dcp.upstream.layers.layer_roll import LayerRoll
 from sglang_dcp.upstream.layers.peers import Place, num_sharing, tell_everybody
@@ -44,17 +45,21 @@ def splits_long_rows() -> bool:
 
 
 class GraphEngine:
-    """This instance's graphs with sharded rows. Built in two goes, as SGLang's runner comes to it: the grid, then the buffers."""
+    """This instance's graphs with sharded rows. Built in two goes, as SGLang's runner comes to it: the grid, then the buffers.
 
-    def __init__(self, guest_rows: tuple[int, ...], places: Sequence[Place], rank: int, group: Any) -> None:
+    Memory is shared inside an exchange group; which graph a step replays is chosen over all instances.
+    """
+
+    def __init__(self, guest_rows: tuple[int, ...], places: Sequence[Place], rank: int, layout: Layout, group: Any) -> None:
         self.guest_rows, self.places, self.rank, self._group = guest_rows, places, rank, group
+        self.groups, self.members = layout.groups, layout.group(rank)
         self.attention: Any = None
         self.max_home_rows = 0
         self.layer_roll = LayerRoll({})
         self._own_slots = torch.zeros(0)
 
     def build(self, runner: Any, max_batch: int, *, flash_mla: bool = False) -> None:
-        """Buffers for batches of up to max_batch, connected to all peers. Every instance calls it."""
+        """Buffers for batches of up to max_batch, connected to all peers of the exchange group. Every instance calls it."""
         from sglang_dcp.dataflow.graph.graph_attention import GraphAttention, GraphSizes
 
         free_before = torch.cuda.mem_get_info()[0]
@@ -62,7 +67,7 @@ class GraphEngine:
         sharing = num_sharing(self.places, self.rank)
         device = torch.device("cuda", torch.cuda.current_device())
         sizes = GraphSizes(
-            num_instances=len(self.places),
+            num_instances=len(self.members),
             max_home_rows=max_batch,
             guest_rows=self.guest_rows,
             page_size=page_size,
@@ -71,7 +76,7 @@ class GraphEngine:
         )
         wait = WAIT_SECONDS if sharing == 1 else WAIT_SECONDS_SHARED
         self.attention = GraphAttention(
-            self.rank,
+            self.members.index(self.rank),
             sizes,
             attention_shape(runner),
             device,
@@ -79,20 +84,28 @@ class GraphEngine:
             wait_seconds=wait,
             flash_mla=flash_mla,
             own_split=splits_long_rows(),
+            first_rank=self.members.start,
         )
-        self.attention.exchange.connect_processes(tell_everybody(self.attention.exchange.ipc_handle(), self._group))
+        self.connect()
         self.layer_roll = LayerRoll(attention_layers(runner.model))
         self.max_home_rows = max_batch
         self._own_slots = torch.zeros(max_batch, dtype=torch.int64, device=device)
         logger.info(
-            "dyncp: decode graphs (%s) for up to %d home rows with 0, %s guest rows; buffers of %.2f GiB, peer memory, "
-            "%d instances on this GPU",
+            "dyncp: decode graphs (%s) for up to %d home rows with 0, %s guest rows; buffers of %.2f GiB, peer memory with instances "
+            "%d-%d, %d instances on this GPU",
             "FlashMLA" if flash_mla else "FlashInfer",
             max_batch,
             ", ".join(map(str, self.guest_rows)),
             (free_before - torch.cuda.mem_get_info()[0]) / 2**30,
+            self.members.start,
+            self.members.stop - 1,
             sharing,
         )
+
+    def connect(self) -> None:
+        """Opens the memory of the exchange group's instances, and of no other. Every instance calls it."""
+        handles = tell_everybody(self.attention.exchange.ipc_handle(), self._group)
+        self.attention.exchange.connect_processes([handles[rank] for rank in self.members])
 
     # ---- a step
 
@@ -100,12 +113,13 @@ class GraphEngine:
         """Guest rows of the graph for a decode step, or 0 when it fits none. Every instance gives the same answer."""
         if max(batch_sizes) > self.max_home_rows:
             return 0
-        needed = max(guests_per_instance(row_routes, len(self.places)))
+        needed = max(guests_per_instance(row_routes, self.groups))
         return next((rows for rows in self.guest_rows if rows >= needed), 0)
 
-    def choose_step(self, last: StepMode, rows: StepRows, batch_sizes: Sequence[int], *, steady: bool) -> Graph | None:
-        """What the decode step runs as, None when it fits no graph. Every instance says alike. last: what the step before ran as;
-        batch_sizes: of all instances.
+    def choose_step(self, last: StepMode, rows: StepRows, batch_sizes: Sequence[int], *, steady: bool) -> Graph | Stock | None:
+        """What the decode step runs as, None when it fits no graph. Every instance says alike, but that those of a group without sharded
+        rows replay SGLang's own graph: it has the same batch, and so the same collectives. last: what the step before ran as; batch_sizes:
+        of all instances.
 
         Most steps are the last one's, one token on. steady: no home told others of its rows, and here nobody joined or left. Rows that
         others attend alone may.
@@ -115,6 +129,8 @@ class GraphEngine:
             before.advance()
             return before
         guest_rows = self.choose(rows.routes_of_homes, batch_sizes)
+        if guest_rows and self.rank not in rows.participant.busy_ranks:
+            return STOCK
         return Graph(guest_rows, GraphStep.of(rows, frozenset() if before is None else before.step.pooled)) if guest_rows else None
 
     def load(self, mode: Graph, home_rows: int, token_table: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Whether all instances can map each other's memory, and the exchange of the handles that let them."""
+"""Whether the instances of a node can map each other's memory, and the exchange of the handles that let them."""
 
 from __future__ import annotations
 
@@ -34,14 +34,23 @@ def own_place() -> Place:
     return Place(socket.gethostname(), names[own], tuple(reachable), importlib.util.find_spec("sgl_kernel_dcp") is not None)
 
 
-def find_obstacle(places: Sequence[Place]) -> str | None:
-    """Why instances (by rank) cannot exchange over peer memory, or None when they can."""
-    if len(places) > MOST_PEERS:
-        return f"{len(places)} instances, the kernels serve {MOST_PEERS}"
-    for rank, place in enumerate(places):
+def find_obstacle(places: Sequence[Place], groups: Sequence[range]) -> str | None:
+    """Why the instances (by rank) of some exchange group cannot exchange over peer memory, or None when those of every one can.
+
+    All instances get the same answer: a step runs as a graph on all of them, or on none.
+    """
+    return next((obstacle for group in groups if (obstacle := _find_obstacle(places, group)) is not None), None)
+
+
+def _find_obstacle(places: Sequence[Place], group: range) -> str | None:
+    if len(group) > MOST_PEERS:
+        return f"{len(group)} instances exchange rows, the kernels serve {MOST_PEERS} (--dyncp-node-size)"
+    for rank in group:
+        place = places[rank]
         if not place.has_kernels:
             return f"sgl-kernel-dcp is not installed where instance {rank} runs"
-        for peer, other in enumerate(places):
+        for peer in group:
+            other = places[peer]
             if place.host != other.host:
                 return f"instances {rank} and {peer} run on different hosts"
             if other.gpu not in place.reachable:

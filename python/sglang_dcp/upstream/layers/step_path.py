@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from sglang_dcp.dataflow.attention.partial_attention import PartialAttention, torch_partial_attention
 from sglang_dcp.dataflow.step_mode import Eager, Graph, Stock
 from sglang_dcp.dataflow.transport.base import Transport
-from sglang_dcp.dataflow.transport.gloo import GlooTransport
+from sglang_dcp.dataflow.transport.gloo import GlooTransport, create_gloo_group
 from sglang_dcp.upstream.attach.cuda_settings import PLAIN_BACKEND
 from sglang_dcp.upstream.layers.graphs import GraphEngine, GraphError, attention_shape
 from sglang_dcp.upstream.layers.silence import note_silence
@@ -22,11 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 def choose_transport(
-    name: str, device: torch.device, gloo_group: dist.ProcessGroup, timeout_seconds: float, graphs: GraphEngine | None
+    name: str, device: torch.device, groups: Sequence[range], timeout_seconds: float, graphs: GraphEngine | None
 ) -> Transport:
     """What carries a sharded step that runs without a graph, under --dyncp-transport `name` (checked by the settings). graphs: the rest.
+    groups: ranks that exchange rows with each other (Layout.groups).
 
-    Every rank calls it, in the same place: a NCCL group is made by all of them.
+    Every rank calls it, in the same place: process groups are made by all of them.
     """
     if name == "auto" and device.type == "cpu":
         name = "gloo"
@@ -36,8 +37,8 @@ def choose_transport(
     if name != "gloo":
         from sglang_dcp.dataflow.transport.nccl import NcclTransport, create_nccl_group
 
-        return NcclTransport(create_nccl_group(timeout_seconds))
-    host = GlooTransport(gloo_group)
+        return NcclTransport(create_nccl_group(timeout_seconds, groups))
+    host = GlooTransport(create_gloo_group(timeout_seconds, groups))
     if device.type == "cpu":
         return host
     from sglang_dcp.dataflow.transport.host_staged import HostStagedTransport

@@ -27,7 +27,7 @@ class OwnBatch:
     """
 
     def __init__(self, participant: Participant) -> None:
-        self._ids = participant.ids
+        self._ids, self._group = participant.ids, participant.group
         self._rows: SteadyRows | None = SteadyRows((), ())  # None: the last step prefilled
         self._spans: list[Span] | None = []
         self.routes: dict[int, int] = {}
@@ -111,4 +111,4 @@ class OwnBatch:
 
     def _route(self, req: Any, length: int) -> int | None:
         """The route of a row of `length` tokens, None for one that this instance attends alone."""
-        return route_of(self._ids, req.dyncp, length) if is_managed(req) else None
+        return route_of(self._ids, req.dyncp, length, self._group) if is_managed(req) else None

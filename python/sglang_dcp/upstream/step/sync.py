@@ -66,8 +66,9 @@ def exchange_words(runtime: Runtime, counts: Sequence[int], most: int) -> list[l
 
 
 def choose_mode(runtime: Runtime, info: Any) -> StepMode:
-    """What the step runs as, on every instance alike: all of it follows from what all of them know now. info: SGLang's record of the
-    meeting; in an eager step with sharded rows everybody takes part."""
+    """What the step runs as: all of it follows from what all instances know now. A graph runs on all of them or on none; the instances of
+    an exchange group without sharded rows run SGLang's own layers beside the others. info: SGLang's record of the meeting; in an eager step
+    everybody takes part whose group has sharded rows."""
     participant = runtime.participant
     if not participant.num_sharded_rows:
         return STOCK
@@ -77,10 +78,11 @@ def choose_mode(runtime: Runtime, info: Any) -> StepMode:
         if graph is not None:
             return graph
     # An instance without tokens skips attention altogether; one dummy token makes it take part in the exchange.
-    info.global_num_tokens = [max(1, count) for count in info.global_num_tokens]
-    info.num_tokens = max(1, info.num_tokens)
+    busy = participant.busy_ranks
+    info.global_num_tokens = [max(int(rank in busy), count) for rank, count in enumerate(info.global_num_tokens)]
+    info.num_tokens = max(int(participant.rank in busy), info.num_tokens)
     info.can_run_decode_cuda_graph = info.can_run_prefill_cuda_graph = False
-    return Eager(runtime.rows, home_rows(runtime))
+    return STOCK if participant.rank not in busy else Eager(runtime.rows, home_rows(runtime))
 
 
 def home_rows(runtime: Runtime) -> list[Any]:
