@@ -14,6 +14,23 @@ from testing.recall import MODEL_NAMES
 from testing.server import Server, ServerConfig
 from testing.stock_answers import StockAnswers
 
+CONTRACT = ServerConfig(
+    "qwen3moe",
+    instances=2,
+    pool_tokens=1024,
+    page_size=16,
+    chunk_tokens=256,
+    dyncp=True,
+    flags=("--enable-metrics",),
+    environment=(("SGLANG_DYNCP_CHECK_EVERY_STEP", "1"),),
+)
+
+
+@pytest.fixture(scope="module")
+def contract_server(serve: Callable[[ServerConfig], Server]) -> Server:
+    """Two instances with metrics: the test_contract modules share it."""
+    return serve(CONTRACT)
+
 
 @pytest.fixture(scope="session")
 def stock_answers(serve: Callable[[ServerConfig], Server]) -> StockAnswers:

@@ -17,27 +17,16 @@ import pytest
 from testing.client import VOCABULARY_SIZE, Answer, Client, RequestFailed
 from testing.metrics import parse_metrics
 from testing.recall import random_ids, recall_prompt
-from testing.server import Server, ServerConfig
+from testing.server import Server
 
-Serve = Callable[[ServerConfig], Server]
-
-POOL, PAGE, INSTANCES = 1024, 16, 2
-CONFIG = ServerConfig(
-    "qwen3moe",
-    INSTANCES,
-    pool_tokens=POOL,
-    page_size=PAGE,
-    chunk_tokens=256,
-    dyncp=True,
-    flags=("--enable-metrics",),
-    environment=(("SGLANG_DYNCP_CHECK_EVERY_STEP", "1"),),
-)
+PAGE, INSTANCES = 16, 2
+"""Of the contract server, see conftest."""
 GAUGES = ("kv_tokens", "guest_tokens", "home_requests", "attention_rows")
 
 
 @pytest.fixture(scope="module")
-def server(serve: Serve) -> Server:
-    return serve(CONFIG)
+def server(contract_server: Server) -> Server:
+    return contract_server
 
 
 @pytest.fixture(scope="module")
