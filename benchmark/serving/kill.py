@@ -2,7 +2,7 @@
 
     python -m benchmark.serving.kill [--runs 10] [--out benchmark/results/operate.json]
 
-Every run is a start, a mix of requests, SIGKILL to one of two instances, eight answers and the end; then a start and an orderly stop.
+Every run is a start, a mix of requests, SIGKILL to one of two instances, eight answers and the end. Then as many starts and orderly stops.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,43 +48,56 @@ def kill_instance(possessions: Possessions) -> None:
     possessions.instance(1).send_signal(signal.SIGKILL)
 
 
-def measure(runs: int) -> dict[str, Any]:
-    seconds: list[float] = []
-    left: list[str] = []
-    codes: set[int] = set()
-    statuses: set[int | None] = set()
-    with server_pool(ROOT / "logs") as servers:
-        for run in range(runs):
-            server = servers.get(mixed_server())
-            answered_s, outcomes, possessions = lose(server, kill_instance)
-            codes.add(server.process.wait(EXIT_SECONDS))
-            left += wait_until_gone(possessions)
-            seconds.append(round(answered_s, 2))
-            statuses |= {outcome.status for outcome in outcomes}
-            print(f"run {run + 1} of {runs}: last answer after {answered_s:.2f} s, left {left}", flush=True)
-            server = servers.get(mixed_server())
-            possessions = Possessions.of(server.process.pid, server.port)
-            server.process.send_signal(signal.SIGTERM)
-            server.process.wait(EXIT_SECONDS)
-            left += wait_until_gone(possessions)
-    return {
-        "kill_to_last_answer_s": max(seconds),
-        "runs_s": seconds,
-        "statuses": sorted(statuses, key=str),
-        "exit_codes": sorted(codes),
-        "starts_and_stops": 2 * runs,
-        "left_behind": left,
-    }
+@dataclass
+class Record:
+    """What the runs so far have shown."""
+
+    seconds: list[float] = field(default_factory=list)
+    stops: int = 0
+    left: list[str] = field(default_factory=list)
+    codes: set[int] = field(default_factory=set)
+    statuses: set[int | None] = field(default_factory=set)
+
+    def as_result(self) -> dict[str, Any]:
+        return {
+            "kill_to_last_answer_s": max(self.seconds),
+            "runs_s": self.seconds,
+            "statuses": sorted(self.statuses, key=str),
+            "exit_codes_after_a_kill": sorted(self.codes),
+            "starts": len(self.seconds) + self.stops,
+            "orderly_stops": self.stops,
+            "left_behind": self.left,
+        }
+
+
+def kill_once(server: Server, record: Record) -> None:
+    answered_s, outcomes, possessions = lose(server, kill_instance)
+    record.codes.add(server.process.wait(EXIT_SECONDS))
+    record.left += wait_until_gone(possessions)
+    record.seconds.append(round(answered_s, 2))
+    record.statuses |= {outcome.status for outcome in outcomes}
+
+
+def stop_once(server: Server, record: Record) -> None:
+    possessions = Possessions.of(server.process.pid, server.port)
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(EXIT_SECONDS)
+    record.left += wait_until_gone(possessions)
+    record.stops += 1
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--runs", type=int, default=10, help="starts that end with a kill, then as many that end with SIGTERM")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmark" / "results" / "operate.json")
     arguments = parser.parse_args()
-    result = measure(arguments.runs)
-    arguments.out.write_text(json.dumps(provenance(f"python -m benchmark.serving.kill --runs {arguments.runs}") | result, indent=1) + "\n")
-    print(json.dumps(result))
+    head = provenance(f"python -m benchmark.serving.kill --runs {arguments.runs}")
+    record = Record()
+    for end in [kill_once] * arguments.runs + [stop_once] * arguments.runs:
+        with server_pool(ROOT / "logs") as servers:  # others on this machine get their turn between two
+            end(servers.get(mixed_server()), record)
+        print(json.dumps(record.as_result()), flush=True)
+        arguments.out.write_text(json.dumps(head | record.as_result(), indent=1) + "\n")
     return 0
 
 
