@@ -6,14 +6,17 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from testing.debian import Program
-from testing.monitoring import DASHBOARD, FOLDER, RULES, panel_queries
+from testing.monitoring import DASHBOARD, FOLDER, RULES, panel_queries, running_prometheus
+from testing.server import find_free_port
 
 REPOSITORY = FOLDER.parents[1]
 RULE_TESTS = REPOSITORY / "test" / "data" / "alerts_test.yml"
@@ -67,6 +70,25 @@ def test_dashboard_and_rules_ask_for_metrics_that_exist() -> None:
     asked = {name for text in (*(query for _, query in panel_queries()), RULES.read_text()) for name in METRIC.findall(text)}
     assert len(asked) > 8
     assert asked <= declared_metrics()
+
+
+def test_names_are_kept_as_the_server_writes_them(debian_program: Callable[[str, str], Program], tmp_path: Path) -> None:
+    """A server of prometheus_client's, asked in OpenMetrics: the colon is lost on the way."""
+    registry = CollectorRegistry()
+    Gauge("sglang:dyncp_kv_tokens", "tokens", registry=registry).set(3)
+    Counter("sglang:dyncp_retractions_total", "retractions", registry=registry).inc()
+    server, thread = start_http_server(0, addr="127.0.0.1", registry=registry)
+    queries, deadline = ("sglang:dyncp_kv_tokens", "sglang:dyncp_retractions_total"), time.monotonic() + 30
+    try:
+        program = debian_program("prometheus", "prometheus")
+        with running_prometheus(program, tmp_path, find_free_port(), f"127.0.0.1:{server.server_port}") as prometheus:
+            while not all(prometheus.query(query) for query in queries):
+                assert time.monotonic() < deadline, prometheus.query('{__name__=~"sglang.*"}')
+                time.sleep(0.2)
+            assert [prometheus.query(query)[0]["value"][1] for query in queries] == ["3", "1"]
+    finally:
+        server.shutdown()
+        thread.join()
 
 
 def test_every_panel_says_what_it_shows() -> None:
