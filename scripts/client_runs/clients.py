@@ -28,6 +28,7 @@ class Client:
     """`command(load, folder, bin)` is run in `folder`; `read(folder)` gives `completed`, `tpot_ms`, `itl_ms` (means) and `itl_p50_ms`.
 
     `package` is pinned; "" means that the client is part of the environment that this script runs in. `tpot`, `itl`: the client's names.
+    `compare`: the figure of `read` that is time per token, to hold against a limit or a server.
     `python`: the oldest minor version of Python 3 that the package takes.
     """
 
@@ -35,6 +36,7 @@ class Client:
     package: str
     tpot: str
     itl: str
+    compare: str
     command: Callable[[Load, Path, Path], list[str]]
     read: Callable[[Path], Figures]
     python: int = 11
@@ -82,6 +84,7 @@ def _aiperf(load: Load, folder: Path, bin_folder: Path) -> list[str]:
     command = [str(bin_folder / "aiperf"), "profile", "--model", load.model, "--url", load.url, "--endpoint-type", "chat", "--streaming"]
     command += ["--tokenizer", str(load.tokenizer), "--request-count", str(load.num_requests), "--concurrency", str(load.concurrency)]
     command += ["--synthetic-input-tokens-mean", str(PROMPT_TOKENS), "--output-tokens-mean", str(OUTPUT_TOKENS)]
+    command += ["--extra-inputs", "ignore_eos:true"]
     return [*command, "--ui", "none", "--artifact-dir", str(folder / "out")]
 
 
@@ -95,6 +98,7 @@ def _evalscope(load: Load, folder: Path, bin_folder: Path) -> list[str]:
     command = [str(bin_folder / "evalscope"), "perf", "--url", f"{load.url}/v1/chat/completions", "--api", "openai", "--stream"]
     command += ["--model", load.model, "--parallel", str(load.concurrency), "--number", str(load.num_requests), "--dataset", "random"]
     command += ["--tokenizer-path", str(load.tokenizer), "--prefix-length", "0", "--outputs-dir", str(folder / "out"), "--no-timestamp"]
+    command += ["--extra-args", json.dumps({"ignore_eos": True})]
     for name, value in (("prompt-length", PROMPT_TOKENS), ("tokens", OUTPUT_TOKENS)):
         command += [f"--min-{name}", str(value), f"--max-{name}", str(value)]
     return command
@@ -138,15 +142,16 @@ def _read_inference_perf(folder: Path) -> Figures:
 
 
 CLIENTS = (
-    Client("sglang.bench_serving", "", "TPOT", "ITL", _bench_serving, _read_bench_serving),
-    Client("guidellm", "guidellm==0.8.1", "Time per Output Token", "Inter Token Latency", _guidellm, _read_guidellm),
-    Client("aiperf", "aiperf==0.13.0", "(none)", "Inter Token Latency", _aiperf, _read_aiperf),
-    Client("evalscope", "evalscope[perf]==1.14.1", "Avg TPOT", "Avg ITL", _evalscope, _read_evalscope),
+    Client("sglang.bench_serving", "", "TPOT", "ITL", "tpot_ms", _bench_serving, _read_bench_serving),
+    Client("guidellm", "guidellm==0.8.1", "Time per Output Token", "Inter Token Latency", "itl_ms", _guidellm, _read_guidellm),
+    Client("aiperf", "aiperf==0.13.0", "(none)", "Inter Token Latency", "itl_ms", _aiperf, _read_aiperf),
+    Client("evalscope", "evalscope[perf]==1.14.1", "Avg TPOT", "Avg ITL", "tpot_ms", _evalscope, _read_evalscope),
     Client(
         "inference-perf",
         "inference-perf==0.7.0",
         "time_per_output_token",
         "inter_token_latency",
+        "tpot_ms",
         _inference_perf,
         _read_inference_perf,
         python=12,
