@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from benchmark.kernels.timing import graph_microseconds
 from benchmark.multi_gpu.model_shapes import model_flags, write_shape
 from benchmark.multi_gpu.servers import GpuServer, running
 from benchmark.multi_gpu.settings import set_environment
 from benchmark.serving.provenance import provenance
+from sglang_dcp.dataflow.measure.timing import graph_microseconds
 from testing.gpu.servers import port_range
 from testing.server import find_free_port
 

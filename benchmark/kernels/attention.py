@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmark.kernels.timing import Row, graph_microseconds
+from benchmark.kernels.timing import Row
 from sglang_dcp.dataflow.attention.flashinfer_graph import FlashInferDecode, FlashInferMLA
 from sglang_dcp.dataflow.attention.flashmla import FlashMLADecode
+from sglang_dcp.dataflow.measure.timing import graph_microseconds
 
 NODES = 8
 GQA_CASES = ((64, 4096), (8, 65536), (1, 524288))

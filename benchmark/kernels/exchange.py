@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from sgl_kernel_dcp import ExchangeShape, PeerExchange, RowLine, StepMessage, StepTables, TableShape, launch_together
 
-from benchmark.kernels.timing import Row, event_times, graph_microseconds
+from benchmark.kernels.timing import Row
+from sglang_dcp.dataflow.measure.timing import event_times, graph_microseconds
 from sglang_dcp.dataflow.reference import route_tables
 
 LAYERS = 30

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from sgl_kernel_dcp import merge_stacked
 
-from benchmark.kernels.timing import Row, graph_microseconds
+from benchmark.kernels.timing import Row
+from sglang_dcp.dataflow.measure.timing import graph_microseconds
 
 NUM_SETS = 4  # together larger than the L2, so that every read comes from memory
 

@@ -18,36 +18,22 @@ from typing import Any
 
 import torch
 
-from benchmark.kernels.timing import graph_microseconds
 from benchmark.serving.provenance import provenance
 from sglang_dcp.dataflow.attention import split_budget
 from sglang_dcp.dataflow.attention.flashinfer_graph import FlashInferDecode, FlashInferMLA
 from sglang_dcp.dataflow.attention.flashmla import FlashMLADecode
+from sglang_dcp.dataflow.measure.decode_rows import NODES, PADDING, PAGE, SHORT, Case, Pages
+from sglang_dcp.dataflow.measure.timing import graph_microseconds
 
-PAGE, SHORT, PADDING, NODES = 64, 1000, 64, 8
 ROWS, LONGEST = (1, 16, 48, 66, 128), (4_000, 100_000, 300_000)
 GQA_SHAPES = {"32/4 x 128": (32, 4), "16/2 x 128": (16, 2), "64/8 x 128": (64, 8), "64/4 x 128": (64, 4)}
 MLA_HEADS, LATENT, ROPE = 128, 512, 64
 SHARES = (2, 4, 8)
 
 
-class Pages:
-    """Page lists of rows of these tokens over scattered pages; rows of 0 tokens are padding."""
-
-    def __init__(self, tokens: Sequence[int]) -> None:
-        self.lengths = torch.tensor(tokens, dtype=torch.int32)
-        counts = (self.lengths + PAGE - 1) // PAGE
-        self.counts = counts.numpy()
-        self.indptr = torch.cat([torch.zeros(1, dtype=torch.int32), counts.cumsum(0, dtype=torch.int32)])
-        self.total = int(self.indptr[-1])
-        self.indices = torch.randperm(self.total, generator=torch.Generator().manual_seed(0)).to(torch.int32).cuda()
-        self.last = torch.where(counts > 0, (self.lengths - 1) % PAGE + 1, 0).to(torch.int32)
-
-
 def lengths(rows: int, longest: int, padding: int) -> list[int]:
     """`rows` rows, the last of them the long one, then padding. longest 0: the short ones alone."""
-    short = [SHORT] * (rows - (longest > 0))
-    return [*short, *([longest] if longest else []), *[0] * padding]
+    return Case(rows, SHORT, longest, padding).lengths()
 
 
 def build(shape: tuple[int, int], pages: Pages, *, own: bool) -> FlashInferDecode:
@@ -88,10 +74,7 @@ def measure_mla(tokens: Sequence[int], cache: torch.Tensor) -> dict[str, float]:
     found["FlashInfer"] = graph_microseconds([lambda: flashinfer.run(queries, latents)], nodes=NODES, repeats=10)
     if importlib.util.find_spec("flash_mla") is None:
         return {name: round(value, 2) for name, value in found.items()}
-    table = torch.zeros(len(tokens), int(pages.counts.max()), dtype=torch.int32, device="cuda")
-    for row, (begin, end) in enumerate(zip(pages.indptr[:-1].tolist(), pages.indptr[1:].tolist(), strict=True)):
-        table[row, : end - begin] = pages.indices[begin:end]
-    flash_mla = FlashMLADecode(MLA_HEADS, scale, table, pages.lengths.cuda())
+    flash_mla = FlashMLADecode(MLA_HEADS, scale, pages.block_table(), pages.lengths.cuda())
     flash_mla.plan()
     found["FlashMLA"] = graph_microseconds([lambda: flash_mla.run(queries, latents, mark_neutral=False)], nodes=NODES, repeats=10)
     return {name: round(value, 2) for name, value in found.items()}

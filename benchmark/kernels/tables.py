@@ -7,7 +7,8 @@ import random
 import torch
 from sgl_kernel_dcp import RowLine, StepMessage, StepTables, TableShape
 
-from benchmark.kernels.timing import Row, graph_microseconds
+from benchmark.kernels.timing import Row
+from sglang_dcp.dataflow.measure.timing import graph_microseconds
 
 NUM_INSTANCES = 8
 NUM_ATTENTION_ROWS = 256

@@ -1,66 +1,173 @@
-"""`sglang-dcp calibrate`: fits the cost model's attention constants to measured kernel times and reports the error."""
+"""`sglang-dcp calibrate`: fits the cost model's attention constants to kernel times, measured on this GPU or read from a table."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from sglang_dcp.policy.calibration import fit_attention, read_measurements
+from sglang_dcp.policy.attention_table import BFLOAT16, KV_DTYPES
+from sglang_dcp.policy.calibration import AttentionFit, Measurement, fit_attention, read_measurements
+from sglang_dcp.policy.calibration_table import CalibrationTable, model_file, shipped_error, worst
 from sglang_dcp.policy.cost_model import DATA_FOLDER
+from sglang_dcp.policy.served_model import ServedModel
 
 DEFAULT_TABLE = DATA_FOLDER / "measurements_h100_flashinfer.csv"
+LEAST_ROWS = 6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument("table", nargs="?", type=Path, default=DEFAULT_TABLE, help="CSV: model,requests,tokens_per_request,microseconds")
+    parser.add_argument(
+        "table",
+        nargs="?",
+        type=Path,
+        default=DEFAULT_TABLE,
+        help="CSV: model,requests,tokens_per_request,microseconds[,longest_row,captured_rows]; or the JSON that --measure wrote",
+    )
+    parser.add_argument("--measure", type=Path, metavar="TABLE.json", help="time the kernels on this GPU, write them, then fit")
+    parser.add_argument("--config", type=Path, help="with --measure: config.json of the served model")
+    parser.add_argument("--kv-dtype", choices=list(KV_DTYPES), default=BFLOAT16, help="with --measure: as --kv-cache-dtype")
+    kernels = "with --measure: as --attention-backend (default flashinfer; flashmla for MLA)"
+    parser.add_argument("--attention-backend", choices=["flashinfer", "flashmla"], default="flashinfer", help=kernels)
+    parser.add_argument("--limit", type=float, default=100.0, help="with --measure: begin no kernel after so many seconds (default 100)")
     parser.add_argument("--model", help="fit the rows of this model only (default: every model of the table)")
-    parser.add_argument("--with-rows", action="store_true", help="fit a cost per attention row too")
+    parser.add_argument("--with-rows", action="store_true", help="fit a cost per attention row of a CSV too")
     parser.add_argument("--max-error", type=float, default=0.10, help="exit 1 when a measurement is missed by more (default 0.10)")
-    parser.add_argument("--base", help="cost model file or name to take all other constants from (with --out)")
-    parser.add_argument("--out", type=Path, help="write a cost model file for --dyncp-cost-model (needs --model and --base)")
+    parser.add_argument("--base", help="cost model file or name to take all other constants from (default: as a server does)")
+    parser.add_argument("--out", type=Path, help="write a cost model file for --dyncp-cost-model (of a CSV: needs --model and --base)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the fit of each model; returns 1 when an error is beyond the limit, 2 for bad input."""
-    if args.out and not (args.model and args.base):
-        print("sglang-dcp calibrate: --out needs --model and --base", file=sys.stderr)
-        return 2
+    """Prints the fit of each model; returns 1 when an error is beyond the limit, 2 for bad input or no GPU to measure on."""
     try:
-        measurements = read_measurements(args.table)
-        models = [args.model] if args.model else sorted({item.model for item in measurements})
-        worst = 0.0
-        for model in models:
-            chosen = [item for item in measurements if item.model == model]
-            fit = fit_attention(chosen, args.with_rows)
-            worst = max(worst, fit.max_error)
-            print(
-                f"{model}: {fit.fixed_us:.2f} us + {fit.us_per_token * 1e3:.4f} ns/token + {fit.us_per_row:.3f} us/row, "
-                f"largest error {100 * fit.max_error:.1f} %"
-            )
-            for item, error in zip(chosen, fit.errors, strict=True):
-                print(f"  {item.requests:4d} x {item.tokens_per_request:7d} tokens {item.microseconds:8.1f} us  {100 * error:+5.1f} %")
-            if args.out:
-                _write(args.out, args.base, str(args.table), fit.fixed_us, fit.us_per_token, fit.us_per_row)
-    except (OSError, ValueError) as error:
+        if args.measure is not None:
+            args.table = _measure(args)
+        largest = _fit_json(args) if args.table.suffix == ".json" else _fit_csv(args)
+    except (OSError, RuntimeError, ValueError, AttributeError) as error:
         print(f"sglang-dcp calibrate: {error}", file=sys.stderr)
         return 2
-    if worst > args.max_error:
-        print(f"sglang-dcp calibrate: error {100 * worst:.1f} % exceeds --max-error {100 * args.max_error:.1f} %", file=sys.stderr)
+    if largest > args.max_error:
+        print(f"sglang-dcp calibrate: error {100 * largest:.1f} % exceeds --max-error {100 * args.max_error:.1f} %", file=sys.stderr)
         return 1
     return 0
 
 
-def _write(out: Path, base: str, table: str, fixed_us: float, us_per_token: float, us_per_row: float) -> None:
+# On this machine
+
+
+def _measure(args: argparse.Namespace) -> Path:
+    """Writes the table, also after every kernel, and returns its path."""
+    if args.config is None:
+        raise ValueError("--measure needs --config, the config.json of the model that will be served")
+    began = time.monotonic()
+    served, head_dim, kv_heads = _read_config(args.config, _card_name(), args.kv_dtype)
+    from sglang_dcp.dataflow.measure.decode_rows import DecodeShape, measure
+
+    flash, quantised = args.attention_backend == "flashmla", args.kv_dtype != BFLOAT16
+    if (flash and not served.latent) or (quantised and served.latent):
+        kind = "latent attention (MLA)" if served.latent else "grouped-query attention"
+        asked = f"--attention-backend {args.attention_backend} and K/V in {args.kv_dtype}"
+        raise ValueError(f"{args.config}: {kind} is not served with {asked}")
+    shape = DecodeShape(served.num_heads, kv_heads, head_dim, served.latent, quantised, flash)
+    table = CalibrationTable(args.config.resolve().parent.name, served)
+    for case, us in measure(shape, args.limit):
+        captured = case.requests + case.padding
+        row = Measurement(table.model, case.requests, case.tokens_per_request, round(us, 2), case.longest_row, captured)
+        table = replace(table, rows=(*table.rows, row), seconds=time.monotonic() - began)
+        args.measure.write_text(table.as_json(), encoding="utf-8")
+    print(f"{len(table.rows)} kernels on {served.device} in {table.seconds:.0f} s: {args.measure}")
+    return args.measure
+
+
+def _card_name() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "--measure times attention kernels on a Hopper GPU, and torch sees no GPU here; "
+            "measure on the machine that will serve, or fit a table from there: sglang-dcp calibrate TABLE.json"
+        )
+    if torch.cuda.get_device_capability()[0] != 9:
+        raise RuntimeError(f"--measure times the kernels of Hopper GPUs (H100, H200), and this is {torch.cuda.get_device_name()}")
+    return torch.cuda.get_device_name()
+
+
+def _read_config(path: Path, device: str, kv_dtype: str) -> tuple[ServedModel, int, int]:
+    """(sizes, width of a head, K/V heads) of a Hugging Face configuration; of one with a text model inside, that one's."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    config = SimpleNamespace(**values.get("text_config", values))
+    try:
+        served = ServedModel.of_config(config, device, KV_DTYPES[kv_dtype])
+    except AttributeError as error:
+        raise ValueError(f"{path}: no configuration of a model that is served: {error}") from error
+    heads = served.num_heads
+    head_dim = getattr(config, "head_dim", None) or served.hidden_size // heads
+    return served, head_dim, getattr(config, "num_key_value_heads", None) or heads
+
+
+# Fits
+
+
+def _fit_json(args: argparse.Namespace) -> float:
+    table = CalibrationTable.read(args.table)
+    if len(table.rows) < LEAST_ROWS:
+        raise ValueError(f"{args.table}: {len(table.rows)} kernels are too few for a fit, which needs {LEAST_ROWS} (--limit)")
+    fit = fit_attention(table.rows, with_rows=True)
+    _print(f"{table.model} on {table.served.card}, K/V in {table.served.kv_dtype}", fit, table.rows)
+    shipped = shipped_error(table)
+    ships = "none of this attention ship" if shipped is None else f"those that ship miss by up to {100 * shipped:+.1f} %"
+    print(f"  largest: {worst(fit, table.rows)}; constants: {ships}")
+    if args.out:
+        source = f"relative least squares of {args.table.name}, largest error {100 * fit.max_error:.1f} %"
+        args.out.write_text(json.dumps(model_file(table, fit, args.base, source), indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {args.out}")
+    return fit.max_error
+
+
+def _fit_csv(args: argparse.Namespace) -> float:
+    if args.out and not (args.model and args.base):
+        raise ValueError("--out needs --model and --base")
+    measurements = read_measurements(args.table)
+    largest = 0.0
+    for model in [args.model] if args.model else sorted({item.model for item in measurements}):
+        chosen = [item for item in measurements if item.model == model]
+        fit = fit_attention(chosen, args.with_rows)
+        largest = max(largest, fit.max_error)
+        _print(model, fit, chosen)
+        if args.out:
+            _write(args.out, args.base, str(args.table), fit)
+    return largest
+
+
+def _print(name: str, fit: AttentionFit, rows: Sequence[Measurement]) -> None:
+    print(
+        f"{name}: {fit.fixed_us:.2f} us + {fit.us_per_token * 1e3:.4f} ns/token + {fit.us_per_row:.3f} us/row, "
+        f"largest error {100 * fit.max_error:.1f} %"
+    )
+    for item, error in zip(rows, fit.errors, strict=True):
+        longest = f", one of {item.longest_row}" if item.longest_row else ""
+        size = f"{item.requests:4d} x {item.tokens_per_request:7d} tokens{longest}"
+        print(f"  {size:40} {item.microseconds:8.1f} us  {100 * error:+5.1f} %")
+
+
+def _write(out: Path, base: str, table: str, fit: AttentionFit) -> None:
     path = Path(base) if base.endswith(".json") else DATA_FOLDER / f"{base}.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     source = f"relative least squares of {table}"
     for key, value in (
-        ("attention_fixed_us", fixed_us),
-        ("attention_us_per_token", us_per_token),
-        ("attention_us_per_row", us_per_row),
+        ("attention_fixed_us", fit.fixed_us),
+        ("attention_us_per_token", fit.us_per_token),
+        ("attention_us_per_row", fit.us_per_row),
     ):
         data["constants"][key] = {"value": value, "source": source}
     out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

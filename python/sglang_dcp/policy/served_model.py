@@ -9,6 +9,7 @@ FP8 convert it, which takes most of what the bytes save. Standard library only.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from sglang_dcp.policy.attention_table import BFLOAT16, FP8, KV_DTYPES, OUR_SPLIT, table_constants
@@ -23,6 +24,7 @@ from sglang_dcp.policy.cost_model import (
 )
 
 CPU_MODEL = "cpu"
+CARDS = ("h100", "h200")
 FAR_APART = 2.0
 """Beyond this factor a server warns that constants are carried over."""
 
@@ -76,6 +78,17 @@ class ServedModel:
         )
 
     @property
+    def card(self) -> str:
+        """As the constants are named by: "h100", "h200", or the device in small letters."""
+        name = self.device.lower()
+        return next((card for card in CARDS if card in name), name.replace(" ", "-"))
+
+    @property
+    def kv_width(self) -> int:
+        """Bytes of K/V of a token and layer, were they bfloat16: by which constants are named."""
+        return self.kv_bytes_per_token // self.kv_element_bytes * KV_DTYPES[BFLOAT16]
+
+    @property
     def kv_dtype(self) -> str:
         """As KV_DTYPES names it."""
         return FP8 if self.kv_element_bytes == KV_DTYPES[FP8] else BFLOAT16
@@ -83,7 +96,7 @@ class ServedModel:
     @property
     def attention_size(self) -> int:
         """What a token of attention costs, up to a factor of card and element type: heads, or bytes of K/V as bfloat16 has them."""
-        return self.num_heads if self.latent else self.kv_bytes_per_token // self.kv_element_bytes * KV_DTYPES[BFLOAT16]
+        return self.num_heads if self.latent else self.kv_width
 
 
 def _first(config: Any, *names: str) -> int:
@@ -121,7 +134,7 @@ def served_cost(given: str | None, served: ServedModel | None, num_instances: in
     warnings = []
     if _ratio(model.num_layers, served.num_layers) > FAR_APART:
         warnings.append(f"cost model {name} is of {model.num_layers} layers, the served model has {served.num_layers}: taken per layer")
-    measured = _card_attention(data, served, split)
+    measured = _card_attention(data, served, split) if given is None else _shipped_attention(path, data, served.kv_dtype)
     warnings += _missing_kv_dtype(name, data, served.kv_dtype, measured)
     adapted = with_layers(model, served.num_layers)
     if given is not None or "layer" not in data:
@@ -129,7 +142,7 @@ def served_cost(given: str | None, served: ServedModel | None, num_instances: in
     size = _attention_size(data)
     if _ratio(size, served.attention_size) > FAR_APART:
         warnings.append(f"cost model {name}: attention of a token is scaled by {served.attention_size / size:.3g} to the served model's")
-    if "h100" not in served.device.lower() and "h200" not in served.device.lower():
+    if served.card not in CARDS:
         warnings.append(f"cost model {name}: no constants for {served.device}")
     scaled = replace(_scaled(adapted, data, served), **measured)
     return ServedCost(scaled, f"{name}, {layers}, scaled to the served model's sizes", tuple(warnings))
@@ -139,11 +152,16 @@ def serving_cost(name: str, num_instances: int, kv_dtype: str = BFLOAT16) -> Ser
     """What a server of the model that the constants are of is placed by, for whoever asks without one. Raises as read_constants."""
     path, data = read_constants(name)
     model = build_cost_model(path, data, num_instances, serving=True, kv_dtype=kv_dtype)
-    measured: dict[str, float] = {}
-    if path.parent == DATA_FOLDER and "layer" in data:
-        size, layer = data["kv_bytes_per_token_layer"], data["layer"]
-        measured = table_constants(data["gpu"], latent=layer["latent"], num_heads=layer["num_heads"], kv_bytes=size, kv_dtype=kv_dtype)
-    return ServedCost(model, f"{model.name}, K/V in {kv_dtype}", tuple(_missing_kv_dtype(name, data, kv_dtype, measured)))
+    missing = _missing_kv_dtype(name, data, kv_dtype, _shipped_attention(path, data, kv_dtype))
+    return ServedCost(model, f"{model.name}, K/V in {kv_dtype}", tuple(missing))
+
+
+def _shipped_attention(path: Path, data: dict, kv_dtype: str) -> dict[str, float]:
+    """What was measured for the attention of the file's own model; of a file of the operator's, nothing beside it is taken."""
+    if path.parent != DATA_FOLDER or "layer" not in data:
+        return {}
+    shape: dict[str, Any] = {key: data["layer"][key] for key in ("latent", "num_heads")}
+    return table_constants(data["gpu"], **shape, kv_bytes=data["kv_bytes_per_token_layer"], kv_dtype=kv_dtype)
 
 
 def _missing_kv_dtype(name: str, data: dict, kv_dtype: str, measured: dict[str, Any]) -> list[str]:
@@ -154,9 +172,8 @@ def _missing_kv_dtype(name: str, data: dict, kv_dtype: str, measured: dict[str, 
 
 def _card_attention(data: dict, served: ServedModel, split: str) -> dict[str, Any]:
     """What was measured on the constants' card for attention of the served shape."""
-    width = served.kv_bytes_per_token // served.kv_element_bytes * KV_DTYPES[BFLOAT16]
-    shape: dict[str, Any] = {"latent": served.latent, "num_heads": served.num_heads, "kv_bytes": width, "kv_dtype": served.kv_dtype}
-    return table_constants(data["gpu"], **shape, split=split)
+    shape: dict[str, Any] = {"latent": served.latent, "num_heads": served.num_heads, "kv_bytes": served.kv_width}
+    return table_constants(data["gpu"], **shape, kv_dtype=served.kv_dtype, split=split)
 
 
 def with_layers(model: CostModel, num_layers: int) -> CostModel:
@@ -178,7 +195,7 @@ def nearest_constants(served: ServedModel) -> str:
     equal attention, the one whose rows of MoE's exchange are."""
     if served.device == CPU_MODEL:
         return CPU_MODEL
-    card = "h200" if "h200" in served.device.lower() else "h100"
+    card = served.card if served.card in CARDS else "h100"
     found: list[tuple[float, float, str]] = []
     for name in available_cost_models():
         _, data = read_constants(name)
