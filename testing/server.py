@@ -25,7 +25,9 @@ LONGEST_LINE = 400
 """A server prints its arguments in one line of thousands of characters."""
 LOCK_FILE = Path(tempfile.gettempdir()) / "sglang_dcp_server.lock"
 
-PORT_OFFSETS = (0, 13, *range(233, 250))
+RENDEZVOUS_OFFSET, FOLLOWER_OFFSET = 100, 200
+"""Of a server of several nodes: --dist-init-addr of all of them, and the health endpoint of the first node but one."""
+PORT_OFFSETS = (0, 13, *range(RENDEZVOUS_OFFSET, RENDEZVOUS_OFFSET + 21), *range(FOLLOWER_OFFSET, FOLLOWER_OFFSET + 4), *range(233, 250))
 """What a server with attention data parallelism binds besides its port: handshake, and sockets of the ranks from +233 on."""
 
 
@@ -38,8 +40,8 @@ class ServerConfig:
     """What a test asks for. Equal configurations share one server.
 
     model: a name of testing.recall.MODEL_NAMES. pool_tokens: KV pool of each instance. chunk_tokens: most prefill tokens of one instance in
-    one step (SGLang's flag counts all instances). flags: further flags, as they stand on the command line.
-    dyncp=False is *stock*: the hook sets `flags` and `cpu` alone.
+    one step (SGLang's flag counts all instances). flags: further flags, as they stand on the command line. nodes: process trees that share
+    the instances, as on so many hosts. dyncp=False is *stock*: the hook sets `flags` and `cpu` alone.
     """
 
     model: str
@@ -50,10 +52,23 @@ class ServerConfig:
     dyncp: bool = False
     flags: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = field(default=())
+    nodes: int = 1
 
-    def command(self, port: int) -> list[str]:
-        """`sglang-dcp serve ...`. Stock MLA on the CPU runs with page size 1 and without the overlap schedule only."""
-        command = [sys.executable, "-m", "sglang_dcp.cli.commands", "serve", "--model-path", model_path(self.model), "--port", str(port)]
+    def command(self, port: int, node: int = 0) -> list[str]:
+        """`sglang-dcp serve ...` of one node. Stock MLA on the CPU runs with page size 1 and without the overlap schedule only."""
+        own_port = port if node == 0 else port + FOLLOWER_OFFSET + node - 1
+        command = [
+            sys.executable,
+            "-m",
+            "sglang_dcp.cli.commands",
+            "serve",
+            "--model-path",
+            model_path(self.model),
+            "--port",
+            str(own_port),
+        ]
+        if self.nodes > 1:
+            command += ["--nnodes", str(self.nodes), "--node-rank", str(node), "--dist-init-addr", f"127.0.0.1:{port + RENDEZVOUS_OFFSET}"]
         # Without it SGLang would serve float32 weights in half precision.
         command += ["--dtype", "float32", "--context-length", "4096", "--max-total-tokens", str(self.pool_tokens), "--skip-server-warmup"]
         stock_mla = self.model == "deepseek_v2" and not self.dyncp
@@ -72,13 +87,14 @@ class ServerConfig:
 
 @dataclass
 class Server:
-    """A running server. `client` talks to it; `log` is its output so far."""
+    """A running server. `client` talks to it; `log` is its output so far. followers: the process trees of the other nodes."""
 
     config: ServerConfig
     process: subprocess.Popen[bytes]
     port: int
     log_path: Path
     start_s: float = 0.0
+    followers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
     def client(self) -> Client:
@@ -101,11 +117,15 @@ class Server:
         """Ends the server with its whole process tree, as an operator would. Can be repeated."""
         end_process_tree(self.process.pid)
         self.process.wait(timeout=10)
+        for follower in self.followers:
+            kill_process_tree(follower.pid)
+            follower.wait(timeout=10)
 
     def kill(self) -> None:
         """The same without asking it first, which would take seconds. Can be repeated."""
-        kill_process_tree(self.process.pid)
-        self.process.wait(timeout=10)
+        for process in (self.process, *self.followers):
+            kill_process_tree(process.pid)
+            process.wait(timeout=10)
 
 
 def start_server(
@@ -119,24 +139,28 @@ def start_server(
     log_folder.mkdir(parents=True, exist_ok=True)
     log_path = log_folder / f"server_{port}_{int(time.time())}.log"
     began = time.monotonic()
-    environment = clean_environment(os.environ) | dict(config.environment)
-    with log_path.open("wb") as log:
-        command = config.command(port)
-        log.write((" ".join(command) + "\n").encode())
-        log.flush()
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
-        )
-    server = Server(config, process, port, log_path)
+    server = Server(config, _start_node(config, port, 0, log_path), port, log_path)
     try:
         if started is not None:
             started(server)
+        for node in range(1, config.nodes):
+            server.followers.append(_start_node(config, port, node, log_path.with_suffix(f".node{node}.log")))
         _wait_healthy(server, limit_s)
     except BaseException:
         server.kill()
         raise
     server.start_s = time.monotonic() - began
     return server
+
+
+def _start_node(config: ServerConfig, port: int, node: int, log_path: Path) -> subprocess.Popen[bytes]:
+    environment, command = clean_environment(os.environ) | dict(config.environment), config.command(port, node)
+    with log_path.open("wb") as log:
+        log.write((" ".join(command) + "\n").encode())
+        log.flush()
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+        )
 
 
 def _wait_healthy(server: Server, limit_s: float) -> None:

@@ -18,6 +18,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 ROWS, PROMPT, OUTPUT = 32, 1024, 320
 """Of an instance in benchmark/gpu_runtime/run.py: LOADS. The step is the mean over the output."""
 
+
 @dataclass(frozen=True)
 class Step:
     """bound: "gpu" where layers set the step, "host" where there are too few of them."""

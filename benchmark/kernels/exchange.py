@@ -60,17 +60,16 @@ def message_bytes(setting: Setting) -> int:
 class Group:
     """N connected instances with their static tensors. No attention runs between: the stages themselves are measured."""
 
-    def __init__(self, setting: Setting, *, early_launch: bool, num_gpus: int = 1) -> None:
+    def __init__(self, setting: Setting, *, early_launch: bool, num_gpus: int = 1, num_sharing: int | None = None) -> None:
+        """num_sharing: instances on a GPU, those of other groups included; None: this group's alone."""
         n, shape = len(setting.home_rows), setting.shape
         devices = [f"cuda:{rank % num_gpus}" for rank in range(n)]
         table_shape = TableShape(n, 16, 32, 8, 64, 2, 64)
         routes = [[list(range(n))] * rows for rows in setting.home_rows]
         tails = [[-1] * rows for rows in setting.home_rows]
         self.tables = [StepTables(table_shape, rank, 32, devices[rank], shape.max_return_rows) for rank in range(n)]
-        self.exchanges = [
-            PeerExchange(rank, shape, self.tables[rank], num_sharing=n // num_gpus, wait_limit_seconds=10.0, early_launch=early_launch)
-            for rank in range(n)
-        ]
+        options = {"num_sharing": num_sharing or n // num_gpus, "wait_limit_seconds": 10.0, "early_launch": early_launch}
+        self.exchanges = [PeerExchange(rank, shape, self.tables[rank], **options) for rank in range(n)]
         for rank, exchange in enumerate(self.exchanges):
             exchange.connect([other.address for other in self.exchanges])
             attended = route_tables(routes, tails, rank).attention
@@ -104,10 +103,17 @@ class Group:
 
     def layers_on_branches(self) -> None:
         current = torch.cuda.current_stream()
+        self.fork(current)
+        self.join(current)
+
+    def fork(self, current: torch.cuda.Stream) -> None:
+        """Every instance's layers on a stream of its own, behind what `current` has."""
         for rank, stream in enumerate(self.streams):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 self.layers_of(rank)
+
+    def join(self, current: torch.cuda.Stream) -> None:
         for stream in self.streams:
             current.wait_stream(stream)
 

@@ -76,4 +76,12 @@ def server_order(item: pytest.Item) -> tuple[Any, ...]:
     if marker is None:
         return (-1,)
     config: ServerConfig = marker.args[0]
-    return (MODEL_NAMES.index(config.model), config.dyncp, config.instances, config.pool_tokens, -config.page_size, config.chunk_tokens)
+    return (
+        MODEL_NAMES.index(config.model),
+        config.dyncp,
+        config.nodes,
+        config.instances,
+        config.pool_tokens,
+        -config.page_size,
+        config.chunk_tokens,
+    )

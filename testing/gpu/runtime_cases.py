@@ -10,7 +10,7 @@ from typing import Any
 
 from testing.gpu.servers import GpuServer
 
-CASE_NAME = re.compile(r"(gqa|mla)([48]?)(?:_(nccl|gloo|f32|flashmla|fa3|fp8))?")
+CASE_NAME = re.compile(r"(gqa|mla)([48]?)(?:_(nccl|gloo|f32|flashmla|fa3|fp8|nodes))?")
 PAGE_SIZE, FLASH_MLA_PAGE_SIZE = 16, 64
 NEW_TOKENS = 24
 COST_MODEL = "cpu"
@@ -43,6 +43,12 @@ FOUR_SIZES = {
     "cpu": Sizes(512, (80, 150, 333), (700, 1200), ((1, 490, 40), (2, 985, 60)), 8, 16, new_tokens=12),
 }
 """Less of everything: a GPU that four processes share runs them in turns, and an exchange of a layer takes a turn of each."""
+NODE_SIZES = {
+    "cuda": replace(FOUR_SIZES["cuda"], longs=(3000,), growing=((1, 2010, 56),)),
+    "cpu": replace(FOUR_SIZES["cpu"], longs=(700,), growing=((1, 490, 40),)),
+}
+"""Of four instances in two nodes: no request has more than two pools."""
+NODE_SIZE = 2
 EIGHT_SIZES = {
     "cuda": Sizes(1024, (160, 333, 800), (1500, 2600), ((1, 1000, 40),), 16, 12, new_tokens=8),
     "cpu": Sizes(512, (160, 333), (700,), ((1, 490, 40),), 8, 12, new_tokens=8),
@@ -67,7 +73,8 @@ PLAIN_TORCH = {"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"}
 class Case:
     """A pair of servers, by name: gqa or mla (two instances over peer memory), gqa4 or mla4 (four), gqa8 or mla8 (eight), with _nccl or
     _gloo (that transport) or _f32 (float32 in plain torch over NCCL, GQA alone) or _flashmla (that backend, MLA alone), _fa3 (SGLang's
-    default under unsharded steps, GQA alone) or _fp8 (quantised K/V with scales that are not 1, GQA alone)."""
+    default under unsharded steps, GQA alone) or _fp8 (quantised K/V with scales that are not 1, GQA alone) or _nodes (nodes of two, on one
+    host; of four instances alone)."""
 
     name: str
     model: str
@@ -79,17 +86,26 @@ class Case:
         """ValueError for a name that is no case."""
         found = CASE_NAME.fullmatch(name)
         if found is None:
-            raise ValueError(f"{name!r} is no case: gqa or mla, 4 or 8 for so many instances, _nccl, _gloo, _f32, _flashmla, _fa3 or _fp8")
+            raise ValueError(
+                f"{name!r} is no case: gqa or mla, 4 or 8 for so many instances, _nccl, _gloo, _f32, _flashmla, _fa3, _fp8 or _nodes"
+            )
         model, instances, kind = found.groups()
         if kind in ("f32", "fa3", "fp8") and model == "mla":
             raise ValueError(f"mla_{kind}: served for GQA alone")
         if kind == "flashmla" and model == "gqa":
             raise ValueError("gqa_flashmla: FlashMLA serves MLA alone")
+        if kind == "nodes" and instances != "4":
+            raise ValueError(f"{name}: two nodes of two are four instances, {model}4_nodes")
         return cls(name, model, int(instances or 2), kind)
 
     @property
     def is_float32(self) -> bool:
         return self.kind == "f32"
+
+    @property
+    def node_size(self) -> int:
+        """Instances that a request may have shards on."""
+        return NODE_SIZE if self.kind == "nodes" else self.instances
 
     @property
     def num_layers(self) -> int | None:
@@ -111,6 +127,8 @@ class Case:
         return FLASH_MLA_PAGE_SIZE if self.kind == "flashmla" else PAGE_SIZE
 
     def sizes(self, device: str) -> Sizes:
+        if self.kind == "nodes":
+            return NODE_SIZES[device]
         if self.instances > 2:
             return (FOUR_SIZES if self.instances == 4 else EIGHT_SIZES)[device]
         if self.kind == "flashmla":  # every prompt has a page for each shard
@@ -141,6 +159,8 @@ class Case:
             flags += ("--dyncp-transport", self.kind)
         elif self.is_float32:
             flags += ("--dyncp-transport", "nccl" if device == "cuda" else "gloo")
+        elif self.kind == "nodes":
+            flags += ("--dyncp-node-size", str(self.node_size))
         if self.kind == "gloo":
             flags += ("--disable-overlap-schedule",)
         return flags
@@ -166,7 +186,7 @@ class Case:
     @property
     def stock_name(self) -> str:
         """Cases of the same name share a stock server."""
-        return self.name.removesuffix("_nccl").removesuffix("_gloo").removesuffix("_flashmla")
+        return self.name.removesuffix("_nccl").removesuffix("_gloo").removesuffix("_flashmla").removesuffix("_nodes")
 
 
 def build_servers(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from testing.gpu.answers import ask, differences, pinned, prompt, step_counts, s
 from testing.gpu.runtime_cases import Case, within_bounds
 from testing.gpu.servers import GpuServer
 
+PEERS = re.compile(r"peer memory with instances (\d+)-(\d+)")
 FAILURES = (RuntimeError, OSError, AssertionError, ValueError, LookupError, http.client.HTTPException)
 
 
@@ -25,6 +27,7 @@ class Check:
 
     def __init__(self, case: Case, ours: GpuServer, stock: GpuServer | None, save: Callable[[], None], only: Sequence[str] = ()) -> None:
         self.ours, self.stock, self.save, self.only, self.page_size = ours, stock, save, only, case.page_size
+        self.node_size, self.chunk_tokens = case.node_size, ours.chunk_tokens
         self.sizes, self.bounds = case.sizes(ours.device), case.bounds(ours.device)
         self.result: dict[str, Any] = {"sizes": asdict(self.sizes), "bounds": dict(self.bounds), "stages": {}}
         self.prompts = [prompt(length, seed) for seed, length in enumerate(self.sizes.lengths)]
@@ -33,7 +36,7 @@ class Check:
 
     def stages(self) -> Iterator[tuple[str, Callable[[], dict[str, Any]], bool]]:
         """(name, what runs, whether some of its decode steps with sharded rows must have run as graphs under peer memory)."""
-        most = self.ours.instances
+        most = self.node_size
         yield "unsharded", self.unsharded, False
         for degree in range(2, most + 1):
             yield f"degree_{degree}", partial(self.sharded, degree), True
@@ -42,6 +45,8 @@ class Check:
             yield f"growth_from_{degree}", partial(self.growth, degree, length, new_tokens), True
         for pools, length in enumerate(self.sizes.longs, start=1):
             yield f"longer_than_{pools}_pool" + "s" * (pools > 1), partial(self.longer, pools, length), False
+        if most < self.ours.instances:
+            yield "nodes", self.nodes, True
         yield "soak", self.soak, True
         yield "soak_unsharded", self.soak_unsharded, False
         yield "unsharded_again", self.unsharded_again, False
@@ -155,10 +160,37 @@ class Check:
         rng, jobs = random.Random(5), []
         for index in range(self.sizes.soak_requests):
             length, new_tokens = rng.randrange(20, self.sizes.pool // 4), rng.randrange(1, self.sizes.soak_new_tokens)
-            degree = min(rng.randint(1, self.ours.instances), most_degree, -(-length // self.page_size))
+            degree = min(rng.randint(1, self.node_size), most_degree, -(-length // self.page_size))
             jobs.append((prompt(length, 200 + index), new_tokens, pinned(degree, index % self.ours.instances)))
         found = self._compare(jobs, 8)
         return {"ok": self._holds(found) and self.ours.alive, "requests": len(jobs), **found}
+
+    def nodes(self) -> dict[str, Any]:
+        """Sharded rows in one node alone, then in every node at once. All decode steps of the first are graphs on all instances, with
+        sharded rows in that node alone; no instance opens the memory of another node."""
+        instances, size, new_tokens = self.ours.instances, self.node_size, 40
+        homes = range(0, instances, size)
+        jobs = [(self.prompts[-1], new_tokens, pinned(size, home)) for home in homes]
+        before = self._counts()
+        alone = self._compare(jobs[:1], 1)
+        after = self._counts()
+        together = self._compare(jobs, len(jobs))
+        found: dict[str, Any] = {"ok": self._holds(alone) and self._holds(together), "alone": alone["all"], **together}
+        if not self.ours.uses_peer_memory:
+            return found
+        chunks = -(-len(self.prompts[-1]) // (self.chunk_tokens or len(self.prompts[-1])))
+        counts = {kind: after[kind] - before[kind] for kind in after}
+        # A node's instances alone have sharded rows; a prefill step is eager on all. What else is eager was a decode step.
+        decode_eager = max(0.0, counts["eager"] - instances * chunks) * size / instances
+        share = counts["sharded_graph"] / max(1.0, counts["sharded_graph"] + decode_eager)
+        opened = {(int(first), int(last)) for first, last in PEERS.findall(self.ours.log())}
+        expected = {(home, home + size - 1) for home in homes}
+        found |= {"sharded_graph_share": share, "counts": counts, "opened": sorted(opened)}
+        graphs = size * (new_tokens - 1) <= counts["sharded_graph"] <= size * (new_tokens + 1) and counts["graph"] >= instances * (
+            new_tokens - 1
+        )
+        found["ok"] = found["ok"] and share == 1.0 and graphs and opened == expected
+        return found
 
     def soak_unsharded(self) -> dict[str, Any]:
         """The same requests on SGLang's own path: batches of it beside other processes on the GPU."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from benchmark.gpu_runtime import nodes
 from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.types import InstanceLoad
@@ -21,7 +22,7 @@ from testing.gpu import random_models, runtime_check, stages
 from testing.gpu.runtime_cases import BOUNDS, COST_MODEL, FLOAT32_BOUNDS, Case, build_servers, within_bounds
 from testing.gpu.servers import GpuServer
 
-CASES = ("gqa", "gqa_nccl", "mla", "gqa4", "mla4", "gqa8", "mla8", "gqa_f32")
+CASES = ("gqa", "gqa_nccl", "mla", "gqa4", "mla4", "gqa8", "mla8", "gqa_f32", "gqa4_nodes", "mla4_nodes")
 DEVICES = ("cuda", "cpu")
 
 
@@ -35,7 +36,7 @@ def test_names() -> None:
     assert Case.parse("mla4_nccl") == Case("mla4_nccl", "mla", 4, "nccl")
     assert Case.parse("gqa8").shape == ("gqa", 2, 8)
     assert Case.parse("gqa_f32").is_float32 and Case.parse("gqa").instances == 2
-    for name in ("gqa3", "mla_f32", "mla_fa3", "mla_fp8", "gqa_flashmla", "gqa_", "moe", "gqa,mla"):
+    for name in ("gqa3", "mla_f32", "mla_fa3", "mla_fp8", "gqa_flashmla", "gqa_", "moe", "gqa,mla", "gqa_nodes", "gqa8_nodes"):
         with pytest.raises(ValueError, match=name):
             Case.parse(name)
 
@@ -49,6 +50,8 @@ def test_servers_of_a_case() -> None:
     assert stock is not None and value_of(four, "--tp") == "4" and value_of(stock, "--tp") == "1"
     assert value_of(four, "--chunked-prefill-size") == "2048"  # 512 of each instance
     assert int(value_of(stock, "--max-total-tokens")) == 4 * int(value_of(four, "--max-total-tokens"))
+    two_nodes, same = pairs["mla4_nodes"]
+    assert value_of(two_nodes, "--dyncp-node-size") == "2" and same is stock and two_nodes.uses_peer_memory
     assert four.uses_peer_memory and not pairs["gqa_nccl"][0].uses_peer_memory
     for server in pairs["gqa_f32"]:
         assert server is not None and not server.uses_peer_memory
@@ -66,24 +69,24 @@ def test_servers_of_a_case() -> None:
 def test_prompts_do_what_the_stages_claim(name: str, device: str) -> None:
     """By the policy itself, asked about an idle cluster: pins are possible, growth needs one shard more, long prompts need several."""
     case = Case.parse(name)
-    sizes, instances = case.sizes(device), case.instances
+    sizes, instances, most = case.sizes(device), case.instances, case.node_size
     policy = make_policy(
         "dual-balance",
         num_instances=instances,
         page_size=16,
         cost_model=load_cost_model(COST_MODEL, instances),
         degree=None,
-        max_degree=instances,
+        max_degree=most,
         max_guest_fraction=1.0,
     )
 
     def degree_of(length: int, new_tokens: int, pin: dict[str, int]) -> int:
-        loads = [InstanceLoad(rank=rank, node=0, kv_tokens=0, kv_capacity=sizes.pool) for rank in range(instances)]
-        request = describe_request(length, new_tokens, pin, instances * sizes.pool, page_size=16, largest_degree=instances)
+        loads = [InstanceLoad(rank=rank, node=rank // most, kv_tokens=0, kv_capacity=sizes.pool) for rank in range(instances)]
+        request = describe_request(length, new_tokens, pin, most * sizes.pool, page_size=16, largest_degree=most)
         return len(policy.place(request, loads, 16).shards)
 
     for length in sizes.lengths:
-        for degree in range(1, instances + 1):
+        for degree in range(1, most + 1):
             assert degree_of(length, sizes.new_tokens, {"degree": degree, "home": instances - 1}) == degree
     assert [degree for degree, _, _ in sizes.growing] == list(range(1, len(sizes.growing) + 1))
     for degree, length, new_tokens in sizes.growing:
@@ -103,8 +106,11 @@ def answer(ids: list[int], new_tokens: int, degree: int, error: float) -> Answer
     return Answer("", (), {"dyncp": {"degree_end": degree}}, tokens(len(ids) - 1), tokens(new_tokens))
 
 
-def run_check(monkeypatch: pytest.MonkeyPatch, name: str, errors: dict[int, float], growth: int = 1) -> dict[str, Any]:
-    """The stages against stand-ins. errors: of our answers, by degree."""
+def run_check(
+    monkeypatch: pytest.MonkeyPatch, name: str, errors: dict[int, float], growth: int = 1, *, opened: str = "", eager_steps: int = 0
+) -> dict[str, Any]:
+    """The stages against stand-ins. errors: of our answers, by degree. opened: whose memory was, as the log has it; eager_steps: of every
+    request, beside its prefill."""
     case = Case.parse(name)
     ours, stock = case.server(Path(), "cuda", dyncp=True, one_gpu=True), case.server(Path(), "cuda", dyncp=False, one_gpu=True)
     sizes, steps = case.sizes("cuda"), {"graph": 0.0, "eager": 0.0, "sharded_graph": 0.0}
@@ -112,16 +118,19 @@ def run_check(monkeypatch: pytest.MonkeyPatch, name: str, errors: dict[int, floa
     def ask(server: Any, ids: list[int], new_tokens: int, pin: dict[str, Any] | None) -> Answer:
         if server is stock:
             return answer(ids, new_tokens, 1, 0.0)
-        degree = pin["custom_params"]["dyncp"]["degree"] if pin else case.instances
+        degree = pin["custom_params"]["dyncp"]["degree"] if pin else case.node_size
         if len(ids) + new_tokens > degree * sizes.pool:
             degree += growth
-        steps["sharded_graph"] += degree > 1
+        steps["sharded_graph"] += case.node_size * (new_tokens - 1) if degree > 1 else 0
+        steps["graph"] += case.instances * (new_tokens - 1)
+        steps["eager"] += case.instances * (-(-len(ids) // 512) + eager_steps)
         return answer(ids, new_tokens, degree, errors.get(degree, 0.0))
 
     monkeypatch.setattr(stages, "ask", ask)
     monkeypatch.setattr(stages, "step_counts", lambda server: dict(steps))
     monkeypatch.setattr(stages, "time", SimpleNamespace(sleep=lambda seconds: None, monotonic=lambda: 0.0))
     monkeypatch.setattr(GpuServer, "alive", property(lambda server: True))
+    monkeypatch.setattr(GpuServer, "log", lambda server: opened)
     check = stages.Check(case, ours, stock, lambda: None)
     check.run()
     return check.result
@@ -136,6 +145,29 @@ def test_every_stage_of_four_instances(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runtime_check.case_holds(found), found
     assert {1, 2, 3, 4} == set(found["stages"]["soak"]["degrees"])
     assert found["stages"]["growth_from_2"]["degrees"] == [3]
+
+
+OWN_NODES = "peer memory with instances 0-1, 4\npeer memory with instances 2-3, 4\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("opened", "eager_steps", "ok"), [(OWN_NODES, 0, True), ("peer memory with instances 0-3, 4", 0, False), (OWN_NODES, 1, False)]
+)
+def test_two_nodes(monkeypatch: pytest.MonkeyPatch, opened: str, eager_steps: int, ok: bool) -> None:
+    """Memory of another node was opened, or a decode step with sharded rows ran without a graph: the stage fails."""
+    found = run_check(monkeypatch, "gqa4_nodes", {}, opened=opened, eager_steps=eager_steps)
+    assert list(found["stages"]) == [
+        *("unsharded", "degree_2", "degree_2_again", "growth_from_1", "longer_than_1_pool"),
+        *("nodes", "soak", "soak_unsharded", "unsharded_again"),
+    ]
+    assert found["stages"]["nodes"]["ok"] == ok == runtime_check.case_holds(found)
+    assert (found["stages"]["nodes"]["sharded_graph_share"] == 1.0) == (eager_steps == 0)
+    served = {"held": ok, "cases": {"gqa4_nodes": nodes.summarise(found)}}
+    exchange = {"mla": {"exchange_2x2_over_2": 1.02}, "gqa": {"exchange_2x2_over_2": 1.2}}
+    figures = nodes.conclude({"served": served, "exchange": exchange})
+    assert figures["exchange_2x2_over_2"] == 1.2 and not figures["bars"]["exchange_2x2_over_2"]
+    assert figures["bars"]["served"] == ok and figures["bars"]["sharded_graph_share"] == (eager_steps == 0)
+    json.dumps(figures | served)
 
 
 @pytest.mark.parametrize(
