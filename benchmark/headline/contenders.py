@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 SYNTHETIC = {"SGLANG_DYNCP_BENCHMARK": "1"}
 """Ours decodes only too: prompts are placed, reserved and chunked, and not computed (docs/gpu.md)."""
+FA3 = ("--attention-backend", "fa3")
 FAKE_PREFILL = {"bootstrap_host": "2.2.2.2"}
 """SGLang's name for a prefill server that is not there: K/V are what the pool holds."""
 
@@ -27,7 +28,7 @@ def contenders(num_gpus: int) -> dict[str, Contender]:
     whole = ("--dyncp-max-degree", "1")
     n = str(num_gpus)
     # SGLang's own way to decode without prefills, and its own default kernels on Hopper.
-    decode_only = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "fake", "--attention-backend", "fa3")
+    decode_only = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "fake", *FA3)
     decode_only += ("--disaggregation-decode-retraction-backup", "cpu_tensor")
     data_parallel = ("--attn-dp-size", n, "--ep-size", n, "--load-balance-method", "total_tokens")
     ours = [
@@ -35,7 +36,8 @@ def contenders(num_gpus: int) -> dict[str, Contender]:
         Contender("whole", "every request whole, placed by our policy", True, whole),
         Contender("whole-stock-split", "the same, FlashInfer's own split", True, (*whole, "--dyncp-split-budget", "stock")),
         Contender("length-buckets", "degree by prompt length, as NanoCP's release", True, ("--dyncp-policy", "length-buckets")),
-        Contender("ours", "dual-balance", True),
+        Contender("ours", "dual-balance, FlashInfer's kernels in every step", True),
+        Contender("ours-fa3", "dual-balance as users start it: SGLang's default kernel where nobody is sharded", True, FA3),
     ]
     static = ("--dcp-size", n, "--ep-size", n)
     found = [
