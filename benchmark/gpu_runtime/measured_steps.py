@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from benchmark.multi_gpu.model_shapes import SHAPES, WITHOUT_COST_MODEL
+from benchmark.multi_gpu.model_shapes import SHAPES, SMALL_SHAPES
 from benchmark.multi_gpu.predictions import spread_evenly, work_of
 from sglang_dcp.policy.cost_model import CostModel, InstanceWork
 from sglang_dcp.policy.served_model import ServedModel, served_cost
@@ -46,7 +46,7 @@ def steps() -> Iterator[Step]:
 
 
 def cost_of(model: str, layers: int, machine: str, count: int) -> CostModel:
-    config = SimpleNamespace(**(SHAPES | WITHOUT_COST_MODEL)[model], num_hidden_layers=layers)
+    config = SimpleNamespace(**(SHAPES | SMALL_SHAPES)[model], num_hidden_layers=layers)
     return served_cost(None, ServedModel.of_config(config, machine), count).model
 
 

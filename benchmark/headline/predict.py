@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmark.headline.judge import WARM_SHARE, Point, percentile
 from benchmark.headline.traffic import arrivals
-from benchmark.multi_gpu.model_shapes import SHAPES, WITHOUT_COST_MODEL
+from benchmark.multi_gpu.model_shapes import SHAPES, SMALL_SHAPES
 from benchmark.simulate.engine import Simulation
 from benchmark.simulate.settings import SimulationSettings
 from sglang_dcp.policy.attention_table import OUR_SPLIT, STOCK_SPLIT
@@ -54,7 +54,7 @@ PLACING = {
 def predicted(result: dict[str, Any], name: str, long_share: float, seed: int, found: Point) -> dict[str, Any]:
     """Mean time per token of the requests of one point, and their degrees. result: what holds for all points of a headline.json."""
     placing, count = PLACING[name], int(result["machine"].split(" x ")[0])
-    config = SimpleNamespace(**(SHAPES | WITHOUT_COST_MODEL)[result["model"]], num_hidden_layers=result["layers"])
+    config = SimpleNamespace(**(SHAPES | SMALL_SHAPES)[result["model"]], num_hidden_layers=result["layers"])
     cost = served_cost(None, ServedModel.of_config(config, result["machine"]), count, placing.split_budget).model
     most = count if placing.splits else 1
     policy = make_policy(

@@ -73,7 +73,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-WITHOUT_COST_MODEL: dict[str, dict[str, Any]] = {
+SMALL_SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": QWEN3_MOE
     | {
         "hidden_size": 2048,
@@ -89,7 +89,7 @@ def write_shape(name: str, num_layers: int, folder: Path) -> Path:
     """Writes configuration and tokenizer to folder/name. What is there already stays untouched: a server may be reading it."""
     target, config = (
         folder / f"{name}-{num_layers}",
-        json.dumps((SHAPES | WITHOUT_COST_MODEL)[name] | {"num_hidden_layers": num_layers}, indent=1),
+        json.dumps((SHAPES | SMALL_SHAPES)[name] | {"num_hidden_layers": num_layers}, indent=1),
     )
     if (target / "config.json").is_file() and (target / "config.json").read_text() == config:
         return target

@@ -8,17 +8,19 @@ from dataclasses import replace
 from typing import Any
 
 from benchmark.multi_gpu.settings import Settings, Skipped
-from sglang_dcp.policy.cost_model import CostModel, InstanceWork, available_cost_models, load_cost_model
+from sglang_dcp.policy.cost_model import CostModel, InstanceWork, available_cost_models
+from sglang_dcp.policy.served_model import serving_cost
 
 Shards = Sequence[tuple[int, int]]
 """(instance, tokens) of one request."""
 
 
 def cost_model(shape: str, settings: Settings) -> CostModel:
+    """What a server of the shape is placed by on this card."""
     name = "cpu" if settings.dry else f"{shape}.{settings.gpu}"
     if name not in available_cost_models():
         raise Skipped(f"no cost model {name}; there are {', '.join(available_cost_models())}")
-    return load_cost_model(name, settings.num_gpus)
+    return serving_cost(name, settings.num_gpus).model
 
 
 def step_ms(model: CostModel, num_layers: int, placements: Sequence[tuple[int, Shards]]) -> float:

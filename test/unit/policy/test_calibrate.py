@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmark.kernels.measured import RESULTS
-from benchmark.multi_gpu.model_shapes import SHAPES, WITHOUT_COST_MODEL
+from benchmark.multi_gpu.model_shapes import SHAPES, SMALL_SHAPES
 from sglang_dcp.cli import calibrate
 from sglang_dcp.dataflow.measure import decode_rows
 from sglang_dcp.dataflow.measure.decode_rows import CASES, Case, DecodeShape
@@ -27,7 +27,7 @@ FIXED, PER_TOKEN, PER_ROW = 21.0, 0.0006, 0.05
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "qwen3-30b-a3b" / "config.json"
     path.parent.mkdir()
-    path.write_text(json.dumps(WITHOUT_COST_MODEL["qwen3-30b-a3b"] | {"num_hidden_layers": 48}))
+    path.write_text(json.dumps(SMALL_SHAPES["qwen3-30b-a3b"] | {"num_hidden_layers": 48}))
     return path
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmark.multi_gpu.model_shapes import SHAPES, WITHOUT_COST_MODEL
+from benchmark.multi_gpu.model_shapes import SHAPES, SMALL_SHAPES
 from sglang_dcp.policy.cost_model import DATA_FOLDER, CostModel, InstanceWork, available_cost_models, load_cost_model
 from sglang_dcp.policy.dual_balance import DualBalance
 from sglang_dcp.policy.served_model import ServedModel, nearest_constants, served_cost
@@ -22,7 +22,7 @@ FULL_LAYERS = {"qwen3-235b-a22b": 94, "deepseek-v3": 61}
 
 
 def served(shape: str, num_layers: int, device: str = H200, **changes: Any) -> ServedModel:
-    config = (SHAPES | WITHOUT_COST_MODEL)[shape] | {"num_hidden_layers": num_layers} | changes
+    config = (SHAPES | SMALL_SHAPES)[shape] | {"num_hidden_layers": num_layers} | changes
     return ServedModel.of_config(SimpleNamespace(**config), device)
 
 
@@ -50,7 +50,7 @@ def test_sizes_of_a_layer_are_those_of_the_exchange_that_was_measured() -> None:
     assert served("qwen3-235b-a22b", 4).exchange_bytes_per_row == 33_024 and served("deepseek-v3", 4).exchange_bytes_per_row == 279_040
     for name in available_cost_models():
         data = json.loads((DATA_FOLDER / f"{name}.json").read_text())
-        if data["model"] in SHAPES | WITHOUT_COST_MODEL:
+        if data["model"] in SHAPES | SMALL_SHAPES:
             model = served(data["model"], 1)
             assert data["layer"]["exchange_bytes_per_row"] == model.exchange_bytes_per_row
             assert data["kv_bytes_per_token_layer"] == model.kv_bytes_per_token
@@ -157,7 +157,7 @@ def test_a_config_without_heads_is_an_attribute_error() -> None:
 
 def test_a_quantised_pool_costs_what_was_measured() -> None:
     """Half the bytes, and by benchmark/results/fp8.json 0.83 of the time: the kernels convert what they read."""
-    config = SimpleNamespace(**(SHAPES | WITHOUT_COST_MODEL)["qwen3-235b-a22b"], num_hidden_layers=94)
+    config = SimpleNamespace(**(SHAPES | SMALL_SHAPES)["qwen3-235b-a22b"], num_hidden_layers=94)
     plain, quantised = (ServedModel.of_config(config, H200, kv_bytes) for kv_bytes in (2, 1))
     assert plain.kv_bytes_per_token == 2 * quantised.kv_bytes_per_token == 2048
     costs = [served_cost(None, model, 2) for model in (plain, quantised)]
