@@ -23,6 +23,8 @@ from testing.server import Server, server_pool
 
 EXIT_SECONDS = 120.0
 SETTLE_SECONDS = 10.0
+HOLD_SECONDS = 300.0
+"""After so long others get the machine's one server for a turn."""
 
 
 def lose(server: Server, how: Callable[[Possessions], None]) -> tuple[float, list[Outcome], Possessions]:
@@ -93,11 +95,14 @@ def main() -> int:
     arguments = parser.parse_args()
     head = provenance(f"python -m benchmark.serving.kill --runs {arguments.runs}")
     record = Record()
-    for end in [kill_once] * arguments.runs + [stop_once] * arguments.runs:
-        with server_pool(ROOT / "logs") as servers:  # others on this machine get their turn between two
-            end(servers.get(mixed_server()), record)
-        print(json.dumps(record.as_result()), flush=True)
-        arguments.out.write_text(json.dumps(head | record.as_result(), indent=1) + "\n")
+    ends = [stop_once] * arguments.runs + [kill_once] * arguments.runs
+    while ends:
+        with server_pool(ROOT / "logs") as servers:
+            until = time.monotonic() + HOLD_SECONDS
+            while ends and time.monotonic() < until:
+                ends.pop()(servers.get(mixed_server()), record)
+                print(json.dumps(record.as_result()), flush=True)
+                arguments.out.write_text(json.dumps(head | record.as_result(), indent=1) + "\n")
     return 0
 
 
