@@ -16,6 +16,7 @@ SETS = {
     "flags": "installed in every process of every server",
     "cpu": "installed on a CPU device only; what SGLang lacks there. Stock serving on a CPU has it too",
     "dyncp": "installed only with `--enable-dyncp`",
+    "pd": "installed in schedulers with `--disaggregation-mode prefill` alone",
     "benchmark": "installed in schedulers with `SGLANG_DYNCP_BENCHMARK=1` alone",
 }
 

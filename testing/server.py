@@ -129,13 +129,13 @@ class Server:
 
 
 def start_server(
-    config: ServerConfig, *, log_folder: Path, limit_s: float = START_LIMIT_S, started: Callable[[Server], None] | None = None
+    config: ServerConfig, log_folder: Path, limit_s: float = START_LIMIT_S, started: Callable[[Server], None] | None = None, port: int = 0
 ) -> Server:
     """Starts a server and waits until it is healthy. ServerStartError if it ends or is not healthy within `limit_s`.
 
-    started: called with the server as soon as its process exists, so that a run that is killed while it waits leaves a record.
+    started: called with the server once its process exists, so that a run that is killed meanwhile leaves a record. port: 0 for a free one.
     """
-    port = find_free_port()
+    port = port or find_free_port()
     log_folder.mkdir(parents=True, exist_ok=True)
     log_path = log_folder / f"server_{port}_{int(time.time())}.log"
     began = time.monotonic()
@@ -253,14 +253,14 @@ class ServerPool:
 
     def __init__(self, lock: IO[str], log_folder: Path) -> None:
         self._lock = lock
-        self._log_folder = log_folder
+        self.log_folder = log_folder
         self._current: Server | None = None
 
     def get(self, config: ServerConfig) -> Server:
         if self._current is not None and self._current.is_alive and self._current.config == config:
             return self._current
         self.stop(at_once=True)
-        self._current = start_server(config, log_folder=self._log_folder, started=lambda server: _record(self._lock, server))
+        self._current = start_server(config, log_folder=self.log_folder, started=lambda server: _record(self._lock, server))
         return self._current
 
     def dead_server(self) -> Server | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-SYNTHETIC = {"SGLANG_DYNCP_BENCHMARK": "1"}
-"""Ours decodes only too: prompts are placed, reserved and chunked, and not computed (docs/gpu.md)."""
 FA3 = ("--attention-backend", "fa3")
 FAKE_PREFILL = {"bootstrap_host": "2.2.2.2"}
 """SGLang's name for a prefill server that is not there: K/V are what the pool holds."""
@@ -27,9 +25,10 @@ def contenders(num_gpus: int) -> dict[str, Contender]:
     """By name, for one instance per GPU."""
     whole = ("--dyncp-max-degree", "1")
     n = str(num_gpus)
-    # SGLang's own way to decode without prefills, and its own default kernels on Hopper.
-    decode_only = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "fake", *FA3)
-    decode_only += ("--disaggregation-decode-retraction-backup", "cpu_tensor")
+    # SGLang's own way to decode without prefills, for all of them.
+    decode_only = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "fake")
+    # Its own default kernels on Hopper.
+    stock_only = (*decode_only, *FA3, "--disaggregation-decode-retraction-backup", "cpu_tensor")
     data_parallel = ("--attn-dp-size", n, "--ep-size", n, "--load-balance-method", "total_tokens")
     ours = [
         Contender("local", "SGLang's balancing, our runtime", True, ("--dyncp-policy", "local")),
@@ -41,8 +40,8 @@ def contenders(num_gpus: int) -> dict[str, Contender]:
     ]
     static = ("--dcp-size", n, "--ep-size", n)
     found = [
-        Contender("stock", "SGLang's data parallelism with its defaults", False, (*data_parallel, *decode_only), {}, FAKE_PREFILL),
-        Contender("static-dcp", "SGLang's static context parallelism", False, (*static, *decode_only), {}, FAKE_PREFILL),
-        *(Contender(c.name, c.what, True, c.flags, SYNTHETIC) for c in ours),
+        Contender("stock", "SGLang's data parallelism with its defaults", False, (*data_parallel, *stock_only), {}, FAKE_PREFILL),
+        Contender("static-dcp", "SGLang's static context parallelism", False, (*static, *stock_only), {}, FAKE_PREFILL),
+        *(Contender(c.name, c.what, True, (*c.flags, *decode_only), {}, FAKE_PREFILL) for c in ours),
     ]
     return {contender.name: contender for contender in found}

@@ -58,7 +58,6 @@ def build_server(contender: Contender, args: argparse.Namespace) -> GpuServer:
     if args.dry:
         flags = ("--page-size", "16", "--stream-interval", "4", *contender.flags)
         flags = tuple("torch_native" if flag == "fa3" else flag for flag in flags)
-        flags += () if contender.dyncp else ("--no-enable-tp-lm-head-all-to-all",)
         return GpuServer(contender.name, ROOT / "testing/models/qwen3moe", args.gpus, args.pool, contender.dyncp, flags, device="cpu")
     path = write_shape(args.model, args.layers, args.out / "models")
     flags = ("--context-length", str(LONGEST_CONTEXT), "--page-size", str(PAGE), "--load-format", "dummy", "--mem-fraction-static", "0.9")

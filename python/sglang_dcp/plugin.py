@@ -13,11 +13,12 @@ def register() -> None:
     """Installs the hook sets of this process.
 
     `flags` always; `cpu` on a CPU device; `dyncp` in children of a server that was started with --enable-dyncp (the main process
-    installs it when it has parsed that flag); `benchmark` there too, when its variable is set. SGLang logs a plugin's exception and
-    serves on without it, so a failure ends the process here instead.
+    installs it when it has parsed that flag); `benchmark` there too, when its variable is set; `pd` in children of a prefill server.
+    SGLang logs a plugin's exception and serves on without it, so a failure ends the process here instead.
     """
     from sglang_dcp.upstream.attach.hooks import DYNCP_HOOKS, FLAGS_HOOKS
     from sglang_dcp.upstream.attach.install import install
+    from sglang_dcp.upstream.disaggregation.sending import is_prefill_server
 
     try:
         install(FLAGS_HOOKS)
@@ -25,6 +26,10 @@ def register() -> None:
             from sglang_dcp.cpu.hooks import CPU_HOOKS
 
             install(CPU_HOOKS)
+        if multiprocessing.parent_process() is not None and is_prefill_server():
+            from sglang_dcp.upstream.attach.disaggregation_hooks import PREFILL_HOOKS
+
+            install(PREFILL_HOOKS)
         if multiprocessing.parent_process() is not None and _enabled_by_parent():
             install(DYNCP_HOOKS)
             if os.environ.get("SGLANG_DYNCP_BENCHMARK") == "1":

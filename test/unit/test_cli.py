@@ -37,6 +37,19 @@ def test_flags_that_are_given_stay() -> None:
     assert launch.flags[:4] == ("--device", "cpu", "--foo", "--bar=1")
 
 
+def test_a_decode_server_on_a_cpu_gets_what_it_lacks() -> None:
+    added = ("--no-enable-tp-lm-head-all-to-all", "--disaggregation-decode-retraction-backup", "cpu_tensor")
+    assert flags_of("--device", "cpu", "--enable-dyncp", "--disaggregation-mode", "decode") == added
+    assert flags_of("--device", "cpu", "--enable-dyncp", "--disaggregation-mode=decode", "--enable-tp-lm-head-all-to-all") == added[1:]
+    given = ("--device", "cpu", "--enable-dyncp", "--disaggregation-mode", "decode", "--disaggregation-decode-retraction-backup", "x")
+    assert flags_of(*given) == added[:1]
+    assert flags_of("--disaggregation-mode", "decode", cuda_devices=1) == ()
+    early = "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX"
+    for mode, value in (("prefill", "0"), ("decode", None)):
+        assert cli_serve.plan_launch(["--disaggregation-mode", mode], {}, cuda_devices=NO_DRIVER).additions.get(early) == value
+    assert early not in cli_serve.plan_launch(["--disaggregation-mode", "prefill"], {early: "1"}, cuda_devices=NO_DRIVER).additions
+
+
 @pytest.mark.parametrize("flag", ["--tp", "--tp-size", "--tensor-parallel-size"])
 def test_one_core_per_rank(flag: str) -> None:
     for arguments in ([flag, "5"], [f"{flag}=5"]):

@@ -13,6 +13,9 @@ from sglang_dcp.cli.supervise import supervise
 from sglang_dcp.config import add_cli_arguments
 from sglang_dcp.cpu.environment import count_cuda_devices, cpu_additions
 
+EARLY_SEND = "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX"
+"""Of a prefill server: at a prefix hit it records a CUDA event."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -76,8 +79,19 @@ def plan_launch(flags: Sequence[str], environment: Mapping[str, str], *, cuda_de
         added += ["--device", "cpu"]
     if known.attention_backend is None and not known.enable_dyncp:
         added += ["--attention-backend", "torch_native"]
+    added += _disaggregation_flags(known)
     additions = cpu_additions(known.tp, environment, has_cuda_driver=cuda_devices is not None)
+    if known.mode == "prefill" and EARLY_SEND not in environment:
+        additions[EARLY_SEND] = "0"
     return Launch((*flags, *added), additions, tuple(added))
+
+
+def _disaggregation_flags(known: argparse.Namespace) -> list[str]:
+    """What a decode server on a CPU lacks: an all-to-all without a kernel there, and host memory that is registered with CUDA."""
+    if known.mode != "decode":
+        return []
+    flags = [] if known.lm_head_all_to_all is not None else ["--no-enable-tp-lm-head-all-to-all"]
+    return flags + ([] if known.retraction_backup is not None else ["--disaggregation-decode-retraction-backup", "cpu_tensor"])
 
 
 def describe(launch: Launch) -> list[str]:
@@ -95,6 +109,9 @@ def _read_known_flags(flags: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default=None)
     parser.add_argument("--attention-backend", default=None)
     parser.add_argument("--enable-dyncp", action="store_true")
+    parser.add_argument("--disaggregation-mode", dest="mode", default=None)
+    parser.add_argument("--disaggregation-decode-retraction-backup", dest="retraction_backup", default=None)
+    parser.add_argument("--enable-tp-lm-head-all-to-all", dest="lm_head_all_to_all", action=argparse.BooleanOptionalAction, default=None)
     try:
         known, _ = parser.parse_known_args(list(flags))
     except argparse.ArgumentError as error:

@@ -12,7 +12,7 @@ from sglang.srt import runtime_context
 from sglang_dcp.config import CONFIG_VARIABLE, ConfigError, DynCpConfig
 from sglang_dcp.policy.split_limits import Layout
 from sglang_dcp.upstream.attach.settings import find_layout_refusal
-from sglang_dcp.upstream.front.request_limits import REFUSED_OPTIONS, RequestError, RequestLimits, check_options, read_pin
+from sglang_dcp.upstream.front.request_limits import REFUSED_OPTIONS, RequestError, RequestLimits, check_address, check_options, read_pin
 from sglang_dcp.upstream.pool import capacity
 from sglang_dcp.upstream.router.placement_hint import ACTION_TYPE, strip_hints
 from sglang_dcp.upstream.router.placement_request import describe_request
@@ -266,3 +266,13 @@ def test_every_door_asks_the_same_limits(monkeypatch: pytest.MonkeyPatch) -> Non
     assert raised == (POOL, 0, 0, 0, 1535, 1530, "rest")
     monkeypatch.delenv(CONFIG_VARIABLE)
     assert capacity.reach_tokens(POOL, PAGE) == POOL
+
+
+def test_a_decode_server_wants_the_address_of_a_prefill_server() -> None:
+    whole = SimpleNamespace(bootstrap_host="10.0.0.1", bootstrap_room=0)
+    check_address(whole, "decode", "mooncake")
+    for mode, backend in (("null", "mooncake"), ("decode", "fake")):
+        check_address(SimpleNamespace(), mode, backend)
+    for name in ("bootstrap_host", "bootstrap_room"):
+        with pytest.raises(RequestError, match=f"{name} is missing, and --disaggregation-mode is decode"):
+            check_address(SimpleNamespace(**(vars(whole) | {name: None})), "decode", "mooncake")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from sglang_dcp.cli.serve import plan_launch, split_restart
+from sglang_dcp.upstream.attach.disaggregation_settings import complete_decode, find_decode_refusal
 from sglang_dcp.upstream.attach.settings import (
     REFUSALS,
     complete_page_size,
@@ -70,6 +71,38 @@ def test_what_sglang_has_yet_to_decide_is_not_judged_at_the_beginning(refusal: A
     assert find_refusal(undecided.get, resolved=False) is None
     given = undecided | {refusal.field: BREAKING.get(refusal.field, True)}
     assert str(find_refusal(given.get, resolved=False)).startswith(refusal.flag)
+
+
+DECODE: dict[str, Any] = {"disaggregation_mode": "decode", "disaggregation_transfer_backend": "fake"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("disaggregation_transfer_backend", "mori"),
+        ("disaggregation_decode_enable_radix_cache", True),
+        ("disaggregation_decode_enable_offload_kvcache", True),
+        ("disaggregation_decode_retraction_backup", "host_pool"),
+        ("disaggregation_decode_host_receive_threshold", 0.5),
+        ("disaggregation_decode_allocation_policy", "prefill_complete"),
+        ("disaggregation_enable_kv_checksum", True),
+        ("enable_pd_role_switch", True),
+    ],
+)
+def test_a_decode_server_refuses_by_name_what_it_cannot_do(field: str, value: Any) -> None:
+    message = find_decode_refusal((DECODE | {field: value}).get, 0.0)
+    assert str(message).startswith(f"--{field.replace('_', '-')} {value} does not work with --enable-dyncp")
+    other = {field: value, "disaggregation_mode": "null"}
+    assert find_decode_refusal(other.get, 0.0) is None, "nothing of it matters on another server"
+
+
+def test_a_decode_server_is_served_and_copies_no_retracted_request() -> None:
+    assert find_refusal((WORKING | DECODE).get) is None and find_decode_refusal(DECODE.get, 0.0) is None
+    assert complete_decode(DECODE.get) == {"disaggregation_decode_retraction_backup": "cpu_tensor"}
+    assert complete_decode((DECODE | {"disaggregation_decode_retraction_backup": "host_pool"}).get) == {}
+    assert complete_decode(WORKING.get) == {}
+    assert "--dyncp-cache-fraction 0.5 does not work with --disaggregation-mode decode" in str(find_decode_refusal(DECODE.get, 0.5))
+    assert "SGLANG_DISAGG_STAGING_BUFFER=1" in str(find_decode_refusal(DECODE.get, 0.0, staging=True))
 
 
 def test_a_front_that_checks_no_requests_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sglang_dcp.upstream.attach.disaggregation_hooks import DISAGGREGATION_HOOKS
 from sglang_dcp.upstream.attach.hook import Hook
 from sglang_dcp.upstream.attach.layer_hooks import LAYER_HOOKS
 from sglang_dcp.upstream.attach.memory_hooks import MEMORY_HOOKS
@@ -232,6 +233,7 @@ DYNCP_HOOKS: tuple[Hook, ...] = (
         remove_when="a worker can tell that a result is not to be used",
         parameters=("batch", "result"),
     ),
+    *DISAGGREGATION_HOOKS,
     *MEMORY_HOOKS,
     *LAYER_HOOKS,
 )

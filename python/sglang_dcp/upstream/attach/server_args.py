@@ -8,6 +8,7 @@ from typing import Any
 
 from sglang_dcp.config import CONFIG_VARIABLE, ConfigError, DynCpConfig, add_cli_arguments
 from sglang_dcp.upstream.attach.widths import GIVEN, note_given_widths
+from sglang_dcp.upstream.disaggregation.sending import mark_prefill_server
 from sglang_dcp.upstream.front.tokenizer_workers import select_worker_app
 from sglang_dcp.upstream.layers.synthetic_prefill import BenchmarkModeError, check_use
 
@@ -26,6 +27,7 @@ def read_flags(server_args: Any, cls: type, args: argparse.Namespace) -> Any:
     except (ConfigError, BenchmarkModeError) as error:
         raise SystemExit(f"sglang_dcp: {error}") from error
     os.environ.pop(CONFIG_VARIABLE, None)
+    mark_prefill_server(server_args.disaggregation_mode == "prefill")
     select_worker_app(config is not None and server_args.tokenizer_worker_num > 1)
     server_args._dyncp = config
     server_args._dyncp_given_widths = getattr(args, GIVEN, frozenset())

@@ -17,6 +17,7 @@ from sglang_dcp.upstream.attach.cuda_settings import (
     find_quantised_kv_refusal,
     find_transport_refusal,
 )
+from sglang_dcp.upstream.attach.disaggregation_settings import complete_decode, find_decode_refusal
 from sglang_dcp.upstream.attach.model_sizes import learn_served_model
 from sglang_dcp.upstream.attach.widths import SettingError, complete_widths
 from sglang_dcp.upstream.front.tokenizer_workers import find_app_refusal
@@ -48,7 +49,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("device", "--device", lambda v: v in ("cpu", "cuda"), "there is no data path for this device"),
     Refusal("pp_size", "--pp-size", lambda v: v == 1, "a request's shards are found by data-parallel rank alone"),
     Refusal("speculative_algorithm", "--speculative-algorithm", _off, "step plans assume one new token per request and step"),
-    Refusal("disaggregation_mode", "--disaggregation-mode", lambda v: v in (None, "null"), "KV transfer knows one pool per request"),
+    Refusal("disaggregation_mode", "--disaggregation-mode", lambda v: v in (None, "null", "decode"), "prefill servers run without it"),
     Refusal("enable_hierarchical_cache", "--enable-hierarchical-cache", _off, "host copies of remote pages do not exist"),
     Refusal("enable_lora", "--enable-lora", _off, "not tested with sharded requests"),
     Refusal("lora_paths", "--lora-paths", _off, "not tested with sharded requests"),
@@ -122,6 +123,14 @@ def read_front_refusal(view: Any) -> str | None:
     return find_front_refusal(envs.SGLANG_RUST_SERVER.get(), view.tokenizer_worker_num, envs.SGLANG_HTTP_SERVER_APP_PATH.get())
 
 
+def read_decode_refusal(server_args: Any, view: Any) -> str | None:
+    """find_decode_refusal of this server."""
+    from sglang.srt.environ import envs
+
+    fraction, staging = server_args._dyncp.cache_fraction, bool(envs.SGLANG_DISAGG_STAGING_BUFFER.get())
+    return find_decode_refusal(lambda field: getattr(view, field), fraction, staging=staging)
+
+
 def complete_page_size(values: Callable[[str], Any]) -> dict[str, int]:
     """A page size where neither the user nor the attention backend (flashmla: 64) gave one. Other devices are refused later."""
     device = values("device")
@@ -147,11 +156,12 @@ def register_resolution() -> None:
         view = resolving_view(server_args)
         try:
             widths = complete_widths(view.tp_size, view.attn_dp_size, view.ep_size, view.dp_size, server_args._dyncp_given_widths)
-            declare_resolution(server_args, SOURCE, **widths)
+            declare_resolution(server_args, SOURCE, **widths, **complete_decode(lambda field: getattr(view, field)))
         except SettingError as error:
             raise SystemExit(f"sglang_dcp: {error}") from error
         message = read_front_refusal(view)
         message = message or find_refusal(lambda field: getattr(view, field), resolved=False)
+        message = message or read_decode_refusal(server_args, view)
         if message is not None:
             raise SystemExit(f"sglang_dcp: {message}")
 
@@ -170,7 +180,7 @@ def register_resolution() -> None:
         def values(field: str) -> Any:
             return getattr(view, field)
 
-        message = read_front_refusal(view) or find_refusal(values)
+        message = read_front_refusal(view) or find_refusal(values) or read_decode_refusal(server_args, view)
         message = message or find_layout_refusal(config, view.tp_size)
         message = message or find_transport_refusal(config.transport, view.device) or find_quantised_kv_refusal(values)
         if message is None and view.device == "cuda":

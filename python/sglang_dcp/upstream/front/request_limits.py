@@ -50,6 +50,17 @@ def check_options(request: Any) -> None:
             raise RequestError(f"beam_width {width!r} does not work with --enable-dyncp: beams share pages, the ledger knows one owner")
 
 
+def check_address(request: Any, mode: str, backend: str) -> None:
+    """Raises RequestError for a request to a decode server that names no prefill server. mode, backend: --disaggregation-mode and
+    --disaggregation-transfer-backend."""
+    if mode != "decode" or backend == "fake":
+        return
+    for name in ("bootstrap_host", "bootstrap_room"):
+        if getattr(request, name, None) is None:
+            where = "requests reach a decode server by a router, which sends them to a prefill server too"
+            raise RequestError(f"{name} is missing, and --disaggregation-mode is decode: {where}")
+
+
 def read_pin(custom_params: Any, layout: Layout) -> dict[str, int]:
     """The placement that custom_params.dyncp pins; {} without one. Raises RequestError for what is no placement."""
     if custom_params is None:

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.upstream.attach.install import verify_installed
 from sglang_dcp.upstream.front.field_kinds import Sizes
-from sglang_dcp.upstream.front.request_limits import RequestError, RequestLimits, check_options
+from sglang_dcp.upstream.front.request_limits import RequestError, RequestLimits, check_address, check_options
 from sglang_dcp.upstream.front.request_ranges import check_body, check_labels, check_prompt
 from sglang_dcp.upstream.front.tokenizer_workers import POOL_KEY, PoolTokens
 from sglang_dcp.upstream.layers.synthetic_prefill import BENCHMARK_VARIABLE, is_enabled
@@ -64,11 +64,13 @@ def limits_of(pool_tokens: int) -> RequestLimits:
 def check_request_options(manager: Any, obj: Any, request: Any = None) -> None:
     """BEFORE TokenizerManager.generate_request."""
     from sglang.srt.managers.io_struct import EmbeddingReqInput
-    from sglang.srt.runtime_context import get_observability
+    from sglang.srt.runtime_context import get_disagg, get_observability
 
     if isinstance(obj, EmbeddingReqInput):
         raise RequestError("embedding, classification and reranking requests do not work with --enable-dyncp: such models do not decode")
     check_options(obj)
+    disaggregation = get_disagg()
+    check_address(obj, disaggregation.disaggregation_mode, disaggregation.disaggregation_transfer_backend)
     check_body(obj, Sizes(int(manager.model_config.vocab_size)))
     if manager.enable_metrics:
         check_labels(obj.custom_labels, get_observability().tokenizer_metrics_allowed_custom_labels or ())

@@ -13,6 +13,7 @@ from sglang_dcp.observe.report_client import LOAD_RID, META_KEY, REPORT_RID
 from sglang_dcp.observe.request_log import short_id
 from sglang_dcp.upstream.step.attached import after, around, current
 from sglang_dcp.upstream.step.managed import is_managed
+from sglang_dcp.upstream.step.queued import with_pages, without_pages
 from sglang_dcp.upstream.step.runtime import Runtime
 
 
@@ -100,7 +101,7 @@ def answer_report(runtime: Runtime, original: Callable[..., Any], controller: An
 
 def build_report(runtime: Runtime) -> dict[str, Any]:
     """Load and requests of this instance. Built only when somebody asks, in the scheduler's loop: its cost does not grow with lengths."""
-    waiting = ((req, "waiting") for req in runtime.scheduler.waiting_queue)
+    waiting = ((req, "waiting") for req in without_pages(runtime.scheduler))
     running = [_entry(req, describe(runtime, req), state) for req, state in _distinct([*_holders(runtime), *waiting])]
     return _figures(runtime) | {"running": running, "host_us": runtime.host_clock.summary(), "finished": list(runtime.request_log)}
 
@@ -112,7 +113,7 @@ def build_load(runtime: Runtime) -> dict[str, Any]:
     waiting = ((req, "waiting") for req in runtime.queues.waiting.values())
     chosen = heapq.nlargest(MOST_REQUESTS, _distinct([*holding, *waiting]), key=lambda pair: num_stored_tokens(pair[0]))
     return _figures(runtime) | {
-        "home_requests": len(holding) + len(runtime.scheduler.waiting_queue),
+        "home_requests": len(holding) + len(without_pages(runtime.scheduler)),
         "degrees": {str(degree): number for degree, number in Counter(degree_of(runtime, req) for req, _ in holding).items()},
         "longest": [_entry(req, describe(runtime, req), state) for req, state in chosen],
     }
@@ -134,7 +135,7 @@ def _figures(runtime: Runtime) -> dict[str, Any]:
         "kv_tokens": (participant.num_pages - runtime.pool.num_givable_pages()) * page_size,
         "guest_tokens": (participant.guests.num_pages - participant.guests.num_retained) * page_size,
         "retained_tokens": participant.retention.num_pages_here * page_size,
-        "queued": len(runtime.scheduler.waiting_queue),
+        "queued": len(without_pages(runtime.scheduler)),
     }
 
 
@@ -146,6 +147,7 @@ def _holders(runtime: Runtime) -> Iterator[tuple[Any, str]]:
         ("running", scheduler.running_batch.reqs),
         ("running", scheduler.last_batch.reqs if scheduler.last_batch else ()),
         ("prefill", [scheduler.chunked_req] if scheduler.chunked_req is not None else ()),
+        ("arriving", with_pages(scheduler)),
     ]
     return ((req, state) for state, reqs in groups for req in reqs)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from sglang_dcp.ledger.integrity import check_instance
 from sglang_dcp.upstream.step.managed import is_managed
+from sglang_dcp.upstream.step.queued import with_pages
 from sglang_dcp.upstream.step.runtime import Runtime
 
 CHECK_VARIABLE = "SGLANG_DYNCP_CHECK_EVERY_STEP"
@@ -34,8 +35,8 @@ def check_integrity(runtime: Runtime) -> None:
     participant, scheduler = runtime.participant, runtime.scheduler
     page_size = participant.page_size
     row_pages: list[int] = []
-    for req in scheduler.invariant_checker._requests_owning_rows():
-        if not is_managed(req):
+    for req in (*scheduler.invariant_checker._requests_owning_rows(), *with_pages(scheduler)):
+        if req.kv.holds_kv and not is_managed(req):
             row = scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
             ids = row[req.kv.cache_protected_len : req.kv.kv_allocated_len : page_size]
             row_pages += (ids // page_size).tolist()

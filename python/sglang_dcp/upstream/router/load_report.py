@@ -16,6 +16,7 @@ from sglang.srt.managers.load_snapshot import LoadSnapshot
 from sglang_dcp.policy.cluster_view import HomeReport
 from sglang_dcp.upstream.step.attached import after
 from sglang_dcp.upstream.step.managed import is_managed
+from sglang_dcp.upstream.step.queued import num_rows_in_use, without_pages
 from sglang_dcp.upstream.step.runtime import Runtime
 
 
@@ -50,7 +51,7 @@ def build_report(runtime: Runtime, used_tokens: int) -> HomeReport:
     granted = participant.homes.granted_pages.items()
     tokens = {owner: pages * participant.page_size for owner, pages in granted if owner != participant.rank and pages}
     tokens[participant.rank] = used_tokens - (participant.guests.num_pages - participant.guests.num_retained) * participant.page_size
-    queued = [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]
+    queued = [*without_pages(scheduler), *scheduler.grammar_manager.grammar_queue]
     for req in queued:
         if is_managed(req) and req.dyncp.admitted:
             continue
@@ -63,6 +64,5 @@ def build_report(runtime: Runtime, used_tokens: int) -> HomeReport:
     chunked = scheduler.chunked_req
     if chunked is not None and not is_managed(chunked):
         tokens[participant.rank] += max(0, chunked.seqlen - chunked.kv.kv_allocated_len)
-    rows = scheduler.req_to_token_pool
-    num_requests = len(queued) + rows.size - rows.available_size()
+    num_requests = len(queued) + num_rows_in_use(scheduler.req_to_token_pool)
     return HomeReport(runtime.queues.placements_taken_in, num_requests, tokens)

@@ -15,6 +15,7 @@ from sglang_dcp.upstream.router.placement_hint import read_placement
 from sglang_dcp.upstream.step import retention
 from sglang_dcp.upstream.step.attached import around, current
 from sglang_dcp.upstream.step.managed import is_managed
+from sglang_dcp.upstream.step.queued import without_pages
 from sglang_dcp.upstream.step.runtime import Runtime
 
 
@@ -191,7 +192,7 @@ def sweep_waiting(runtime: Runtime) -> None:
     if not runtime.queues.waiting:
         return
     # By identity: two tokenizer workers, or a client that asks again, may give two requests one id.
-    queued = {id(req) for req in runtime.scheduler.waiting_queue}
+    queued = {id(req) for req in without_pages(runtime.scheduler)}
     for handle, req in list(runtime.queues.waiting.items()):
         if req.kv.holds_kv or req.dyncp is None or req.dyncp.handle != handle:
             del runtime.queues.waiting[handle]

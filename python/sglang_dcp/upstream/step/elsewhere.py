@@ -7,6 +7,7 @@ from typing import Any
 from sglang_dcp.policy.split import num_pages
 from sglang_dcp.policy.types import Placement
 from sglang_dcp.upstream.step.admission import keep_out_of_prefix_cache, reserved
+from sglang_dcp.upstream.step.queued import is_without_pages
 from sglang_dcp.upstream.step.runtime import Runtime
 
 PATIENCE_STEPS = 8
@@ -32,8 +33,8 @@ def ask_elsewhere(runtime: Runtime) -> None:
     others = [rank for rank in scope if rank != participant.rank and participant.room_for_guests(rank) >= pages]
     if not others:
         return
-    scheduler, runtime.queues.blocked = runtime.scheduler, None
-    if not _may_move(req) or not any(waiting is req for waiting in scheduler.waiting_queue):
+    runtime.queues.blocked = None
+    if not _may_move(req) or not is_without_pages(runtime.scheduler, req):
         return
     rank = max(others, key=lambda rank: (participant.room_for_guests(rank), -rank))
     req.dyncp_placement = Placement(participant.rank, (rank,), (num_tokens,))

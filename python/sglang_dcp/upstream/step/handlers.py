@@ -15,6 +15,12 @@ def get_next_batch(runtime: Runtime, original: Any, scheduler: Any, running_batc
 
 
 @around
+def get_next_decode_batch(runtime: Runtime, original: Any, scheduler: Any, running_batch: Any) -> Any:
+    """AROUND SchedulerDisaggregationDecodeMixin.get_next_disagg_decode_batch_to_run."""
+    return original(scheduler, running_batch=runtime.driver.rejoin(running_batch))
+
+
+@around
 def update_running_batch(runtime: Runtime, original: Any, scheduler: Any, batch: Any) -> Any:
     """AROUND Scheduler.update_running_batch."""
     return original(scheduler, batch) if runtime.driver.secure(batch) else batch

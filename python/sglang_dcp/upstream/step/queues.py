@@ -12,7 +12,7 @@ class Queues:
 
     blocked: the local request that found no room last; asked_elsewhere: handle of the newest one whose pages were asked for elsewhere
     instead. placements_taken_in: number of the newest placement by the router that has arrived here.
-    flushing: a flush waits until nothing is retained.
+    flushing: a flush waits until nothing is retained. preallocated: SGLang's entries of requests that begin their transfer in this round.
     """
 
     parked: list[Any] = field(default_factory=list)
@@ -21,3 +21,4 @@ class Queues:
     asked_elsewhere: int | None = None
     placements_taken_in: int = 0
     flushing: bool = False
+    preallocated: list[Any] = field(default_factory=list)

@@ -16,6 +16,7 @@ from sglang_dcp.policy.split import num_pages
 from sglang_dcp.policy.split_limits import Split, SplitLimits
 from sglang_dcp.upstream.step.attached import around
 from sglang_dcp.upstream.step.managed import is_managed
+from sglang_dcp.upstream.step.queued import is_without_pages
 from sglang_dcp.upstream.step.runtime import Runtime
 
 LOW_WATER_PAGES = 64
@@ -135,7 +136,7 @@ def wanted_pages(runtime: Runtime) -> int:
     if not participant.table.retained.pages[participant.rank]:
         return 0
     req = runtime.queues.blocked
-    if req is None or not any(waiting is req for waiting in scheduler.waiting_queue):
+    if req is None or not is_without_pages(scheduler, req):
         return min(LOW_WATER_PAGES, participant.num_pages // 8)
     scheduler.running_batch.batch_is_full = False
     givable = runtime.pool.num_givable_pages()

@@ -8,6 +8,7 @@ from sglang_dcp.policy.split import num_pages
 from sglang_dcp.policy.types import Placement
 from sglang_dcp.upstream.step.admission import keep_out_of_prefix_cache
 from sglang_dcp.upstream.step.attached import after
+from sglang_dcp.upstream.step.queued import behind_prefill_servers
 from sglang_dcp.upstream.step.retention import end_request
 from sglang_dcp.upstream.step.runtime import Runtime
 
@@ -31,6 +32,7 @@ def retract_victims(runtime: Runtime) -> None:
         runtime.queues.parked.remove(req)
         req.dyncp_parked_row = None
         release_req(
+            offload_kv=False,  # a decode server behind prefill servers would copy the pages to the host, of which it has some alone
             req=req,
             remaing_req_count=len(scheduler.running_batch.reqs),
             req_to_token_pool=scheduler.req_to_token_pool,
@@ -41,8 +43,21 @@ def retract_victims(runtime: Runtime) -> None:
         release_unwritten(runtime, req)
         req.dyncp = None
         place_again(runtime, req)
-        scheduler._add_request_to_queue(req, is_retracted=True)
+        start_over(scheduler, req)
     runtime.participant.victims = []
+
+
+def start_over(scheduler: Any, req: Any) -> None:
+    """Back to where its K/V is computed: the own queue, or the prefill server, which is asked once more. The last token that the client got
+    is then taken for the one that the prefill server samples."""
+    if not behind_prefill_servers(scheduler):
+        scheduler._add_request_to_queue(req, is_retracted=True)
+        return
+    if req.output_ids:
+        req.pd_rebootstrap_forced_output_id = req.output_ids.pop()
+    req.pd_rebootstrap_in_progress = True
+    req.time_stats.set_retract_time()
+    scheduler.disagg_decode_prealloc_queue.add(req, is_rebootstrap=True)
 
 
 def release_unwritten(runtime: Runtime, req: Any) -> None:

@@ -23,6 +23,7 @@ from sglang_dcp.upstream.step.own_batch import OwnBatch
 from sglang_dcp.upstream.step.queues import Queues
 
 if TYPE_CHECKING:
+    from sglang_dcp.upstream.disaggregation.destinations import Destinations
     from sglang_dcp.upstream.layers.graphs import GraphEngine
     from sglang_dcp.upstream.pool.kv_pool import LedgerAllocator
 
@@ -52,7 +53,8 @@ class Runtime:
     those of other homes. graphs: None where sharded steps run eagerly. layer_roll: attention layers of the eager sharded step being run,
     as they enter our path. givable_pages: free ones and what eviction would free, when the last step was synchronised. idle_audited: the
     pool was looked at since this instance fell idle; audit_every_round: it is looked at in every one. metrics: None without
-    --enable-metrics. driver: the StepDriver, which hooks of the step call.
+    --enable-metrics. driver: the StepDriver, which hooks of the step call. destinations: of K/V that prefill servers send; None where
+    there are none.
     """
 
     scheduler: Any
@@ -76,6 +78,7 @@ class Runtime:
     request_log: RequestLog = field(default_factory=RequestLog)
     metrics: StepObserver | None = None
     driver: Any = None
+    destinations: Destinations | None = None
     own_batch: OwnBatch = field(init=False)
     rows: StepRows = field(init=False)
 

@@ -13,6 +13,7 @@ from sglang_dcp.dataflow.step_mode import STOCK, Eager, StepMode
 from sglang_dcp.dataflow.transport.base import TransportError
 from sglang_dcp.ledger import columns as col
 from sglang_dcp.upstream.step.managed import is_managed
+from sglang_dcp.upstream.step.queued import with_pages, without_pages
 from sglang_dcp.upstream.step.runtime import Runtime
 
 
@@ -31,7 +32,8 @@ def count_home_requests(runtime: Runtime, batch: Any) -> int:
     scheduler = runtime.scheduler
     is_prefill = batch is not None and batch is not scheduler.running_batch and batch.forward_mode.is_extend()
     prefilling = len(batch.reqs) if is_prefill else 0
-    return len(scheduler.running_batch.reqs) + len(scheduler.waiting_queue) + len(runtime.queues.parked) + prefilling
+    waiting = len(without_pages(scheduler)) + len(with_pages(scheduler))
+    return len(scheduler.running_batch.reqs) + waiting + len(runtime.queues.parked) + prefilling
 
 
 def free_pages(runtime: Runtime, givable: int) -> int:
