@@ -3,7 +3,8 @@ takes for this model and card.
 
     python -m benchmark.headline.predict FILE      # writes `predicted` into every point of a headline.json
 
-SGLang's own kernels (`stock`) are priced as ours: where they are slower, or its scheduler is, measured and predicted differ by that.
+SGLang's own kernels (`stock`, `ours-fa3`) are priced as ours: where they are slower, or its scheduler is, measured and predicted differ by
+that.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +50,7 @@ PLACING = {
     "length-buckets": Placing("length-buckets", splits=True),
     "static-dcp": Placing("fixed", splits=True, static=True),
     "ours": Placing("dual-balance", splits=True),
+    "ours-fa3": Placing("dual-balance", splits=True),
 }
 
 
@@ -89,6 +92,11 @@ def predicted(result: dict[str, Any], name: str, long_share: float, seed: int, f
         "mean_tpot_ms": round(sum(tpot) / len(tpot), 3),
         "degrees": {str(degree): degrees[degree] for degree in sorted(degrees)},
     }
+
+
+def as_measured(points: Sequence[Point]) -> list[Point]:
+    """What was predicted, as judge.py takes what was measured; points without a prediction are left out."""
+    return [found | found["predicted"] | {"p99_ttft_s": 0.0, "failed": {}} for found in points if "predicted" in found]
 
 
 def add_predictions(result: dict[str, Any]) -> None:
