@@ -57,10 +57,6 @@ class Graph:
     guest_rows: int
     step: GraphStep
 
-    def goes_on(self, step: int) -> bool:
-        """Whether `step` is the one behind this."""
-        return step == self.step.step + 1
-
     def advance(self) -> None:
         """The next step has the same rows, one token on."""
         self.step.step += 1

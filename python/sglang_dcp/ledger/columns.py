@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 NUM_COLUMNS = 9
 WORDS, DECISIONS, ROWS_CHECKSUM, FREE_PAGES, GUEST_PAGES, KV_TOKENS, HOME_REQUESTS, WANTED_PAGES, STEP = range(NUM_COLUMNS)
 """DECISIONS: digest of what the ledger has decided up to the step before, the same on all instances. GUEST_PAGES and KV_TOKENS leave out
 what retained sequences hold. WANTED_PAGES: free pages that the instance needs for itself, where it can get them of retained ones."""
+
+
+def disagreement(columns: Sequence[Sequence[int]], rank: int, step: int, decisions: int) -> str:
+    """What the instances' columns say against instance `rank`, which is at `step` with this digest of decisions. One of them does."""
+    steps = [row[STEP] for row in columns]
+    if any(other != step for other in steps):
+        return f"rank {rank} is at step {step}, the others at {steps}"
+    others = [other for other, row in enumerate(columns) if row[DECISIONS] != decisions]
+    return f"rank {rank}, step {step}: instances {others} decided otherwise about pages in an earlier step"

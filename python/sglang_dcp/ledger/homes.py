@@ -101,7 +101,7 @@ class HomeBook:
         self.retained = RetainedBook(ids.home)
         self.granted_pages: Counter[int] = Counter()
         self._handle_of_page: dict[int, int] = {}
-        self._closed_pages: set[int] = set()
+        self.closed_pages: set[int] = set()
         self._next_handle = 1
 
     def __len__(self) -> int:
@@ -196,7 +196,7 @@ class HomeBook:
         for page in own:
             page_id = self.ids.encode(page)
             del self._handle_of_page[page_id]
-            self._closed_pages.add(page_id)
+            self.closed_pages.add(page_id)
         return own
 
     def _local(self, pages: Iterable[Page | None]) -> list[int]:
@@ -211,10 +211,10 @@ class HomeBook:
 
         SGLang frees a row in two goes (the tokens that count, then those allocated beyond them); ours go whole with the first.
         """
-        return page_id in self._closed_pages
+        return page_id in self.closed_pages
 
     def end_step(self) -> None:
-        self._closed_pages.clear()
+        self.closed_pages.clear()
 
     def local_pages(self) -> Iterator[int]:
         """Numbers of the pages of the own pool that managed requests own."""

@@ -19,29 +19,29 @@ class OpenAsks(Generic[Ask]):
     """At most one ask per key. Putting, taking and looking at one cost the same however many are open, near enough."""
 
     def __init__(self) -> None:
-        self._asks: dict[Key, Ask] = {}
+        self.by_key: dict[Key, Ask] = {}
         self._order: list[Order] = []
         self._turn: Order | None = None
 
     def __len__(self) -> int:
-        return len(self._asks)
+        return len(self.by_key)
 
     def put(self, home: int, ask: Ask) -> None:
         """Opens an ask, or replaces the open one of its key."""
         self.take((home, ask.handle))
-        self._asks[home, ask.handle] = ask
+        self.by_key[home, ask.handle] = ask
         bisect.insort(self._order, (ask.born, home, ask.handle))
 
     def take(self, key: Key) -> Ask | None:
         """Removes and returns the ask of a key, None when there is none."""
-        ask = self._asks.pop(key, None)
+        ask = self.by_key.pop(key, None)
         if ask is not None:
             del self._order[bisect.bisect_left(self._order, (ask.born, *key))]
         return ask
 
     def youngest(self) -> tuple[Order, Ask] | None:
         """The last in the order."""
-        return (self._order[-1], self._asks[self._order[-1][1:]]) if self._order else None
+        return (self._order[-1], self.by_key[self._order[-1][1:]]) if self._order else None
 
     def in_turn(self) -> Iterator[tuple[Order, Ask]]:
         """The oldest first, and on until one of them stays; then the others, from behind the last one that was looked at if the caller
@@ -49,7 +49,7 @@ class OpenAsks(Generic[Ask]):
         head = None
         while self._order and self._order[0] != head:
             head = self._order[0]
-            yield head, self._asks[head[1:]]
+            yield head, self.by_key[head[1:]]
         if not self._order:
             self._turn = None
             return
@@ -60,5 +60,5 @@ class OpenAsks(Generic[Ask]):
             if position == len(self._order):
                 position = 1
             current = self._turn = self._order[position]
-            yield current, self._asks[current[1:]]
+            yield current, self.by_key[current[1:]]
         self._turn = None

@@ -7,13 +7,14 @@ Numbers in, numbers out: it knows neither SGLang's requests nor tensors. A step 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from sglang_dcp.ledger import columns as col
 from sglang_dcp.ledger import messages
 from sglang_dcp.ledger.cluster import Cluster
+from sglang_dcp.ledger.columns import DECISIONS, ROWS_CHECKSUM, STEP, WORDS
 from sglang_dcp.ledger.decision_digest import DecisionDigest
 from sglang_dcp.ledger.guests import GuestBook
 from sglang_dcp.ledger.homes import HomeBook, HomeRequest
@@ -82,8 +83,6 @@ class Participant:
         self.decisions = DecisionDigest()
         self._nothing_decided = Decision((), (0,) * self.num_instances, ())
         self.promised = self._nothing_decided.promised
-        self.kv_tokens: tuple[int, ...] = (0,) * self.num_instances
-        self.home_requests: tuple[int, ...] = (0,) * self.num_instances
         self.victims: list[HomeRequest] = []
         self._asked_at: dict[int, float] = {}
         self._columns: list[list[int]] = [[0] * col.NUM_COLUMNS for _ in range(self.num_instances)]
@@ -172,29 +171,29 @@ class Participant:
 
     def read_columns(self, columns: list[list[int]]) -> int:
         """Takes in all instances' columns. Returns the most message words of any instance (0: no second exchange)."""
-        told = list(zip(*columns, strict=True))
-        if told[col.STEP].count(self.step) != self.num_instances:
-            raise ProtocolError(f"rank {self.rank} is at step {self.step}, the others at {list(told[col.STEP])}")
-        decided = told[col.DECISIONS]
-        if decided.count(self.decisions.value) != self.num_instances:
-            others = [rank for rank, value in enumerate(decided) if value != self.decisions.value]
-            raise ProtocolError(f"rank {self.rank}, step {self.step}: instances {others} decided otherwise about pages in an earlier step")
-        self._columns, self.kv_tokens, self.home_requests = columns, told[col.KV_TOKENS], told[col.HOME_REQUESTS]
-        return max(told[col.WORDS])
+        step, decided, most_words = self.step, self.decisions.value, 0
+        for row in columns:
+            if row[STEP] != step or row[DECISIONS] != decided:
+                raise ProtocolError(col.disagreement(columns, self.rank, step, decided))
+            most_words = max(most_words, row[WORDS])
+        self._columns = columns
+        return most_words
+
+    @property
+    def kv_tokens(self) -> list[int]:
+        """Of every instance, as told last."""
+        return [row[col.KV_TOKENS] for row in self._columns]
+
+    @property
+    def home_requests(self) -> list[int]:
+        """Likewise."""
+        return [row[col.HOME_REQUESTS] for row in self._columns]
 
     def finish_step(self, words: Sequence[Sequence[int]] | None, anybody_runs: bool) -> Decision:
         """Processes every instance's messages (None: there are none), then decides grants. Same inputs, same outcome everywhere."""
-        told_rows: set[int] = set()
-        for home, stream in enumerate(words or ()):
-            for message in messages.decode(stream):
-                if isinstance(message, Rows):
-                    self.rows_of[home].tell(message.rows)
-                    told_rows.add(home)
-                else:
-                    self._take(home, message)
-        self._advance_rows(told_rows)
+        self._advance_rows(self._take_all(words) if words else ())
         decision, self.victims = self._nothing_decided, []
-        if len(self.table) or self._must_evict():
+        if not self.table.is_empty and (len(self.table) or self._must_evict()):
             decision = self._decide(anybody_runs)
             self.retention.evict(decision.evicted)
             for grant in decision.grants:
@@ -204,17 +203,31 @@ class Participant:
             self.victims = [self.homes.requests[handle] for home, handle in decision.victims if home == self.rank]
             self._forget_victims(decision.victims)
         self.promised = decision.promised
-        self.homes.end_step()
+        if self.homes.closed_pages:
+            self.homes.end_step()
         self.step += 1
         return decision
 
-    def _advance_rows(self, told_rows: set[int]) -> None:
+    def _take_all(self, words: Sequence[Sequence[int]]) -> set[int]:
+        """The homes that told their rows."""
+        told_rows: set[int] = set()
+        for home, stream in enumerate(words):
+            for message in messages.decode(stream):
+                if isinstance(message, Rows):
+                    self.rows_of[home].tell(message.rows)
+                    told_rows.add(home)
+                else:
+                    self._take(home, message)
+        return told_rows
+
+    def _advance_rows(self, told_rows: Collection[int]) -> None:
         """Homes that did not tell have the rows of the step before, one token on; every home's checksum says whether we know its rows."""
         self.rows_steady = not told_rows
+        columns = self._columns
         for home, table in enumerate(self.rows_of):
             if home not in told_rows:
                 table.advance()
-            if table.checksum != self._columns[home][col.ROWS_CHECKSUM]:
+            if table.checksum != columns[home][ROWS_CHECKSUM]:
                 raise ProtocolError(f"rank {self.rank}, step {self.step}: row table of home {home} went apart: {table.rows}")
         if told_rows:
             self.num_sharded_rows = sum(map(len, self.rows_of))

@@ -86,6 +86,11 @@ class ReservationTable:
         return len(self._admissions) + len(self._growths)
 
     @property
+    def is_empty(self) -> bool:
+        """Nothing is open and nothing retained: there is nothing to decide about."""
+        return not (self._admissions.by_key or self._growths.by_key or self.retained.sequences)
+
+    @property
     def digest(self) -> int:
         """Of the open asks and retained sequences: the same on all instances, or they have gone apart."""
         return self._digest.value + self.retained.digest & MASK

@@ -33,15 +33,15 @@ class RetainedTable:
     def __init__(self, num_instances: int) -> None:
         self.pages = [0] * num_instances
         self.guest_pages = [0] * num_instances
-        self._sequences: dict[Key, RetainedSequence] = {}
+        self.sequences: dict[Key, RetainedSequence] = {}
         self._named: Counter[Key] = Counter()
         self._digest = OpenDigest()
 
     def __len__(self) -> int:
-        return len(self._sequences)
+        return len(self.sequences)
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._sequences
+        return key in self.sequences
 
     @property
     def digest(self) -> int:
@@ -50,15 +50,15 @@ class RetainedTable:
 
     def put(self, home: int, handle: int, pages: Sequence[tuple[int, int]], step: int) -> None:
         """ValueError for a handle that is retained already: none is ever used twice."""
-        if (home, handle) in self._sequences:
+        if (home, handle) in self.sequences:
             raise ValueError(f"home {home}, handle {handle} is retained already")
-        self._sequences[home, handle] = RetainedSequence(tuple(pages), step)
+        self.sequences[home, handle] = RetainedSequence(tuple(pages), step)
         self._digest.put((home, handle), (home, handle, step, *(word for pair in pages for word in pair)))
         self._count(home, pages, 1)
 
     def take(self, key: Key) -> RetainedSequence | None:
         """Removes a sequence, None when it is not there."""
-        sequence = self._sequences.pop(key, None)
+        sequence = self.sequences.pop(key, None)
         if sequence is not None:
             self._digest.take(key)
             self._count(key[0], sequence.pages, -1)
@@ -66,7 +66,7 @@ class RetainedTable:
 
     def pages_of(self, key: Key) -> tuple[tuple[int, int], ...]:
         """(instance, pages) of a sequence, none when it is not there."""
-        sequence = self._sequences.get(key)
+        sequence = self.sequences.get(key)
         return () if sequence is None else sequence.pages
 
     def name(self, key: Key) -> None:
@@ -90,7 +90,7 @@ class RetainedTable:
         for key in self._in_order():
             if not left:
                 break
-            here = self._sequences[key]
+            here = self.sequences[key]
             if key != spare and any(rank in left for rank, _ in here.pages):
                 chosen.append(key)
                 left = {rank: pages - here.on(rank) for rank, pages in left.items() if pages > here.on(rank)}
@@ -100,17 +100,17 @@ class RetainedTable:
         """The choice less what its later members made unneeded: the most recently used that can stay does."""
         surplus = Counter({rank: -pages for rank, pages in short.items() if pages > 0})
         for key in chosen:
-            surplus.update({rank: pages for rank, pages in self._sequences[key].pages if rank in surplus})
+            surplus.update({rank: pages for rank, pages in self.sequences[key].pages if rank in surplus})
         needed = list(chosen)
         for key in reversed(chosen):
-            pages = {rank: pages for rank, pages in self._sequences[key].pages if rank in surplus}
+            pages = {rank: pages for rank, pages in self.sequences[key].pages if rank in surplus}
             if all(surplus[rank] >= count for rank, count in pages.items()):
                 surplus.subtract(pages)
                 needed.remove(key)
         return needed
 
     def _in_order(self) -> list[Key]:
-        return sorted(self._sequences, key=lambda key: (key in self._named, self._sequences[key].last_used, *key))
+        return sorted(self.sequences, key=lambda key: (key in self._named, self.sequences[key].last_used, *key))
 
     def _count(self, home: int, pages: Sequence[tuple[int, int]], sign: int) -> None:
         for rank, count in pages:

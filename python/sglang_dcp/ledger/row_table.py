@@ -37,6 +37,8 @@ def checksum(rows: Iterable[Row]) -> int:
 class RowTable:
     """Rows in batch order. `advance` takes constant time from the second step after `tell` on."""
 
+    __slots__ = ("_decodes", "_per_step", "_rows", "checksum")
+
     def __init__(self) -> None:
         self.tell(())
 
@@ -48,7 +50,7 @@ class RowTable:
 
     def advance(self) -> None:
         if self._decodes:
-            self.checksum = self.next_checksum()
+            self.checksum = self.checksum + self._per_step & MASK
             self._rows.age += 1
         else:
             self.tell(advance(self._rows.keys))

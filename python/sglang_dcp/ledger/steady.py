@@ -11,8 +11,12 @@ from typing import Any
 
 
 class SteadyRows:
-    """keys: name the rows, in order. tokens: of each when it was told. age: steps since, counted by whoever told them; each added a token
+    """One step on costs its callers no call of ours: they count `age` themselves.
+
+    keys: name the rows, in order. tokens: of each when it was told. age: steps since, counted by whoever told them; each added a token
     to every row of `growing` (None: to all)."""
+
+    __slots__ = ("_by_remainder", "_growing", "_page_size", "age", "keys", "told")
 
     def __init__(self, keys: Sequence[Any], tokens: Sequence[int], page_size: int = 1, growing: Iterable[int] | None = None) -> None:
         self.keys, self.told = keys, tokens
@@ -34,11 +38,14 @@ class SteadyRows:
 
     def beginning(self, ahead: int = 0) -> Sequence[int]:
         """Indices, ascending, of the rows whose last token, `ahead` tokens on, is the first of a page."""
-        return self._phases().get((1 - self.age - ahead) % self._page_size, ())
+        phases = self._by_remainder
+        return (self._phases() if phases is None else phases).get((1 - self.age - ahead) % self._page_size, ())
 
     def near_end(self, tokens: int, ahead: int = 0) -> Sequence[int]:
         """Likewise of the rows whose last page has room for at most `tokens` more; 0: whose last token ends a page."""
-        phases, age = self._phases(), self.age + ahead
+        phases, age = self._by_remainder, self.age + ahead
+        if phases is None:
+            phases = self._phases()
         if not tokens:
             return phases.get(-age % self._page_size, ())
         distances = range(min(tokens + 1, self._page_size))
@@ -46,10 +53,9 @@ class SteadyRows:
 
     def _phases(self) -> dict[int, list[int]]:
         """Rows by where in a page their last token was when told. Made when first asked for: many rows are told for one step."""
-        if self._by_remainder is None:
-            phases: dict[int, list[int]] = {}
-            told, page_size = self.told, self._page_size
-            for index in range(len(told)) if self._growing is None else self._growing:
-                phases.setdefault(told[index] % page_size, []).append(index)
-            self._by_remainder = phases
-        return self._by_remainder
+        phases: dict[int, list[int]] = {}
+        told, page_size = self.told, self._page_size
+        for index in range(len(told)) if self._growing is None else self._growing:
+            phases.setdefault(told[index] % page_size, []).append(index)
+        self._by_remainder = phases
+        return phases

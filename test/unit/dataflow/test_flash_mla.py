@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,10 @@ class FakeTables:
 
     def upload_rows(self, rows: np.ndarray, *, check: bool = True) -> None:
         self._rows = rows.copy()
+
+    def upload_rows_at(self, address: int) -> None:
+        words = (ctypes.c_int32 * self._rows.size).from_address(address)
+        self._rows = np.array(words, dtype=np.int32).reshape(-1, 4)
 
     def build(self, token_table: torch.Tensor | None = None, pool_pages: int = 1) -> None:
         self._sections["kv_length"].zero_()

@@ -1,8 +1,21 @@
 """When a row's line of the device's page table is filled anew."""
 
+import ctypes
+import random
+
+import numpy as np
 import pytest
 
-from sglang_dcp.dataflow.graph.static_tables import FROM_TOKEN_TABLE, NO_PAGE, ListedRow, PageLines, PooledRow
+from sglang_dcp.dataflow.graph.static_tables import (
+    FROM_TOKEN_TABLE,
+    NO_PAGE,
+    TABLES_AHEAD,
+    ListedRow,
+    PageLines,
+    PooledRow,
+    shard_tokens,
+    slot_of,
+)
 
 PAGE_SIZE = 16
 
@@ -56,3 +69,33 @@ def test_a_row_longer_than_its_line_is_refused() -> None:
     table.fill(0, [ListedRow("a", 20 * PAGE_SIZE, [(index, 1 + index) for index in range(21)], grows=True, arrives=False)])
     with pytest.raises(ValueError, match="a has 21 pages here, a line of the page table holds 20"):
         table.advance(1)
+
+
+def test_tables_made_ahead_are_those_of_each_step() -> None:
+    """Rows of every kind over many steps on, pages begun in all of them: against each row's own pages and length."""
+    rng = random.Random(4)
+    rows: list[ListedRow | PooledRow] = []
+    for index in range(40):
+        length, grows = rng.randrange(1, 5 * PAGE_SIZE), index % 3 > 0
+        tail = length // PAGE_SIZE
+        held = [(page, 100 * (index + 1) + page) for page in range(15) if (grows if page >= tail else page % 2)]
+        row = ListedRow(index, length, held, grows=grows, arrives=index % 3 == 1)
+        rows.append(PooledRow(index, index, length) if index % 4 == 0 else row)
+    table = PageLines(num_entries=40, width=20, page_size=PAGE_SIZE)
+    table.fill(0, rows)
+    entries = table.table[:, 0].tolist()
+    for step in range(1, 5 * TABLES_AHEAD):
+        begun, expected, needed = table.advance(step), [], []
+        for index, row in enumerate(rows):
+            length, first, slot = row.length + step, (row.length + step) % PAGE_SIZE == 1, -1
+            if isinstance(row, PooledRow):
+                tokens, page = length, FROM_TOKEN_TABLE - row.line
+            else:
+                tokens = shard_tokens(row.held, length if row.grows else row.length, PAGE_SIZE)
+                first, page = first and row.grows, dict(row.held).get((length - 1) // PAGE_SIZE, NO_PAGE)
+                slot = slot_of(row.held, length - 1, PAGE_SIZE) if row.arrives else -1
+            needed += [-(-tokens // PAGE_SIZE)] if first else []
+            expected.append([entries[index], tokens, page if first else NO_PAGE, slot])
+        assert table.table.tolist() == expected and begun == needed
+        sent = (ctypes.c_int32 * table.table.size).from_address(table.table_address)
+        assert np.array(sent).tolist() == table.table.ravel().tolist()

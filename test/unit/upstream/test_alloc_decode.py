@@ -118,6 +118,24 @@ def test_pages_read_ahead_come_back_when_free_ones_are_short(runtime: Runtime) -
     assert pool.available_size() == NUM_PAGES * PAGE_SIZE and sorted(pool.get_all_free_pages().tolist()) == list(range(1, NUM_PAGES + 1))
 
 
+def test_free_pages_are_counted_as_stock_counts_them(runtime: Runtime) -> None:
+    """Through whatever SGLang does with them, freed pages that it has not sorted in among it."""
+    pool = runtime.pool
+    pool.need_sort = True
+    for change in (
+        lambda: pool.alloc(5 * PAGE_SIZE),
+        lambda: pool.take_pages(1),
+        lambda: pool.free_page_ids(torch.tensor([1, 2])),
+        lambda: pool.alloc_decode(torch.tensor([5]), torch.tensor([5]), torch.tensor([3])),
+        lambda: pool.merge_and_sort_free(),
+        lambda: pool.clear(),
+    ):
+        change()
+        stock = super(LedgerAllocator, pool).available_size() // PAGE_SIZE
+        assert pool.num_givable_pages() == stock + len(pool._ahead) == len(pool.get_all_free_pages())
+        assert pool.has_free(len(pool.free_pages)) and not pool.has_free(len(pool.free_pages) + 1)
+
+
 def test_claimed_pages_are_left_to_stock(runtime: Runtime) -> None:
     pool = runtime.pool
     assert pool.take_pages(NUM_PAGES - ROOMY) is not None

@@ -184,6 +184,25 @@ def test_the_next_batch_is_looked_up_where_it_is_known() -> None:
         assert batch.steady == known
 
 
+def test_a_quiet_step_is_one_in_which_no_request_of_the_ledger_begins_a_page() -> None:
+    """Asked ahead of the step, over three pages; a request that is taken over counts from then on, and other batches are not quiet."""
+    participant, rng = make_participant(), random.Random(6)
+    reqs = [request(participant, [0] * 9 if i % 10 == 0 else None) for i in range(30)]
+    batch, lengths = OwnBatch(participant), [rng.randrange(1, 5 * PAGE_SIZE) for _ in reqs]
+    assert not batch.is_quiet(reqs)
+    for step in range(3 * PAGE_SIZE):
+        take(batch, reqs, lengths)
+        if step == PAGE_SIZE:
+            reqs[1].dyncp = request(participant, [0] * 9).dyncp
+            batch.note_taken_over()
+        begins = any(req.dyncp is not None and length % PAGE_SIZE == 0 for req, length in zip(reqs, lengths, strict=True))
+        assert batch.is_quiet(reqs) == (not begins)
+        assert not batch.is_quiet(reqs[:-1]) and not batch.is_quiet([])
+        lengths = [length + 1 for length in lengths]
+    batch.take_extend([(reqs[0], 0, 24)])
+    assert not batch.is_quiet(reqs[:1])
+
+
 def test_one_request_tells_that_lengths_went_apart() -> None:
     """A batch of the same requests that is not one token on is read anew."""
     participant = make_participant()

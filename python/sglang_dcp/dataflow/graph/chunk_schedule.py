@@ -56,7 +56,12 @@ class ChunkSchedule:
 
     def serves_longer(self, begun: Sequence[int]) -> bool:
         """The same where rows that it serves began a page since, and have these many now."""
-        return self._num_chunks is not None and all((pages - 1) % self._pages_per_chunk for pages in begun)
+        if self._num_chunks is None:
+            return False
+        for pages in begun:  # noqa: SIM110 (a step waits for this: no generator)
+            if (pages - 1) % self._pages_per_chunk == 0:
+                return False
+        return True
 
     def _warn(self, what: str) -> None:
         if not self._warned:

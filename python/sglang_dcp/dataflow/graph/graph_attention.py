@@ -143,14 +143,15 @@ class GraphAttention:
     def advance(self, step: int) -> None:
         """The same for the step that follows, with the same rows and routes."""
         self._begun = self.lines.advance(step)
-        self.tables.upload_rows(self.lines.table, check=False)  # PageLines keeps every row within its line
+        self.tables.upload_rows_at(self.lines.table_address)  # PageLines keeps every row within its line
 
     def plan(self, home_rows: int, guest_rows: int) -> None:
         """Schedules the step's kernel, unless its last schedule serves. GQA's counts pages, MLA's tokens; FlashMLA's is `begin`'s."""
         if self.flash_mla:
             return
-        kernel = self._kernels[home_rows, guest_rows]
-        begun = self._begun if self._planned == (home_rows, guest_rows) else None
+        kernel, begun = self._kernels[home_rows, guest_rows], self._begun
+        if self._planned != (home_rows, guest_rows):
+            begun = None
         if begun is not None and isinstance(kernel, FlashInferDecode) and kernel.serves_longer(begun):
             return
         tokens = np.zeros(home_rows + guest_rows, dtype=np.int32)

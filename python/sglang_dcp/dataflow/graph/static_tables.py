@@ -21,6 +21,10 @@ TAIL_SHIFT = 16  # sgl_kernel_dcp.tables.ROUTE_TAIL_SHIFT; a test holds the two 
 NO_SLOT = NO_PAGE = -1
 FROM_TOKEN_TABLE = -2  # sgl_kernel_dcp.tables.FROM_TOKEN_TABLE, likewise
 
+TABLES_AHEAD = 8
+"""Steps whose tables are made at once."""
+_AGES = np.arange(1, TABLES_AHEAD + 1, dtype=np.int32)[:, None, None]
+
 HeldPages = Sequence[tuple[int, int]]
 """(sequence page index, page number) of one request on one shard, ascending."""
 
@@ -133,12 +137,14 @@ class PageLines:
     _step: int = -1
     _rows: Sequence[ListedRow | PooledRow] = ()
     _keys: set[Hashable] = field(default_factory=set)
-    _table: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int32))
+    _block: np.ndarray = field(default_factory=lambda: np.zeros((1, 0, 4), dtype=np.int32))
+    _address: int = 0
+    _at: int = 0
+    _cells: memoryview = field(default_factory=lambda: memoryview(b""))
     _growth: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int32))
     _steady: SteadyRows | None = None
     _tokens: list[int] = field(default_factory=list)
     _row_lines: list[_Line] = field(default_factory=list)
-    _appended: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._free = list(range(self.num_entries - 1, -1, -1))
@@ -147,11 +153,12 @@ class PageLines:
         """`rows`: this instance's attention rows in their order: (home, position in that home's list), own rows last."""
         self._leave(rows, goes_on=step == self._step + 1)
         self._step, self._rows = step, rows
-        self._table = table = np.full((len(rows), 4), NO_SLOT, dtype=np.int32)
+        self._lay(np.full((1, len(rows), 4), NO_SLOT, dtype=np.int32))
+        table = self._block[0]
         places: list[int] = []
         pages: list[int] = []
         copies: list[tuple[int, int]] = []
-        self._appended, self._steady, copy_pages, page_size = [], None, 0, self.page_size
+        self._steady, copy_pages, page_size = None, 0, self.page_size
         counts: list[int] = []
         lines: list[_Line] = []
         for index, row in enumerate(rows):
@@ -191,27 +198,40 @@ class PageLines:
         if step != self._step + 1:
             raise ValueError(f"step {step} does not follow step {self._step}")
         self._step = step
-        steady = self._steady or self._begin_growth()
+        steady = self._steady
+        if steady is None:
+            steady = self._begin_growth()
         steady.age += 1
-        table = self._table
-        for index in self._appended:
-            table[index, 2] = NO_PAGE
-        self._appended = []
-        table += self._growth
-        begun = []
-        for index in steady.beginning():
-            row, needed = self._rows[index], (steady.tokens(index) - 1) // self.page_size + 1
-            begun.append(needed)
-            self._append(index, needed)
-            self._row_lines[index].num_pages = needed
-            if isinstance(row, ListedRow) and row.arrives:
-                table[index, 3] = row.held[needed - 1][1] * self.page_size
-        return begun
+        self._at += 1
+        if self._at == len(self._block):
+            self._lay_ahead()
+        begin = steady.beginning()
+        return [self._begin_page(index, steady.tokens(index)) for index in begin] if begin else []
+
+    def _begin_page(self, index: int, tokens: int) -> int:
+        """A row's last token is the first of a page. Returns how many pages the row has now."""
+        row, needed = self._rows[index], (tokens - 1) // self.page_size + 1
+        self._append(index, needed)
+        self._row_lines[index].num_pages = needed
+        if isinstance(row, ListedRow) and row.arrives:
+            slot, left = row.held[needed - 1][1] * self.page_size, len(self._block) - self._at
+            self._block[self._at :, index, 3] = np.arange(slot, slot + left)
+        return needed
+
+    def _lay(self, block: np.ndarray) -> None:
+        self._block, self._at = block, 0
+        self._address, self._cells = block.ctypes.data, block.reshape(-1).data
+
+    def _lay_ahead(self) -> None:
+        """The tables of the steps to come, if nobody joins or leaves, by one addition for all; new pages are put in where they begin."""
+        last = self._block[-1]
+        last[:, 2] = NO_PAGE
+        self._lay(last + self._growth * _AGES)
 
     def _begin_growth(self) -> SteadyRows:
         """What a step adds to the table, and which rows begin a page when. Made where a first step follows: many tables serve but one."""
         grows = [isinstance(row, PooledRow) or row.grows for row in self._rows]
-        self._growth = np.zeros_like(self._table)
+        self._growth = np.zeros_like(self.table)
         self._growth[:, 1] = grows
         self._growth[:, 3] = [isinstance(row, ListedRow) and row.arrives for row in self._rows]
         growing = [index for index, one in enumerate(grows) if one]
@@ -221,15 +241,20 @@ class PageLines:
     @property
     def table(self) -> np.ndarray:
         """`RowsInput.rows` of the last step."""
-        return self._table
+        return self._block[self._at]
+
+    @property
+    def table_address(self) -> int:
+        """Where it lies, contiguous, until the next call of `fill` or `advance`."""
+        return self._address + self._at * self._block.strides[0]
 
     def _append(self, index: int, needed: int) -> None:
         """The row's last page, its `needed`-th here, is new in this step."""
         row = self._rows[index]
         if needed > self.width:
             raise ValueError(f"{row.key} has {needed} pages here, a line of the page table holds {self.width} (--context-length)")
-        self._table[index, 2] = FROM_TOKEN_TABLE - row.line if isinstance(row, PooledRow) else row.held[needed - 1][1]
-        self._appended.append(index)
+        page = FROM_TOKEN_TABLE - row.line if isinstance(row, PooledRow) else row.held[needed - 1][1]
+        self._cells[4 * (self._at * len(self._rows) + index) + 2] = page
 
     def _leave(self, rows: Sequence[ListedRow | PooledRow], *, goes_on: bool) -> None:
         """Notes who is not among the next step's rows, and forgets the pooled ones of them; all of those where steps lie between."""

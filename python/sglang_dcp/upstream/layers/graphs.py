@@ -124,7 +124,7 @@ class GraphEngine:
         Most steps are the last one's, one token on. steady: no home told others of its rows, and here nobody joined or left. Rows that
         others attend alone may.
         """
-        before = last if isinstance(last, Graph) and last.goes_on(rows.participant.step) else None
+        before = last if isinstance(last, Graph) and last.step.step + 1 == rows.participant.step else None
         if before is not None and steady and not before.step.has_new_pooled and max(batch_sizes) <= self.max_home_rows:
             before.advance()
             return before

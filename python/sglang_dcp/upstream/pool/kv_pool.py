@@ -36,6 +36,8 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
         self.tree_cache: Any = None
         self._claimed_pages = 0
         self._ahead: list[int] = []  # free, but not in free_pages
+        self._counted: torch.Tensor | None = None
+        self._num_counted = 0
         self._token_ids: TokenIds = torch_token_ids
         super().__init__(*args, **kwargs)
 
@@ -56,7 +58,14 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
 
     def has_free(self, count: int) -> bool:
         """Whether `count` pages are there to be taken as they are, claimed ones among them."""
-        return len(self.free_pages) >= count
+        return self._num_free() >= count
+
+    def _num_free(self) -> int:
+        """len(free_pages), which is asked for several times in a step: SGLang puts another tensor there whenever pages come or go."""
+        pages = self.free_pages
+        if pages is not self._counted:
+            self._counted, self._num_counted = pages, pages.numel()
+        return self._num_counted
 
     def claim_decode_page(self) -> bool:
         """Sets one page aside for a local request's next token; the stock allocation of this step takes it."""
@@ -112,7 +121,8 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
     # ---- pages read ahead are free pages to everybody else
 
     def available_size(self) -> int:
-        return int(super().available_size()) + len(self._ahead) * self.page_size
+        # SGLang's formula, without the way through torch's Python that len() of a tensor takes: every step asks.
+        return (self._num_free() + self.num_staged_pages + len(self._ahead)) * self.page_size
 
     def get_all_free_pages(self) -> torch.Tensor:
         return torch.cat([super().get_all_free_pages(), self.free_pages.new_tensor(self._ahead)])

@@ -48,6 +48,8 @@ def decode_ids(runtime: Runtime, reqs: Sequence[Any], seq_lens: torch.Tensor, la
     """
     pool, ids = runtime.pool, runtime.participant.ids
     pool.settle_decode_claims()
+    if runtime.own_batch.is_quiet(reqs):
+        return None
     begin = runtime.own_batch.beginning_page(reqs, seq_lens)
     told = [(i, token_id(ids, reqs[i].dyncp, reqs[i].kv.kv_allocated_len)) for i in begin if is_managed(reqs[i])]
     return pool.alloc_decode_beside(last_loc, told, [i for i in begin if not is_managed(reqs[i])]) if told else None

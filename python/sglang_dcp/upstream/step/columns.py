@@ -13,27 +13,29 @@ from sglang_dcp.ledger.columns import NUM_COLUMNS
 class SyncRow:
     """The widened row, in one tensor for all steps: the exchange has ended before the next one.
 
-    Its width, element type and device are those of the first step; torch refuses a row of another width.
+    Its width, element type and device are those of the first step; RuntimeError for a row of another width.
     """
 
     def __init__(self) -> None:
         self._row: torch.Tensor | None = None
-        self._head: torch.Tensor | None = None
-        self._tail: memoryview | None = None
+        self._width = 0
+        self._words: memoryview | None = None
         self._missing: torch.Tensor | None = None
 
     def widen(self, row: torch.Tensor, columns: Sequence[int]) -> torch.Tensor:
         """row: SGLang's, [width] of integers. columns: ours. Returns [width + NUM_COLUMNS], valid until the next call."""
         if self._row is None:
             self._row = row.new_zeros(len(row) + NUM_COLUMNS)
-            self._head = self._row[: len(row)]
+            self._width = len(row)
             if row.device.type == "cpu" and row.dtype == torch.int64:
-                self._tail = self._row[len(row) :].numpy().data.cast("B")
-        if self._tail is None:
+                self._words, self._pack = self._row.numpy().data.cast("B"), struct.Struct(f"{len(self._row)}q").pack_into
+        if self._words is None:
             return torch.cat([row, row.new_tensor(columns)])
-        assert self._head is not None
-        self._head.copy_(row)
-        _COLUMNS.pack_into(self._tail, 0, *columns)
+        # As numbers: an operation of torch on so few of them costs the host several times as much.
+        stock = row.tolist()
+        if len(stock) != self._width:
+            raise RuntimeError(f"SGLang's row of this step has {len(stock)} columns, that of the first one had {self._width}")
+        self._pack(self._words, 0, *stock, *columns)
         return self._row
 
     def of_missing_rank(self, row: torch.Tensor) -> torch.Tensor:
@@ -43,5 +45,3 @@ class SyncRow:
             self._missing = torch.nn.functional.pad(row, (0, NUM_COLUMNS))
         return self._missing
 
-
-_COLUMNS = struct.Struct(f"{NUM_COLUMNS}q")

@@ -24,8 +24,8 @@ import torch
 from sglang_dcp.dataflow.step_mode import Eager, Graph, Stock
 from sglang_dcp.upstream.layers import step_path
 from sglang_dcp.upstream.pool.page_audit import check_when_due
-from sglang_dcp.upstream.step import allocation, elsewhere, retention, retraction, sitting_out, sync
-from sglang_dcp.upstream.step.admission import ask_again, sweep_waiting
+from sglang_dcp.upstream.step import allocation, retraction, sitting_out, sync
+from sglang_dcp.upstream.step.asking import ask
 from sglang_dcp.upstream.step.runtime import Runtime
 
 
@@ -50,7 +50,7 @@ class StepDriver:
 
     def secure(self, batch: Any) -> bool:
         """Takes out of the batch whoever has no page for the next token. False: nobody is left."""
-        if batch.is_empty():
+        if not batch.reqs:
             return True
         began = perf_counter()
         self.runtime.pool.settle_decode_claims()
@@ -68,11 +68,7 @@ class StepDriver:
     def tell(self, row: torch.Tensor) -> torch.Tensor:
         """SGLang's row of the all-gather with this instance's columns behind it."""
         began, runtime = perf_counter(), self.runtime
-        sweep_waiting(runtime)
-        ask_again(runtime)
-        wanted = retention.wanted_pages(runtime)  # before the request that wants them is sent elsewhere
-        elsewhere.ask_elsewhere(runtime)
-        wide = runtime.sync_row.widen(row, sync.own_columns(runtime, self.batch, wanted))
+        wide = runtime.sync_row.widen(row, sync.own_columns(runtime, self.batch, ask(runtime)))
         runtime.host_clock.spent("columns", perf_counter() - began)
         return wide
 

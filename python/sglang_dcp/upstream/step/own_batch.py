@@ -30,6 +30,7 @@ class OwnBatch:
         self._ids, self._group = participant.ids, participant.group
         self._rows: SteadyRows | None = SteadyRows((), ())  # None: the last step prefilled
         self._spans: list[Span] | None = []
+        self._ends: bytearray | None = None
         self.routes: dict[int, int] = {}
         self.steady = False
 
@@ -46,10 +47,10 @@ class OwnBatch:
 
     def take(self, batch: Any) -> None:
         """batch: SGLang's of the step, None or idle where this instance has no tokens."""
-        if batch is None or batch.forward_mode.is_idle() or not batch.reqs:
-            self.take_decode([], None)
-        elif batch.forward_mode.is_decode():
+        if batch is not None and batch.reqs and batch.forward_mode.is_decode():
             self.take_decode(batch.reqs, batch.seq_lens_cpu)
+        elif batch is None or not batch.reqs or batch.forward_mode.is_idle():
+            self.take_decode([], None)
         else:
             self.take_extend([(req, int(p), int(n)) for req, p, n in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)])
 
@@ -62,14 +63,14 @@ class OwnBatch:
     def take_decode(self, reqs: Sequence[Any], lengths: torch.Tensor | None) -> None:
         """lengths: tokens of each sequence, the new one included, on the host."""
         self._spans = None
-        rows = self._rows_if(reqs, 1)
-        if rows is not None:
+        rows = self._rows
+        if rows is not None and rows.are(reqs, reqs[-1].kv.kv_allocated_len if reqs else 0, 1):
             rows.age += 1
             self.steady = self._same_routes(rows)
             if self.steady:
                 return
         else:
-            self.steady = False
+            self.steady, self._ends = False, None
             rows = self._rows = SteadyRows(list(reqs), [] if lengths is None else lengths.tolist(), self._ids.page_size)
         age, ends = rows.age, enumerate(zip(rows.keys, rows.told, strict=True))
         self.routes = {index: route for index, (req, told) in ends if (route := self._route(req, told + age)) is not None}
@@ -80,25 +81,45 @@ class OwnBatch:
 
     # ---- of the next step's batch, before it is taken in
 
+    def is_quiet(self, reqs: Sequence[Any]) -> bool:
+        """Whether these are the requests taken in last, and none of the ledger's begins a page with its next token."""
+        rows = self._rows
+        if rows is None or not reqs or not rows.are(reqs, reqs[-1].kv.kv_allocated_len, 0):
+            return False
+        ends = self._ends
+        if ends is None:
+            ends = self._ends = self._page_ends(rows)
+        return not ends[rows.age % self._ids.page_size]
+
+    def _page_ends(self, rows: SteadyRows) -> bytearray:
+        """By age of the rows, modulo the page size: whether the last token of one of the ledger's requests ends a page."""
+        ends = bytearray(self._ids.page_size)
+        for req, told in zip(rows.keys, rows.told, strict=True):
+            if is_managed(req):
+                ends[-told % self._ids.page_size] = 1
+        return ends
+
+    def note_taken_over(self) -> None:
+        """The ledger has taken over a request of the batch."""
+        self._ends = None
+
     def near_page_end(self, reqs: Sequence[Any], lengths: torch.Tensor, tokens: int) -> Sequence[int]:
         """Which requests have room for at most `tokens` more on the page of their last token. lengths: before the step's new one."""
-        rows = self._rows_if(reqs, 0)
-        return self._told(lengths).near_end(tokens) if rows is None else rows.near_end(tokens)
+        return self._next(reqs, lengths).near_end(tokens)
 
     def beginning_page(self, reqs: Sequence[Any], lengths: torch.Tensor) -> Sequence[int]:
         """Which requests begin a page with the step's new token. lengths: with it. SGLang counts the new token of a request when it is
         allocated, just behind this question."""
-        rows = self._rows_if(reqs, 0)
-        return self._told(lengths).beginning() if rows is None else rows.beginning(ahead=1)
+        rows = self._next(reqs, lengths)
+        return rows.beginning(1) if rows is self._rows else rows.beginning()
 
     # ----
 
-    def _rows_if(self, reqs: Sequence[Any], ahead: int) -> SteadyRows | None:
-        """The rows that were taken in last, if these requests are they, `ahead` tokens on. One request is asked for its length."""
+    def _next(self, reqs: Sequence[Any], lengths: torch.Tensor) -> SteadyRows:
+        """The rows that were taken in last, if these requests are they: one of them is asked for its length. Else rows of these lengths."""
         rows = self._rows
-        return rows if rows is not None and rows.are(reqs, reqs[-1].kv.kv_allocated_len if reqs else 0, ahead) else None
-
-    def _told(self, lengths: torch.Tensor) -> SteadyRows:
+        if rows is not None and rows.are(reqs, reqs[-1].kv.kv_allocated_len if reqs else 0, 0):
+            return rows
         return SteadyRows((), lengths.tolist(), self._ids.page_size)
 
     def _same_routes(self, rows: SteadyRows) -> bool:

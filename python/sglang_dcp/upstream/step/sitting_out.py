@@ -48,6 +48,8 @@ def find_leavers(runtime: Runtime, batch: Any) -> set[int]:
     the pool full. All others have room on the page of their last token. With two free pages for every request no local one misses its own.
     """
     reqs, pool = batch.reqs, runtime.pool
+    if runtime.givable_pages and pool.has_free(2 * len(reqs)) and runtime.own_batch.is_quiet(reqs):
+        return set()
     ahead = 0 if runtime.givable_pages else GROW_AHEAD_TOKENS
     places = runtime.own_batch.near_page_end(reqs, batch.seq_lens_cpu, ahead)
     if places and pool.has_free(2 * len(reqs)):
@@ -94,5 +96,6 @@ def adopt(runtime: Runtime, req: Any) -> None:
     req.dyncp.owner = req
     keep_place_in_order(req)
     participant.homes.adopt(req.dyncp, pages, req.kv.cache_protected_len // page_size)
+    runtime.own_batch.note_taken_over()
     # Its prefix may be in the tree, what it adds from now on must not enter.
     req.skip_radix_cache_insert = True
