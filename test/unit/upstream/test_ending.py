@@ -20,13 +20,14 @@ from sglang.srt.managers.load_snapshot import ShmLoadSnapshotReader, ShmLoadSnap
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 
 from sglang_dcp.config import ConfigError, DynCpConfig
+from sglang_dcp.dataflow.transport.base import TransportError
 from sglang_dcp.upstream.ending import failure, handler
 from sglang_dcp.upstream.ending.dumps import writes_core_dumps
 from sglang_dcp.upstream.ending.family import Family, Member
 from sglang_dcp.upstream.ending.gate import Gate, GateMiddleware
 from sglang_dcp.upstream.ending.progress import ProgressWatch, StepReport, describe_steps
 from sglang_dcp.upstream.ending.shared_files import SharedFiles
-from sglang_dcp.upstream.router.load_report import read_reports
+from sglang_dcp.upstream.router.load_report import ReportedLoad, read_reports
 
 # --- the gate
 
@@ -179,7 +180,7 @@ def test_the_first_exception_reaches_the_main_process_with_rank_and_step(tmp_pat
     path = str(tmp_path / "loads")
     times = iter((20.0, 10.0))
     monkeypatch.setattr(failure.time, "time", lambda: next(times))
-    for rank, error in ((0, RuntimeError("peer has gone")), (1, ValueError("x" * 2000))):
+    for rank, error in ((0, TransportError("peers did not answer")), (1, ValueError("x" * 2000))):
         monkeypatch.setattr(failure, "current", lambda rank=rank: SimpleNamespace(participant=SimpleNamespace(step=5 + rank)))
         scheduler = SimpleNamespace(load_snapshot_writer=ShmLoadSnapshotWriter(path, 3, rank))
 
@@ -189,8 +190,33 @@ def test_the_first_exception_reaches_the_main_process_with_rank_and_step(tmp_pat
         with pytest.raises(type(error)):
             failure.run_event_loop(loop, scheduler)
     ShmLoadSnapshotWriter(path, 3, 2)
-    found = failure.describe_failures(ShmLoadSnapshotReader(path, 3).read_all())
+    found = failure.describe_failures(ShmLoadSnapshotReader(path, 3).read_all(), host_size=3)
     assert found == ["instance 1 raised in step 6: ValueError: " + "x" * (failure.MOST_CHARACTERS - len("ValueError: "))]
+
+
+def told(rank: int, step: int, stamp: float, *, lost: bool = False) -> ReportedLoad:
+    return ReportedLoad(timestamp=stamp, dp_rank=rank, dyncp_step=step, dyncp_failure=f"error of {rank}", dyncp_lost_peer=lost)
+
+
+@pytest.mark.parametrize("ahead", [-5.0, 0.0, 5.0])
+def test_the_first_failure_is_told_whatever_the_hosts_clocks_say(ahead: float) -> None:
+    """Two hosts of two instances; the clock of the second is `ahead` seconds off."""
+    peers = [told(0, 12, 100.3, lost=True), told(1, 12, 100.2, lost=True), told(2, 12, 100.4 + ahead, lost=True)]
+    assert failure.describe_failures([*peers, told(3, 12, 100.1 + ahead)], 2) == ["instance 3 raised in step 12: error of 3"]
+    early = [told(0, 13, 100.0), told(1, 13, 100.1), told(3, 12, 100.0 + ahead)]
+    assert failure.describe_failures(early, 2) == ["instance 3 raised in step 12: error of 3"]
+    assert failure.describe_failures([told(2, 9, 7.1), told(3, 9, 7.0), ReportedLoad(dp_rank=0)], 2) == [
+        "instance 3 raised in step 9: error of 3"
+    ]
+    assert failure.describe_failures([ReportedLoad(dp_rank=0)], 2) == []
+
+
+def test_who_lost_a_peer_says_so() -> None:
+    gloo = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:31337")
+    wrapped = ValueError("the step failed")
+    wrapped.__cause__ = gloo
+    assert all(map(failure.lost_a_peer, (gloo, wrapped, TransportError("rank 0, step 7"))))
+    assert not failure.lost_a_peer(ValueError("no such page")) and not failure.lost_a_peer(None)
 
 
 @pytest.mark.parametrize(

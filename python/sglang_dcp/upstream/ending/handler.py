@@ -169,7 +169,10 @@ class EndingHandler(SignalHandler):
     def _find_causes(self, watchdog: Any) -> list[str]:
         """A death by signal explains the failures of peers, so it is named alone."""
         dead = [] if watchdog is None else self._family.describe_dead(read_exit_codes(watchdog._processes))
-        return dead or describe_failures(self.tokenizer_manager.load_snapshot_reader.read_all())
+        manager = self.tokenizer_manager
+        return dead or describe_failures(
+            manager.load_snapshot_reader.read_all(), manager.dyncp_limits.num_instances // self._config.num_nodes
+        )
 
     def _watch_progress(self) -> None:
         """Thread: the event loop may be busy, and must not be."""

@@ -21,11 +21,13 @@ from sglang_dcp.upstream.step.runtime import Runtime
 
 
 class ReportedLoad(LoadSnapshot):
-    """SGLang's snapshot and, of an instance that is attached, our report, its step, and what ended it (upstream/ending)."""
+    """SGLang's snapshot and, of an instance that is attached, our report, its step, and what ended it (upstream/ending). dyncp_lost_peer:
+    that was the end of another instance."""
 
     dyncp: HomeReport | None = None
     dyncp_step: int = 0
     dyncp_failure: str = ""
+    dyncp_lost_peer: bool = False
 
 
 def read_reports() -> None:

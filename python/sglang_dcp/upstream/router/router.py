@@ -7,6 +7,7 @@ import types
 from typing import Any
 
 from sglang_dcp.config import DynCpConfig
+from sglang_dcp.upstream.router.fresh_reports import keep_reports_fresh
 from sglang_dcp.upstream.router.placement_hint import strip_hints, write_placement
 from sglang_dcp.upstream.router.placer import Placer
 
@@ -16,13 +17,17 @@ logger = logging.getLogger(__name__)
 def install_placement(result: Any, controller: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER DataParallelController.__init__: every request leaves the router with a placement.
 
-    Policy `local` leaves SGLang's own total_tokens balancing in charge: its requests carry no placement.
+    Snapshots of several hosts are taken in whether or not requests come. Policy `local` leaves SGLang's own total_tokens balancing in
+    charge: its requests carry no placement.
     """
-    from sglang.srt.runtime_context import get_schedule
+    from sglang.srt.runtime_context import get_parallel, get_schedule
 
     config = DynCpConfig.from_environment()
     if config is None:
         raise RuntimeError("the dyncp hooks are installed but no configuration came with the environment")
+    if get_parallel().node_rank != 0:
+        return
+    keep_reports_fresh(controller)
     if config.policy == "local":
         return
     controller.dyncp = Placer(config.resolve(controller.launch_dp_size), controller.launch_dp_size)
