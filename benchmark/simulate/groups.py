@@ -19,6 +19,14 @@ SECONDS, MIN_REQUESTS, MAX_SECONDS = 180.0, 4000, 800.0
 
 DP_AND_OURS = ("dual-balance", "length-buckets", "local-least-batch", "local-least-kv")
 KIMI, TIGHT = Deployment("kimi-k2"), Deployment(pool_tokens=1_000_000)
+NODES: dict[str, Any] = {
+    "workloads": ("chat-1pct",),
+    "policies": ("dual-balance", "local-least-batch", "local-least-kv"),
+    "seeds": (1, 2, 3),
+    "limits": (("p99", 75.0),),
+    "seconds": 120.0,
+    "file": "nodes",
+}
 # A group may name: deployment, limits, seconds (length of every run), overrides (settings), file (where its cases are stored).
 GROUPS: dict[str, dict[str, Any]] = {
     "bars": {"workloads": ("chat-1pct", "weka", "mooncake", "chat-5pct"), "policies": MAIN, "seeds": SEEDS},
@@ -108,6 +116,9 @@ GROUPS: dict[str, dict[str, Any]] = {
     },
     "qwen": {"deployment": Deployment("qwen3-235b-a22b"), "workloads": ("chat-1pct",), "policies": MAIN, "seeds": SEEDS},
     "azure": {"workloads": ("azure-clock",), "policies": MAIN, "seeds": SEEDS},
+    # As many instances as public recipes go to, in nodes of two sizes: shards of a request stay in one.
+    "nodes-of-8": {**NODES, "deployment": Deployment(num_instances=72, node_size=8)},
+    "nodes-of-12": {**NODES, "deployment": Deployment(num_instances=72, node_size=12)},
     "h100": {"deployment": Deployment(gpu="h100"), "workloads": ("chat-1pct",), "policies": MAIN, "seeds": SEEDS},
 }
 FIRST_GUESS = {

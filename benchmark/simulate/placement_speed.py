@@ -19,7 +19,7 @@ PAGE, POOL = 64, 1_104_000
 BLOCK = 50
 
 
-def measure(num_instances: int, policy_name: str, long_share: float, count: int) -> dict[str, float]:
+def measure(num_instances: int, policy_name: str, long_share: float, count: int, node_size: int = 8) -> dict[str, float]:
     """Microseconds per placement: least, median and worst block of `BLOCK`; loads change with every placement."""
     draw = random.Random(1)
     cost = load_cost_model("deepseek-v3.h200", num_instances)
@@ -33,7 +33,7 @@ def measure(num_instances: int, policy_name: str, long_share: float, count: int)
         max_guest_fraction=1.0,
     )
     loads = [
-        InstanceLoad(i, i // 8, draw.randrange(100_000, 250_000), POOL, draw.randrange(0, 90_000), draw.randrange(55, 75), 80)
+        InstanceLoad(i, i // node_size, draw.randrange(100_000, 250_000), POOL, draw.randrange(0, 90_000), draw.randrange(55, 75), 80)
         for i in range(num_instances)
     ]
     requests = [
@@ -54,21 +54,22 @@ def measure(num_instances: int, policy_name: str, long_share: float, count: int)
 
 
 def main() -> None:
-    """Measures every policy at 32 and 4,096 instances."""
+    """Measures every policy at 32, 72 and 4,096 instances in nodes of eight, and at 72 in nodes of twelve."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     report = {
         "command": "python -m benchmark.simulate.placement_speed",
         "machine": f"{platform.machine()}, Python {platform.python_version()}, shared with servers: CPU time of the thread",
         "commit": commit,
-        "limits_us": {"32": 50, "4096": 1000},
+        "limits_us": {"32": 50, "72": 50, "4096": 1000},
         "cases": {},
     }
-    for num_instances, count in ((32, 4000), (4096, 500)):
+    for num_instances, node_size, count in ((32, 8, 4000), (72, 8, 4000), (72, 12, 4000), (4096, 8, 500)):
         for policy in ("dual-balance", "length-buckets", "local"):
             for name, share in (("short", 0.0), ("chat-1pct", 0.01), ("all-long", 1.0)):
-                case = measure(num_instances, policy, share, count)
-                report["cases"][f"{num_instances}|{policy}|{name}"] = case
-                print(num_instances, policy, name, case, flush=True)
+                case = measure(num_instances, policy, share, count, node_size)
+                size = num_instances if node_size == 8 else f"{num_instances} in nodes of {node_size}"
+                report["cases"][f"{size}|{policy}|{name}"] = case
+                print(size, policy, name, case, flush=True)
     RESULT.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

@@ -31,17 +31,20 @@ PAGE_SIZE = 64
 
 @dataclass(frozen=True)
 class Deployment:
-    """A model on GPUs. `pool_tokens` None means derived from memory and weights."""
+    """A model on GPUs. `pool_tokens` None means derived from memory and weights, `node_size` None as many GPUs per node as the constants
+    were measured with."""
 
     model: str = "deepseek-v3"
     gpu: str = "h200"
     num_instances: int = 32
     pool_tokens: int | None = None
     scale: tuple[str, float] | None = None
+    node_size: int | None = None
 
     def cost_model(self) -> CostModel:
         """Constants of the deployment, one of them scaled when `scale` says so."""
         cost = load_cost_model(f"{self.model}.{self.gpu}", self.num_instances)
+        cost = replace(cost, gpus_per_node=self.node_size or cost.gpus_per_node)
         return cost.scaled(*self.scale) if self.scale else cost
 
     def pool(self) -> int:
@@ -57,7 +60,8 @@ class Deployment:
         """Unique text for result files."""
         pool = f"-pool{self.pool_tokens}" if self.pool_tokens is not None else ""
         scale = f"-{self.scale[0]}x{self.scale[1]:g}" if self.scale else ""
-        return f"{self.model}.{self.gpu}x{self.num_instances}{pool}{scale}"
+        nodes = f"-nodes{self.node_size}" if self.node_size is not None else ""
+        return f"{self.model}.{self.gpu}x{self.num_instances}{nodes}{pool}{scale}"
 
 
 class RoundRobin:
