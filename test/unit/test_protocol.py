@@ -142,6 +142,14 @@ def test_a_walk_keeps_each_limit_of_a_split(limits, seed):
     assert sum(home.num_retractions for home in model.homes) > 0
 
 
+@pytest.mark.parametrize("num_nodes", [9, 6])
+def test_a_walk_of_seventy_two_instances(num_nodes):
+    """Nodes of 8 and of 12: more instances than a route has bits, and every grant is looked at."""
+    model = ProtocolModel(3, 72, 8, 16, num_nodes=num_nodes, check_every=25, chunk_tokens=48)
+    random_walk(model, 60, arrival=0.97)
+    assert model.num_requests > 40 and sum(model.num_growths) > 0
+
+
 def test_rows_that_leave_a_node_are_told_from_others():
     """Two nodes of two: a request over three pools crosses, one over its node's two does not. Seen by its home and by its shards."""
     for scope, shards, crossing in (("cluster", (1, 2, 0), [True, False, True, False]), ("cluster", (1, 0), [False] * 4)):

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sglang_dcp.observe.tables import balance, degree_text, printable, shards_text
+from sglang_dcp.observe.tables import balance, degree_text, instance_name, printable, shards_text
 
 BAR_WIDTH = 32
 KEPT_READINGS = 60
@@ -83,7 +83,7 @@ def _instances(instances: Sequence[Mapping[str, Any]]) -> Table:
         share = f"{100 * load['kv_tokens'] / load['pool_tokens']:.0f} %"
         drawn = bar([(own, OWN), (guests, GUEST), (retained, RETAINED)], load["pool_tokens"])
         counts = (f"{value:,}" for value in (guests, load["home_requests"], load["queued"]))
-        table.add_row(str(load["rank"]), drawn, f"{load['kv_tokens']:,}", share, *counts)
+        table.add_row(instance_name(load), drawn, f"{load['kv_tokens']:,}", share, *counts)
     return table
 
 

@@ -12,9 +12,14 @@ def format_instances(instances: Sequence[dict[str, Any]]) -> str:
     for load in instances:
         share = f"{100 * load['kv_tokens'] / load['pool_tokens']:.0f} %"
         counts = (load["guest_tokens"], load["home_requests"], load["queued"])
-        rows.append([str(load["rank"]), f"{load['kv_tokens']:,}", share, *(f"{count:,}" for count in counts)])
+        rows.append([instance_name(load), f"{load['kv_tokens']:,}", share, *(f"{count:,}" for count in counts)])
     tokens, requests = (balance([load[key] for load in instances]) for key in ("kv_tokens", "home_requests"))
     return f"{align(rows)}\nlargest / mean: KV tokens {_ratio(tokens)}, home requests {_ratio(requests)}"
+
+
+def instance_name(load: Mapping[str, Any]) -> str:
+    """Its rank, and its node where there are several."""
+    return f"{load['rank']} (node {load['node']})" if "node" in load else str(load["rank"])
 
 
 def balance(values: Sequence[int]) -> float | None:

@@ -26,6 +26,11 @@ def instance(rank: int, kv_tokens: int, home_requests: int = 0) -> dict[str, Any
     return {"rank": rank, "pool_tokens": 1024, "kv_tokens": kv_tokens, "guest_tokens": 16, "home_requests": home_requests, "queued": 0}
 
 
+def test_instances_of_several_nodes_name_theirs() -> None:
+    text = format_instances([instance(0, 0) | {"node": 0}, instance(9, 0) | {"node": 1}])
+    assert "0 (node 0)" in text and "9 (node 1)" in text and "node" not in format_instances([instance(0, 0), instance(1, 0)])
+
+
 def test_log_keeps_the_last() -> None:
     log = RequestLog(kept=3)
     for number in range(5):

@@ -167,6 +167,23 @@ def test_a_prompt_beyond_a_node_crosses_nodes_where_it_may():
     assert len({loads[rank].node for rank in policy.place(request_of(4_000), loads, PAGE).shards}) == 1
 
 
+@pytest.mark.parametrize("per_node", [8, 12])
+def test_seventy_two_instances_are_placed_node_by_node(per_node):
+    """Whole nodes are filled one after the other; the next long prompt always lies in one that has room."""
+    loads, policy = loads_of([0] * 72, pool=POOL, per_node=per_node), policy_of("dual-balance", 72)
+    prompt = POOL * (per_node - 1)
+    used = []
+    for _ in range(72 // per_node):
+        placement = policy.place(request_of(prompt), loads, PAGE)
+        (node,) = {loads[rank].node for rank in placement.shards}
+        used.append(node)
+        for rank, tokens in zip(placement.shards, placement.shard_tokens, strict=True):
+            loads[rank].kv_tokens += tokens
+    assert sorted(used) == list(range(72 // per_node))
+    with pytest.raises(CapacityError, match=f"{per_node} of the {per_node} instances of a node"):
+        policy.place(request_of(POOL * per_node), loads, PAGE)
+
+
 @pytest.mark.parametrize("degree", [3, 5])
 def test_a_pinned_degree_beyond_a_node_is_refused(degree):
     loads = loads_of([0] * 8, per_node=2)

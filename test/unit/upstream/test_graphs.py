@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sglang_dcp.dataflow.graph.static_tables import guests_per_instance
 from sglang_dcp.dataflow.step_mode import STOCK, Graph, GraphStep
 from sglang_dcp.ledger.routes import MOST_INSTANCES, route_word, shard_mask, travelling_tail
 from sglang_dcp.policy.split_limits import Layout
@@ -92,6 +93,18 @@ def test_routes() -> None:
     assert travelling_tail(route_word((0, 2), 0, 0, range(8))) == -1
     assert 0 < route_word(range(MOST_INSTANCES), 47, 0, range(MOST_INSTANCES)) < 1 << 62
     assert route_word((0, 1), 1, 0, range(MOST_INSTANCES + 1)) == 0
+
+
+def test_routes_follow_the_node_and_not_the_cluster() -> None:
+    """The last node of 72 instances; its routes are those of the first. A shard of another node is an error."""
+    for node_size in (8, 12):
+        last = range(72 - node_size, 72)
+        first = route_word((1, 0, 3), 3, 0, range(node_size))
+        assert route_word((last[1], last[0], last[3]), last[3], last[0], last) == first > 0
+        counts = guests_per_instance([[]] * (72 - node_size) + [[first]] + [[]] * (node_size - 1), Layout(72, node_size).groups)
+        assert [rank for rank, count in enumerate(counts) if count] == [last[1], last[3]]
+        with pytest.raises(ValueError, match="not in range"):
+            route_word((0, last[0]), last[0], last[0], last)
 
 
 @pytest.mark.parametrize(

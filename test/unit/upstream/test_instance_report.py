@@ -9,6 +9,7 @@ from typing import Any
 
 from sglang_dcp.observe.load import MOST_REQUESTS
 from sglang_dcp.observe.request_log import LONGEST_ID, RequestLog
+from sglang_dcp.policy.split_limits import Layout, SplitLimits
 from sglang_dcp.upstream.observe import report
 from sglang_dcp.upstream.observe.host_clock import HostClock
 from sglang_dcp.upstream.step.queues import Queues
@@ -42,7 +43,8 @@ class Request:
 
 def make_runtime(**scheduler: Any) -> Any:
     pool = SimpleNamespace(num_givable_pages=lambda: 60)
-    participant = SimpleNamespace(rank=1, num_pages=64, page_size=16, guests=SimpleNamespace(num_pages=0, num_retained=0))
+    guests, limits = SimpleNamespace(num_pages=0, num_retained=0), SplitLimits(64, 2, 64, Layout(4, 2))
+    participant = SimpleNamespace(rank=1, num_pages=64, page_size=16, guests=guests, limits=limits)
     participant.retention = SimpleNamespace(num_pages_here=4)
     empty = SimpleNamespace(reqs=[])
     scheduled = {"running_batch": empty, "last_batch": None, "chunked_req": None, "waiting_queue": []} | scheduler

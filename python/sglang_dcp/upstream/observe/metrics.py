@@ -21,7 +21,7 @@ CROSSING_TEXT = "Forward passes with a row of this instance, or a guest, whose h
 EVICTIONS_TEXT = "Sequences of this home that gave way: to growth, an admission, local requests, or the share of a pool."
 EXCHANGE_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 WAIT_BUCKETS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-DEGREE_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32)
+DEGREE_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32, 72)
 
 
 class StepMetrics:

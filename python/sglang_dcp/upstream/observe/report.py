@@ -127,10 +127,11 @@ def degree_of(runtime: Runtime, req: Any) -> int:
 
 
 def _figures(runtime: Runtime) -> dict[str, Any]:
-    participant = runtime.participant
+    participant, layout = runtime.participant, runtime.participant.limits.layout
     page_size = participant.page_size
     return {
         "rank": participant.rank,
+        **({"node": layout.node_of(participant.rank)} if layout.node_size < layout.num_instances else {}),
         "pool_tokens": participant.num_pages * page_size,
         "kv_tokens": (participant.num_pages - runtime.pool.num_givable_pages()) * page_size,
         "guest_tokens": (participant.guests.num_pages - participant.guests.num_retained) * page_size,
