@@ -117,7 +117,7 @@ GROUPS: dict[str, dict[str, Any]] = {
     "qwen": {"deployment": Deployment("qwen3-235b-a22b"), "workloads": ("chat-1pct",), "policies": MAIN, "seeds": SEEDS},
     "azure": {"workloads": ("azure-clock",), "policies": MAIN, "seeds": SEEDS},
     # As many instances as public recipes go to, in nodes of two sizes: shards of a request stay in one.
-    "nodes-of-8": {**NODES, "deployment": Deployment(num_instances=72, node_size=8)},
+    "nodes": {**NODES, "deployment": Deployment(num_instances=72, node_size=8)},
     "nodes-of-12": {**NODES, "deployment": Deployment(num_instances=72, node_size=12)},
     "h100": {"deployment": Deployment(gpu="h100"), "workloads": ("chat-1pct",), "policies": MAIN, "seeds": SEEDS},
 }

@@ -12,6 +12,7 @@ FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
 LIMITS = ("60", "75", "100")
 POLICIES = ("dual-balance", "length-buckets", "local-least-batch", "local-least-kv", "oracle")
 WORKLOADS = ("chat-1pct", "chat-5pct", "weka", "mooncake", "chat-0pct", "servegen-r1")
+NODE_POLICIES, NODE_SIZES = ("dual-balance", "local-least-batch", "local-least-kv"), (8, 12)
 OTHERS = {
     "kimi|kimi-k2.h200x32|chat-1pct": "Kimi-K2 on H200",
     "qwen|qwen3-235b-a22b.h200x32|chat-1pct": "Qwen3-235B on H200",
@@ -21,7 +22,7 @@ OTHERS = {
 
 def render() -> str:
     comparison = json.loads((FIGURES / "comparison.json").read_text())
-    placement = load("policy_placement.json")
+    placement, nodes = load("policy_placement.json"), load("simulation_nodes.json")
     base = {workload: comparison[f"bars|deepseek-v3.h200x32|{workload}"] for workload in WORKLOADS}
     others = {name: comparison[key] for key, name in OTHERS.items() if key in comparison}
     return page(
@@ -34,6 +35,10 @@ def render() -> str:
         table(["workload", "limit, ms", "`dual-balance`", "`length-buckets`", "oracle"], _gains(base) + _gains(others)),
         "## Ablation: rate over that of `dual-balance`",
         _ablation(json.loads((FIGURES / "ablation.json").read_text())),
+        "## 72 instances",
+        "Nodes of 8 and of 12, P99 of 75 ms, requests per second: every seed of a data-parallel baseline, and ours over the better one.",
+        source("simulation_nodes.json", nodes | {"commit": next(iter(nodes["cases"].values()))["commit"]}),
+        table(["nodes of", "seed", *(f"`{policy}`" for policy in NODE_POLICIES), "gain"], _nodes(nodes)),
         "## Time of one placement",
         source("policy_placement.json", placement),
         table(["instances, policy, prompts", "CPU time, us (median)"], _placements(placement)),
@@ -70,6 +75,16 @@ def _ablation(found: dict[str, Any]) -> str:
         cases = [found.get(f"{workload}|{variant}", {}).get(f"p99-{limit}") for workload, limit in columns]
         rows.append((f"`{variant}`", *(_value(case, 2) for case in cases)))
     return table(["variant", *(f"{workload}, {limit} ms" for workload, limit in columns)], rows)
+
+
+def _nodes(result: dict[str, Any]) -> list[tuple[Any, ...]]:
+    rows = []
+    for size in NODE_SIZES:
+        for seed in sorted({key.rsplit("|", 1)[1] for key in result["cases"]}):
+            cases = (result["cases"][f"deepseek-v3.h200x72-nodes{size}|chat-1pct|{policy}|{seed}"] for policy in NODE_POLICIES)
+            ours, *others = (case["max_rate"]["p99-75"] for case in cases)
+            rows.append((size, seed, *(f"{rate:.0f}" for rate in (ours, *others)), f"{ours / max(others):.2f}"))
+    return rows
 
 
 def _placements(result: dict[str, Any]) -> list[tuple[Any, ...]]:
