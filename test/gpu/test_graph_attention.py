@@ -25,7 +25,6 @@ from sglang_dcp.dataflow.quantised_kv import with_quantised
 from sglang_dcp.dataflow.reference import partial_attention
 from sglang_dcp.dataflow.step_mode import STOCK, Graph
 from sglang_dcp.dataflow.transport.base import TransportError
-from sglang_dcp.policy.split_limits import Layout
 from sglang_dcp.upstream.layers.graphs import GraphEngine
 from sglang_dcp.upstream.layers.peers import Place
 from test.unit.dataflow.cluster import PoolCache, as_bytes
@@ -112,7 +111,6 @@ class GpuSession(Session):
         for guest_rows in GUEST_ROWS:
             for instance in self.instances:
                 instance.capture(guest_rows)
-        self.layout = Layout(num_instances, num_instances)
         self.engine = GraphEngine(GUEST_ROWS, [Place("host", "gpu", ("gpu",))] * num_instances, 0, self.layout, None)
         self.engine.max_home_rows = HOME_ROWS
         self.num_graph_steps = self.num_advances = 0

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from sglang_dcp.dataflow.transport.base import TransportError
-from sglang_dcp.dataflow.transport.gloo import GlooTransport
+from sglang_dcp.dataflow.transport.gloo import GlooTransport, create_gloo_group
 from sglang_dcp.dataflow.transport.host_staged import HostStagedTransport
 from sglang_dcp.dataflow.transport.nccl import NcclTransport
 
@@ -30,6 +30,10 @@ def work(rank: int, folder: str) -> None:
             got = transport.all_to_all(message, SPLITS[rank], received, step=1, layer=2, stage="dispatch")
             expected = [[0, 1], []] if rank == 0 else [[2, 3, 4], [10, 11, 12, 13]]
             assert got.tolist() == sum(expected, []) and got.dtype == dtype
+    alone = GlooTransport(create_gloo_group(20.0, [range(1), range(1, 2)]))  # a node each: nobody waits for the other
+    for _ in range(rank + 1):
+        own = torch.arange(3.0) + rank
+        assert alone.all_to_all(own, [3], [3], step=1, layer=2, stage="dispatch").equal(own)
     empty = torch.zeros(0)
     assert not NcclTransport(group).all_to_all(empty, [0, 0], [0, 0], step=1, layer=2, stage="return").numel()
     dist.destroy_process_group()
