@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 from benchmark.serving.provenance import provenance
 
 CASES = "gqa4_nodes,mla4_nodes"
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+"""Instances that share a process wait for each other on streams of their own; servers do not."""
 MOST_RATIO = 1.1
 """Of an exchange of two nodes at once over that of one."""
 
@@ -26,7 +29,7 @@ MOST_RATIO = 1.1
 def serve(out: Path, only: str, device: str, limit_s: float) -> dict[str, Any]:
     """Stages of every case (testing/gpu/runtime_check.py); its logs and its report are in `out`."""
     command = [sys.executable, "-m", "testing.gpu.runtime_check", str(out), "--limit", str(limit_s), "--only", only, "--device", device]
-    done = subprocess.run(command, check=False)
+    done = subprocess.run(command, env={key: value for key, value in os.environ.items() if key != CONNECTIONS}, check=False)
     path = out / "runtime_check.json"
     checks = json.loads(path.read_text())["checks"] if path.is_file() else {}
     return {"held": done.returncode == 0, "cases": {name: summarise(found) for name, found in checks.items()}}
@@ -78,6 +81,7 @@ def main() -> int:
         (args.out / "nodes.json").write_text(json.dumps(found | conclude(found), indent=1) + "\n")
 
     if args.device == "cuda":
+        os.environ.setdefault(CONNECTIONS, "32")
         import torch
 
         from benchmark.kernels.nodes import measure_nodes
