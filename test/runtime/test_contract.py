@@ -276,6 +276,13 @@ def test_values_out_of_range_on_the_openai_endpoints(client: Client, fields: dic
             assert (status, message in text) == (400, True), text
 
 
+@pytest.mark.usefixtures("others")
+@pytest.mark.parametrize("action", ["start", "stop", "dump"])
+def test_experts_are_recorded_by_a_recorder_alone(client: Client, action: str) -> None:
+    status, text = client.request("GET", f"/{action}_expert_distribution_record")
+    assert (status, "--expert-distribution-recorder-mode" in text) == (400, True), text
+
+
 def runs_of(client: Client, prompt_tokens: int) -> int:
     """Requests of this length that reached a scheduler."""
     return sum(entry["prompt_tokens"] == prompt_tokens for entry in client.json("GET", "/dyncp/requests")["requests"])

@@ -88,6 +88,19 @@ def test_min_new_tokens_holds_for_a_request_that_sits_out(server, pins):
     assert (len(answer.ids), answer.ids[-1], answer.finish_reason) == (81, end, "stop")
 
 
+def test_penalties_count_every_token_of_a_request_that_sits_out(server):
+    """As for one that has two shards from the start."""
+    prompt = [1 + i % 90 for i in range(POOL - 50)]
+    penalties = {"frequency_penalty": 1.5, "presence_penalty": 0.7, "repetition_penalty": 1.2, **FOREVER}
+    outgrows, spread = (
+        server.client.generate(prompt, max_new_tokens=90, logprobs=True, sampling=penalties | pins)
+        for pins in ({}, {"custom_params": {"dyncp": {"degree": 2}}})
+    )
+    assert (outgrows.meta["dyncp"]["degree_start"], spread.meta["dyncp"]["degree_start"]) == (1, 2)
+    assert_same_until_tie(spread, outgrows)
+    assert first_tie(spread.output_tokens) > 70, "more than sitting out takes to come"
+
+
 def assert_drained(server, limit_s: float = 60.0) -> None:
     """Idle again, cache flushed: every instance's pool is whole, and the server answers."""
     deadline = time.monotonic() + limit_s

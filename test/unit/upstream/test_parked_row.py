@@ -14,7 +14,7 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_dcp.upstream.step import attached, retraction
-from sglang_dcp.upstream.step.penalties import count_earlier_output
+from sglang_dcp.upstream.step.penalties import count_earlier_output, count_in_turn
 from sglang_dcp.upstream.step.queues import Queues
 from sglang_dcp.upstream.step.sitting_out import rejoin, sit_out
 
@@ -59,6 +59,7 @@ def request(slot: int, output: list[int], *, top: int = 0, ids: list[int] | None
         grammar=grammar,
         dyncp=None,
         dyncp_parked_row=None,
+        dyncp_num_late=0,
         to_finish=None,
         kv=SimpleNamespace(kv_allocated_len=4),
     )
@@ -163,6 +164,64 @@ def test_custom_parameters_of_a_row_stay_with_it(room: None) -> None:
     assert [req.slot for req in back.reqs] == [2, 0, 1]
     assert back.sampling_info.custom_params == [{"a": 2}, {"a": 0}, None]
     assert back.sampling_info.custom_logit_processor[1].rows == [0, 1]
+
+
+def token_of(slot: int, number: int) -> int:
+    """Some tokens come twice."""
+    return (3 * slot + number * number) % 10
+
+
+class Overlapped:
+    """Steps as with the overlap schedule: each is prepared, and sampled, before the result of the one before has come."""
+
+    def __init__(self, batch: ScheduleBatch) -> None:
+        self.batch = batch
+        self.pending = list(batch.reqs)  # their first tokens, of the prefill
+        self.used: dict[tuple[int, int], torch.Tensor] = {}
+
+    def step(self, runtime: Any, leave: set[int]) -> None:
+        """leave: slots that sit this step out. used: what their penalties made of the logits of each token."""
+        self.batch = rejoin(runtime, self.batch)
+        places = {place for place, req in enumerate(self.batch.reqs) if req.slot in leave}
+        if places:
+            sit_out(runtime, self.batch, places)
+        numbers = {req.slot: len(req.output_ids) + (req in self.pending) for req in self.batch.reqs}
+        if not self.batch.is_empty():
+            if self.batch.sampling_info.penalizer_orchestrator.is_required:
+                count_in_turn(ScheduleBatch.cumulate_penalty_output_tokens, self.batch)
+            self.used |= {(slot, numbers[slot]): row for slot, row in biases(self.batch).items()}
+        for req in self.pending:
+            req.output_ids.append(token_of(req.slot, len(req.output_ids)))
+        self.pending = list(self.batch.reqs)
+
+
+@pytest.mark.parametrize("leaves", [[{0}], [{0}, {0}], [set(), {0, 2}, {2}, set(), {1, 2}], [{3}, set(), {3}, set(), {0, 1, 2, 3}, {1}]])
+def test_with_overlap_each_token_is_counted_once_and_in_its_step(leaves: list[set[int]], room: None) -> None:
+    alone, moved = (Overlapped(batch_of([request(slot, [], **params) for slot, params in enumerate(MANY)])) for _ in range(2))
+    for _ in range(12):
+        alone.step(runtime_of([]), set())
+    runtime = runtime_of([])
+    for leave in [set(), set(), *leaves, set(), set(), set()]:
+        moved.step(runtime, leave)
+    assert {slot for slot, _ in moved.used} == {0, 1, 2, 3}
+    for key, row in moved.used.items():
+        assert torch.equal(row, alone.used[key]), key
+
+
+def test_with_overlap_a_request_that_starts_over_counts_its_last_token_in_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attached, "_runtime", object())
+    never = Overlapped(batch_of([request(0, [], **PENALIZED)]))
+    for _ in range(6):
+        never.step(runtime_of([]), set())
+    output = [token_of(0, number) for number in range(3)]
+    batch = batch_of([request(0, output, **PENALIZED)])
+    batch.enable_overlap, batch.prefix_lens, batch.extend_lens = True, [0], [5]
+    count_earlier_output(None, batch)
+    assert torch.equal(biases(batch)[0], never.used[0, 3])
+    again = Overlapped(batch)
+    for _ in range(2):
+        again.step(runtime_of([]), set())
+    assert torch.equal(again.used[0, 4], never.used[0, 4]) and torch.equal(again.used[0, 5], never.used[0, 5])
 
 
 @pytest.mark.parametrize("place", [0, 1])

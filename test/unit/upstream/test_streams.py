@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import HTTPException
 
-from sglang_dcp.upstream.front.requests import ControlRefused, pause_generation, refuse_control, serve_generate
+from sglang_dcp.upstream.front.requests import ControlRefused, pause_generation, record_experts, refuse_control, serve_generate
 
 
 def event(body: dict[str, Any]) -> bytes:
@@ -86,3 +87,23 @@ def test_modes_of_a_pause(mode: str) -> None:
     with pytest.raises(ControlRefused, match='pause_generation with mode "retract" does not work with --enable-dyncp') as failure:
         asyncio.run(call)
     assert (failure.value.status_code, paused) == (400, [])
+
+
+@pytest.mark.parametrize("mode", [None, "stat"])
+def test_recording_experts_needs_a_recorder(mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the schedulers the call raises without one, and ends them all; a GET is enough."""
+    settings = SimpleNamespace(moe=SimpleNamespace(expert_distribution_recorder_mode=mode))
+    monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: settings)
+    calls: list[Any] = []
+
+    async def start_expert_distribution_record(manager: Any) -> None:
+        calls.append(manager)
+
+    call = record_experts(start_expert_distribution_record, "manager")
+    if mode is not None:
+        asyncio.run(call)
+        assert calls == ["manager"]
+        return
+    with pytest.raises(HTTPException, match="start_expert_distribution_record needs .* --expert-distribution-recorder-mode") as failure:
+        asyncio.run(call)
+    assert (failure.value.status_code, calls) == (400, [])

@@ -154,6 +154,16 @@ DYNCP_HOOKS: tuple[Hook, ...] = (
         parameters=(),
     ),
     Hook(
+        target="sglang.srt.managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",
+        kind="around",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.step.penalties:count_in_turn",
+        why="a row that sat out counts the token that it would have counted: SGLang takes the last one that it knows",
+        upstream="penalizers that are prepared from a request's output tokens",
+        remove_when="penalties are counted by position",
+        parameters=(),
+    ),
+    Hook(
         target="sglang.srt.managers.scheduler.Scheduler.get_output_streamer_class",
         kind="after",
         hook_set="dyncp",

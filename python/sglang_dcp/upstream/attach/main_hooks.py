@@ -52,6 +52,20 @@ _PAUSES = tuple(
     for owner in (_MANAGER, _WORKER)
 )
 
+_RECORDERS = tuple(
+    Hook(
+        target=f"{_CONTROLS}.{action}_expert_distribution_record",
+        kind="around",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.front.requests:record_experts",
+        why="without a recorder the call is HTTP 400; in the schedulers it would raise, and end all of them",
+        upstream="an answer instead of an exception where no recorder is configured",
+        remove_when="the recorder that does nothing does not raise",
+        parameters=(),
+    )
+    for action in ("start", "stop", "dump")
+)
+
 DYNCP_MAIN_HOOKS: tuple[Hook, ...] = (
     Hook(
         target="sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
@@ -164,6 +178,7 @@ DYNCP_MAIN_HOOKS: tuple[Hook, ...] = (
         parameters=("method", "path"),
     ),
     *_PAUSES,
+    *_RECORDERS,
     Hook(
         target=f"{_HTTP}.app.add_middleware",
         kind="register",

@@ -177,3 +177,12 @@ async def pause_generation(original: Callable[..., Any], manager: Any, obj: Any)
     if obj.mode == "retract":
         raise ControlRefused('pause_generation with mode "retract"', "sharded requests cannot be taken off all instances at once")
     await original(manager, obj)
+
+
+async def record_experts(original: Callable[..., Any], manager: Any) -> None:
+    """AROUND the calls that record which experts are chosen: without a recorder every scheduler would raise, and the server end."""
+    from sglang.srt.runtime_context import get_exec
+
+    if get_exec().moe.expert_distribution_recorder_mode is None:
+        raise HTTPException(status_code=400, detail=f"{original.__name__} needs a server with --expert-distribution-recorder-mode")
+    await original(manager)

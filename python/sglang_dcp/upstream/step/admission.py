@@ -25,7 +25,7 @@ def attach_placement(req: Any, scheduler: Any, recv_req: Any, *args: Any, **kwar
     req.dyncp = req.dyncp_parked_row = None
     req.dyncp_placement = None if hint is None else hint.placement
     req.dyncp_placement_flexible = hint is not None and hint.flexible
-    req.dyncp_prefix_pages = 0
+    req.dyncp_prefix_pages = req.dyncp_num_late = 0
     req.dyncp_extra_key = req.extra_key
     if hint is None:
         if runtime is not None:

@@ -1,9 +1,15 @@
-"""Penalties of a request's earlier tokens, where SGLang's batch would begin to count anew."""
+"""Penalties of a request's earlier tokens, where SGLang's batch would begin to count anew, or count another token.
+
+With the overlap schedule a step is prepared before the result of the one before is there, so SGLang counts the last token but one: the
+prompt's last token before the first decode step, then each output token one step late. A row that sat out, and one that starts over, has
+all its results; it must count what it would have counted, or that token is lost and the next one counted twice.
+"""
 
 from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +29,25 @@ def copy_penalizers(penalizers: Any, batch: Any) -> Any:
     return copied
 
 
+def count_in_turn(original: Callable[[Any], None], batch: Any) -> None:
+    """AROUND ScheduleBatch.cumulate_penalty_output_tokens: rows that are back count the token that was their last when they left."""
+    hidden = [(req, req.output_ids[-req.dyncp_num_late :]) for req in batch.reqs if req.dyncp_num_late]
+    for req, tokens in hidden:
+        del req.output_ids[-len(tokens) :]
+    try:
+        original(batch)
+    finally:
+        for req, tokens in hidden:
+            req.output_ids.extend(tokens)
+            req.dyncp_num_late = 0
+
+
 @after
 def count_earlier_output(runtime: Runtime, result: Any, batch: Any) -> None:
     """AFTER ScheduleBatch.prepare_for_extend: a request that starts over brings output tokens along, SGLang counts none of them.
 
-    They are fed to the penalizers one by one, in the chunk that ends the prefill: only its sampling uses them.
+    They are fed to the penalizers one by one, in the chunk that ends the prefill: only its sampling uses them. With the overlap schedule
+    the last one is counted by the next step.
     """
     if not any(req.output_ids for req in batch.reqs):
         return
@@ -55,7 +75,8 @@ def _rebuilt(penalizers: Any, batch: Any, again: list[bool]) -> Any:
         rows = _Rows([req], batch.device)
         part = type(penalizers)(vocab_size=penalizers.vocab_size, batch=rows, penalizers=set(penalizers.penalizers))
         if counts and part.is_required:
-            for token in torch.tensor(list(req.output_ids), dtype=torch.int64).to(batch.device).split(1):
+            counted = [req.origin_input_ids[-1], *req.output_ids[:-1]] if batch.enable_overlap else list(req.output_ids)
+            for token in torch.tensor(counted, dtype=torch.int64).to(batch.device).split(1):
                 part.cumulate_output_tokens(token)
         parts.append((rows, part))
     joined_rows, joined = parts[0]

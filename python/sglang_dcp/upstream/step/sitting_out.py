@@ -21,6 +21,9 @@ def rejoin(runtime: Runtime, running_batch: Any) -> Any:
     runtime.queues.parked = [req for req in runtime.queues.parked if req not in back and not req.finished()]
     for req in back:
         row, req.dyncp_parked_row = req.dyncp_parked_row, None
+        if row.sampling_info.penalizer_orchestrator.is_required:
+            # The result of the step in flight when it left, if there was one.
+            req.dyncp_num_late = len(req.output_ids) - req.dyncp_num_output
         if running_batch.is_empty():
             running_batch = row
         else:
@@ -33,6 +36,7 @@ def sit_out(runtime: Runtime, batch: Any, places: set[int]) -> bool:
     for place in sorted(places):
         req = batch.reqs[place]
         req.dyncp_parked_row = take_row(batch, place)
+        req.dyncp_num_output = len(req.output_ids) - req.dyncp_num_late
         runtime.queues.parked.append(req)
     batch.filter_batch(keep_indices=[place for place in range(len(batch.reqs)) if place not in places])
     if batch.is_empty():
