@@ -13,6 +13,7 @@ from benchmark.host_step.stand_ins import GUEST_ROWS, Batch, HostAttention, Mode
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.ledger.participant import Participant
+from sglang_dcp.policy.split_limits import Layout
 from sglang_dcp.upstream.layers import step_path
 from sglang_dcp.upstream.layers.graphs import GraphEngine
 from sglang_dcp.upstream.layers.peers import Place
@@ -39,7 +40,8 @@ class Instance:
         config, self.pool = DynCpConfig().resolve(num_instances), make_pool(num_pages, PAGE_SIZE)
         self.participant = Participant(cluster_of(config, num_instances, num_pages, PAGE_SIZE), rank, self.pool)
         self.pool.bind(self.participant, SimpleNamespace(supports_prefix_sharing=lambda: False, evictable_size=lambda: 0))
-        engine = GraphEngine((GUEST_ROWS,), [Place("host", "gpu", ("gpu",))] * num_instances, rank, None)
+        places, layout = [Place("host", "gpu", ("gpu",))] * num_instances, Layout(num_instances, num_instances)
+        engine = GraphEngine((GUEST_ROWS,), places, rank, layout, None)
         engine.max_home_rows = max_rows
         engine.attention = HostAttention(rank, num_instances, max_rows, PAGE_SIZE, num_pages)
         self.batch = Batch([])

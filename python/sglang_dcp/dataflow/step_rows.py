@@ -50,7 +50,7 @@ class StepRows:
     @property
     def routes_of_homes(self) -> list[list[int]]:
         """By home: the routes of its sharded rows, each by places in the home's exchange group. All instances know them alike."""
-        return [[row.route for row in rows] for rows in self.participant.rows_of]
+        return [table.routes for table in self.participant.rows_of]
 
     def leaves_node(self) -> bool:
         """Whether a row of this instance, or a guest's, is shared with an instance of another node."""
@@ -106,16 +106,15 @@ class StepRows:
         the pooled ones."""
         rank, guests, spans, routes = self.participant.rank, self.participant.guests, self.batch.spans, self.batch.routes
         group, place = self.participant.group, self.participant.group.index(self.participant.rank)
-        own = np.full(len(spans), 1 << place, dtype=np.int32)
+        own = [1 << place] * len(spans)
         words: list[np.ndarray] = []
         rows: list[ListedRow | PooledRow] = []
         pooled: list[Hashable] = []
         for home in group:
             if home == rank:
-                words.append(own)
                 continue
             told = self.participant.rows_of[home]
-            words.append(route_words(row.route for row in told))
+            words.append(route_words(told.routes))
             for guest in told:
                 if shard_mask(guest.route) >> place & 1:
                     held, arrives = guests.pages_of(home, guest.handle), travelling_tail(guest.route) == place
@@ -130,4 +129,5 @@ class StepRows:
             if shard_mask(route) >> place & 1:
                 request, grows = req.dyncp, travelling_tail(route) < 0
                 rows.append(ListedRow((rank, request.handle), prefix_len + 1, request.own_pages, grows, arrives=False))
+        words.insert(place, np.array(own, dtype=np.int32))
         return words, rows, pooled

@@ -26,6 +26,7 @@ class HomeRequest:
     the pages at home, ascending. num_missing: the Nones in pages. The four follow from `pages`; a step must not walk a long request's.
     granted_pages: of every owner, its pages and those whose numbers have not arrived.
     previous: handle of the retained sequence that its ask would take over, 0 for none. num_kept: pages that it took over.
+    route_at: the page index of a row's last token and the row's route, as found last (positions.py).
     owner: whoever opened it keeps here what it needs when the request is over.
     """
 
@@ -46,6 +47,7 @@ class HomeRequest:
     previous: int = 0
     num_kept: int = 0
     owner: Any = field(default=None, compare=False, repr=False)
+    route_at: tuple[int, int | None] = field(default=(-1, None), compare=False, repr=False)
     _arrays: tuple[np.ndarray, np.ndarray] | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -228,6 +230,7 @@ class HomeBook:
         self.granted_pages[owner] += num_pages
 
     def _index(self, request: HomeRequest, page_index: int, page: Page) -> None:
+        request.route_at = (-1, None)
         request.starts[page.owner] = min(page_index, request.starts.get(page.owner, page_index))
         request.page_counts[page.owner] = request.page_counts.get(page.owner, 0) + 1
         if page.owner == self.ids.home:

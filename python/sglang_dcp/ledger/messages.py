@@ -141,9 +141,10 @@ class Retain:
         return cls(handle, tuple(zip(rest[::2], rest[1::2], strict=True)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Row:
-    """One sharded request of a step: queries at positions prefix_len .. prefix_len + num_new - 1.
+    """One sharded request of a step: queries at positions prefix_len .. prefix_len + num_new - 1. Nobody changes one; dataclass would pay
+    for that with a call per field, and a step in which a request joins makes all rows of all homes.
 
     route: the shards that take part and the one that takes the last token's K/V (routes.py). A steady row keeps it until its tail moves.
     """
@@ -168,7 +169,7 @@ class Rows:
     def parse(cls, words: Sequence[int]) -> Rows:
         if len(words) % 4:
             raise MessageError(f"a Rows message has {len(words)} words, not a multiple of 4")
-        return cls(tuple(Row(*words[i : i + 4]) for i in range(0, len(words), 4)))
+        return cls(tuple(map(Row, words[0::4], words[1::4], words[2::4], words[3::4])))
 
 
 Message = AskAdmission | AskGrowth | Granted | Release | Rows | Retain

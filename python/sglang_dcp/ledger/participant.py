@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from sglang_dcp.ledger import columns as col
 from sglang_dcp.ledger import messages
 from sglang_dcp.ledger.cluster import Cluster
 from sglang_dcp.ledger.columns import DECISIONS, ROWS_CHECKSUM, STEP, WORDS
+from sglang_dcp.ledger.counters import LedgerCounters
 from sglang_dcp.ledger.decision_digest import DecisionDigest
 from sglang_dcp.ledger.guests import GuestBook
 from sglang_dcp.ledger.homes import HomeBook, HomeRequest
@@ -22,7 +22,7 @@ from sglang_dcp.ledger.messages import AskAdmission, AskGrowth, Granted, Message
 from sglang_dcp.ledger.page_ids import Page, PageIds
 from sglang_dcp.ledger.reservations import Decision, Grant, Key, ReservationTable
 from sglang_dcp.ledger.retention import Match, Retention
-from sglang_dcp.ledger.row_table import RowTable, advance, checksum
+from sglang_dcp.ledger.row_table import RowTable, checksum
 from sglang_dcp.policy.growth import predicted_level
 
 
@@ -42,15 +42,6 @@ class PagePool(Protocol):
         ...
 
     def return_pages(self, pages: list[int]) -> None: ...
-
-
-@dataclass
-class LedgerCounters:
-    """Of this home's requests. admission_waits: seconds from the ask to the grant, since somebody last took them."""
-
-    degree_growths: int = 0
-    retractions: int = 0
-    admission_waits: list[float] = field(default_factory=list)
 
 
 class Participant:
@@ -161,9 +152,10 @@ class Participant:
         they need a message."""
         table = self.rows_of[self.rank]
         rows_checksum = table.next_checksum()
-        if rows is not None and (own_rows := tuple(rows)) != advance(table):
-            rows_checksum = checksum(own_rows)
-            self.outbox.append(Rows(own_rows))
+        if rows is not None and (own_checksum := checksum(rows)) != rows_checksum:
+            # What the others go by, too: where they have this checksum already, they would take the rows for those that they have.
+            rows_checksum = own_checksum
+            self.outbox.append(Rows(tuple(rows)))
         self.own_words = messages.encode(self.outbox) if self.outbox else []
         self.outbox = []
         words, decided, num_guests = len(self.own_words), self.decisions.value, self.guests.num_pages - self.guests.num_retained

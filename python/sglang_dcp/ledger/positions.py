@@ -35,7 +35,20 @@ def token_id(ids: PageIds, request: HomeRequest, position: int) -> int:
 
 
 def route_of(ids: PageIds, request: HomeRequest, sequence_len: int, group: range) -> int | None:
-    """The route of a row that ends at sequence_len; None where no remote instance takes part in it. group: the home's exchange group."""
+    """The route of a row that ends at sequence_len; None where no remote instance takes part in it. group: the home's exchange group.
+
+    All rows that end on the same page have the same, for as long as no page is added.
+    """
+    index = (sequence_len - 1) // ids.page_size
+    known = request.route_at
+    if known[0] == index:
+        return known[1]
+    route = _find_route(ids, request, sequence_len, group)
+    request.route_at = index, route
+    return route
+
+
+def _find_route(ids: PageIds, request: HomeRequest, sequence_len: int, group: range) -> int | None:
     shards = request.active_shards(sequence_len, ids.page_size)
     if all(owner == ids.home for owner in shards):
         return None

@@ -17,7 +17,7 @@ _PER_TOKEN = 0x1E3779B97F4A7C15
 
 def advance(rows: Iterable[Row]) -> tuple[Row, ...]:
     """The rows of the next step when nothing joined or left: every request decodes one token."""
-    return tuple(Row(row.handle, row.prefix_len + row.num_new, 1, row.route) for row in rows)
+    return tuple([Row(row.handle, row.prefix_len + row.num_new, 1, row.route) for row in rows])
 
 
 def checksum(rows: Iterable[Row]) -> int:
@@ -62,12 +62,18 @@ class RowTable:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def routes(self) -> list[int]:
+        """Of the rows, which keep them until they are told again."""
+        return [row.route for row in self._rows.keys]
+
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
     @property
     def rows(self) -> tuple[Row, ...]:
         if self._rows.age:
-            rows = tuple(Row(row.handle, row.prefix_len + self._rows.age, 1, row.route) for row in self._rows.keys)
+            age = self._rows.age
+            rows = tuple([Row(row.handle, row.prefix_len + age, 1, row.route) for row in self._rows.keys])
             self._rows = SteadyRows(rows, [row.prefix_len for row in rows])
         return tuple(self._rows.keys)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -123,7 +125,7 @@ class StepTables:
         if words is not self._sent:
             if words.dtype != np.int32 or not words.flags.c_contiguous:
                 raise ValueError(f"words of the message must be contiguous int32, got {words.dtype} with strides {words.strides}")
-            self._sent, self._address = words, words.ctypes.data
+            self._sent, self._address = words, words.__array_interface__["data"][0]
         self._library.send_words(self.buffer, self._address, begin, self._sent.size)
 
     def pack(self, message: StepMessage | StepArrays) -> np.ndarray:
@@ -171,16 +173,18 @@ def pack_message(
     lengths = [len(word) for word in words]
     for home, length in enumerate(lengths):
         _check(f"home rows of instance {home} (max_home_rows)", length, shape.max_home_rows)
-    order = [*(home for home in range(shape.num_instances) if home != rank), rank]  # of attention rows
-    homes, all_words = np.repeat(order, [lengths[home] for home in order]), np.concatenate([words[home] for home in order])
-    _check_words(homes, all_words, shape.num_instances)
+    numbers = [word.tolist() for word in words]
+    for home, of_home in enumerate(numbers):
+        _check_words(home, set(of_home), shape.num_instances)
+    all_words = np.concatenate([*words[:rank], *words[rank + 1 :], words[rank]])  # in the order of attention rows
     here = all_words >> rank & 1 == 1
     num_rows = int(here.sum())
     if num_rows != len(rows):
         raise ValueError(f"routes give instance {rank} {num_rows} attention rows, the message lists {len(rows)}")
     _check("attention rows (max_attention_rows)", num_rows, shape.max_attention_rows)
-    remote = words[rank] & (1 << ROUTE_TAIL_SHIFT) - 1 & ~(1 << rank)
-    _check("partials that return (max_return_rows)", sum(int((remote >> s & 1).sum()) for s in range(shape.num_instances)), max_return_rows)
+    remote = (1 << ROUTE_TAIL_SHIFT) - 1 & ~(1 << rank)
+    returns = sum(count * (word & remote).bit_count() for word, count in Counter(numbers[rank]).items())
+    _check("partials that return (max_return_rows)", returns, max_return_rows)
     _check_rows(rows, shape, num_entries, all_words[here] >> ROUTE_TAIL_SHIFT == rank + 1)
     packed = np.zeros(layout["input_rows"] + 4 * num_rows, dtype=np.int32)
     packed[: shape.num_instances] = lengths
@@ -193,16 +197,14 @@ def pack_message(
     return packed
 
 
-def _check_words(homes: np.ndarray, words: np.ndarray, num_instances: int) -> None:
-    masks, tails = words & (1 << ROUTE_TAIL_SHIFT) - 1, (words >> ROUTE_TAIL_SHIFT) - 1
-    beyond = masks >> num_instances != 0
-    if beyond.any():
-        raise ValueError(f"home {int(homes[beyond.argmax()])} routes to an instance beyond {num_instances - 1}")
-    travels = tails >= 0
-    lost = travels & ((masks >> np.maximum(tails, 0) & 1 == 0) | (tails == homes))
-    if lost.any():
-        row = int(lost.argmax())
-        raise ValueError(f"home {int(homes[row])}: K/V travels to {int(tails[row])}, which must be a remote shard of its row")
+def _check_words(home: int, words: Iterable[int], num_instances: int) -> None:
+    """words: of the home's rows, each once; there are few different ones."""
+    for word in words:
+        mask, tail = word & (1 << ROUTE_TAIL_SHIFT) - 1, (word >> ROUTE_TAIL_SHIFT) - 1
+        if mask >> num_instances:
+            raise ValueError(f"home {home} routes to an instance beyond {num_instances - 1}")
+        if tail >= 0 and (tail == home or not mask >> tail & 1):
+            raise ValueError(f"home {home}: K/V travels to {tail}, which must be a remote shard of its row")
 
 
 def _check_rows(rows: np.ndarray, shape: TableShape, num_entries: int, expects: np.ndarray) -> None:

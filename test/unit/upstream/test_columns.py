@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sglang_dcp.ledger.columns import NUM_COLUMNS
-from sglang_dcp.ledger.participant import LedgerCounters
+from sglang_dcp.ledger.counters import LedgerCounters
 from sglang_dcp.upstream.step import attached
 from sglang_dcp.upstream.step.columns import SyncRow
 from sglang_dcp.upstream.step.driver import StepDriver

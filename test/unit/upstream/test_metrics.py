@@ -11,8 +11,8 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
+from sglang_dcp.ledger.counters import LedgerCounters
 from sglang_dcp.ledger.messages import Row
-from sglang_dcp.ledger.participant import LedgerCounters
 from sglang_dcp.ledger.retention import RetentionCounters
 from sglang_dcp.upstream.observe.exchange_time import DeviceStopwatch, HostStopwatch, MeasuredTransport, measured
 from sglang_dcp.upstream.observe.metrics import GAUGE_INTERVAL_SECONDS, StepMetrics, count_attention_rows

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sglang_dcp.config import DynCpConfig
+from sglang_dcp.ledger import positions
 from sglang_dcp.ledger.messages import Row
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.ledger.participant import Participant
@@ -97,6 +98,18 @@ def test_a_step_on_is_steady_until_a_route_changes() -> None:
         assert batch.spans == [(req, length - 1, 1) for req, length in zip(reqs, lengths, strict=True)]
         lengths = [length + 1 for length in lengths]
     assert steady == [False, True, True, False, True, True, True, True, True, False, True, True]
+
+
+def test_a_route_is_the_one_of_the_pages_that_are_there_now() -> None:
+    """It is kept with the page that a row ends on; pages that come later, or fill a hole, are seen."""
+    participant, rng = make_participant(), random.Random(8)
+    homes, ids, group = participant.homes, participant.ids, range(3)
+    for number in range(40):
+        req = request(participant, [rng.randrange(3) for _ in range(rng.randrange(1, 4))])
+        for page in range(6):
+            for length in rng.choices(range(1, PAGE_SIZE * len(req.dyncp.pages) + 1), k=5):
+                assert route_of(ids, req.dyncp, length, group) == positions._find_route(ids, req.dyncp, length, group)
+            homes.append(req.dyncp, Page(rng.randrange(3), 10_000 + 10 * number + page))
 
 
 def test_joins_leaves_and_other_lengths_are_changes() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from sglang_dcp.dataflow.attention.partial_attention import torch_partial_attention
 from sglang_dcp.dataflow.step_mode import STOCK, Eager, Graph, GraphStep
-from sglang_dcp.ledger.participant import LedgerCounters
+from sglang_dcp.ledger.counters import LedgerCounters
 from sglang_dcp.policy.split_limits import Layout, SplitLimits
 from sglang_dcp.upstream.layers import attention_backend, backends, graphs, mla_form, step_path
 from sglang_dcp.upstream.step import sync as step_sync

@@ -8,6 +8,7 @@ is new. The slots of an exchange follow from the routes alone, which every insta
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -69,7 +70,7 @@ class RowsInput:
 def shard_tokens(held: HeldPages, length: int, page_size: int) -> int:
     """Tokens of the first `length` that lie on the pages `held`: all are full, but for the sequence's last."""
     last = (length - 1) // page_size
-    count = bisect.bisect_right(held, last, key=_page_index)
+    count = bisect.bisect_left(held, (last + 1,))  # a pair is behind its first number alone
     cut = (last + 1) * page_size - length if count and held[count - 1][0] == last else 0
     return count * page_size - cut
 
@@ -77,12 +78,8 @@ def shard_tokens(held: HeldPages, length: int, page_size: int) -> int:
 def slot_of(held: HeldPages, position: int, page_size: int) -> int:
     """The token slot of a position that lies on one of the pages; NO_SLOT when it does not."""
     page_index, offset = divmod(position, page_size)
-    place = bisect.bisect_left(held, page_index, key=_page_index)
+    place = bisect.bisect_left(held, (page_index,))
     return held[place][1] * page_size + offset if place < len(held) and held[place][0] == page_index else NO_SLOT
-
-
-def _page_index(entry: tuple[int, int]) -> int:
-    return entry[0]
 
 
 def route_word32(route: int) -> int:
@@ -95,7 +92,9 @@ def route_words(routes: Iterable[int]) -> np.ndarray:
 
     Rows that it attends alone, and where they lie in its batch, are nobody else's business: they change no slot of the exchange.
     """
-    return np.array([route_word32(route) for route in routes], dtype=np.int32)
+    routes = list(routes)
+    words = {route: route_word32(route) for route in set(routes)}
+    return np.array([words[route] for route in routes], dtype=np.int32)
 
 
 def guests_per_instance(routes: Sequence[Sequence[int]], groups: Sequence[range]) -> list[int]:
@@ -103,11 +102,11 @@ def guests_per_instance(routes: Sequence[Sequence[int]], groups: Sequence[range]
     counts = [0] * len(routes)
     for group in groups:
         for place, home in enumerate(group):
-            for route in routes[home]:
+            for route, rows in Counter(routes[home]).items():
                 mask = shard_mask(route) & ~(1 << place)
                 while mask:
                     low = mask & -mask
-                    counts[group[low.bit_length() - 1]] += 1
+                    counts[group[low.bit_length() - 1]] += rows
                     mask ^= low
     return counts
 
@@ -116,6 +115,7 @@ def guests_per_instance(routes: Sequence[Sequence[int]], groups: Sequence[range]
 class _Line:
     entry: int
     first_step: int
+    is_pooled: bool
     num_pages: int = 0
     last_step: int = -1
 
@@ -161,12 +161,15 @@ class PageLines:
         self._steady, copy_pages, page_size = None, 0, self.page_size
         counts: list[int] = []
         lines: list[_Line] = []
+        known, settled = self._lines, step - 1
         for index, row in enumerate(rows):
-            line = self._lines.get(row.key) or self._new_line(row.key)
+            line = known.get(row.key) or self._new_line(row)
             if isinstance(row, PooledRow):
                 tokens = row.length
                 needed = -(-tokens // page_size)
-                if needed > 1 and (line.first_step >= step - 1 or needed > line.num_pages + 1):
+                if needed == line.num_pages and line.first_step < settled:
+                    pass
+                elif needed > 1 and (line.first_step >= step - 1 or needed > line.num_pages + 1):
                     copies.append((line.entry, row.line))
                     copy_pages = max(copy_pages, needed)
                 elif needed == line.num_pages + 1 or line.first_step >= step - 1:
@@ -220,7 +223,7 @@ class PageLines:
 
     def _lay(self, block: np.ndarray) -> None:
         self._block, self._at = block, 0
-        self._address, self._cells = block.ctypes.data, block.reshape(-1).data
+        self._address, self._cells = block.__array_interface__["data"][0], block.reshape(-1).data
 
     def _lay_ahead(self) -> None:
         """The tables of the steps to come, if nobody joins or leaves, by one addition for all; new pages are put in where they begin."""
@@ -258,20 +261,18 @@ class PageLines:
 
     def _leave(self, rows: Sequence[ListedRow | PooledRow], *, goes_on: bool) -> None:
         """Notes who is not among the next step's rows, and forgets the pooled ones of them; all of those where steps lie between."""
-        before, self._keys = self._rows, {row.key for row in rows}
-        for row in before:
-            is_pooled = isinstance(row, PooledRow)
-            if row.key in self._keys and (goes_on or not is_pooled):
-                continue
-            if is_pooled:
-                self._forget(row.key)
+        before, self._keys = self._keys, {row.key for row in rows}
+        for key in before - self._keys if goes_on else before:
+            line = self._lines[key]
+            if line.is_pooled:
+                self._forget(key)
             else:
-                self._lines[row.key].last_step = self._step
+                line.last_step = self._step
 
-    def _new_line(self, key: Hashable) -> _Line:
+    def _new_line(self, row: ListedRow | PooledRow) -> _Line:
         if not self._free:
             self._forget(min((key for key in self._lines if key not in self._keys), key=lambda key: self._lines[key].last_step))
-        line = self._lines[key] = _Line(self._free.pop(), self._step)
+        line = self._lines[row.key] = _Line(self._free.pop(), self._step, isinstance(row, PooledRow))
         return line
 
     def _forget(self, key: Hashable) -> None:

@@ -72,12 +72,17 @@ class OwnBatch:
         else:
             self.steady, self._ends = False, None
             rows = self._rows = SteadyRows(list(reqs), [] if lengths is None else lengths.tolist(), self._ids.page_size)
-        age, ends = rows.age, enumerate(zip(rows.keys, rows.told, strict=True))
-        self.routes = {index: route for index, (req, told) in ends if (route := self._route(req, told + age)) is not None}
+        age, told = rows.age, rows.told
+        managed = [index for index, req in enumerate(rows.keys) if getattr(req, "dyncp", None) is not None]
+        found = [(index, self._route(rows.keys[index], told[index] + age)) for index in managed]
+        self.routes = {index: route for index, route in found if route is not None}
 
     def sharded_rows(self) -> list[Row]:
-        spans = self.spans
-        return [Row(spans[i][0].dyncp.handle, spans[i][1], spans[i][2], route) for i, route in self.routes.items()]
+        spans, rows = self.spans, []
+        for index, route in self.routes.items():
+            req, prefix_len, num_new = spans[index]
+            rows.append(Row(req.dyncp.handle, prefix_len, num_new, route))
+        return rows
 
     # ---- of the next step's batch, before it is taken in
 
@@ -105,22 +110,25 @@ class OwnBatch:
 
     def near_page_end(self, reqs: Sequence[Any], lengths: torch.Tensor, tokens: int) -> Sequence[int]:
         """Which requests have room for at most `tokens` more on the page of their last token. lengths: before the step's new one."""
-        return self._next(reqs, lengths).near_end(tokens)
+        rows, page_size = self._next(reqs), self._ids.page_size
+        if rows is not None:
+            return rows.near_end(tokens)
+        return [index for index, length in enumerate(lengths.tolist()) if -length % page_size <= tokens]
 
     def beginning_page(self, reqs: Sequence[Any], lengths: torch.Tensor) -> Sequence[int]:
         """Which requests begin a page with the step's new token. lengths: with it. SGLang counts the new token of a request when it is
         allocated, just behind this question."""
-        rows = self._next(reqs, lengths)
-        return rows.beginning(1) if rows is self._rows else rows.beginning()
+        rows, page_size = self._next(reqs), self._ids.page_size
+        if rows is not None:
+            return rows.beginning(1)
+        return [index for index, length in enumerate(lengths.tolist()) if (length - 1) % page_size == 0]
 
     # ----
 
-    def _next(self, reqs: Sequence[Any], lengths: torch.Tensor) -> SteadyRows:
-        """The rows that were taken in last, if these requests are they: one of them is asked for its length. Else rows of these lengths."""
+    def _next(self, reqs: Sequence[Any]) -> SteadyRows | None:
+        """The rows that were taken in last, if these requests are they: one of them is asked for its length."""
         rows = self._rows
-        if rows is not None and rows.are(reqs, reqs[-1].kv.kv_allocated_len if reqs else 0, 0):
-            return rows
-        return SteadyRows((), lengths.tolist(), self._ids.page_size)
+        return rows if rows is not None and rows.are(reqs, reqs[-1].kv.kv_allocated_len if reqs else 0, 0) else None
 
     def _same_routes(self, rows: SteadyRows) -> bool:
         """Routes change where a page begins on another instance than the one before, and nowhere else."""
