@@ -63,11 +63,11 @@ def test_a_full_cluster_parks_and_prefills_again(server: Server) -> None:
 
 
 def reason_of(asked: Future[Answer]) -> str:
-    """SGLang answers HTTP 500 to an abort of a request that has no K/V yet."""
+    """An abort of a request that has no K/V yet is an error to its client."""
     error = asked.exception()
     if error is None:
         return asked.result().finish_reason
-    assert isinstance(error, RequestFailed) and error.status == 500, error
+    assert isinstance(error, RequestFailed) and error.status == 503, error
     return "abort"
 
 

@@ -27,7 +27,11 @@ class DocumentedServe(ServerConfig):
         return [sys.executable, "-m", "sglang_dcp.cli.commands", *words[1:], *here]
 
 
-@pytest.mark.parametrize("line", serve_lines())
+ALONE = [line for line in serve_lines() if "--disaggregation-mode" not in line]
+"""Prefill and decode servers come in pairs (test_disaggregated.py)."""
+
+
+@pytest.mark.parametrize("line", ALONE)
 def test_a_documented_line_serves(serve, line: str) -> None:
     server = serve(DocumentedServe("qwen3moe", instances=2, pool_tokens=2048, dyncp=True, line=line))
     answer = server.client.generate([1 + place % 90 for place in range(600)], max_new_tokens=4, sampling={"ignore_eos": True})

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sglang.srt.disaggregation.base import KVPoll
 from sglang.srt.disaggregation.common.conn import CommonKVReceiver
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager, TransferInfo
 
@@ -30,7 +31,7 @@ class Manager:
     """The part of MooncakeKVManager that builds messages, on the home."""
 
     local_ip, rank_port = "10.0.0.1", 4444
-    enable_staging = False
+    enable_staging, is_mla_backend, attn_tp_size = False, True, 1
     build_receiver_metadata_message = MooncakeKVManager.build_receiver_metadata_message
 
     def __init__(self, home: int) -> None:
@@ -45,6 +46,7 @@ class Receiver(CommonKVReceiver):
 
     def __init__(self, home: int, servers: int, fail_after: int | None = None) -> None:
         self.kv_mgr, self.bootstrap_room, self.conclude_state = Manager(home), ROOM, None
+        self.prefill_info = SimpleNamespace(attn_tp_size=servers)
         self.required_dst_info_num, self.init_time = 1, None
         self.bootstrap_infos = [{"is_dummy": rank > 0, "rank": rank} for rank in range(servers)]
         self.sent: list[tuple[str, int, list[bytes]]] = []
@@ -152,6 +154,19 @@ def test_prefill_ranks_that_send_nothing_wait_for_as_many_messages(cluster: Page
     assert len({info.mooncake_session_id for info in dummies}) == 2 and all(
         info.is_dummy and info.required_dst_info_num == 2 for info in dummies
     )
+
+
+def test_heads_of_gqa_are_not_put_together_from_several_prefill_ranks(cluster: PageIds) -> None:
+    receiver = Receiver(cluster.home, servers=2)
+    failures: list[Any] = []
+    receiver.kv_mgr.is_mla_backend = False
+    receiver.kv_mgr.record_failure = receiver.kv_mgr.update_status = lambda room, what: failures.append(what)  # type: ignore[attr-defined]
+    send(receiver, shuffled_pages(cluster, 9, [0, cluster.home]), cluster)
+    assert not receiver.sent and receiver.conclude_state == KVPoll.Failed == failures[1]
+    assert "attention tensor parallelism 2" in failures[0]
+    receiver.conclude_state = None
+    send(receiver, shuffled_pages(cluster, 9, [cluster.home]), cluster)
+    assert receiver.sent, "SGLang itself can, for a request of one pool"
 
 
 def test_a_message_that_does_not_leave_ends_it(cluster: PageIds) -> None:

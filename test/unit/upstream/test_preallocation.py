@@ -271,3 +271,10 @@ def test_where_requests_are_found(cluster: Cluster) -> None:
     assert list(without_pages(plain)) == [arrived] and with_pages(plain) == []
     rows = SimpleNamespace(size=8, pre_alloc_size=16, available_size=lambda: 21)
     assert num_rows_in_use(rows) == 3 and num_rows_in_use(SimpleNamespace(size=8, available_size=lambda: 6)) == 2
+
+
+def test_a_request_without_its_kv_may_be_asked_again(cluster: Cluster) -> None:
+    told: list[Any] = []
+    for status in (500, 400, None):
+        preallocation.end_without_kv(lambda req, message, code: told.append(code), None, "gone", status_code=status)
+    assert told == [503, 400, None]

@@ -35,6 +35,16 @@ DISAGGREGATION_HOOKS: tuple[Hook, ...] = (
         parameters=("req",),
     ),
     Hook(
+        target=f"{_DECODE}.prepare_abort",
+        kind="around",
+        hook_set="dyncp",
+        handler=f"{_ROOM}.preallocation:end_without_kv",
+        why="a client whose request lost its prefill server is told to ask again",
+        upstream="HTTP 503 for a failed transfer",
+        remove_when="failed transfers end with 503",
+        parameters=("req", "error_message", "status_code"),
+    ),
+    Hook(
         target=f"{_QUEUE}._check_if_req_exceed_kv_capacity",
         kind="around",
         hook_set="dyncp",

@@ -8,8 +8,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("fake",)
-"""--disaggregation-transfer-backend, as SGLang resolves it."""
+BACKENDS = ("fake", "mooncake", "mooncake_tcp")
+"""Of --disaggregation-transfer-backend. SGLang resolves the last to the one before it."""
 
 NEEDED: tuple[tuple[str, Any, str], ...] = (
     ("disaggregation_decode_enable_radix_cache", False, "sharded requests stay out of the prefix tree"),

@@ -7,6 +7,7 @@ that loop: they wait for their reservation, as on a server that prefills by itse
 from __future__ import annotations
 
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 import torch
@@ -22,6 +23,13 @@ from sglang_dcp.upstream.step.runtime import Runtime
 def bootstrap_address(original: Callable[..., str], req: Any) -> str:
     """AROUND _bootstrap_addr: SGLang takes a request that names no prefill server as one for its fake transfer, and ends at its address."""
     return "" if req.bootstrap_host is None else original(req)
+
+
+@around
+def end_without_kv(runtime: Runtime, original: Callable[..., None], req: Any, error_message: str, status_code: Any = None) -> None:
+    """AROUND prepare_abort of a decode server: whose K/V does not come, because its prefill server is gone or for what reason ever, may ask
+    again (HTTP 503). SGLang answers 500."""
+    original(req, error_message, HTTPStatus.SERVICE_UNAVAILABLE if status_code == HTTPStatus.INTERNAL_SERVER_ERROR else status_code)
 
 
 @around

@@ -56,6 +56,7 @@ def start_over(scheduler: Any, req: Any) -> None:
     if req.output_ids:
         req.pd_rebootstrap_forced_output_id = req.output_ids.pop()
     req.pd_rebootstrap_in_progress = True
+    req.extra_key = req.dyncp_extra_key  # the prefill server has a prefix cache, and shares it among the client's requests
     req.time_stats.set_retract_time()
     scheduler.disagg_decode_prealloc_queue.add(req, is_rebootstrap=True)
 

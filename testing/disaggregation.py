@@ -1,0 +1,79 @@
+"""A prefill server and a decode server on this machine, with Mooncake over TCP between them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from testing.client import Answer
+from testing.server import Server, ServerConfig, ServerPool, find_free_port, start_server
+
+LOOPBACK = (("SGLANG_HOST_IP", "127.0.0.1"), ("MC_TCP_BIND_ADDRESS", "127.0.0.1"))
+"""Otherwise Mooncake takes the address of the machine's network card."""
+BACKEND = ("--disaggregation-transfer-backend", "mooncake_tcp")
+
+
+def prefill_server(model: str) -> ServerConfig:
+    """Stock SGLang, with this package's part of a prefill server."""
+    flags = (*BACKEND, "--disaggregation-mode", "prefill")
+    # A request that its decode server has dropped before they met would hold its client for five minutes.
+    environment = (*LOOPBACK, ("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", "20"))
+    return ServerConfig(model, pool_tokens=8192, chunk_tokens=256, flags=flags, environment=environment)
+
+
+def decode_server(model: str, instances: int, pool_tokens: int, *flags: str) -> ServerConfig:
+    flags = (*BACKEND, "--disaggregation-mode", "decode", *flags)
+    environment = (*LOOPBACK, ("SGLANG_DYNCP_CHECK_EVERY_STEP", "1"), ("SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL", "2"))
+    return ServerConfig(model, instances, pool_tokens=pool_tokens, dyncp=True, flags=flags, environment=environment)
+
+
+@dataclass
+class Pair:
+    """bootstrap_port: where the decode server finds the prefill server."""
+
+    prefill: Server
+    decode: Server
+    bootstrap_port: int
+    _rooms: Iterator[int] = field(default_factory=lambda: itertools.count(1000))
+
+    def address(self) -> dict[str, Any]:
+        """What a router adds to a request: a room of its own at the prefill server."""
+        return {"bootstrap_host": "127.0.0.1", "bootstrap_port": self.bootstrap_port, "bootstrap_room": next(self._rooms)}
+
+    def generate(self, prompt: str | Sequence[int], **fields: Any) -> Answer:
+        """The decode server's answer. Both get the request at once, as from a router; what the prefill server says of it is left out."""
+        fields |= self.address()
+        with ThreadPoolExecutor(1) as pool:
+            prefill = pool.submit(self.prefill.client.generate, prompt, **fields)
+            answer = self.decode.client.generate(prompt, **fields)
+            prefill.exception(timeout=60)
+        return answer
+
+    def abort(self, rid: str) -> None:
+        for server in (self.decode, self.prefill):
+            server.client.abort(rid)
+
+
+@contextmanager
+def running_pair(pool: ServerPool, prefill: ServerConfig, decode: ServerConfig) -> Iterator[Pair]:
+    """Both servers, started at once; stopped in the end. pool: holds the machine's lock."""
+    pool.stop(at_once=True)
+    bootstrap, ports = find_free_port(19_000, 21_000), (find_free_port(15_000, 17_000), find_free_port(17_000, 19_000))
+    prefill = replace(prefill, flags=(*prefill.flags, "--disaggregation-bootstrap-port", str(bootstrap + 100)))
+    with ThreadPoolExecutor(2) as starts:
+        started = [
+            starts.submit(start_server, config, log_folder=pool.log_folder, port=port)
+            for config, port in zip((prefill, decode), ports, strict=True)
+        ]
+    servers = [future.result() for future in started if future.exception() is None]
+    try:
+        for future in started:
+            future.result()
+        yield Pair(*servers, bootstrap_port=bootstrap + 100)
+    finally:
+        for server in servers:
+            server.kill()
