@@ -17,7 +17,6 @@ SETS = {
     "cpu": "installed on a CPU device only; what SGLang lacks there. Stock serving on a CPU has it too",
     "dyncp": "installed only with `--enable-dyncp`",
     "pd": "installed in schedulers with `--disaggregation-mode prefill` alone",
-    "benchmark": "installed in schedulers with `SGLANG_DYNCP_BENCHMARK=1` alone",
 }
 
 HEADER = """# Touch points on SGLang

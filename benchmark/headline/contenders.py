@@ -11,13 +11,12 @@ FAKE_PREFILL = {"bootstrap_host": "2.2.2.2"}
 
 @dataclass(frozen=True)
 class Contender:
-    """name: in results and on the command line. flags, environment: beside what all have. fields: of every request."""
+    """name: in results and on the command line. flags: beside what all have. fields: of every request."""
 
     name: str
     what: str
     dyncp: bool
     flags: tuple[str, ...] = ()
-    environment: dict[str, str] = field(default_factory=dict)
     fields: dict[str, str] = field(default_factory=dict)
 
 
@@ -40,8 +39,8 @@ def contenders(num_gpus: int) -> dict[str, Contender]:
     ]
     static = ("--dcp-size", n, "--ep-size", n)
     found = [
-        Contender("stock", "SGLang's data parallelism with its defaults", False, (*data_parallel, *stock_only), {}, FAKE_PREFILL),
-        Contender("static-dcp", "SGLang's static context parallelism", False, (*static, *stock_only), {}, FAKE_PREFILL),
-        *(Contender(c.name, c.what, True, (*c.flags, *decode_only), {}, FAKE_PREFILL) for c in ours),
+        Contender("stock", "SGLang's data parallelism with its defaults", False, (*data_parallel, *stock_only), FAKE_PREFILL),
+        Contender("static-dcp", "SGLang's static context parallelism", False, (*static, *stock_only), FAKE_PREFILL),
+        *(Contender(c.name, c.what, True, (*c.flags, *decode_only), FAKE_PREFILL) for c in ours),
     ]
     return {contender.name: contender for contender in found}

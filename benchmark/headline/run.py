@@ -63,7 +63,7 @@ def build_server(contender: Contender, args: argparse.Namespace) -> GpuServer:
     flags = ("--context-length", str(LONGEST_CONTEXT), "--page-size", str(PAGE), "--load-format", "dummy", "--mem-fraction-static", "0.9")
     flags += ("--max-running-requests", str(GRAPH_SIZES[-1] * args.gpus), "--cuda-graph-max-bs-decode", str(GRAPH_SIZES[-1]))
     flags += ("--cuda-graph-bs-decode", *map(str, GRAPH_SIZES), "--stream-interval", "8", *model_flags(args.model), *contender.flags)
-    server = GpuServer(contender.name, path, args.gpus, args.pool, contender.dyncp, flags, environment=dict(contender.environment))
+    server = GpuServer(contender.name, path, args.gpus, args.pool, contender.dyncp, flags)
     server.chunk_tokens = 65_536
     return server
 

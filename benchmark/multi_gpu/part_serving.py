@@ -9,7 +9,7 @@ from typing import Any
 from benchmark.multi_gpu.open_arrivals import search_rate
 from benchmark.multi_gpu.report import FAILURES
 from benchmark.multi_gpu.server_pool import DYNCP, STOCK, SYNTHETIC, cost_model_notes, settled_counts
-from benchmark.multi_gpu.servers import GpuServer, has_synthetic_prefill
+from benchmark.multi_gpu.servers import GpuServer
 from benchmark.multi_gpu.settings import PartFailed, Settings
 from benchmark.multi_gpu.streams import decode_window, placement, stream_all
 from benchmark.multi_gpu.trace import trace_lengths
@@ -92,7 +92,7 @@ def closed(server: GpuServer, name: str, population: str, lengths: list[int], se
     degrees = [len(shards) for _, shards in placements]
     row = {"what": "e1 closed", "server": name, "population": population, "requests": len(lengths), "tokens": sum(lengths)}
     row |= window | {"kv_max_over_mean": balance, "largest_degree": max(degrees)}
-    row["prefill"] = "synthetic" if name == SYNTHETIC and has_synthetic_prefill() else "real"
+    row["prefill"] = "synthetic" if name == SYNTHETIC else "real"
     row["prefill_s"] = round(max(answer.times[0] for answer in answers) - min(answer.started for answer in answers), 2)
     after = settled_counts(server) if before else {}
     for kind in ("graph", "sharded_graph", "eager"):

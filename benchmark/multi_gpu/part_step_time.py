@@ -9,7 +9,7 @@ from typing import Any
 from benchmark.multi_gpu.predictions import predicted_step_ms
 from benchmark.multi_gpu.report import FAILURES
 from benchmark.multi_gpu.server_pool import DRY_POOL, SERVED_POOL, STOCK, SYNTHETIC, cost_model_notes, settled_counts
-from benchmark.multi_gpu.servers import SYNTHETIC_VARIABLE, GpuServer, has_synthetic_prefill
+from benchmark.multi_gpu.servers import GpuServer
 from benchmark.multi_gpu.settings import PartFailed, Settings
 from benchmark.multi_gpu.streams import Streamed, stream
 from testing.gpu.answers import pinned, prompt
@@ -24,11 +24,7 @@ NEW_TOKENS, FIRST_GAPS = 160, 8
 
 def run(settings: Settings, figures: dict[str, Any], save: Callable[[], None]) -> None:
     pool = settings.require_servers()
-    synthetic = has_synthetic_prefill()
-    figures |= {"num_layers": 2 if settings.dry else settings.num_layers, "synthetic_prefill": synthetic, "new_tokens": NEW_TOKENS}
-    if not synthetic:
-        reason = f"no synthetic prefill in this runtime ({SYNTHETIC_VARIABLE}); longer ones are left out"
-        figures["notes"] = {"prefill": f"real, up to {LONGEST_REAL_PREFILL} tokens: {reason}"}
+    figures |= {"num_layers": 2 if settings.dry else settings.num_layers, "synthetic_prefill": True, "new_tokens": NEW_TOKENS}
     pool.settle(STOCK, SYNTHETIC)
     problems = []
     # Ours first: what stock needs for its real prefill is spent last.
@@ -52,8 +48,7 @@ def cases(settings: Settings, name: str) -> list[tuple[int, int]]:
 def measure(server: GpuServer, name: str, settings: Settings, figures: dict[str, Any], save: Callable[[], None]) -> list[str]:
     """What went wrong, case by case; the first error of a server that is gone ends it."""
     problems = []
-    synthetic = name == SYNTHETIC and figures["synthetic_prefill"]
-    longest = (DRY_POOL if settings.dry else SERVED_POOL) if not synthetic else None
+    longest = None if name == SYNTHETIC else DRY_POOL if settings.dry else SERVED_POOL
     for seed, (length, degree) in enumerate(cases(settings, name)):
         entry: dict[str, Any] = {"server": name, "tokens": length, "degree": degree, "step_ms": None, "mean_ms": None, "p90_ms": None}
         entry |= {"predicted_ms": predicted_step_ms(settings, figures["num_layers"], length, degree), "prefill_s": None}

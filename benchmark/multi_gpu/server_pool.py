@@ -12,10 +12,9 @@ from pathlib import Path
 from benchmark.multi_gpu.open_arrivals import PLACEMENTS
 from benchmark.multi_gpu.servers import (
     START_LIMIT_S,
-    SYNTHETIC_VARIABLE,
+    WITHOUT_PREFILL,
     GpuServer,
     ServerRefused,
-    has_synthetic_prefill,
     layered_server,
     stop_all,
     wait_ready,
@@ -58,10 +57,10 @@ def build_server(name: str, settings: Settings) -> GpuServer:
     if name.startswith("b_"):
         model = name.split("_")[1]
         return small_server(settings, model, dyncp=name == f"b_{model}")
-    pool = DRY_POOL if settings.dry else LONG_POOL if name == SYNTHETIC and has_synthetic_prefill() else SERVED_POOL
+    pool = DRY_POOL if settings.dry else LONG_POOL if name == SYNTHETIC else SERVED_POOL
     server = layered_server(settings, name, dyncp=name != STOCK, pool=pool)
-    if name == SYNTHETIC and has_synthetic_prefill():
-        server.environment[SYNTHETIC_VARIABLE] = "1"
+    if name == SYNTHETIC:
+        server.flags += WITHOUT_PREFILL
     if name == DYNCP:
         (settings.work / PLACEMENTS).unlink(missing_ok=True)
         server.environment[LOG_VARIABLE] = str((settings.work / PLACEMENTS).resolve())

@@ -13,7 +13,8 @@ from testing.gpu.servers import GpuServer, start_all, stop_all, wait_ready
 from testing.server import machine_lock
 
 START_LIMIT_S = 400.0
-SYNTHETIC_VARIABLE = "SGLANG_DYNCP_BENCHMARK"
+WITHOUT_PREFILL = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "fake")
+"""SGLang's own way to decode without prefills: K/V are what the pools hold."""
 LINE_LIMIT = 300
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes that are captured; each once per number of guest rows."""
@@ -86,9 +87,3 @@ def layered_server(settings: Settings, name: str, *, dyncp: bool, pool: int) -> 
     # One message in four tokens: steps of few layers are faster than SGLang's front end writes a message per token and request.
     sizes += ("--cuda-graph-bs-decode", *map(str, GRAPH_SIZES), "--stream-interval", "4")
     return GpuServer(name, path, n, pool, dyncp, (*sizes, *model_flags(settings.model), *common))
-
-
-def has_synthetic_prefill() -> bool:
-    """Whether the runtime here can fill KV with noise for benchmarks."""
-    package = ROOT / "python" / "sglang_dcp"
-    return any(SYNTHETIC_VARIABLE in path.read_text() for path in package.rglob("*.py"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 
 logger = logging.getLogger(__name__)
 
@@ -13,7 +12,7 @@ def register() -> None:
     """Installs the hook sets of this process.
 
     `flags` always; `cpu` on a CPU device; `dyncp` in children of a server that was started with --enable-dyncp (the main process
-    installs it when it has parsed that flag); `benchmark` there too, when its variable is set; `pd` in children of a prefill server.
+    installs it when it has parsed that flag); `pd` in children of a prefill server.
     SGLang logs a plugin's exception and serves on without it, so a failure ends the process here instead.
     """
     from sglang_dcp.upstream.attach.hooks import DYNCP_HOOKS, FLAGS_HOOKS
@@ -32,10 +31,6 @@ def register() -> None:
             install(PREFILL_HOOKS)
         if multiprocessing.parent_process() is not None and _enabled_by_parent():
             install(DYNCP_HOOKS)
-            if os.environ.get("SGLANG_DYNCP_BENCHMARK") == "1":
-                from sglang_dcp.upstream.attach.benchmark_hooks import BENCHMARK_HOOKS
-
-                install(BENCHMARK_HOOKS)
     except Exception as error:
         raise SystemExit(f"sglang_dcp: {error}") from error
 

@@ -15,7 +15,7 @@ from benchmark.multi_gpu import open_arrivals, part_step_time, server_pool
 from benchmark.multi_gpu.open_arrivals import PLACEMENTS, OutOfTime, client_environment, placed_degrees, search_rate, try_rate
 from benchmark.multi_gpu.report import Report
 from benchmark.multi_gpu.server_pool import DYNCP, LONG_POOL, SERVED_POOL, STOCK, SYNTHETIC, ServerPool, build_server, cost_model_notes
-from benchmark.multi_gpu.servers import GRAPH_SIZES, SYNTHETIC_VARIABLE, ServerRefused
+from benchmark.multi_gpu.servers import GRAPH_SIZES, WITHOUT_PREFILL, ServerRefused
 from benchmark.multi_gpu.settings import Settings, Skipped
 from benchmark.multi_gpu.streams import Streamed
 from sglang_dcp.observe.placement_log import LOG_VARIABLE, PlacementLog
@@ -101,11 +101,11 @@ def test_the_dry_form_has_one_server_at_a_time(tmp_path: Path, history: list[str
     assert [event.split()[0] for event in history] == ["start", "stop", "start", "stop"]
 
 
-def test_only_the_server_without_prefill_gets_the_variable_and_the_longest_request(tmp_path: Path) -> None:
+def test_only_the_server_without_prefill_gets_the_flags_and_the_longest_request(tmp_path: Path) -> None:
     for name in (STOCK, SYNTHETIC, DYNCP):
         server = build_server(name, settings(tmp_path, num_layers=2))
         synthetic = name == SYNTHETIC
-        assert server.environment.get(SYNTHETIC_VARIABLE) == ("1" if synthetic else None)
+        assert (server.flags[-len(WITHOUT_PREFILL) :] == WITHOUT_PREFILL) == synthetic
         assert server.pool_tokens == (LONG_POOL if synthetic else SERVED_POOL) and server.dyncp == (name != STOCK)
         command = server.command()
         first = command.index("--cuda-graph-bs-decode") + 1

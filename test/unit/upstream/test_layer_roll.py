@@ -11,7 +11,7 @@ import torch
 
 from sglang_dcp.dataflow.step_mode import STOCK, Eager
 from sglang_dcp.policy.split_limits import Layout, SplitLimits
-from sglang_dcp.upstream.layers import attention_backend, graphs, synthetic_prefill
+from sglang_dcp.upstream.layers import attention_backend, graphs
 from sglang_dcp.upstream.layers.layer_roll import LayerMissedError, LayerRoll
 from sglang_dcp.upstream.step.attached import attach
 from sglang_dcp.upstream.step.driver import StepDriver
@@ -86,18 +86,6 @@ def test_steps_without_sharded_rows_count_no_layers(bound: Runtime) -> None:
     after_forward(EAGER, None)
     after_forward(GRAPH, None)
     assert (bound.counters.eager_steps, bound.counters.graph_steps) == (1, 1)
-
-
-def test_a_skipped_prefill_misses_nothing(bound: Runtime) -> None:
-    """For benchmarks: no layer runs, on purpose, and only in the step that said so."""
-    pytest.importorskip("sglang.srt.model_executor.model_runner")
-    runner = SimpleNamespace(model_config=SimpleNamespace(vocab_size=8))
-    mode = SimpleNamespace(is_idle=lambda: False)
-    batch = SimpleNamespace(is_extend_in_batch=True, forward_mode=mode, seq_lens=[3], input_ids=torch.zeros(3))
-    synthetic_prefill.skip_prefill(lambda *args: pytest.fail("the model ran"), runner, batch)
-    after_forward(EAGER, None)
-    with pytest.raises(LayerMissedError):
-        after_forward(EAGER, None)
 
 
 @pytest.mark.parametrize(("with_keys", "save_kv_cache"), [(False, True), (True, False)])

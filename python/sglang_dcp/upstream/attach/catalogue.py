@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from sglang_dcp.cpu.hooks import CPU_HOOKS
-from sglang_dcp.upstream.attach.benchmark_hooks import BENCHMARK_HOOKS
 from sglang_dcp.upstream.attach.disaggregation_hooks import PREFILL_HOOKS
 from sglang_dcp.upstream.attach.hook import Hook
 from sglang_dcp.upstream.attach.hooks import DYNCP_HOOKS, FLAGS_HOOKS
@@ -16,7 +15,7 @@ from sglang_dcp.upstream.attach.main_hooks import DYNCP_MAIN_HOOKS
 
 def all_hooks() -> tuple[Hook, ...]:
     """Every touch point of every set."""
-    return FLAGS_HOOKS + CPU_HOOKS + DYNCP_HOOKS + DYNCP_MAIN_HOOKS + PREFILL_HOOKS + BENCHMARK_HOOKS
+    return FLAGS_HOOKS + CPU_HOOKS + DYNCP_HOOKS + DYNCP_MAIN_HOOKS + PREFILL_HOOKS
 
 
 def check_targets() -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["before", "after", "around", "replace", "add", "register", "refuse"]
-HookSet = Literal["flags", "cpu", "dyncp", "pd", "benchmark"]
+HookSet = Literal["flags", "cpu", "dyncp", "pd"]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from sglang_dcp.upstream.attach.agreement import check_agreement
 from sglang_dcp.upstream.attach.install import verify_installed
 from sglang_dcp.upstream.attach.models import attention_layers, check_model
 from sglang_dcp.upstream.disaggregation.destinations import introduce
-from sglang_dcp.upstream.layers import synthetic_prefill
 from sglang_dcp.upstream.layers.graphs import GraphEngine
 from sglang_dcp.upstream.layers.layer_roll import LayerRoll
 from sglang_dcp.upstream.layers.step_path import choose_partial_attention, choose_transport, prepare_merge
@@ -57,8 +56,6 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
     if graphs is not None:
         graphs.end_captured()
     runtime = build_runtime(scheduler, config, graphs)
-    if synthetic_prefill.is_enabled():
-        synthetic_prefill.fill_pool(runner.token_to_kv_pool, runtime.participant.rank)
     runtime.destinations = introduce(scheduler, runtime.participant.rank, runtime.control_group)
     attach_metrics(runtime)
     runtime.audit_every_round = every_round_asked_for()

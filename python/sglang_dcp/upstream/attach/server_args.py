@@ -10,7 +10,6 @@ from sglang_dcp.config import CONFIG_VARIABLE, ConfigError, DynCpConfig, add_cli
 from sglang_dcp.upstream.attach.widths import GIVEN, note_given_widths
 from sglang_dcp.upstream.disaggregation.sending import mark_prefill_server
 from sglang_dcp.upstream.front.tokenizer_workers import select_worker_app
-from sglang_dcp.upstream.layers.synthetic_prefill import BenchmarkModeError, check_use
 
 
 def add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
@@ -23,8 +22,7 @@ def read_flags(server_args: Any, cls: type, args: argparse.Namespace) -> Any:
     """AFTER ServerArgs.from_cli_args: keeps the configuration on the arguments and hands it to child processes."""
     try:
         config = DynCpConfig.from_namespace(args)
-        check_use(config is not None)
-    except (ConfigError, BenchmarkModeError) as error:
+    except ConfigError as error:
         raise SystemExit(f"sglang_dcp: {error}") from error
     os.environ.pop(CONFIG_VARIABLE, None)
     mark_prefill_server(server_args.disaggregation_mode == "prefill")

@@ -17,7 +17,6 @@ from sglang_dcp.upstream.front.field_kinds import Sizes
 from sglang_dcp.upstream.front.request_limits import RequestError, RequestLimits, check_address, check_options
 from sglang_dcp.upstream.front.request_ranges import check_body, check_labels, check_prompt
 from sglang_dcp.upstream.front.tokenizer_workers import POOL_KEY, PoolTokens
-from sglang_dcp.upstream.layers.synthetic_prefill import BENCHMARK_VARIABLE, is_enabled
 from sglang_dcp.upstream.router.placement_hint import strip_hints
 
 
@@ -74,8 +73,6 @@ def check_request_options(manager: Any, obj: Any, request: Any = None) -> None:
     check_body(obj, Sizes(int(manager.model_config.vocab_size)))
     if manager.enable_metrics:
         check_labels(obj.custom_labels, get_observability().tokenizer_metrics_allowed_custom_labels or ())
-    if is_enabled() and obj.return_logprob:
-        raise RequestError(f"return_logprob does not work with {BENCHMARK_VARIABLE}=1: prompts are not computed")
 
 
 def validate_request(original: Callable[..., None], manager: Any, obj: Any, input_ids: list[int] | None) -> None:

@@ -28,10 +28,6 @@ class LayerRoll:
         """A graph's layers follow: they are recorded once and replayed without us."""
         self.is_open = True
 
-    def excuse(self) -> None:
-        """No layer runs in this step, ours or stock's."""
-        self._entered = set(self._everybody)
-
     def close(self, where: str) -> None:
         """Behind the last layer. LayerMissedError unless all have entered since the last close. where: rank and step, for the message."""
         entered, self._entered, self.is_open = self._entered, set(), False
