@@ -124,7 +124,8 @@ class _Line:
 class PageLines:
     """Which line of the device's page table belongs to which request, and how much of it is filled.
 
-    num_entries lines of `width` pages. Keys of pooled rows are forgotten when a step did not name them: their pages may have changed.
+    num_entries lines of `width` pages. table_address: where `table` lies, contiguous, until the next call of `fill` or `advance`.
+    Keys of pooled rows are forgotten when a step did not name them: their pages may have changed.
     They may change once while the row decodes, too: when SGLang has the result of its prefill, behind the row's first step, it can replace
     pages by others of the prefix cache with the same tokens. So a pooled row's line is filled in its first step and again in its second.
     """
@@ -138,7 +139,8 @@ class PageLines:
     _rows: Sequence[ListedRow | PooledRow] = ()
     _keys: set[Hashable] = field(default_factory=set)
     _block: np.ndarray = field(default_factory=lambda: np.zeros((1, 0, 4), dtype=np.int32))
-    _address: int = 0
+    table_address: int = 0
+    _table_bytes: int = 0
     _at: int = 0
     _cells: memoryview = field(default_factory=lambda: memoryview(b""))
     _growth: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int32))
@@ -206,24 +208,29 @@ class PageLines:
             steady = self._begin_growth()
         steady.age += 1
         self._at += 1
+        self.table_address += self._table_bytes
         if self._at == len(self._block):
             self._lay_ahead()
         begin = steady.beginning()
-        return [self._begin_page(index, steady.tokens(index)) for index in begin] if begin else []
+        return self._begin_pages(begin, steady.age) if begin else []
 
-    def _begin_page(self, index: int, tokens: int) -> int:
-        """A row's last token is the first of a page. Returns how many pages the row has now."""
-        row, needed = self._rows[index], (tokens - 1) // self.page_size + 1
-        self._append(index, needed)
-        self._row_lines[index].num_pages = needed
-        if isinstance(row, ListedRow) and row.arrives:
-            slot, left = row.held[needed - 1][1] * self.page_size, len(self._block) - self._at
-            self._block[self._at :, index, 3] = np.arange(slot, slot + left)
-        return needed
+    def _begin_pages(self, begin: Sequence[int], age: int) -> list[int]:
+        """The last token of these rows is the first of a page. Returns how many pages they have now."""
+        begun, page_size = [], self.page_size
+        for index in begin:
+            row, needed = self._rows[index], (self._tokens[index] + age - 1) // page_size + 1
+            begun.append(needed)
+            self._append(index, needed)
+            self._row_lines[index].num_pages = needed
+            if isinstance(row, ListedRow) and row.arrives:
+                slot, left = row.held[needed - 1][1] * page_size, len(self._block) - self._at
+                self._block[self._at :, index, 3] = np.arange(slot, slot + left)
+        return begun
 
     def _lay(self, block: np.ndarray) -> None:
         self._block, self._at = block, 0
-        self._address, self._cells = block.__array_interface__["data"][0], block.reshape(-1).data
+        self._cells, self._table_bytes = block.reshape(-1).data, block.strides[0]
+        self.table_address = block.__array_interface__["data"][0]
 
     def _lay_ahead(self) -> None:
         """The tables of the steps to come, if nobody joins or leaves, by one addition for all; new pages are put in where they begin."""
@@ -245,11 +252,6 @@ class PageLines:
     def table(self) -> np.ndarray:
         """`RowsInput.rows` of the last step."""
         return self._block[self._at]
-
-    @property
-    def table_address(self) -> int:
-        """Where it lies, contiguous, until the next call of `fill` or `advance`."""
-        return self._address + self._at * self._block.strides[0]
 
     def _append(self, index: int, needed: int) -> None:
         """The row's last page, its `needed`-th here, is new in this step."""

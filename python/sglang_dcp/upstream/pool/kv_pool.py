@@ -58,7 +58,7 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
 
     def has_free(self, count: int) -> bool:
         """Whether `count` pages are there to be taken as they are, claimed ones among them."""
-        return self._num_free() >= count
+        return (self._num_counted if self.free_pages is self._counted else self._num_free()) >= count
 
     def _num_free(self) -> int:
         """len(free_pages), which is asked for several times in a step: SGLang puts another tensor there whenever pages come or go."""

@@ -132,6 +132,8 @@ class OwnBatch:
 
     def _same_routes(self, rows: SteadyRows) -> bool:
         """Routes change where a page begins on another instance than the one before, and nowhere else."""
+        if self._ends is not None and not self._ends[(rows.age - 1) % self._ids.page_size]:
+            return True
         for i in rows.beginning():
             req = rows.keys[i]
             if is_managed(req) and not keeps_route(self._ids, req.dyncp, rows.tokens(i)):
