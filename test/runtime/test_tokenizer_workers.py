@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import psutil
 import pytest
 from upstream.checkpoints import checkpoint_server
 
+from testing.client import RequestFailed
 from testing.recall import VOCABULARY_SIZE, random_ids
 from testing.server import Server, ServerConfig
 
@@ -52,6 +54,10 @@ def owner_of(connection: http.client.HTTPConnection, server: Server) -> int:
     raise AssertionError(f"no process of the server has the connection from port {port}")
 
 
+def title_of(process: psutil.Process) -> str:
+    return " ".join(process.cmdline())
+
+
 @pytest.fixture(scope="module")
 def server(serve: Callable[[ServerConfig], Server], checkpoint: Callable[[str], Path]) -> Server:
     """That of test_tiny_checkpoints.py."""
@@ -75,6 +81,7 @@ def workers(server: Server) -> Iterator[list[Worker]]:
         connection.close()
 
 
+VICTIM = "sglang::scheduler_DP1"
 LONG = random_ids(1500, seed=3)
 PINNED: dict[str, Any] = {"ignore_eos": True, "custom_params": {"dyncp": {"degree": 2, "home": 0}}}
 
@@ -153,3 +160,28 @@ def test_a_process_that_joins_checks_its_requests(server: Server, workers: list[
     assert (told["ids"], told["degree"]) == (beyond_one_pool, 2)
     assert told["refusal"].startswith("input_ids[1] must be an integer")
     assert len(workers[0].generate([5], max_new_tokens=1, ignore_eos=True)["output_ids"]) == 1
+
+
+def test_the_loss_of_an_instance_answers_everybody_and_ends_the_server(server: Server, workers: list[Worker]) -> None:
+    """The last test of this server. uvicorn's supervisor drops the signal that would end it, and clients would wait for ever."""
+    (instance,) = (
+        process for process in psutil.Process(server.process.pid).children(recursive=True) if title_of(process).startswith(VICTIM)
+    )
+
+    def ask(number: int) -> int:
+        """The status that a client sees."""
+        try:
+            answer = server.client.generate(random_ids(600, seed=number), max_new_tokens=1000, sampling={"ignore_eos": True})
+        except RequestFailed as failure:
+            return failure.status
+        return int(answer.meta["finish_reason"].get("status_code", 200))
+
+    with ThreadPoolExecutor(4) as executor:
+        asked = [executor.submit(ask, number) for number in range(4)]
+        with server.client.stream(random_ids(600, seed=9), max_new_tokens=1000, sampling={"ignore_eos": True}) as stream:
+            events = stream.events()
+            next(events)
+            instance.kill()
+            assert list(events)[-1]["meta_info"]["finish_reason"]["status_code"] == 503
+        assert [task.result() for task in asked] == [503] * 4
+    assert server.process.wait(timeout=120) == 75

@@ -18,10 +18,11 @@ import pytest
 from sglang.srt.managers import load_snapshot
 from sglang.srt.managers.load_snapshot import ShmLoadSnapshotReader, ShmLoadSnapshotWriter
 from sglang.srt.managers.tokenizer_manager import ServerStatus
+from uvicorn.supervisors import Multiprocess
 
 from sglang_dcp.config import ConfigError, DynCpConfig
 from sglang_dcp.dataflow.transport.base import TransportError
-from sglang_dcp.upstream.ending import failure, handler
+from sglang_dcp.upstream.ending import failure, handler, workers
 from sglang_dcp.upstream.ending.dumps import writes_core_dumps
 from sglang_dcp.upstream.ending.family import Family, Member
 from sglang_dcp.upstream.ending.gate import Gate, GateMiddleware
@@ -326,10 +327,44 @@ def test_a_request_that_sglang_cannot_close_is_answered_and_keeps_no_other_open(
 
 
 def test_the_handler_is_taken_where_the_instances_were_started_only() -> None:
-    for watchdog, wanted in ((object(), handler.EndingHandler), (None, "stock")):
+    for watchdog, wanted in ((object(), handler.EndingHandler), (None, handler.WorkerHandler)):
         manager = SimpleNamespace(_subprocess_watchdog=watchdog, signal_handler_class="stock")
         handler.take_signals(manager)
         assert manager.signal_handler_class is wanted
+
+
+def test_a_worker_answers_its_clients_and_kills_nobody(gate: Gate) -> None:
+    async def run() -> list[Any]:
+        manager = FakeManager({"a": True, "b": True})
+        worker = handler.WorkerHandler(manager)
+        for _ in range(2):
+            worker.running_phase_sigquit_handler(signal.SIGQUIT)
+        async with asyncio.timeout(20):
+            while manager.rid_to_state:
+                await asyncio.sleep(0.01)
+        return manager.events
+
+    message = "the server is ending, ask again later: a process of it failed, its log says which"
+    assert asyncio.run(run()) == [("a", message), ("b", message)]
+    assert gate.ending == message
+
+
+def test_the_supervisor_of_several_workers_ends_at_sigquit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """uvicorn's own: it takes all signals, and drops those that it has no method for."""
+    events: list[Any] = []
+    monkeypatch.setattr(Multiprocess, "handle_quit", None, raising=False)
+    monkeypatch.setattr(workers, "WORKER_SECONDS", 0.0)
+    monkeypatch.setattr(workers.os, "kill", lambda pid, number: events.append((pid, number)))
+    monkeypatch.setattr(workers.os, "_exit", lambda code: events.append(("exit", code)))
+    monkeypatch.setattr(Family, "kill", lambda self: events.append("kill"))
+    monkeypatch.setattr(SharedFiles, "unlink", lambda self: events.append("files"))
+    watchdog = SimpleNamespace(_processes=[], stop=lambda: events.append("watchdog stopped"))
+    workers.end_on_sigquit(watchdog)
+    supervisor = Multiprocess.__new__(Multiprocess)
+    supervisor.signal_queue = [signal.SIGQUIT]
+    supervisor.processes = [SimpleNamespace(pid=pid) for pid in (11, 12)]  # type: ignore[misc]
+    supervisor.handle_signals()
+    assert events == ["watchdog stopped", (11, signal.SIGQUIT), (12, signal.SIGQUIT), "kill", "files", ("exit", 75)]
 
 
 def test_an_exception_of_the_main_process_ends_the_server_with_answers(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:

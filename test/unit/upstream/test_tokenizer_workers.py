@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -54,11 +55,14 @@ def manager(monkeypatch: pytest.MonkeyPatch) -> type[Manager]:
     return Manager
 
 
-def test_a_worker_learns_the_smallest_pool_of_all(manager: type[Manager]) -> None:
+def test_a_worker_learns_the_smallest_pool_of_all(manager: type[Manager], monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang hands workers the answer of scheduler 0 alone, and pools may differ."""
     infos = [{"max_total_num_tokens": 2048}, {"max_total_num_tokens": 1024}]
     router = SimpleNamespace()
-    requests.learn_limits((router, None, None, SimpleNamespace(scheduler_infos=infos)), object)
+    ends: list[Any] = []
+    monkeypatch.setattr(requests, "end_on_sigquit", ends.append)
+    requests.learn_limits((router, None, None, SimpleNamespace(scheduler_infos=infos), "watchdog"), object)
+    assert ends == ["watchdog"]
     assert not hasattr(router, "dyncp_limits"), "the main process checks nothing where workers do"
     assert infos[0][POOL_KEY] == 1024
     worker = manager()

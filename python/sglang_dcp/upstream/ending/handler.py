@@ -42,9 +42,8 @@ LOOK_SECONDS = 1.0
 
 def take_signals(manager: Any) -> None:
     """BEFORE TokenizerManager.auto_create_handle_loop: where SGLang makes its signal handler, it makes ours. Only the process that started
-    the instances ends them: it has their watchdog."""
-    if manager._subprocess_watchdog is not None:
-        manager.signal_handler_class = EndingHandler
+    the instances ends them: it has their watchdog. A tokenizer worker answers its clients (workers.py)."""
+    manager.signal_handler_class = WorkerHandler if manager._subprocess_watchdog is None else EndingHandler
 
 
 async def end_on_failure(original: Callable[[Any], Coroutine[Any, Any, None]], manager: Any) -> None:
@@ -59,17 +58,64 @@ async def end_on_failure(original: Callable[[Any], Coroutine[Any, Any, None]], m
         ending.end(f"the main process raised {type(error).__name__}: {error}"[:MOST_CHARACTERS])
 
 
-class EndingHandler(SignalHandler):
-    """In place of SGLang's SignalHandler. Made in the event loop's thread, when the first request or probe has come."""
+class AnsweringHandler(SignalHandler):
+    """Closes what is open in this process, in its event loop."""
 
     def __init__(self, manager: Any) -> None:
         super().__init__(manager)
         self._loop: asyncio.AbstractEventLoop = manager.event_loop
-        self._config = DynCpConfig.from_environment() or DynCpConfig()
         self._gate: Gate = GATE
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.add(self._loop.create_task(work))
+
+    async def _answer_all(self, message: str) -> None:
+        """Answers what is open, again and again: a request that is being tokenized cannot be answered before it is sent off."""
+        manager = self.tokenizer_manager
+        async with manager.is_pause_cond:
+            manager.is_pause = False
+            manager.is_pause_cond.notify_all()
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while True:
+            self._close_requests(message)
+            await asyncio.sleep(SWEEP_SECONDS)
+            if not self._gate.open_answers or time.monotonic() > deadline:
+                return
+
+    def _close_requests(self, message: str) -> None:
+        manager = self.tokenizer_manager
+        reason = {"type": "abort", "status_code": HTTPStatus.SERVICE_UNAVAILABLE, "message": message}
+        for rid, state in list(manager.rid_to_state.items()):
+            if not state.dispatched:
+                continue
+            try:
+                manager._handle_abort_req(AbortReq(rid=rid, finished_reason=reason, abort_message=message))
+            except Exception:  # noqa: BLE001 - one request that SGLang cannot close must not keep all others open
+                logger.exception("dyncp: request %s is answered without what it has so far", rid)
+                manager.rid_to_state.pop(rid, None)
+                state.finished = True
+                state.out_list = [{"text": "", "output_ids": [], "meta_info": {"id": rid, "finish_reason": reason}}]
+                state.event.set()
+
+
+class WorkerHandler(AnsweringHandler):
+    """In a tokenizer worker, whose main process passes SIGQUIT on and then ends everything."""
+
+    def running_phase_sigquit_handler(self, signum: int | None = None, frame: Any = None) -> None:
+        if self._gate.ending is None:
+            self._gate.ending = "the server is ending, ask again later: a process of it failed, its log says which"
+            self._start(self._answer_all(self._gate.ending))
+
+
+class EndingHandler(AnsweringHandler):
+    """In place of SGLang's SignalHandler. Made in the event loop's thread, when the first request or probe has come."""
+
+    def __init__(self, manager: Any) -> None:
+        super().__init__(manager)
+        self._config = DynCpConfig.from_environment() or DynCpConfig()
         manager.dyncp_ending = self
         self._is_ending = False
-        self._tasks: set[asyncio.Task[None]] = set()
         self._family = Family()
         self._family.refresh()
         self._files = SharedFiles()
@@ -112,9 +158,6 @@ class EndingHandler(SignalHandler):
             watchdog.stop()
         self._start(self._end(message, hung=hung))
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks.add(self._loop.create_task(work))
-
     async def _shut_down_unhealthy(self) -> None:
         """After a failed health probe SGLang does not drain: it blocks this loop until all processes have gone. So answers come first."""
         await self._answer_all("the server is shutting down: it got SIGTERM after a health probe had failed")
@@ -137,34 +180,6 @@ class EndingHandler(SignalHandler):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(EXIT_CODE)
-
-    async def _answer_all(self, message: str) -> None:
-        """Answers what is open, again and again: a request that is being tokenized cannot be answered before it is sent off."""
-        manager = self.tokenizer_manager
-        async with manager.is_pause_cond:
-            manager.is_pause = False
-            manager.is_pause_cond.notify_all()
-        deadline = time.monotonic() + ANSWER_SECONDS
-        while True:
-            self._close_requests(message)
-            await asyncio.sleep(SWEEP_SECONDS)
-            if not self._gate.open_answers or time.monotonic() > deadline:
-                return
-
-    def _close_requests(self, message: str) -> None:
-        manager = self.tokenizer_manager
-        reason = {"type": "abort", "status_code": HTTPStatus.SERVICE_UNAVAILABLE, "message": message}
-        for rid, state in list(manager.rid_to_state.items()):
-            if not state.dispatched:
-                continue
-            try:
-                manager._handle_abort_req(AbortReq(rid=rid, finished_reason=reason, abort_message=message))
-            except Exception:  # noqa: BLE001 - one request that SGLang cannot close must not keep all others open
-                logger.exception("dyncp: request %s is answered without what it has so far", rid)
-                manager.rid_to_state.pop(rid, None)
-                state.finished = True
-                state.out_list = [{"text": "", "output_ids": [], "meta_info": {"id": rid, "finish_reason": reason}}]
-                state.event.set()
 
     def _find_causes(self, watchdog: Any) -> list[str]:
         """A death by signal explains the failures of peers, so it is named alone."""

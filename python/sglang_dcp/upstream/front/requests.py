@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.upstream.attach.install import verify_installed
+from sglang_dcp.upstream.ending.workers import end_on_sigquit
 from sglang_dcp.upstream.front.field_kinds import Sizes
 from sglang_dcp.upstream.front.request_limits import RequestError, RequestLimits, check_address, check_options
 from sglang_dcp.upstream.front.request_ranges import check_body, check_labels, check_prompt
@@ -32,6 +33,8 @@ def learn_limits(result: tuple[Any, ...], engine: type, *args: Any, **kwargs: An
     init.scheduler_infos[0][POOL_KEY] = PoolTokens(pool_tokens)
     if isinstance(manager, TokenizerManager):
         manager.dyncp_limits = limits_of(pool_tokens)
+    else:
+        end_on_sigquit(result[4])
 
 
 def learn_worker_limits(result: None, global_state: Any) -> None:
