@@ -22,8 +22,8 @@ TAIL_SHIFT = 16  # sgl_kernel_dcp.tables.ROUTE_TAIL_SHIFT; a test holds the two 
 NO_SLOT = NO_PAGE = -1
 FROM_TOKEN_TABLE = -2  # sgl_kernel_dcp.tables.FROM_TOKEN_TABLE, likewise
 
-TABLES_AHEAD = 8
-"""Steps whose tables are made at once."""
+FIRST_TABLES_AHEAD, TABLES_AHEAD = 4, 32
+"""Steps whose tables are made at once: when rows have just changed, and later."""
 _AGES = np.arange(1, TABLES_AHEAD + 1, dtype=np.int32)[:, None, None]
 
 HeldPages = Sequence[tuple[int, int]]
@@ -233,18 +233,21 @@ class PageLines:
         self.table_address = block.__array_interface__["data"][0]
 
     def _lay_ahead(self) -> None:
-        """The tables of the steps to come, if nobody joins or leaves, by one addition for all; new pages are put in where they begin."""
-        last = self._block[-1]
+        """The tables of the steps to come, if nobody joins or leaves, by one addition for all; new pages are put in where they begin.
+        Few at first: rows that have changed lately change again."""
+        last, steps = self._block[-1], TABLES_AHEAD if len(self._block) > 1 else FIRST_TABLES_AHEAD
         last[:, 2] = NO_PAGE
-        self._lay(last + self._growth * _AGES)
+        block = self._growth * _AGES[:steps]
+        block += last
+        self._lay(block)
 
     def _begin_growth(self) -> SteadyRows:
         """What a step adds to the table, and which rows begin a page when. Made where a first step follows: many tables serve but one."""
-        grows = [isinstance(row, PooledRow) or row.grows for row in self._rows]
+        growing = [index for index, row in enumerate(self._rows) if isinstance(row, PooledRow) or row.grows]
+        arriving = [index for index in growing if isinstance(row := self._rows[index], ListedRow) and row.arrives]
         self._growth = np.zeros_like(self.table)
-        self._growth[:, 1] = grows
-        self._growth[:, 3] = [isinstance(row, ListedRow) and row.arrives for row in self._rows]
-        growing = [index for index, one in enumerate(grows) if one]
+        self._growth[growing, 1] = 1
+        self._growth[arriving, 3] = 1
         self._steady = SteadyRows((), self._tokens, self.page_size, growing)
         return self._steady
 
