@@ -27,8 +27,8 @@ class DocumentedServe(ServerConfig):
         return [sys.executable, "-m", "sglang_dcp.cli.commands", *words[1:], *here]
 
 
-ALONE = [line for line in serve_lines() if "--disaggregation-mode" not in line]
-"""Prefill and decode servers come in pairs (test_disaggregated.py)."""
+ALONE = [line for line in serve_lines() if "--disaggregation-mode" not in line and "--nnodes" not in line]
+"""Prefill and decode servers come in pairs (test_disaggregated.py), hosts with others."""
 
 
 @pytest.mark.parametrize("line", ALONE)

