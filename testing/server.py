@@ -21,6 +21,8 @@ from testing.recall import model_path
 
 START_LIMIT_S = 480.0
 """A process of SGLang imports for 20 s of CPU time, and four instances are seven processes: 70 s on two idle cores, more on busy ones."""
+FOLLOWER_LIMIT_S = 120.0
+"""Until a further node has read its arguments."""
 LONGEST_LINE = 400
 """A server prints its arguments in one line of thousands of characters."""
 LOCK_FILE = Path(tempfile.gettempdir()) / "sglang_dcp_server.lock"
@@ -139,12 +141,11 @@ def start_server(
     log_folder.mkdir(parents=True, exist_ok=True)
     log_path = log_folder / f"server_{port}_{int(time.time())}.log"
     began = time.monotonic()
-    server = Server(config, _start_node(config, port, 0, log_path), port, log_path)
+    followers = [_start_follower(config, port, node, log_path.with_suffix(f".node{node}.log")) for node in range(1, config.nodes)]
+    server = Server(config, _start_node(config, port, 0, log_path), port, log_path, followers=followers)
     try:
         if started is not None:
             started(server)
-        for node in range(1, config.nodes):
-            server.followers.append(_start_node(config, port, node, log_path.with_suffix(f".node{node}.log")))
         _wait_healthy(server, limit_s)
     except BaseException:
         server.kill()
@@ -161,6 +162,17 @@ def _start_node(config: ServerConfig, port: int, node: int, log_path: Path) -> s
         return subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
         )
+
+
+def _start_follower(config: ServerConfig, port: int, node: int, log_path: Path) -> subprocess.Popen[bytes]:
+    """Started ahead of the first node, past its look at the ports: on one machine it would find those that the first one has taken."""
+    process, deadline = _start_node(config, port, node, log_path), time.monotonic() + FOLLOWER_LIMIT_S
+    while "server_args=" not in log_path.read_text(errors="replace"):
+        if process.poll() is not None or time.monotonic() > deadline:
+            kill_process_tree(process.pid)
+            raise ServerStartError(f"node {node} did not begin, code {process.poll()}\n{log_path.read_text(errors='replace')[-4000:]}")
+        time.sleep(0.1)
+    return process
 
 
 def _wait_healthy(server: Server, limit_s: float) -> None:
