@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from testing.client import Answer
-from testing.server import Server, ServerConfig, ServerPool, find_free_port, start_server
+from testing.ports import find_free_port
+from testing.server import Server, ServerConfig, ServerPool, start_server
 
 LOOPBACK = (("SGLANG_HOST_IP", "127.0.0.1"), ("MC_TCP_BIND_ADDRESS", "127.0.0.1"))
 """Otherwise Mooncake takes the address of the machine's network card."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from testing.client import Client
+from testing.ports import FOLLOWER_OFFSET, RENDEZVOUS_OFFSET, find_free_port
 from testing.processes import creation_time, end_process_tree, kill_process_tree
 from testing.recall import model_path
 
@@ -26,11 +26,6 @@ FOLLOWER_LIMIT_S = 120.0
 LONGEST_LINE = 400
 """A server prints its arguments in one line of thousands of characters."""
 LOCK_FILE = Path(tempfile.gettempdir()) / "sglang_dcp_server.lock"
-
-RENDEZVOUS_OFFSET, FOLLOWER_OFFSET = 100, 200
-"""Of a server of several nodes: --dist-init-addr of all of them, and the health endpoint of the first node but one."""
-PORT_OFFSETS = (0, 13, *range(RENDEZVOUS_OFFSET, RENDEZVOUS_OFFSET + 21), *range(FOLLOWER_OFFSET, FOLLOWER_OFFSET + 4), *range(233, 250))
-"""What a server with attention data parallelism binds besides its port: handshake, and sockets of the ranks from +233 on."""
 
 
 class ServerStartError(RuntimeError):
@@ -194,28 +189,6 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without what an outer run may have set for SGLang: a test decides that by its configuration alone."""
     ours = ("SGLANG_", "DYNCP_")
     return {name: value for name, value in environment.items() if not name.startswith(ours)}
-
-
-def find_free_port(first: int = 15000, last: int = 21000, step: int = 300) -> int:
-    """A port whose companions (PORT_OFFSETS) are free too, below the ranges that SGLang and the kernel draw from.
-
-    The search begins at a place of this process's own: two runs that look at once would find the same free port.
-    """
-    ports = list(range(first, last, step))
-    begin = os.getpid() % len(ports)
-    for port in ports[begin:] + ports[:begin]:
-        if all(_is_free(port + offset) for offset in PORT_OFFSETS):
-            return port
-    raise RuntimeError(f"no free port between {first} and {last} with free ports at offsets {PORT_OFFSETS}")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from benchmark.multi_gpu.streams import Streamed, stream
 from benchmark.serving.provenance import provenance
 from testing.gpu.answers import pinned, prompt
 from testing.gpu.servers import port_range
-from testing.server import find_free_port
+from testing.ports import find_free_port
 
 INSTANCES, CONVERSATIONS, TURNS, OUTPUT = 2, 12, 3, 16
 FRACTIONS = {"off": "0", "on": "0.9"}

@@ -23,7 +23,7 @@ from benchmark.multi_gpu.settings import set_environment
 from benchmark.serving.provenance import provenance
 from sglang_dcp.dataflow.measure.timing import graph_microseconds
 from testing.gpu.servers import port_range
-from testing.server import find_free_port
+from testing.ports import find_free_port
 
 INSTANCES, PAGE, HEAD_DIM = 2, 64, 128
 ROWS, TOKENS, ROUNDS = 32, 131_072, 5

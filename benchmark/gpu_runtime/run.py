@@ -30,7 +30,7 @@ from benchmark.multi_gpu.servers import GpuServer, stop_all, wait_ready
 from benchmark.multi_gpu.settings import read_device_facts, set_environment
 from benchmark.serving.provenance import provenance
 from testing.gpu.servers import port_range
-from testing.server import find_free_port
+from testing.ports import find_free_port
 
 INSTANCES, PAGE, CONTEXT, POOL = 2, 64, 131_072, 200_000
 MAX_BATCH, REAL_LAYERS, PROFILED_STEPS = 192, 61, 8

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_serv
 
 from testing.debian import Program
 from testing.monitoring import DASHBOARD, FOLDER, RULES, panel_queries, running_prometheus
-from testing.server import find_free_port
+from testing.ports import find_free_port
 
 REPOSITORY = FOLDER.parents[1]
 RULE_TESTS = REPOSITORY / "test" / "data" / "alerts_test.yml"

@@ -12,9 +12,10 @@ import pytest
 
 from testing.client import Client, RequestFailed, checked_ids
 from testing.metrics import Sample, format_loads, parse_metrics
+from testing.ports import find_free_port
 from testing.processes import end_process_tree, kill_process_tree
 from testing.recall import VOCABULARY_SIZE, depth_at, encode, recall_prompt
-from testing.server import ServerConfig, ServerStartError, clean_environment, find_free_port, start_server
+from testing.server import ServerConfig, ServerStartError, clean_environment, start_server
 
 
 @pytest.mark.parametrize("position", [2, 100, 1023, 1024, 1025, 3400])

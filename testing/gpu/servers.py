@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from testing.client import Client
+from testing.ports import find_free_port
 from testing.processes import end_process_tree
-from testing.server import find_free_port
 
 HERE = Path(__file__).resolve().parent
 READY = "fired up and ready"
