@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from multiprocessing.shared_memory import SharedMemory
 from types import SimpleNamespace
 from typing import Any
 
@@ -98,10 +99,11 @@ assert "/dyncp/requests" in {getattr(route, "path", None) for route in app.route
 
 
 JOIN = """
-import os, pickle, sys
+import sys
 from sglang_dcp.config import DynCpConfig
+from sglang.srt.managers.multi_tokenizer_mixin import read_from_shared_memory
 assert DynCpConfig.from_environment() is None
-told = pickle.loads(bytes.fromhex(sys.argv[1]))
+told = read_from_shared_memory(sys.argv[1])
 assert (told, DynCpConfig.from_environment().max_degree) == ({"dyncp_pool_tokens": 1024}, 2), told
 from sglang_dcp.upstream.attach import install
 from sglang_dcp.upstream.attach.main_hooks import DYNCP_MAIN_HOOKS
@@ -113,11 +115,18 @@ assert Engine._init_tokenizer_worker.__wrapped__
 
 @pytest.mark.own_process
 def test_a_process_that_reads_the_pool_size_checks_requests_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engine.attach_tokenizer_worker() loads no plugins, and its process need not be a child of the server."""
+    """Engine.attach_tokenizer_worker() loads no plugins, and its process need not be a child of the server. The next one can join too."""
     monkeypatch.setenv(CONFIG_VARIABLE, DynCpConfig(max_degree=2).to_json())
-    told = pickle.dumps({POOL_KEY: PoolTokens(1024)}).hex()
+    told = pickle.dumps({POOL_KEY: PoolTokens(1024)})
     monkeypatch.delenv(CONFIG_VARIABLE)
-    run_alone(JOIN, told)
+    memory = SharedMemory(f"multi_tokenizer_args_{os.getpid()}", create=True, size=len(told))
+    try:
+        memory.buf[: len(told)] = told
+        run_alone(JOIN, memory.name)
+        SharedMemory(memory.name).close()
+    finally:
+        memory.close()
+        memory.unlink()
 
 
 @pytest.mark.own_process

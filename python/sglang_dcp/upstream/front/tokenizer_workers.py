@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from typing import Any
 
 from sglang_dcp.config import CONFIG_VARIABLE
@@ -20,12 +22,13 @@ class PoolTokens(int):
     no plugins there: a process that joins by Engine.attach_tokenizer_worker() would check nothing otherwise."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return join_server, (int(self), os.environ[CONFIG_VARIABLE])
+        return join_server, (int(self), os.environ[CONFIG_VARIABLE], os.getpid())
 
 
-def join_server(pool_tokens: int, config: str) -> PoolTokens:
-    """Makes this process one that checks requests. config: the server's, as JSON."""
+def join_server(pool_tokens: int, config: str, server: int) -> PoolTokens:
+    """Makes this process one that checks requests. config: the server's, as JSON. server: its main process."""
     os.environ[CONFIG_VARIABLE] = config
+    _leave_shared_memory(server)
     from sglang_dcp.upstream.attach.install import install
     from sglang_dcp.upstream.attach.main_hooks import DYNCP_MAIN_HOOKS
 
@@ -46,3 +49,11 @@ def find_app_refusal(workers: int, app: str | None, reason: str) -> str | None:
     if workers == 1 or app == WORKER_APP:
         return None
     return f"{APP_VARIABLE}={app} does not work with --enable-dyncp and --tokenizer-worker-num {workers}: {reason}"
+
+
+def _leave_shared_memory(server: int) -> None:
+    """Python's resource tracker unlinks what a process has opened when it ends: nobody could join after the first that leaves, and a worker
+    that is started again would end the server. Children of the server share its tracker."""
+    parent = multiprocessing.parent_process()
+    if parent is None or parent.pid != server:
+        resource_tracker.unregister(f"/multi_tokenizer_args_{server}", "shared_memory")
