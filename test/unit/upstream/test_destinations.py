@@ -14,6 +14,7 @@ from sglang.srt.disaggregation.common.conn import CommonKVReceiver
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager, TransferInfo
 
 from sglang_dcp.ledger.page_ids import Page, PageIds
+from sglang_dcp.upstream.disaggregation import destinations, sending
 from sglang_dcp.upstream.disaggregation.announcing import register_all
 from sglang_dcp.upstream.disaggregation.announcing import send_metadata as hook
 from sglang_dcp.upstream.disaggregation.destinations import PADDING_PAGE, SESSION, Destination, Destinations, page_lists
@@ -187,3 +188,53 @@ def test_page_lists_of_all_zero_ids_do_not_exist() -> None:
     ids = PageIds(1, 3, 10, 16)
     lists = page_lists(ids, np.array([ids.encode(Page(2, 1)), ids.encode(Page(0, 10)), ids.encode(Page(2, 7))]))
     assert {rank: pages.tolist() for rank, pages in lists.items()} == {0: [0, 10, 0], 1: [0, 0, 0], 2: [1, 0, 7]}
+
+
+def scheduler_of(manager: Any) -> SimpleNamespace:
+    slots = iter([BIN])
+    return SimpleNamespace(
+        disagg_decode_prealloc_queue=SimpleNamespace(kv_manager=manager),
+        req_to_metadata_buffer_idx_allocator=SimpleNamespace(alloc=lambda: next(slots, None)),
+    )
+
+
+def introducing(monkeypatch: pytest.MonkeyPatch, registration: list[bytes], state_types: list[str] | None = None) -> Destinations | None:
+    manager = SimpleNamespace(
+        get_session_id=lambda: session_of(1),
+        build_receiver_registration_message=lambda: registration,
+        kv_args=SimpleNamespace(state_types=state_types or []),
+    )
+
+    def gather(everybody: list[Any], own: Destination, group: Any) -> None:
+        everybody[:] = [Destination(b"other", [b"message"], 3), own]
+
+    monkeypatch.setattr(destinations.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(destinations.dist, "all_gather_object", gather)
+    return destinations.introduce(scheduler_of(manager), 1, None)
+
+
+def test_instances_introduce_their_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    registration = [b"None", b"", b"", session_of(1).encode(), b"pointers"]
+    found = introducing(monkeypatch, registration)
+    assert found is not None and found.of[1] == Destination(session_of(1).encode(), registration, BIN)
+    assert [other.session for other in found.others] == [b"other"]
+
+
+def test_what_cannot_be_sent_to_several_pools_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(destinations.TransferError, match="is not its session"):
+        introducing(monkeypatch, [b"None", b"", b"", b"someone else"])
+    with pytest.raises(destinations.TransferError, match="SWA"):
+        introducing(monkeypatch, [b"None", b"", b"", session_of(1).encode()], ["SWA"])
+
+
+def test_servers_without_a_transfer_have_no_destinations() -> None:
+    assert destinations.introduce(SimpleNamespace(disagg_decode_prealloc_queue=None), 0, None) is None
+    assert destinations.introduce(scheduler_of(object()), 0, None) is None, "SGLang's fake transfer"
+
+
+def test_children_of_a_prefill_server_know_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(sending.PREFILL_VARIABLE, "1")
+    sending.mark_prefill_server(False)
+    assert not sending.is_prefill_server()
+    sending.mark_prefill_server(True)
+    assert sending.is_prefill_server()
