@@ -52,7 +52,9 @@ class Room:
         if not ask.flexible:
             return None
         if ask.kept:
-            return self._split_behind(home, ask)
+            room = list(for_guests)
+            room[home] = at_home
+            return self.limits.split(home, pages, room, ask.kept)
         most_shards = len(ask.segments) if len(ask.segments) == 1 else self.limits.max_degree
         scope = self.limits.scope(home, pages)
         # Most that wait are refused by this alone: no split of a request of this home over these ranks holds more.
@@ -65,20 +67,6 @@ class Room:
             return self.limits.split(home, pages, room)
         best = max(scope, key=lambda rank: (room[rank], rank == home, -rank))
         return ((best, pages),) if room[best] >= pages else None
-
-    def _split_behind(self, home: int, ask: AskAdmission) -> Split | None:
-        """Likewise for the pages behind those that the ask takes over: on the instances where these are, and on as many others, the
-        roomiest ones, as the degree allows."""
-        kept, pages = dict(ask.kept), sum(count for _, count in ask.segments)
-        scope = self.limits.scope(home, pages + ask.num_kept)
-        room = [0] * len(self.free)
-        for rank in scope:
-            free = self.free[rank] if rank == home else self._for_guest(rank)
-            room[rank] = min(free, self.limits.most_pages(home, rank) - kept.get(rank, 0))
-        others = sorted((rank for rank in scope if rank not in kept), key=lambda rank: (-room[rank], rank != home, rank))
-        for rank in others[self.limits.max_degree - len(kept) :]:
-            room[rank] = 0
-        return self.limits.split(home, pages, room)
 
     def _for_guest(self, rank: int) -> int:
         """Pages that a new guest could take of an instance."""

@@ -116,23 +116,26 @@ class SplitLimits:
         members = self.layout.members(home)
         return members if pages <= self._reach(len(members)) else self.layout.group(home)
 
-    def split(self, home: int, pages: int, room: Sequence[int]) -> Split | None:
+    def split(self, home: int, pages: int, room: Sequence[int], kept: Sequence[tuple[int, int]] = ()) -> Split | None:
         """Pages over the instances with most room, so that as few as possible are used and they end equally empty; the home, when used,
         is last. None when they do not fit now.
 
-        room[r]: pages that instance r can give this request.
+        room[r]: pages that instance r can give this request. kept: (rank, pages) that the request has before these. Degree, scope and
+        most pages of a rank then hold for the whole sequence: ranks that have some are shards already, also outside the scope, and come
+        first.
         """
-        scope = self.scope(home, pages)
-        limits = {rank: max(0, min(room[rank], self.most_pages(home, rank))) for rank in scope}
-        order = sorted(scope, key=lambda rank: (-limits[rank], rank != home, rank))
-        chosen: list[int] = []
-        held = 0
-        for rank in order[: self.max_degree]:
+        before = dict(kept)
+        scope = self.scope(home, pages + sum(before.values()))
+        limits = {rank: max(0, min(room[rank], self.most_pages(home, rank) - before.get(rank, 0))) for rank in {*scope, *before}}
+        others = sorted((rank for rank in scope if rank not in before), key=lambda rank: (-limits[rank], rank != home, rank))
+        chosen = list(before)
+        held = sum(limits[rank] for rank in chosen)
+        for rank in others[: max(0, self.max_degree - len(before))]:
+            if held >= pages:
+                break
             chosen.append(rank)
             held += limits[rank]
-            if held >= pages:
-                return _level(home, {rank: limits[rank] for rank in chosen}, held - pages)
-        return None
+        return _level(home, {rank: limits[rank] for rank in chosen}, held - pages) if held >= pages else None
 
     def whole(self, home: int, pages: int, room: Sequence[int], *, at_home: bool = True) -> Split | None:
         """All pages on one instance: the home where it has room, else where there is most, else where an empty pool would hold them.

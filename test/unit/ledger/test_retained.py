@@ -7,11 +7,13 @@ import pytest
 
 from sglang_dcp.ledger.guests import GuestBook
 from sglang_dcp.ledger.homes import HomeBook
-from sglang_dcp.ledger.messages import Granted
+from sglang_dcp.ledger.messages import AskAdmission, Granted
 from sglang_dcp.ledger.page_ids import Page, PageIds
 from sglang_dcp.ledger.prefix_index import DIGEST_BYTES, PrefixIndex, common_pages, page_digests
 from sglang_dcp.ledger.reservations import Grant, GrantedSegment
 from sglang_dcp.ledger.retained import RetainedTable
+from sglang_dcp.ledger.room import Room
+from sglang_dcp.policy.split_limits import Layout, SplitLimits
 
 
 def table(*sequences):
@@ -167,3 +169,12 @@ def test_a_shard_keeps_and_rekeys_a_guests_pages():
     assert guests.retain(1, 9, 1) == [] and guests.take_back(1, 9) == [4]
     assert (guests.num_pages, guests.num_retained, guests.retained_handles()) == (0, 0, ())
     assert guests.retain(1, 10, 5) == guests.take_over(1, 10, 11, 5) == []
+
+
+def test_what_is_missing_may_lie_wherever_the_whole_sequence_may():
+    """Two nodes of two. The sequence fills the home's; what is behind it fits neither that nor the instance that was asked."""
+    limits = SplitLimits(100, 4, 100, Layout(4, 2))
+    room = Room(limits, [5, 5, 0, 60], [100] * 4)
+    ask = AskAdmission(2, 1, True, ((2, 30),), previous=1, kept=((0, 95), (1, 95)))
+    split = room.split(0, ask)
+    assert split is not None and sum(pages for _, pages in split) == 30 and dict(split)[3] >= 20

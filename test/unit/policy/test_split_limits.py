@@ -72,6 +72,33 @@ def test_every_rule_keeps_every_limit(shape: tuple, home: int, num_pages: int, d
             assert answer is complete or {rank for rank, _ in answer} <= set(scope)
 
 
+KEPT = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6)), min_size=1, max_size=4, unique_by=lambda pair: pair[0])
+
+
+@given(SHAPES, st.integers(0, 5), st.integers(1, 30), KEPT, st.data())
+def test_pages_behind_a_prefix_are_split_as_the_whole_sequence_may_be(shape: tuple, home: int, pages: int, kept: list, data) -> None:
+    """Against a plain count over all sets of ranks that contain the prefix's."""
+    pool, degree, guests, (count, node_size) = shape
+    limits = SplitLimits(pool, degree, min(pool, guests), Layout(count, node_size))
+    home %= count
+    before = {rank % count: held for rank, held in kept}
+    kept = [(rank, min(held, limits.most_pages(home, rank))) for rank, held in before.items() if limits.most_pages(home, rank)]
+    kept = kept[:degree]
+    before = dict(kept)
+    room = data.draw(st.lists(st.integers(0, pool), min_size=count, max_size=count))
+    fresh = [rank for rank in limits.scope(home, pages + sum(before.values())) if rank not in before]
+    able = {rank: min(room[rank], limits.most_pages(home, rank) - before.get(rank, 0)) for rank in [*fresh, *before]}
+    sets = [(*before, *more) for size in range(degree - len(before) + 1) for more in itertools.combinations(fresh, size)]
+    enough = [chosen for chosen in sets if sum(able[rank] for rank in chosen) >= pages]
+    split = limits.split(home, pages, room, kept)
+    assert (split is not None) == bool(enough)
+    if split is not None:
+        whole = {rank: before.get(rank, 0) + dict(split).get(rank, 0) for rank in {*before, *dict(split)}}
+        assert limits.fits(home, tuple(whole.items()))
+        assert sum(count for _, count in split) == pages and all(count <= able[rank] for rank, count in split)
+        assert len(whole) <= min(len(chosen) for chosen in enough), "no new shard without need"
+
+
 def test_complete_fills_the_tail_first_and_takes_from_the_head() -> None:
     limits = limits_of(8)
     assert limits.complete(0, [(1, 3), (0, 1)], 6) == ((1, 3), (0, 3))
