@@ -40,8 +40,8 @@ gpu-test: $(READY) ## Kernels and runtime on a Hopper GPU, against stock SGLang;
 	@mkdir -p $(dir $(GPU_LOG))
 	set -o pipefail; CUDA_DEVICE_MAX_CONNECTIONS=32 $(PYTHON) -m pytest -v -rsP --durations=20 -m gpu $(GPU_TESTS) 2>&1 | tee $(GPU_LOG)
 
-walk: $(READY) ## A million random steps of the page protocol (2 minutes; `make test` takes a tenth)
-	DYNCP_WALK_STEPS=1000000 $(PYTHON) -m pytest test/unit/test_protocol.py
+walk: $(READY) ## A million random steps of the page protocol, and of conversations (`make test` takes a part of them)
+	DYNCP_WALK_STEPS=1000000 $(PYTHON) -m pytest test/unit/test_protocol.py test/unit/test_protocol_conversations.py
 
 lint: $(READY) ## ruff and mypy
 	$(PYTHON) -m ruff check .

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import sys
+from types import FunctionType, ModuleType
+
 import pytest
 
 from testing.protocol.model import ProtocolModel
@@ -147,23 +152,62 @@ def talk(model, talks, place):
     talks[place] = model.next_turn(last, home, more, choose.randint(1, 9), shards, flexible=choose.random() < 0.8)
 
 
+def walk(model, talks, num_steps):
+    """The users of all conversations speak now and then, somebody else comes, somebody goes."""
+    for _ in range(num_steps):
+        for place, last in enumerate(talks):
+            if model.random.random() < 0.05 and (last is None or last.aborted or last.finished_in_step is not None):
+                talk(model, talks, place)
+        if model.random.random() < 0.01:
+            model.arrive_at_random()
+        if model.random.random() < 0.005:
+            model.abort_at_random()
+        model.step()
+
+
 def test_a_walk_of_conversations():
     """Every row reads the K/V of its own tokens, every page has one owner after every step, and everybody gets an answer."""
     for seed, shape in enumerate([(2, 40, 4), (3, 30, 4), (2, 24, 8)]):
         model = ProtocolModel(seed, *shape, chunk_tokens=32, cache_fraction=(0.9, 1.0, 0.4)[seed])
-        talks = [None] * 9
-        for _ in range(1_500):
-            for place, last in enumerate(talks):
-                if model.random.random() < 0.05 and (last is None or last.aborted or last.finished_in_step is not None):
-                    talk(model, talks, place)
-            if model.random.random() < 0.01:
-                model.arrive_at_random()
-            if model.random.random() < 0.005:
-                model.abort_at_random()
-            model.step()
+        walk(model, [None] * 9, 1_500)
         model.drain(20_000)
         assert sum(c.hits for c in counters(model)) > 30
         assert sum(sum(c.evictions.values()) for c in counters(model)) > 30
+
+
+WALK_STEPS = int(os.environ.get("DYNCP_WALK_STEPS", "2000"))
+"""`make walk` takes 1,000,000."""
+
+
+def bytes_of_ledger(model):
+    """Of everything that the participants refer to."""
+    seen, queue = {}, [home.participant for home in model.homes]
+    while queue:
+        item = queue.pop()
+        if id(item) not in seen and not isinstance(item, type | FunctionType | ModuleType):
+            seen[id(item)] = item
+            queue.extend(gc.get_referents(item))
+    return sum(map(sys.getsizeof, seen.values()))
+
+
+def test_nothing_is_left_in_the_ledger_of_turns_that_are_over():
+    """After a long walk it has the memory that it had after a short one, but for the spare room of its dictionaries."""
+    model = ProtocolModel(9, 3, 30, 4, chunk_tokens=32, cache_fraction=1.0, check_every=50)
+
+    def bytes_after(num_steps):
+        for start in range(0, num_steps, 1_000):
+            walk(model, [None] * 9, min(num_steps - start, 1_000))
+            model.drain(20_000)
+            for home in model.homes:
+                home.done.clear()
+                home.rows_by_slot.clear()
+                home.participant.counters.admission_waits.clear()  # as the driver does in every step
+        return bytes_of_ledger(model)
+
+    first, hits, turns = bytes_after(500), sum(c.hits for c in counters(model)), model.num_requests
+    assert bytes_after(WALK_STEPS) - first < 8192
+    assert model.num_requests - turns > WALK_STEPS // 10, "8 KiB are less than 64 bytes of each"
+    assert sum(c.hits for c in counters(model)) - hits > WALK_STEPS // 50
 
 
 def test_a_pinned_degree_is_kept_and_takes_the_shards_of_the_sequence():

@@ -34,22 +34,25 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self._digests: dict[int, bytes] = {}
-        self._of_first_page: dict[bytes, dict[int, None]] = {}
+        self._of_first_page: dict[bytes, tuple[int, ...]] = {}
 
     def __len__(self) -> int:
         return len(self._digests)
 
     def put(self, handle: int, digests: bytes) -> None:
         self._digests[handle] = digests
-        self._of_first_page.setdefault(digests[:DIGEST_BYTES], {})[handle] = None
+        first = digests[:DIGEST_BYTES]
+        self._of_first_page[first] = (*self._of_first_page.get(first, ()), handle)
 
     def take(self, handle: int) -> bytes:
         """Removes a handle and returns its digests. KeyError when it is not there."""
         digests = self._digests.pop(handle)
-        same = self._of_first_page[digests[:DIGEST_BYTES]]
-        del same[handle]
-        if not same:
-            del self._of_first_page[digests[:DIGEST_BYTES]]
+        first = digests[:DIGEST_BYTES]
+        others = tuple(other for other in self._of_first_page[first] if other != handle)
+        if others:
+            self._of_first_page[first] = others
+        else:
+            del self._of_first_page[first]
         return digests
 
     def matches(self, digests: bytes) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sglang_dcp.ledger.digest import OpenDigest
+from sglang_dcp.ledger.digest import MASK, digest
 
 Key = tuple[int, int]
 """(home, handle)"""
@@ -28,14 +28,17 @@ class RetainedSequence:
 
 
 class RetainedTable:
-    """pages[r]: retained pages in the pool of instance r, guest_pages[r]: those of them whose home is elsewhere."""
+    """pages[r]: retained pages in the pool of instance r, guest_pages[r]: those of them whose home is elsewhere.
+
+    digest: of all sequences, the same on all instances, or they have gone apart.
+    """
 
     def __init__(self, num_instances: int) -> None:
         self.pages = [0] * num_instances
         self.guest_pages = [0] * num_instances
         self.sequences: dict[Key, RetainedSequence] = {}
         self._named: Counter[Key] = Counter()
-        self._digest = OpenDigest()
+        self.digest = 0
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -43,25 +46,18 @@ class RetainedTable:
     def __contains__(self, key: Key) -> bool:
         return key in self.sequences
 
-    @property
-    def digest(self) -> int:
-        """Of all sequences: the same on all instances, or they have gone apart."""
-        return self._digest.value
-
     def put(self, home: int, handle: int, pages: Sequence[tuple[int, int]], step: int) -> None:
         """ValueError for a handle that is retained already: none is ever used twice."""
         if (home, handle) in self.sequences:
             raise ValueError(f"home {home}, handle {handle} is retained already")
-        self.sequences[home, handle] = RetainedSequence(tuple(pages), step)
-        self._digest.put((home, handle), (home, handle, step, *(word for pair in pages for word in pair)))
-        self._count(home, pages, 1)
+        sequence = self.sequences[home, handle] = RetainedSequence(tuple(pages), step)
+        self._count((home, handle), sequence, 1)
 
     def take(self, key: Key) -> RetainedSequence | None:
         """Removes a sequence, None when it is not there."""
         sequence = self.sequences.pop(key, None)
         if sequence is not None:
-            self._digest.take(key)
-            self._count(key[0], sequence.pages, -1)
+            self._count(key, sequence, -1)
         return sequence
 
     def pages_of(self, key: Key) -> tuple[tuple[int, int], ...]:
@@ -112,7 +108,10 @@ class RetainedTable:
     def _in_order(self) -> list[Key]:
         return sorted(self.sequences, key=lambda key: (key in self._named, self.sequences[key].last_used, *key))
 
-    def _count(self, home: int, pages: Sequence[tuple[int, int]], sign: int) -> None:
-        for rank, count in pages:
+    def _count(self, key: Key, sequence: RetainedSequence, sign: int) -> None:
+        """A sequence comes or goes. The digest is a sum, as OpenDigest's, which would keep the digest of every sequence."""
+        words = (*key, sequence.last_used, *(word for pair in sequence.pages for word in pair))
+        self.digest = self.digest + sign * digest(words) & MASK
+        for rank, count in sequence.pages:
             self.pages[rank] += sign * count
-            self.guest_pages[rank] += sign * count if rank != home else 0
+            self.guest_pages[rank] += sign * count if rank != key[0] else 0

@@ -11,7 +11,7 @@ from sglang_dcp.ledger.prefix_index import PrefixIndex
 
 
 class RetainedBook:
-    """By handle. A page costs 6 bytes beside its digest: a cluster retains millions.
+    """By handle. A page costs 8 bytes beside its digest: a cluster retains millions.
 
     names: handle of the waiting request that would take a sequence over, by the sequence's; each is offered to one at a time.
     num_local_pages: those in the own pool.
@@ -22,7 +22,7 @@ class RetainedBook:
         self.names: dict[int, int] = {}
         self.num_local_pages = 0
         self._index = PrefixIndex()
-        self._pages: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._pages: dict[int, bytes] = {}
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -32,18 +32,18 @@ class RetainedBook:
 
     def put(self, handle: int, pages: Sequence[Page], digests: bytes) -> None:
         """digests: of these pages (prefix_index.py)."""
-        owners = np.array([page.owner for page in pages], dtype=np.int16)
-        self._pages[handle] = owners, np.array([page.number for page in pages], dtype=np.int32)
+        self._pages[handle] = np.array([(page.owner, page.number) for page in pages], dtype=np.int32).tobytes()
         self._index.put(handle, digests)
-        self.num_local_pages += int((owners == self.home).sum())
+        self.num_local_pages += self._num_local(handle)
 
     def take(self, handle: int) -> list[Page]:
         """Removes a sequence and returns its pages in order. KeyError when it is not there."""
-        owners, numbers = self._pages.pop(handle)
+        self.num_local_pages -= self._num_local(handle)
+        pages = self._table(handle).tolist()
+        del self._pages[handle]
         self.names.pop(handle, None)
         self._index.take(handle)
-        self.num_local_pages -= int((owners == self.home).sum())
-        return [Page(owner, number) for owner, number in zip(owners.tolist(), numbers.tolist(), strict=True)]
+        return [Page(owner, number) for owner, number in pages]
 
     def release(self, handle: int) -> list[int]:
         """Likewise, and returns the numbers of those at home."""
@@ -54,11 +54,11 @@ class RetainedBook:
         return [match for match in self._index.matches(digests) if match[0] not in self.names]
 
     def num_pages(self, handle: int) -> int:
-        return len(self._pages[handle][0])
+        return len(self._table(handle))
 
     def shards(self, handle: int, num_pages: int) -> tuple[tuple[int, int], ...]:
         """(instance, pages) of a sequence's first pages, ordered by the first page of each."""
-        owners, first, counts = np.unique(self._pages[handle][0][:num_pages], return_index=True, return_counts=True)
+        owners, first, counts = np.unique(self._table(handle)[:num_pages, 0], return_index=True, return_counts=True)
         order = np.argsort(first)
         return tuple(zip(owners[order].tolist(), counts[order].tolist(), strict=True))
 
@@ -67,11 +67,18 @@ class RetainedBook:
 
     def pages_on(self, handle: int, rank: int) -> list[tuple[int, int]]:
         """(sequence page index, number) of those on an instance, ascending."""
-        owners, numbers = self._pages[handle]
-        here = np.flatnonzero(owners == rank)
-        return list(zip(here.tolist(), numbers[here].tolist(), strict=True))
+        pages = self._table(handle)
+        here = np.flatnonzero(pages[:, 0] == rank)
+        return list(zip(here.tolist(), pages[here, 1].tolist(), strict=True))
 
     def local_pages(self) -> Iterator[int]:
         """Numbers of the pages of the own pool that retained sequences own."""
         for handle in self._pages:
             yield from (number for _, number in self.pages_on(handle, self.home))
+
+    def _num_local(self, handle: int) -> int:
+        return int((self._table(handle)[:, 0] == self.home).sum())
+
+    def _table(self, handle: int) -> np.ndarray:
+        """[pages, 2] int32: owner, number. Kept as bytes: an array's own header costs more than the pages of a short sequence."""
+        return np.frombuffer(self._pages[handle], dtype=np.int32).reshape(-1, 2)
