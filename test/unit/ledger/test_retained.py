@@ -173,7 +173,7 @@ def test_a_shard_keeps_and_rekeys_a_guests_pages():
 
 def test_what_is_missing_may_lie_wherever_the_whole_sequence_may():
     """Two nodes of two. The sequence fills the home's; what is behind it fits neither that nor the instance that was asked."""
-    limits = SplitLimits(100, 4, 100, Layout(4, 2))
+    limits = SplitLimits(100, 4, 100, Layout(4, 2, crosses=True))
     room = Room(limits, [5, 5, 0, 60], [100] * 4)
     ask = AskAdmission(2, 1, True, ((2, 30),), previous=1, kept=((0, 95), (1, 95)))
     split = room.split(0, ask)

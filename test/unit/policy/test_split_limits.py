@@ -78,11 +78,15 @@ KEPT = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6)), min_size=1, max
 @given(SHAPES, st.integers(0, 5), st.integers(1, 30), KEPT, st.data())
 def test_pages_behind_a_prefix_are_split_as_the_whole_sequence_may_be(shape: tuple, home: int, pages: int, kept: list, data) -> None:
     """Against a plain count over all sets of ranks that contain the prefix's."""
-    pool, degree, guests, (count, node_size) = shape
-    limits = SplitLimits(pool, degree, min(pool, guests), Layout(count, node_size))
+    pool, degree, guests, (count, node_size), crosses = shape
+    limits = SplitLimits(pool, degree, min(pool, guests), Layout(count, node_size, crosses))
     home %= count
     before = {rank % count: held for rank, held in kept}
-    kept = [(rank, min(held, limits.most_pages(home, rank))) for rank, held in before.items() if limits.most_pages(home, rank)]
+    kept = [
+        (rank, min(held, limits.most_pages(home, rank)))
+        for rank, held in before.items()
+        if limits.most_pages(home, rank) and rank in limits.layout.group(home)
+    ]
     kept = kept[:degree]
     before = dict(kept)
     room = data.draw(st.lists(st.integers(0, pool), min_size=count, max_size=count))
