@@ -15,7 +15,7 @@ LIMIT_HEADINGS = ["limit, ms", "stock", "whole", "ours", *(f"`{name}`" for name 
 
 def render() -> str:
     result, split = load("headline.json"), load("split.json")
-    points = next(iter(result["cases"].values()))
+    points, again = next(iter(result["cases"].values())), result["second_seed"]
     return page(
         "What it gains, measured",
         source("headline.json", result),
@@ -25,6 +25,10 @@ def render() -> str:
         table(HEADINGS, _points(points)),
         "Highest rate under a limit on P99 TPOT, requests/s, interpolated, and ours over the others:",
         table(LIMIT_HEADINGS, _limits(result["two_gpus"]["by_limit"], points)),
+        "## Another seed, and no long prompts",
+        source("headline.json", again),
+        "\n".join(f"- {note}" for note in again["notes"]),
+        *(part for case, found in again["cases"].items() for part in (_mix(case), table(HEADINGS, _points(found)))),
         "## A long row beside many",
         source("split.json", split),
         "One layer of a captured decode, microseconds: a row of 300,000 tokens, 128 of 1,000, both together, and both over their sum.",
@@ -41,6 +45,12 @@ def _points(cases: dict[str, Any]) -> list[tuple[Any, ...]]:
             balance, degrees = f"{found['kv_max_over_mean']:.2f}", [_degrees(side.get("degrees", {})) for side in (found, simulated)]
             rows.append((f"`{name}`", f"{found['requests_per_s']:g}", *times, balance, *degrees))
     return rows
+
+
+def _mix(case: str) -> str:
+    """Of a key of `cases`, "share|seed"."""
+    share, seed = case.split("|")
+    return f"{100 * float(share):g} % long prompts, seed {seed}:"
 
 
 def _degrees(counts: dict[str, int]) -> str:

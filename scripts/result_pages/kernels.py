@@ -21,7 +21,7 @@ WHAT = {
 
 
 def render() -> str:
-    here, other = load("kernels.json"), load("kernels_other_machine.json")
+    here, other, default = load("kernels.json"), load("kernels_other_machine.json"), load("default_kernel.json")
     rows = [(f"`{key}`: {what}", _bar(here, key), _number(here.get(key)), _number(other.get(key))) for key, what in WHAT.items()]
     shapes = [(shape, here["mla_decode_by_shape"][shape], here["mla_decode_by_shape"][f"{shape}, FlashInfer"]) for shape in _shapes(here)]
     return page(
@@ -30,6 +30,11 @@ def render() -> str:
         table(["key", "bar", "measured", "another machine, same card"], rows),
         "MLA decode by shape, ns per token:",
         table(["requests x tokens", "FlashMLA", "FlashInfer"], shapes),
+        "## SGLang's default kernel beside ours",
+        source("default_kernel.json", default),
+        f"Captured decode of one layer, {default['shape']}, microseconds. A long row beside many: a server that keeps long requests whole "
+        "(`--dyncp-max-degree 1`) is faster with `--attention-backend flashinfer`. Steps with sharded rows always take ours.",
+        table(["rows", "`fa3`", "FlashInfer's split", "ours"], map(_default, default["rows"])),
     )
 
 
@@ -44,3 +49,9 @@ def _bar(result: dict[str, Any], key: str) -> str | None:
 
 def _number(value: float | None) -> str | None:
     return None if value is None else f"{value:.3g}"
+
+
+def _default(row: dict[str, Any]) -> tuple[Any, ...]:
+    beside = f", one of {row['longest']:,}" if row["longest"] else ""
+    us = row["us"]
+    return f"{row['rows']} of {row['tokens']:,}{beside}", us["fa3"], us["FlashInfer"], us["ours"]

@@ -26,6 +26,9 @@ def render() -> str:
         "## Host time of our code in a step",
         f"Per instance, microseconds, p50. {runtime['host']['steady']['load']['home_rows']} home rows; rows begin a page in every step.",
         table(["steps", "all", "columns", "settle", "tables", "secure", "allocate"], _host(runtime)),
+        "The same on one machine, before the step was gathered in one driver and after (worst instance):",
+        *(source("gpu_runtime.json", side) for side in runtime["host_before_after"]),
+        table(["commit, steps", "all", "p90", "columns", "settle", "tables", "new tables"], _pair(runtime["host_before_after"])),
         "## Without a sharded request, on a CPU",
         source("unused.json", unused),
         table(["paired step time over stock"], [(unused["step_time_ratio"],)]),
@@ -72,4 +75,14 @@ def _host(runtime: dict[str, Any]) -> list[tuple[Any, ...]]:
             parts = worst["parts_p50_us"]
             cells = [parts.get(part) for part in ("columns", "settle", "tables", "secure", "allocate")]
             rows.append((f"{layers} layers, {name}", worst["p50_us"], *cells))
+    return rows
+
+
+def _pair(sides: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    rows = []
+    for side in sides:
+        for kind in ("steady", "changing"):
+            worst = max((instance["sharded"] for instance in side["host"][kind]["instances"]), key=lambda part: part["p50_us"])
+            cells = [worst["parts_p50_us"].get(part) for part in ("columns", "settle", "tables", "new_tables")]
+            rows.append((f"{side['commit']}, {kind}", worst["p50_us"], worst["p90_us"], *cells))
     return rows

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from benchmark.gpu_runtime.measured_steps import Step, steps
 from benchmark.kernels.measured import Measured, Shape, by_shape, price_us
-from scripts.result_pages.markdown import load, page, table
+from scripts.result_pages.markdown import load, page, source, table
 from sglang_dcp.policy.attention_table import STOCK_SPLIT
 
 TEXT = """
@@ -22,13 +23,16 @@ Steps that are too short for the GPU to set them last as long as the host takes.
 
 
 def render() -> str:
-    kernels = by_shape()
+    kernels, calibrated = by_shape(), load("calibrated.json")
     found = list(steps())
     return page(
         "Prices beside what was measured",
         TEXT,
         "## Attention, largest error by shape",
         table(SHAPE_HEADINGS, _shapes(kernels)),
+        "## Fitted on a machine by `sglang-dcp calibrate`",
+        source("calibrated.json", calibrated),
+        table(["pool", "seconds", "what it said"], _runs(calibrated["runs"])),
         "## Decode steps",
         LEVEL,
         table(["open arrivals, 2 x H200, 48 layers", "mean TPOT measured, ms", "simulated, ms", "error"], _arrivals()),
@@ -42,6 +46,10 @@ def render() -> str:
 
 SHAPE_HEADINGS = ("card, heads/KV heads x head", "long rows split", "sizes measured", "largest error", "of those above 50 us")
 ROW_HEADINGS = ("rows", "longest row, tokens", "all tokens", "measured, us", "price, us", "error")
+
+
+def _runs(runs: dict[str, Any]) -> list[tuple[Any, ...]]:
+    return [(name, run["seconds"], run["largest_error"]) for name, run in runs.items()]
 
 
 def _title(shape: Shape, rows: Sequence[Measured]) -> str:

@@ -10,7 +10,7 @@ LOAD_COLUMNS = ("what", "server", "load", "step or mean TPOT, ms", "P99 TPOT, ms
 
 
 def render() -> str:
-    four, deepep = load("multi_gpu_4.json"), load("multi_gpu_deepep.json")
+    four, deepep, nodes = load("multi_gpu_4.json"), load("multi_gpu_deepep.json"), load("nodes.json")
     figures = {name: part["figures"]["rows"] for name, part in four["parts"].items()}
     return page(
         "Several GPUs, measured",
@@ -28,7 +28,16 @@ def render() -> str:
         "## (c) DeepEP",
         source("multi_gpu_deepep.json", deepep),
         table(["degree", "equal within bounds", "step, ms", "stock's, ms"], _deepep(deepep["parts"]["c"]["figures"]["rows"])),
+        "## Two nodes of two instances, on one GPU",
+        source("nodes.json", nodes),
+        "\n".join(f"- {note}" for note in nodes["notes"]),
+        f"Sharded decode steps that ran as graphs: {nodes['sharded_graph_share']:g}. No instance opened memory of the other node.",
+        table(["exchange of a layer, us", "one node", "both at once", "ratio"], _nodes(nodes["exchange"])),
     )
+
+
+def _nodes(exchange: dict[str, Any]) -> list[tuple[Any, ...]]:
+    return [(name.upper(), row["exchange_2_us"], row["exchange_2x2_us"], row["exchange_2x2_over_2"]) for name, row in exchange.items()]
 
 
 def _exchanges(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
