@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=float, default=100.0, help="with --measure: begin no kernel after so many seconds (default 100)")
     parser.add_argument("--model", help="fit the rows of this model only (default: every model of the table)")
     parser.add_argument("--with-rows", action="store_true", help="fit a cost per attention row of a CSV too")
-    parser.add_argument("--max-error", type=float, default=0.15, help="exit 1 when a measurement is missed by more (default 0.15, what a step may be off)")
+    parser.add_argument("--max-error", type=float, default=0.15, help="exit 1 when a measurement is missed by more (default 0.15)")
     parser.add_argument("--base", help="cost model file or name to take all other constants from (default: as a server does)")
     parser.add_argument("--out", type=Path, help="write a cost model file for --dyncp-cost-model (of a CSV: needs --model and --base)")
 
