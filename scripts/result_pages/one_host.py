@@ -11,6 +11,7 @@ STAGES = ("unsharded", "degree_2", "degree_4", "growth_from_1", "longer_than_1_p
 
 def render() -> str:
     runtime, checks, unused = load("gpu_runtime.json"), load("gpu_runtime_check.json"), load("unused.json")
+    operate = load("operate.json")
     whole = checks["runs"][0]
     return page(
         "One host, measured",
@@ -32,7 +33,21 @@ def render() -> str:
         "## Without a sharded request, on a CPU",
         source("unused.json", unused),
         table(["paired step time over stock"], [(unused["step_time_ratio"],)]),
+        "## When an instance is lost, on a CPU",
+        source("operate.json", operate),
+        "One of two instances is killed under eight open requests: streams, whole answers, a batch; sharded, waiting and sitting out.",
+        table(
+            ["kills", "longest time to the last answer, s", "status of the answers", "exit code", "starts in all", "left behind"],
+            [_end(operate)],
+        ),
     )
+
+
+def _end(operate: dict[str, Any]) -> tuple[Any, ...]:
+    statuses, codes = operate["statuses"], operate["exit_codes_after_a_kill"]
+    left = ", ".join(operate["left_behind"]) or "nothing"
+    worst = operate["kill_to_last_answer_s"]
+    return (len(operate["runs_s"]), worst, ", ".join(map(str, statuses)), ", ".join(map(str, codes)), operate["starts"], left)
 
 
 def _differences(checks: dict[str, Any]) -> list[tuple[Any, ...]]:
