@@ -34,15 +34,21 @@ def measure(checkout: Path, load: str) -> dict[str, Any]:
     return found
 
 
+def commit_of(checkout: Path) -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the runs. per_yardstick: of each run's median step over its yardstick, which a busy machine changes alike."""
     parts = sorted({name for run in runs for name in run["parts_p50_us"]})
+    median = lambda values: round(statistics.median(values), 1)  # noqa: E731
     return {
-        "p50_us": statistics.median(run["p50_us"] for run in runs),
-        "p90_us": statistics.median(run["p90_us"] for run in runs),
-        "parts_p50_us": {name: statistics.median(run["parts_p50_us"].get(name, 0.0) for run in runs) for name in parts},
-        "parts_p90_us": {name: statistics.median(run["parts_p90_us"].get(name, 0.0) for run in runs) for name in parts},
-        "yardstick_us": statistics.median(run["yardstick_us"] for run in runs),
+        "p50_us": median(run["p50_us"] for run in runs),
+        "p90_us": median(run["p90_us"] for run in runs),
+        "parts_p50_us": {name: median(run["parts_p50_us"].get(name, 0.0) for run in runs) for name in parts},
+        "parts_p90_us": {name: median(run["parts_p90_us"].get(name, 0.0) for run in runs) for name in parts},
+        "yardstick_us": median(run["yardstick_us"] for run in runs),
         "per_yardstick": round(statistics.median(run["p50_us"] / run["yardstick_us"] for run in runs), 3),
     }
 
@@ -53,7 +59,8 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="another checkout, measured in turns with this one")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    found = provenance(" ".join(["python", "-m", "benchmark.host_step.run", *sys.argv[1:]]))
+    against = "" if args.against is None else f" --against {commit_of(args.against)}"
+    found = provenance(f"python -m benchmark.host_step.run {args.out.name}{against} --rounds {args.rounds}")
     for load in LOADS:
         checkouts = {"here": ROOT} | ({"against": args.against.resolve()} if args.against else {})
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in checkouts}
