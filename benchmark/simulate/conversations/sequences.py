@@ -1,0 +1,146 @@
+"""Ours: sequences that outlive their request, taken over and evicted by the ledger's own decisions (ReservationTable)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmark.simulate.conversations.router import Router
+from benchmark.simulate.conversations.turns import BLOCK_TOKENS, Turn, common_blocks
+from sglang_dcp.ledger.messages import AskAdmission
+from sglang_dcp.ledger.reservations import Grant, ReservationTable
+from sglang_dcp.ledger.retention import MOST_LOST
+from sglang_dcp.policy.split_limits import Split, SplitLimits
+
+Key = tuple[int, int]
+
+
+@dataclass(slots=True)
+class PromptSequence:
+    """A turn's pages, in order (instance, pages); cached: tokens of its prompt that an earlier turn left."""
+
+    turn: Turn
+    home: int
+    placed: Split
+    born: int
+    pages: tuple[tuple[int, int], ...] = ()
+    cached: int = 0
+
+
+class RetainedSequences:
+    """All turns are managed: a prompt that fits one instance leaves a sequence on one. Pages are blocks of the trace."""
+
+    def __init__(self, router: Router, limits: SplitLimits, cache_fraction: float = 1.0) -> None:
+        self.router, self.limits = router, limits
+        self.table = ReservationTable(limits)
+        self._most_retained = int(cache_fraction * limits.pool_pages)
+        self._live = [0] * limits.layout.num_instances
+        self._asked: dict[Key, PromptSequence] = {}
+        self._running: dict[int, tuple[Key, PromptSequence]] = {}
+        self._kept: dict[Key, PromptSequence] = {}
+        self._names: dict[Key, Key | None] = {}
+        self._of: dict[tuple[int, int], list[Key]] = {}
+        self._step = 0
+
+    def arrive(self, turn: Turn) -> None:
+        self._step += 1
+        placement = self.router.place(turn)
+        pages = [-(-tokens // BLOCK_TOKENS) for tokens in placement.shard_tokens]
+        sequence = PromptSequence(turn, placement.home, tuple(zip(placement.shards, pages, strict=True)), self._step)
+        self._ask((placement.home, self._step), sequence, with_match=True)
+
+    def begin(self) -> list[tuple[Turn, int]]:
+        """(turn, cached tokens) of those that are granted now. Decides until nothing changes, as steps would."""
+        begun: list[tuple[Turn, int]] = []
+        while True:
+            free = [self.limits.pool_pages - live - kept for live, kept in zip(self._live, self.table.retained.pages, strict=True)]
+            decision = self.table.decide(free, [self.limits.pool_pages] * len(free), True, most_retained=self._most_retained)
+            for grant in decision.grants:
+                begun.append(self._take(grant))
+            for eviction in decision.evicted:
+                self._forget(eviction[:2])
+            lost = [key for key, previous in self._names.items() if previous is not None and previous not in self._kept]
+            for key in lost:
+                self._ask(key, self._asked[key], with_match=False)
+            if not decision.grants and not lost:
+                return begun
+
+    def finish(self, turn: Turn) -> None:
+        key, sequence = self._running.pop(id(turn))
+        self.router.finish(turn)
+        for rank, count in sequence.pages:
+            self._live[rank] -= count
+        whole = _first(sequence.pages, len(turn.blocks))
+        if whole:
+            self._step += 1
+            sequence.pages = whole
+            self.table.retained.put(*key, _by_rank(whole), self._step)
+            self._kept[key] = sequence
+            self._of.setdefault((sequence.home, turn.conversation), []).append(key)
+
+    def _ask(self, key: Key, sequence: PromptSequence, *, with_match: bool) -> None:
+        turn = sequence.turn
+        total = -(-(turn.prompt_tokens + turn.output_tokens) // BLOCK_TOKENS)
+        previous, matched = self._match(sequence, turn) if with_match else (None, 0)
+        kept = _by_rank(_first(self._kept[previous].pages, total)) if previous is not None else ()
+        missing = total - sum(count for _, count in kept)
+        segments = self.limits.split(key[0], missing, [self.limits.pool_pages] * len(self._live), kept) if kept else None
+        if segments is None:
+            kept, matched, previous = (), 0, None
+            segments = self.limits.complete(key[0], sequence.placed, total)
+            if segments is None:
+                raise ValueError(f"a turn of {turn.prompt_tokens + turn.output_tokens} tokens fits no split of {self.limits}")
+        sequence.cached = min(matched * BLOCK_TOKENS, turn.prompt_tokens - 1)
+        self._asked[key] = sequence
+        self.table.ask(key[0], AskAdmission(key[1], sequence.born, True, segments, previous[1] if previous else 0, kept))
+        self._names[key] = previous
+
+    def _match(self, sequence: PromptSequence, turn: Turn) -> tuple[Key | None, int]:
+        """As Retention.find: the longest that no waiting turn would take over and of which not too much would be lost."""
+        named = set(self._names.values())
+        able = [key for key in self._of.get((sequence.home, turn.conversation), ()) if key not in named]
+        matches = sorted(((common_blocks(self._kept[key].turn.blocks, turn.blocks), key) for key in able), reverse=True)
+        for common, key in matches:
+            held = len(self._kept[key].turn.blocks)
+            if common and held - common <= MOST_LOST * held:
+                return key, common
+        return None, 0
+
+    def _take(self, grant: Grant) -> tuple[Turn, int]:
+        key = grant.home, grant.handle
+        sequence = self._asked.pop(key)
+        previous = self._names.pop(key)
+        kept: Split = ()
+        if previous is not None:
+            kept = _first(self._kept[previous].pages, grant.num_kept)
+            self._forget(previous)
+        sequence.pages = (*kept, *((segment.rank, segment.num_pages) for segment in grant.segments))
+        for rank, count in sequence.pages:
+            self._live[rank] += count
+        self._running[id(sequence.turn)] = key, sequence
+        return sequence.turn, sequence.cached
+
+    def _forget(self, key: Key) -> None:
+        """A sequence is gone: taken over or evicted."""
+        sequence = self._kept.pop(key)
+        of = self._of[sequence.home, sequence.turn.conversation]
+        of.remove(key)
+        if not of:
+            del self._of[sequence.home, sequence.turn.conversation]
+
+
+def _first(pages: Split, count: int) -> Split:
+    """The first pages of a sequence."""
+    kept = []
+    for rank, here in pages:
+        if count > 0:
+            kept.append((rank, min(here, count)))
+        count -= here
+    return tuple(kept)
+
+
+def _by_rank(pages: Split) -> Split:
+    """Every instance once, as messages name them."""
+    counts: dict[int, int] = {}
+    for rank, count in pages:
+        counts[rank] = counts.get(rank, 0) + count
+    return tuple(counts.items())
