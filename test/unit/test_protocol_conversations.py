@@ -190,6 +190,7 @@ def bytes_of_ledger(model):
     return sum(map(sys.getsizeof, seen.values()))
 
 
+@pytest.mark.timeout(3600)  # `make walk`
 def test_nothing_is_left_in_the_ledger_of_turns_that_are_over():
     """After a long walk it has the memory that it had after a short one, but for the spare room of its dictionaries."""
     model = ProtocolModel(9, 3, 30, 4, chunk_tokens=32, cache_fraction=1.0, check_every=50)
