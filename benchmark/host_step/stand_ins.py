@@ -127,8 +127,7 @@ class _Kernels(dict[tuple[int, int], FlashInferDecode]):
     def __missing__(self, key: tuple[int, int]) -> FlashInferDecode:
         kernel = self[key] = FlashInferDecode.__new__(FlashInferDecode)
         kernel.num_heads, kernel.num_kv_heads, kernel.head_dim, kernel.page_size = 32, 4, 128, self._page_size
-        kernel.scale, kernel.kv_dtype, kernel._is_planned = 1.0, torch.bfloat16, False
-        kernel._fast_plan = lambda wrapper, *args, **kwargs: wrapper.plan(*args)
+        kernel.scale, kernel.kv_dtype = 1.0, torch.bfloat16
         kernel._page_indices = torch.zeros(1 << 16, dtype=torch.int32)
         kernel._wrapper, kernel._schedule = _Wrapper(sum(key), self._page_size), ChunkSchedule(self._page_size)
         return kernel

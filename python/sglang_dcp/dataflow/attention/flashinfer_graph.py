@@ -87,11 +87,9 @@ class FlashInferDecode:
         kv_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         import flashinfer
-        from flashinfer.decode import fast_decode_plan
 
         device, rows = page_indptr.device, len(last_page_length)
         buffers = buffers or KernelBuffers.allocate(rows, num_heads, head_dim, device)
-        self._fast_plan, self._is_planned = fast_decode_plan, False
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.page_size, self.scale, self.kv_dtype, self._page_indices = page_size, scale, kv_dtype, page_indices
         stock = flashinfer.BatchDecodeWithPagedKVCacheWrapper
@@ -121,19 +119,19 @@ class FlashInferDecode:
         return self._schedule.serves_longer(begun)
 
     def plan(self, page_indptr: torch.Tensor, last_page_length: torch.Tensor) -> None:
-        """Host copies of the two buffers (int32).
-
-        FlashInfer's own plan chooses its module, and copies what it is given into the buffers, which are filled for `run` anyway; a step
-        that is planned again goes its way for decode graphs, which does neither.
-        """
-        lists = page_indptr, self._page_indices[: int(page_indptr[-1])], last_page_length
-        sizes = self.num_heads, self.num_kv_heads, self.head_dim, self.page_size
-        kinds = {"sm_scale": self.scale, "q_data_type": torch.bfloat16, "kv_data_type": self.kv_dtype}
-        if self._is_planned:
-            self._fast_plan(self._wrapper, *lists, *sizes, global_override_indptr_cpu=page_indptr, **kinds)
-        else:
-            self._wrapper.plan(*lists, *sizes, **kinds)
-            self._is_planned = True
+        """Host copies of the two buffers (int32)."""
+        self._wrapper.plan(
+            page_indptr,
+            self._page_indices[: int(page_indptr[-1])],
+            last_page_length,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.page_size,
+            sm_scale=self.scale,
+            q_data_type=torch.bfloat16,
+            kv_data_type=self.kv_dtype,
+        )
         self._schedule.read(self._wrapper, page_indptr.diff().numpy())
 
     def run(
