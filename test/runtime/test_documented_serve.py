@@ -19,7 +19,7 @@ class DocumentedServe(ServerConfig):
 
     line: str = ""
 
-    def command(self, port: int) -> list[str]:
+    def command(self, port: int, node: int = 0) -> list[str]:
         words = [model_path(self.model) if word == "MODEL" else word for word in shlex.split(self.line)]
         assert words[:2] == ["sglang-dcp", "serve"]
         words[words.index("--tp") + 1] = str(self.instances)
