@@ -131,6 +131,20 @@ def test_sampling_parameters_in_range(name: str) -> None:
         check_sampling({name: value}, SIZES)
 
 
+def test_greedy_requests_may_carry_a_top_k_that_is_not_read() -> None:
+    """As stock serves them: clients send temperature 0 and top_k 0 together."""
+    for temperature in (0, 0.0, 1e-9):
+        check_sampling({"temperature": temperature, "top_k": 0}, SIZES)
+        check_sampling({"top_k": -7, "temperature": temperature}, SIZES)
+        with pytest.raises(RangeError, match="top_k must be an integer"):
+            check_sampling({"temperature": temperature, "top_k": "0"}, SIZES)
+    for temperature in (1e-6, 1, None):
+        with pytest.raises(RangeError, match="top_k must be"):
+            check_sampling({"temperature": temperature, "top_k": 0}, SIZES)
+    with pytest.raises(RangeError, match="temperature"):
+        check_sampling({"temperature": False, "top_k": 0}, SIZES)
+
+
 def test_a_parameter_that_is_null_is_not_given() -> None:
     check_sampling(dict.fromkeys(set(SAMPLING) - {"n"}), SIZES)
 

@@ -71,6 +71,10 @@ SAMPLING: Mapping[str, Kind] = {
 }
 """The keys of sampling_params. Others are refused: SGLang's struct has fields of its own that a client must not set."""
 
+GREEDY_BELOW = 1e-6
+"""A temperature below it makes SGLang take the best token, whatever top_k is."""
+GREEDY_TOP_K = Integer(-INT64 - 1, INT64)
+
 TYPED = Elsewhere("whatever its type allows is served, and the HTTP server checks the type")
 MAIN_ONLY = Elsewhere("read in the main process alone")
 MEDIA = Elsewhere("read beside media only, and those are refused")
@@ -184,12 +188,17 @@ def check_sampling(parameters: Any, sizes: Sizes) -> None:
     """Raises RangeError unless `parameters` are sampling parameters of one prompt."""
     if not isinstance(parameters, dict):
         raise refuse("sampling_params", "an object", parameters)
+    is_greedy = _is_greedy(parameters.get("temperature"))
     for name, value in parameters.items():
-        kind = SAMPLING.get(name)
+        kind = GREEDY_TOP_K if is_greedy and name == "top_k" else SAMPLING.get(name)
         if kind is None:
             raise RangeError(f"sampling_params has no {name!r}; there are {', '.join(SAMPLING)}")
         if value is not None or name == "n":
             kind.check(name, value, sizes)
+
+
+def _is_greedy(temperature: Any) -> bool:
+    return type(temperature) in (int, float) and 0 <= temperature < GREEDY_BELOW
 
 
 def check_labels(labels: Any, allowed: Collection[str]) -> None:
