@@ -30,11 +30,11 @@ def words(count, seed):
     return [choose.randrange(5, 60) for _ in range(count)]
 
 
-def ask(client, ids, degree=None, home=0, **fields):
+def ask(client, ids, degree=None, home=0, num_tokens=OUTPUT_TOKENS, **fields):
     """Scored outputs alone: a scored prompt would have to be computed."""
     pin = {"custom_params": {"dyncp": {"degree": degree, "home": home}}} if degree else {}
     fields = {"return_logprob": True, "top_logprobs_num": 2} | fields
-    return client.generate(ids, max_new_tokens=OUTPUT_TOKENS, sampling={"ignore_eos": True} | pin, **fields)
+    return client.generate(ids, max_new_tokens=num_tokens, sampling={"ignore_eos": True} | pin, **fields)
 
 
 def whole_pages(earlier_ids, answer, ids, page_size):
@@ -123,6 +123,28 @@ def test_a_namespace_and_a_flush_keep_a_prefix_from_being_found(serve, point):
     assert ask(client, ids, 2).meta["cached_tokens"] > 0
     assert client.flush_cache()
     assert ask(client, ids, 2).meta["cached_tokens"] == 0
+
+
+def test_a_salt_is_a_namespace_of_its_own(serve, point):
+    client, ids = serve(retaining_server(*point)).client, words(500, 78)
+    assert client.flush_cache()  # so that nothing has to go while both are kept
+    ask(client, ids, 2)
+    assert ask(client, ids, 2, cache_salt="tenant").meta["cached_tokens"] == 0
+    assert ask(client, ids, 2, cache_salt="tenant").meta["cached_tokens"] > 0
+
+
+def test_a_turn_grows_behind_what_it_took_over(serve, point):
+    """Over several pages, so that tokens land on pages that nobody asked for at the start."""
+    client, ids, num_tokens = serve(retaining_server(*point)).client, words(500, 91), 3 * point[1] + 5
+    first = ask(client, ids, 2)
+    longer = [*ids, *first.ids, *words(30, 92)]
+    warm = ask(client, longer, 2, num_tokens=num_tokens)
+    assert warm.meta["cached_tokens"] == whole_pages(ids, first, longer, point[1]) > 0
+    cold = ask(client, longer, 2, num_tokens=num_tokens, extra_key="nobody else grows")
+    assert cold.meta["cached_tokens"] == 0
+    assert_equal(cold, warm)
+    later = [*longer, *warm.ids, *words(30, 93)]
+    assert ask(client, later, 2).meta["cached_tokens"] == whole_pages(longer, warm, later, point[1])
 
 
 def test_ten_conversations_over_pools_for_three(serve, conversations, point):
