@@ -82,11 +82,16 @@ def _graphs(graphs: dict[str, Any]) -> list[tuple[Any, ...]]:
     ]
 
 
+def _worst(load: dict[str, Any]) -> dict[str, Any]:
+    """Sharded steps of the instance that spends most on them."""
+    return max((instance["sharded"] for instance in load["instances"]), key=lambda part: part["p50_us"])
+
+
 def _host(runtime: dict[str, Any]) -> list[tuple[Any, ...]]:
     rows = []
     for layers, host in ((runtime["layers"], runtime["host"]), (4, runtime["host_4_layers"][0])):
         for kind, name in (("steady", "steady, sharded"), ("changing", "with joins and leaves")):
-            worst = max((instance["sharded"] for instance in host[kind]["instances"]), key=lambda part: part["p50_us"])
+            worst = _worst(host[kind])
             parts = worst["parts_p50_us"]
             cells = [parts.get(part) for part in ("columns", "settle", "tables", "secure", "allocate")]
             rows.append((f"{layers} layers, {name}", worst["p50_us"], *cells))
@@ -97,7 +102,7 @@ def _pair(sides: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     rows = []
     for side in sides:
         for kind in ("steady", "changing"):
-            worst = max((instance["sharded"] for instance in side["host"][kind]["instances"]), key=lambda part: part["p50_us"])
+            worst = _worst(side["host"][kind])
             cells = [worst["parts_p50_us"].get(part) for part in ("columns", "settle", "tables", "new_tables")]
             rows.append((f"{side['commit']}, {kind}", worst["p50_us"], worst["p90_us"], *cells))
     return rows

@@ -217,8 +217,8 @@ def build_cost_model(
     card's attention with this `split` of long rows. kv_dtype: of the pools; a file without constants of it (`kv_dtypes`) keeps its own."""
     try:
         replaced = _values(data.get("serving", {})) if serving else {}
-        if serving and path.parent == DATA_FOLDER and "layer" in data:
-            replaced |= shipped_attention(data, kv_dtype, split)
+        if serving:
+            replaced |= shipped_attention(path, data, kv_dtype, split) or shipped_attention(path, data, BFLOAT16, split)
         return _parse(data, num_instances, replaced | _values(data.get("kv_dtypes", {}).get(kv_dtype, {})), KV_DTYPES[kv_dtype])
     except KeyError as error:
         raise ValueError(f"cost model {path}: key {error} is missing") from error
@@ -226,15 +226,13 @@ def build_cost_model(
         raise ValueError(f"cost model {path}: {error}") from error
 
 
-def shipped_attention(data: dict, kv_dtype: str, split: str) -> dict[str, float]:
-    """The card's constants for the attention of the file's model; bfloat16's where there are none of `kv_dtype`; else none."""
-    layer, kv_bytes = data["layer"], data["kv_bytes_per_token_layer"]
-    for dtype in (kv_dtype, BFLOAT16):
-        shape = {"latent": layer["latent"], "num_heads": layer["num_heads"], "kv_bytes": kv_bytes, "kv_dtype": dtype}
-        found = table_constants(data["gpu"], **shape, split=split)
-        if found:
-            return found
-    return {}
+def shipped_attention(path: Path, data: dict, kv_dtype: str, split: str = OUR_SPLIT) -> dict[str, float]:
+    """What was measured for the attention of the file's own model; of a file of the operator's, nothing beside it is taken."""
+    if path.parent != DATA_FOLDER or "layer" not in data:
+        return {}
+    layer = data["layer"]
+    shape = {"latent": layer["latent"], "num_heads": layer["num_heads"], "kv_bytes": data["kv_bytes_per_token_layer"]}
+    return table_constants(data["gpu"], **shape, kv_dtype=kv_dtype, split=split)
 
 
 def _values(entries: dict) -> dict[str, float]:

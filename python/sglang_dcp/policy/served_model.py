@@ -9,18 +9,17 @@ FP8 convert it, which takes most of what the bytes save. Standard library only.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from sglang_dcp.policy.attention_table import BFLOAT16, FP8, KV_DTYPES, OUR_SPLIT, table_constants
 from sglang_dcp.policy.cost_model import (
-    DATA_FOLDER,
     CostModel,
     available_cost_models,
     build_cost_model,
     expert_parallel_size,
     load_cost_model,
     read_constants,
+    shipped_attention,
 )
 
 CPU_MODEL = "cpu"
@@ -134,7 +133,7 @@ def served_cost(given: str | None, served: ServedModel | None, num_instances: in
     warnings = []
     if _ratio(model.num_layers, served.num_layers) > FAR_APART:
         warnings.append(f"cost model {name} is of {model.num_layers} layers, the served model has {served.num_layers}: taken per layer")
-    measured = _card_attention(data, served, split) if given is None else _shipped_attention(path, data, served.kv_dtype)
+    measured = _card_attention(data, served, split) if given is None else shipped_attention(path, data, served.kv_dtype)
     warnings += _missing_kv_dtype(name, data, served.kv_dtype, measured)
     adapted = with_layers(model, served.num_layers)
     if given is not None or "layer" not in data:
@@ -152,16 +151,8 @@ def serving_cost(name: str, num_instances: int, kv_dtype: str = BFLOAT16) -> Ser
     """What a server of the model that the constants are of is placed by, for whoever asks without one. Raises as read_constants."""
     path, data = read_constants(name)
     model = build_cost_model(path, data, num_instances, serving=True, kv_dtype=kv_dtype)
-    missing = _missing_kv_dtype(name, data, kv_dtype, _shipped_attention(path, data, kv_dtype))
+    missing = _missing_kv_dtype(name, data, kv_dtype, shipped_attention(path, data, kv_dtype))
     return ServedCost(model, f"{model.name}, K/V in {kv_dtype}", tuple(missing))
-
-
-def _shipped_attention(path: Path, data: dict, kv_dtype: str) -> dict[str, float]:
-    """What was measured for the attention of the file's own model; of a file of the operator's, nothing beside it is taken."""
-    if path.parent != DATA_FOLDER or "layer" not in data:
-        return {}
-    shape: dict[str, Any] = {key: data["layer"][key] for key in ("latent", "num_heads")}
-    return table_constants(data["gpu"], **shape, kv_bytes=data["kv_bytes_per_token_layer"], kv_dtype=kv_dtype)
 
 
 def _missing_kv_dtype(name: str, data: dict, kv_dtype: str, measured: dict[str, Any]) -> list[str]:
