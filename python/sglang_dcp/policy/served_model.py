@@ -133,7 +133,7 @@ def served_cost(given: str | None, served: ServedModel | None, num_instances: in
     warnings = []
     if _ratio(model.num_layers, served.num_layers) > FAR_APART:
         warnings.append(f"cost model {name} is of {model.num_layers} layers, the served model has {served.num_layers}: taken per layer")
-    measured = _card_attention(data, served, split) if given is None else shipped_attention(path, data, served.kv_dtype)
+    measured = _card_attention(data, served, split) if given is None else shipped_attention(path, data, served.kv_dtype, split)
     warnings += _missing_kv_dtype(name, data, served.kv_dtype, measured)
     adapted = with_layers(model, served.num_layers)
     if given is not None or "layer" not in data:

@@ -188,3 +188,11 @@ def test_a_long_row_that_is_not_split_is_priced_by_itself() -> None:
     assert stock.attention_us(dataclasses.replace(work, longest_row=1000)) == ours.attention_us(work), "rows of equal length"
     held = [20_000, 400_000]
     assert (place(ours, 100_000, held).degree, place(stock, 100_000, held).degree) == (1, 2)
+
+
+@pytest.mark.parametrize("given", [None, "qwen3-30b-a3b.h200"])
+def test_a_split_that_was_not_measured_with_quantised_pools_is_warned_of(given: str | None) -> None:
+    """Also where the constants are named: those of our split are not the ones that this server is priced by."""
+    quantised = dataclasses.replace(served("qwen3-30b-a3b", 48), kv_bytes_per_token=1024, kv_element_bytes=1)
+    ours, stock = (served_cost(given, quantised, 2, split).warnings for split in ("auto", "stock"))
+    assert (ours, len(stock)) == ((), 1) and "no constants for K/V in fp8_e4m3" in stock[0]
