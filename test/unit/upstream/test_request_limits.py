@@ -188,6 +188,24 @@ def test_options_that_are_not_set_pass() -> None:
     check_options(SimpleNamespace(sampling_params=[{"n": 2}, {}]))
 
 
+def test_options_that_sglang_ignores_pass() -> None:
+    """Empty ones, and embeddings beside a prompt that has text or token ids."""
+    check_options(SimpleNamespace(session_params={}, lora_path=""))
+    embeddings = [[0.5, 0.25]]
+    check_options(SimpleNamespace(input_ids=[5], input_embeds=embeddings))
+    check_options(SimpleNamespace(text=["a", "b"], input_ids=None, input_embeds=embeddings))
+    for prompt in ({}, {"text": None, "input_ids": None}):
+        with pytest.raises(RequestError, match="input_embeds"):
+            check_options(SimpleNamespace(input_embeds=embeddings, **prompt))
+
+
+@pytest.mark.parametrize("value", [[0], [[0]], [[], [0, 0]], [[0.0]]])
+def test_a_list_of_zeros_is_set(value: Any) -> None:
+    for name in ("multi_item_delimiter_indices", "input_embeds"):
+        with pytest.raises(RequestError, match=name):
+            check_options(SimpleNamespace(**{name: value}))
+
+
 @pytest.mark.parametrize("priority", [-5, 0, 5])
 def test_priority_is_ignored_as_by_a_server_without_priority_scheduling(priority: int) -> None:
     check_options(SimpleNamespace(priority=priority))

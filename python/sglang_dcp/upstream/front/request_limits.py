@@ -33,15 +33,21 @@ class RequestError(ValueError):
 
 
 def _is_set(value: Any) -> bool:
+    """Whether SGLang would act on it: in lists numbers count, a 0 too."""
     if isinstance(value, list | tuple):
-        return any(_is_set(item) for item in value)
-    return value is not None and value is not False and value != 0
+        return any(_is_set(item) or type(item) in (int, float) for item in value)
+    return value is not None and (bool(value) or not isinstance(value, int | float | str | Mapping))
+
+
+def _is_ignored(name: str, request: Any) -> bool:
+    """SGLang drops embeddings beside a prompt in text or token ids."""
+    return name == "input_embeds" and any(getattr(request, prompt, None) is not None for prompt in ("text", "input_ids"))
 
 
 def check_options(request: Any) -> None:
     """Raises RequestError for an option that is not served. `request` has SGLang's field names; those it lacks are not set."""
     for name, reason in REFUSED_OPTIONS.items():
-        if _is_set(getattr(request, name, None)):
+        if _is_set(getattr(request, name, None)) and not _is_ignored(name, request):
             raise RequestError(f"{name} does not work with --enable-dyncp: {reason}")
     sampling = getattr(request, "sampling_params", None)
     for parameters in sampling if isinstance(sampling, list) else [sampling]:
