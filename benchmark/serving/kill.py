@@ -3,6 +3,7 @@
     python -m benchmark.serving.kill [--runs 10] [--out benchmark/results/operate.json]
 
 Every run is a start, a mix of requests, SIGKILL to one of two instances, eight answers and the end. Then as many starts and orderly stops.
+Others on this machine get their servers in between: a run holds the lock for one start, and lets those who wait have it first.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmark.serving.leftovers import Possessions
+from benchmark.serving.leftovers import Possessions, temporary_files
 from benchmark.serving.mixed import ROOT, Outcome, mixed_server, send_mixed
 from benchmark.serving.provenance import provenance
 from testing.server import Server, server_pool
 
 EXIT_SECONDS = 120.0
 SETTLE_SECONDS = 10.0
-HOLD_SECONDS = 300.0
-"""After so long others get the machine's one server for a turn."""
+YIELD_SECONDS = 3.0
+"""Between two runs; who waits for the machine's one server looks twice a second."""
 
 
 def lose(server: Server, how: Callable[[Possessions], None]) -> tuple[float, list[Outcome], Possessions]:
@@ -38,10 +40,13 @@ def lose(server: Server, how: Callable[[Possessions], None]) -> tuple[float, lis
     return max(outcome.at for outcome in outcomes) - began, outcomes, possessions
 
 
-def wait_until_gone(possessions: Possessions) -> list[str]:
-    """What is left: nothing, or what is still there after some seconds; Python's resource tracker ends after its server."""
+def wait_until_gone(possessions: Possessions, temporary: Path | None = None) -> list[str]:
+    """What is left: nothing, or what is still there after some seconds; Python's resource tracker ends after its server.
+
+    temporary: the folder that the server had for its temporary files, if it had one of its own.
+    """
     deadline = time.monotonic() + SETTLE_SECONDS
-    while (left := possessions.left()) and time.monotonic() < deadline:
+    while (left := possessions.left() + temporary_files(temporary)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left
 
@@ -72,20 +77,26 @@ class Record:
         }
 
 
-def kill_once(server: Server, record: Record) -> None:
+def kill_once(server: Server, temporary: Path, record: Record) -> None:
     answered_s, outcomes, possessions = lose(server, kill_instance)
     record.codes.add(server.process.wait(EXIT_SECONDS))
-    record.left += wait_until_gone(possessions)
+    record.left += wait_until_gone(possessions, temporary)
     record.seconds.append(round(answered_s, 2))
     record.statuses |= {outcome.status for outcome in outcomes}
 
 
-def stop_once(server: Server, record: Record) -> None:
+def stop_once(server: Server, temporary: Path, record: Record) -> None:
     possessions = Possessions.of(server.process.pid, server.port)
     server.process.send_signal(signal.SIGTERM)
     server.process.wait(EXIT_SECONDS)
-    record.left += wait_until_gone(possessions)
+    record.left += wait_until_gone(possessions, temporary)
     record.stops += 1
+
+
+def run_once(end: Callable[[Server, Path, Record], None], record: Record) -> None:
+    """One start and its end. The server's temporary files have a folder to themselves, so that none escapes the count."""
+    with TemporaryDirectory() as folder, server_pool(ROOT / "logs") as servers:
+        end(servers.get(mixed_server(environment=(("TMPDIR", folder),))), Path(folder), record)
 
 
 def main() -> int:
@@ -95,14 +106,11 @@ def main() -> int:
     arguments = parser.parse_args()
     head = provenance(f"python -m benchmark.serving.kill --runs {arguments.runs}")
     record = Record()
-    ends = [stop_once] * arguments.runs + [kill_once] * arguments.runs
-    while ends:
-        with server_pool(ROOT / "logs") as servers:
-            until = time.monotonic() + HOLD_SECONDS
-            while ends and time.monotonic() < until:
-                ends.pop()(servers.get(mixed_server()), record)
-                print(json.dumps(record.as_result()), flush=True)
-                arguments.out.write_text(json.dumps(head | record.as_result(), indent=1) + "\n")
+    for end in [kill_once] * arguments.runs + [stop_once] * arguments.runs:
+        run_once(end, record)
+        print(json.dumps(record.as_result()), flush=True)
+        arguments.out.write_text(json.dumps(head | record.as_result(), indent=1) + "\n")
+        time.sleep(YIELD_SECONDS)
     return 0
 
 

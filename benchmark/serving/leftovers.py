@@ -1,7 +1,8 @@
-"""What a server has on this machine, and what is left of it when it has ended: processes, shared-memory files, its port."""
+"""What a server has on this machine, and what is left of it when it has ended: processes, files, its port."""
 
 from __future__ import annotations
 
+import getpass
 import os
 import socket
 from dataclasses import dataclass
@@ -43,6 +44,14 @@ class Possessions:
         lines = [f"process {p.pid} {t[:80]}" for p, t in zip(self.processes, self.titles, strict=True) if _runs(p)]
         lines += [f"file {name}" for name in sorted(self.files) if (SHARED_MEMORY / name).exists()]
         return lines if _is_free(self.port) else [*lines, f"port {self.port}"]
+
+
+def temporary_files(folder: Path | None) -> list[str]:
+    """One line per thing below a server's own temporary folder, but for caches, which libraries keep in a folder of the user's name."""
+    if folder is None:
+        return []
+    caches = {getpass.getuser(), f"torchinductor_{getpass.getuser()}"}
+    return [f"temporary {path.name}" for path in sorted(folder.iterdir()) if path.name not in caches]
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -105,6 +105,15 @@ def test_compose_mounts_what_is_there() -> None:
     assert all((FOLDER / source).exists() for source, _ in mounts)
     (provider,) = yaml.safe_load((FOLDER / "grafana/dashboards/provider.yml").read_text())["providers"]
     assert provider["options"]["path"] in [target for _, target in mounts]
-    assert all(address.startswith("127.0.0.1:") for service in services.values() for address in service["ports"]), (
-        "open to this machine alone"
-    )
+
+
+def test_compose_reaches_a_server_with_defaults_and_is_open_to_this_machine_alone() -> None:
+    """SGLang listens on 127.0.0.1 unless told otherwise: a container finds nobody there but in the host's own network."""
+    services = yaml.safe_load((FOLDER / "docker-compose.yml").read_text())["services"]
+    assert {name: service["network_mode"] for name, service in services.items()} == {"prometheus": "host", "grafana": "host"}
+    assert "--web.listen-address=127.0.0.1:9090" in services["prometheus"]["command"].split()
+    assert services["grafana"]["environment"]["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
+    (scrape,) = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]
+    (source,) = yaml.safe_load((FOLDER / "grafana/datasources/prometheus.yml").read_text())["datasources"]
+    assert scrape["static_configs"] == [{"targets": ["127.0.0.1:30000"]}]
+    assert source["url"] == "http://127.0.0.1:9090"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import tomllib
 import zipfile
@@ -60,6 +61,18 @@ def test_the_image_and_the_dependency_are_the_pinned_release() -> None:
     pin = (REPOSITORY / "UPSTREAM_VERSION").read_text().strip()
     assert f"ARG SGLANG_VERSION={pin}\nFROM lmsysorg/sglang:v${{SGLANG_VERSION}}\n" in (REPOSITORY / "docker" / "Dockerfile").read_text()
     assert tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"][0] == f"sglang=={pin}"
+
+
+def test_the_image_installs_what_the_wheels_require_and_copies_what_is_there() -> None:
+    """Its pip takes no requirements of ours by itself (--no-deps); what SGLang brings is there."""
+    text = (REPOSITORY / "docker" / "Dockerfile").read_text()
+    projects = ("pyproject.toml", "sgl-kernel-dcp/pyproject.toml")
+    required = {need for name in projects for need in tomllib.loads((REPOSITORY / name).read_text())["project"]["dependencies"]}
+    assert set(re.findall(r'"([\w-]+[<>=][^"]*)"', text)) == {need for need in required if not need.startswith(("sglang==", "numpy", "torch"))}
+    copied = [name for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for name in line.split()]
+    assert len(copied) > 4
+    assert [name for name in copied if not (REPOSITORY / name).exists()] == []
+    assert set(copied).isdisjoint((REPOSITORY / ".dockerignore").read_text().split())
 
 
 def test_the_workflow_runs_what_ci_runs_and_nothing_else() -> None:
