@@ -16,8 +16,9 @@ from scripts.upstream_tools.targets import REPOSITORY
 from sglang_dcp.cli.commands import COMMANDS
 from sglang_dcp.config import DynCpConfig, add_cli_arguments
 
-DOCUMENTS = sorted((REPOSITORY / "docs").glob("*.md"))
-BLOCK = re.compile(r"(?:^<!-- (run|by hand: [^>]+) -->\n)?^```(?:bash|sh|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+DOCUMENTS = [*sorted((REPOSITORY / "docs").rglob("*.md")), REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
+BLOCK = re.compile(r"(?:^<!-- (run|by hand: [^>]+) -->\n)?^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SHELLS = ("bash", "sh", "shell", "console", "")
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,19 @@ class Block:
     commands: tuple[str, ...]
 
 
+def read_blocks(document: str, text: str) -> list[Block]:
+    """A fence without a language is taken for commands: it looks the same to a reader."""
+    return [Block(document, mark, read_commands(body)) for mark, language, body in BLOCK.findall(text) if language in SHELLS]
+
+
+def read_commands(body: str) -> tuple[str, ...]:
+    """Continued lines joined, remarks left out."""
+    lines = (re.sub(r"(?:^|\s+)#\s.*", "", line) for line in re.sub(r"\\\n\s*", "", body).splitlines())
+    return tuple(line for line in lines if line.strip())
+
+
 def blocks() -> list[Block]:
-    found = []
-    for path in DOCUMENTS:
-        for match in BLOCK.finditer(path.read_text()):
-            commands = tuple(line for line in match.group(2).splitlines() if line.strip() and not line.startswith("#"))
-            found.append(Block(path.name, match.group(1) or "", commands))
-    return found
+    return [block for path in DOCUMENTS for block in read_blocks(path.relative_to(REPOSITORY).as_posix(), path.read_text())]
 
 
 RUN = sorted({(block.document, command) for block in blocks() if block.mark == "run" for command in block.commands})
@@ -78,6 +85,11 @@ def program_text(script: Path) -> str:
     return (module / "__main__.py" if module.is_dir() else module.with_suffix(".py")).read_text()
 
 
+def test_blocks_are_read() -> None:
+    text = "<!-- run -->\n```\na \\\n  b   # why\n# c\n```\n```text\nout\n```\n```sh\nd\n```\n"
+    assert read_blocks("page", text) == [Block("page", "run", ("a b",)), Block("page", "", ("d",))]
+
+
 @pytest.mark.parametrize(("document", "command"), BY_HAND)
 def test_a_command_that_is_not_run_exists(document: str, command: str) -> None:
     words = command.split()
@@ -86,12 +98,16 @@ def test_a_command_that_is_not_run_exists(document: str, command: str) -> None:
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     elif words[:2] == ["python", "-m"]:
-        assert (REPOSITORY / (words[2].replace(".", "/") + ".py")).exists()
-    else:
-        assert words[0] in ("python", "bash")
+        module = REPOSITORY / words[2].replace(".", "/")
+        assert (module / "__main__.py").exists() or module.with_suffix(".py").exists()
+    elif words[0] == "cd":
+        assert (REPOSITORY / words[1]).is_dir()
+    elif words[0] in ("python", "bash"):
         assert (REPOSITORY / words[1]).exists()
         text = program_text(REPOSITORY / words[1])
         assert all(f'"{word}"' in text for word in words if word.startswith("--"))
+    else:
+        assert words[0] in ("docker", "export", "pip")
     assert {word for word in words if "dyncp" in word and word.startswith("--")} <= our_flags()
 
 
