@@ -63,7 +63,8 @@ def main() -> int:
     with ExitStack() as stack:
         with ticking("starting"):
             server = stack.enter_context(running_server(config, REPOSITORY / "logs"))
-        print(f"Up after {server.start_s:.0f} s. Watch it: http://127.0.0.1:{server.port}/dyncp/live\n", flush=True)
+        print(f"Up after {server.start_s:.0f} s. Watch it: http://127.0.0.1:{server.port}/dyncp/live")
+        print(f"or in another terminal: {typed('top', server)}\n", flush=True)
         is_right = show(server)
         if keep:
             print("\nGoing on with requests. Ctrl-C ends it.", flush=True)
@@ -88,7 +89,7 @@ def show(server: Server) -> bool:
     print(f"Short prompts: {right} of {SHORT_REQUESTS} right\n")
     print("Instances while the long request ran:")
     print(format_loads(sampler.fullest(), POOL_TOKENS))
-    print(f"\nsglang-dcp requests {long_outcome.request_id}")
+    print(f"\n{typed(f'requests {long_outcome.request_id}', server)}")
     shown = show_request(server, long_outcome.request_id)
     return long_outcome.is_right and right == SHORT_REQUESTS and shown
 
@@ -136,6 +137,13 @@ def show_request(server: Server, request_id: str) -> bool:
     """Home, shards and degree, by the command that a user would type."""
     command = [sys.executable, "-m", "sglang_dcp.cli.commands", "requests", request_id, "--port", str(server.port)]
     return subprocess.run(command, check=False).returncode == 0
+
+
+def typed(words: str, server: Server) -> str:
+    """A command of ours as one would type it here: its environment may not be the active one, and the port is not the default."""
+    program = Path(sys.executable).parent / "sglang-dcp"
+    shown = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
+    return f"{shown} {words} --port {server.port}"
 
 
 @contextmanager

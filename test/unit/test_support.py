@@ -6,16 +6,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import psutil
 import pytest
 
 from testing.client import Client, RequestFailed, checked_ids
+from testing.demo import typed
 from testing.metrics import Sample, format_loads, parse_metrics
 from testing.ports import find_free_port
 from testing.processes import end_process_tree, kill_process_tree
 from testing.recall import VOCABULARY_SIZE, depth_at, encode, recall_prompt
-from testing.server import ServerConfig, ServerStartError, clean_environment, start_server
+from testing.server import Server, ServerConfig, ServerStartError, clean_environment, start_server
 
 
 @pytest.mark.parametrize("position", [2, 100, 1023, 1024, 1025, 3400])
@@ -24,6 +27,15 @@ def test_a_key_starts_where_it_was_asked_for(position: int) -> None:
     assert len(prompt.text) == len(prompt.ids) == 3500
     assert prompt.text[position : position + len(prompt.answer)] == prompt.answer
     assert prompt.text.count(prompt.answer) == 1
+
+
+def test_the_demo_names_commands_that_run_where_it_was_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A newcomer's shell knows neither the environment nor the free port that the demo took."""
+    server = cast(Server, SimpleNamespace(port=18300))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    assert typed("top", server) == f"{tmp_path}/.venv/bin/sglang-dcp top --port 18300"
+    monkeypatch.chdir(tmp_path)
+    assert typed("requests abc", server) == ".venv/bin/sglang-dcp requests abc --port 18300"
 
 
 def test_a_key_cannot_start_in_the_question() -> None:
