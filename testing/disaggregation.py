@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from testing.client import Answer
+from testing.client import Answer, RequestFailed
 from testing.ports import find_free_port
 from testing.server import Server, ServerConfig, ServerPool, start_server
 
 LOOPBACK = (("SGLANG_HOST_IP", "127.0.0.1"), ("MC_TCP_BIND_ADDRESS", "127.0.0.1"))
 """Otherwise Mooncake takes the address of the machine's network card."""
 BACKEND = ("--disaggregation-transfer-backend", "mooncake_tcp")
+PREFILL_WAITS_S = 60
+"""Longest wait of a prefill server for the pages of a request, which its decode server may be short of, or have dropped."""
+DECODE_WAITS_S = 30
+"""Longest wait of a decode server for the K/V of pages it has told of: a prefill server that drops a request by itself does not say so. The
+pages of the tests are written within two seconds on idle cores."""
 
 
 def prefill_server(model: str) -> ServerConfig:
     """Stock SGLang, with this package's part of a prefill server."""
     flags = (*BACKEND, "--disaggregation-mode", "prefill")
-    # A request that its decode server has dropped before they met would hold its client for five minutes.
-    environment = (*LOOPBACK, ("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", "20"))
+    environment = (*LOOPBACK, ("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", str(PREFILL_WAITS_S)))
     return ServerConfig(model, pool_tokens=8192, chunk_tokens=256, flags=flags, environment=environment)
 
 
 def decode_server(model: str, instances: int, pool_tokens: int, *flags: str) -> ServerConfig:
     flags = (*BACKEND, "--disaggregation-mode", "decode", *flags)
-    environment = (*LOOPBACK, ("SGLANG_DYNCP_CHECK_EVERY_STEP", "1"), ("SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL", "2"))
+    limits = (("SGLANG_DISAGGREGATION_WAITING_TIMEOUT", str(DECODE_WAITS_S)), ("SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL", "2"))
+    environment = (*LOOPBACK, ("SGLANG_DYNCP_CHECK_EVERY_STEP", "1"), *limits)
     return ServerConfig(model, instances, pool_tokens=pool_tokens, dyncp=True, flags=flags, environment=environment)
 
 
@@ -57,6 +63,25 @@ class Pair:
     def abort(self, rid: str) -> None:
         for server in (self.decode, self.prefill):
             server.client.abort(rid)
+
+    def drop_at_prefill(self, prompt: Sequence[int], rid: str, limit_s: float = 60.0) -> dict[str, Any]:
+        """Sends a request to the prefill server alone, which has no other, and aborts it there once it waits for its pages. Returns the
+        address, at which nobody will write to them."""
+        address, deadline = self.address(), time.monotonic() + limit_s
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(self.prefill.client.generate, prompt, rid=rid, **address)
+            while not self.num_waiting_at_prefill():
+                assert time.monotonic() < deadline and not asked.done(), "the prefill server never had the request"
+                time.sleep(0.1)
+            self.prefill.client.abort(rid)
+            error = asked.exception()
+        assert isinstance(error, RequestFailed), error
+        return address
+
+    def num_waiting_at_prefill(self) -> int:
+        """Requests whose pages the prefill server does not know yet."""
+        (load,) = self.prefill.client.json("GET", "/v1/loads?include=disagg")["loads"]
+        return int(load["disaggregation"]["prefill_bootstrap_queue_reqs"])
 
 
 @contextmanager

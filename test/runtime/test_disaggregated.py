@@ -13,7 +13,7 @@ import pytest
 from sglang_dcp.observe.report_client import LOAD_ROUTE
 from testing.client import Answer, RequestFailed
 from testing.comparison import Comparison, compare
-from testing.disaggregation import Pair, decode_server, prefill_server, running_pair
+from testing.disaggregation import DECODE_WAITS_S, PREFILL_WAITS_S, Pair, decode_server, prefill_server, running_pair
 from testing.dyncp_grid import GROWING, PROMPTS
 from testing.recall import random_ids, recall_prompt
 from testing.server import ServerPool
@@ -84,10 +84,11 @@ def assert_drained(pair: Pair, limit_s: float = 60.0) -> None:
     assert [(load["kv_tokens"], load["guest_tokens"], load["queued"]) for load in loads] == [(0, 0, 0)] * 2
 
 
-def wait_until_one_runs(pair: Pair, limit_s: float = 30.0) -> None:
+def wait_for_state(pair: Pair, state: str, limit_s: float = 60.0) -> None:
+    """Until a request of the decode server is in it: "arriving" when the prefill server knows its pages, then "running"."""
     deadline = time.monotonic() + limit_s
-    while not any(entry["state"] == "running" for entry in pair.decode.client.json("GET", LOAD_ROUTE)["longest"]):
-        assert time.monotonic() < deadline, "no request has its K/V"
+    while not any(entry["state"] == state for entry in pair.decode.client.json("GET", LOAD_ROUTE)["longest"]):
+        assert time.monotonic() < deadline, f"no request is {state}"
         time.sleep(0.1)
 
 
@@ -100,10 +101,22 @@ def outcome(asked: Future[Answer]) -> str | int:
     return error.status
 
 
+def ask_forsaken(pair: Pair, pool: ThreadPoolExecutor) -> list[Future[Answer]]:
+    """Two sharded requests that nobody will write the K/V of: one was aborted at its prefill server alone, one never came there."""
+    ids, sharded = random_ids(40, seed=1), {"custom_params": {"dyncp": {"degree": 2}}}
+    aborted = pair.drop_at_prefill(ids, rid="aborted-")
+    asked = [pool.submit(pair.decode.client.generate, ids, sampling=sharded, **address) for address in (aborted, pair.address())]
+    wait_for_state(pair, "arriving")
+    return asked
+
+
 def test_aborts_before_during_and_after_the_transfer_give_every_page_back(pair: Pair) -> None:
+    """Among requests whose prefill server forsakes them, without a word to the decode server: they end at its time limit."""
+    assert pair.decode.client.timeout_s > PREFILL_WAITS_S + DECODE_WAITS_S
     rng = random.Random(11)
-    jobs = [(rng.choice((20, 200, 450, 900)), rng.randrange(2, 40)) for _ in range(60)]
-    with ThreadPoolExecutor(20) as pool:
+    jobs = [(rng.choice((20, 200, 450, 780)), rng.randrange(2, 40)) for _ in range(60)]
+    with ThreadPoolExecutor(20) as pool, ThreadPoolExecutor(2) as others:
+        forsaken = ask_forsaken(pair, others)
         asked = []
         for index, (prompt, new) in enumerate(jobs):
             ids, rid = random_ids(prompt, seed=index), f"job-{index}-"
@@ -112,6 +125,8 @@ def test_aborts_before_during_and_after_the_transfer_give_every_page_back(pair: 
                 time.sleep(rng.random() * 0.4)
                 pair.abort(f"job-{index - rng.randrange(3)}-")
         ends = [outcome(future) for future in asked]
+        assert [outcome(future) for future in forsaken] == [503, 503]
+    assert all("timed out" in str(future.exception()) for future in forsaken)
     assert set(ends) <= {"length", "abort", 503}
     assert len(jobs) * 0.8 <= ends.count("length") < len(jobs)
     assert_drained(pair)
@@ -123,7 +138,7 @@ def test_a_prefill_server_that_dies_takes_its_requests_alone(pair: Pair) -> None
     alone = pair.generate(text, max_new_tokens=200, logprobs=True, sampling=FOREVER)
     with ThreadPoolExecutor(8) as pool:
         decoding = pool.submit(pair.generate, text, max_new_tokens=200, logprobs=True, sampling=FOREVER)
-        wait_until_one_runs(pair)
+        wait_for_state(pair, "running")
         waiting = [pool.submit(pair.generate, random_ids(900, seed=index), max_new_tokens=8) for index in range(6)]
         time.sleep(0.3)
         pair.prefill.kill()
