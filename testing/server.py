@@ -38,7 +38,8 @@ class ServerConfig:
 
     model: a name of testing.recall.MODEL_NAMES. pool_tokens: KV pool of each instance. chunk_tokens: most prefill tokens of one instance in
     one step (SGLang's flag counts all instances). flags: further flags, as they stand on the command line. nodes: process trees that share
-    the instances, as on so many hosts. dyncp=False is *stock*: the hook sets `flags` and `cpu` alone.
+    the instances, as on so many hosts. slices: processes of an instance (attention tensor parallelism). dyncp=False is *stock*: the hook
+    sets `flags` and `cpu` alone.
     """
 
     model: str
@@ -50,6 +51,7 @@ class ServerConfig:
     flags: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = field(default=())
     nodes: int = 1
+    slices: int = 1
 
     def command(self, port: int, node: int = 0) -> list[str]:
         """`sglang-dcp serve ...` of one node. Stock MLA on the CPU runs with page size 1 and without the overlap schedule only."""
@@ -75,8 +77,8 @@ class ServerConfig:
         if self.chunk_tokens is not None:
             command += ["--chunked-prefill-size", str(self.chunk_tokens * self.instances)]
         if self.instances > 1:
-            count = str(self.instances)
-            command += ["--tp", count, "--attn-dp-size", count, "--ep", count]
+            ranks = str(self.instances * self.slices)
+            command += ["--tp", ranks, "--attn-dp-size", str(self.instances), "--ep", ranks]
         if self.dyncp:
             command.append("--enable-dyncp")
         return command + list(self.flags)

@@ -9,7 +9,7 @@ import pytest
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.columns import DECISIONS
-from sglang_dcp.ledger.messages import AskAdmission
+from sglang_dcp.ledger.messages import AskAdmission, Release
 from sglang_dcp.ledger.participant import Participant, ProtocolError
 from sglang_dcp.policy.growth import Order
 from sglang_dcp.upstream.step.runtime import cluster_of
@@ -21,9 +21,9 @@ NUM_INSTANCES, NUM_PAGES, PAGE_SIZE = 3, 8, 4
 class Instances:
     """In lock step. Nothing runs on them: pages are asked for, granted and given back."""
 
-    def __init__(self) -> None:
+    def __init__(self, slice_index: int = 0) -> None:
         cluster = cluster_of(DynCpConfig().resolve(NUM_INSTANCES), NUM_INSTANCES, NUM_PAGES, PAGE_SIZE)
-        self.all = [Participant(cluster, rank, FakePool(NUM_PAGES)) for rank in range(NUM_INSTANCES)]
+        self.all = [Participant(cluster, rank, FakePool(NUM_PAGES), slice_index) for rank in range(NUM_INSTANCES)]
 
     def ask(self, home: int, *pages: int):
         """A request of so many pages of each instance, its home last."""
@@ -37,7 +37,9 @@ class Instances:
         return [instance.build_columns((), instance.pool.num_givable_pages(), 0, 0) for instance in self.all]
 
     def step(self) -> None:
-        columns = self.columns()
+        self.settle(self.columns())
+
+    def settle(self, columns: list[list[int]]) -> None:
         words = [instance.own_words for instance in self.all]
         for instance in self.all:
             instance.read_columns(columns)
@@ -119,3 +121,57 @@ def test_every_instance_names_the_others(instances: Instances) -> None:
     for instance, told in zip(instances.all, ([1], [0, 2], [1]), strict=True):
         with pytest.raises(ProtocolError, match=str(told).replace("[", r"\[").replace("]", r"\]")):
             instance.read_columns(columns)
+
+
+def run_slices(corrupt: Callable[[Participant], None] | None = None, rank: int = 0) -> None:
+    """Two slices of every instance, while requests get pages, wait and end; the second slice of instance `rank` is corrupted between."""
+    first, second = Instances(), Instances(slice_index=1)
+    began = [slices.ask(0, 6, 6, 0) for slices in (first, second)]
+    for step in range(8):
+        if step in (1, 2):
+            for slices in (first, second):
+                slices.ask(step, *((0, 7, 7) if step == 1 else (0, 4, 3)))
+        if step == 4 and corrupt is not None:
+            corrupt(second.all[rank])
+        if step == 5:
+            for slices, request in zip((first, second), began, strict=True):
+                slices.all[0].release(request)
+        told, _ = first.columns(), second.columns()
+        second.settle(told)
+        first.settle(told)
+
+
+def test_slices_that_agree_go_on() -> None:
+    run_slices()
+
+
+def lose_a_page(instance: Participant) -> None:
+    instance.pool.take_pages(1)
+
+
+def skip_a_step(instance: Participant) -> None:
+    instance.step += 1
+
+
+def tell_more(instance: Participant) -> None:
+    instance.outbox.append(Release(77))
+
+
+def decide_otherwise(instance: Participant) -> None:
+    instance.decisions.value += 1
+
+
+@pytest.mark.parametrize("rank", range(NUM_INSTANCES))
+@pytest.mark.parametrize(
+    ("corrupt", "told"),
+    [
+        (lose_a_page, r"free pages \d, not \d"),
+        (skip_a_step, "step 5, not 4"),
+        (tell_more, r"message words \d+, not \d+"),
+        (decide_otherwise, r"decisions about pages \d+, not \d+"),
+    ],
+)
+def test_a_slice_that_went_apart_ends_the_server(corrupt: Callable[[Participant], None], told: str, rank: int) -> None:
+    """Before any exchange that would wait for it: whoever went apart says so, with what differed."""
+    with pytest.raises(ProtocolError, match=rf"instance {rank}, slice 1, step [45]: went apart from slice 0 in {told}$"):
+        run_slices(corrupt, rank)

@@ -50,11 +50,11 @@ class Participant:
     promised: pages of every instance that new local requests must leave. rows_of: the sharded rows of every home, which all instances
     keep alike; rows_steady: no home told others of its rows in this step; num_sharded_rows: of the step, 0 means that nothing of ours
     runs in the layers. group: the ranks that this one may exchange rows with; busy_ranks: those in whose group some row is sharded.
-    victims: own requests that the step chose to give their pages back.
+    victims: own requests that the step chose to give their pages back. slice_index: of the process among those of the instance (slices.py).
     """
 
-    def __init__(self, cluster: Cluster, rank: int, pool: PagePool) -> None:
-        self.cluster, self.limits, self.rank, self.pool = cluster, cluster.limits, rank, pool
+    def __init__(self, cluster: Cluster, rank: int, pool: PagePool, slice_index: int = 0) -> None:
+        self.cluster, self.limits, self.rank, self.pool, self.slice_index = cluster, cluster.limits, rank, pool, slice_index
         self.num_instances, self.num_pages, self.page_size = cluster.num_instances, cluster.num_pages, cluster.page_size
         self.group = cluster.limits.layout.group(rank)
         self.ids = PageIds(rank, self.num_instances, self.num_pages, self.page_size)
@@ -76,6 +76,7 @@ class Participant:
         self.promised = self._nothing_decided.promised
         self.victims: list[HomeRequest] = []
         self._asked_at: dict[int, float] = {}
+        self._own_columns: list[int] = []
         self._columns: list[list[int]] = [[0] * col.NUM_COLUMNS for _ in range(self.num_instances)]
 
     # ---- what a home does with its requests
@@ -159,10 +160,14 @@ class Participant:
         self.own_words = messages.encode(self.outbox) if self.outbox else []
         self.outbox = []
         words, decided, num_guests = len(self.own_words), self.decisions.value, self.guests.num_pages - self.guests.num_retained
-        return [words, decided, rows_checksum, free_pages, num_guests, kv_tokens, num_requests, wanted_pages, self.step]
+        own = [words, decided, rows_checksum, free_pages, num_guests, kv_tokens, num_requests, wanted_pages, self.step]
+        self._own_columns = own
+        return own
 
     def read_columns(self, columns: list[list[int]]) -> int:
-        """Takes in all instances' columns. Returns the most message words of any instance (0: no second exchange)."""
+        """Takes in all instances' columns, of slice 0 each. Returns the most message words of any instance (0: no second exchange)."""
+        if self.slice_index and columns[self.rank] != self._own_columns:
+            raise ProtocolError(col.slice_disagreement(self._own_columns, columns[self.rank], self.rank, self.slice_index))
         step, decided, most_words = self.step, self.decisions.value, 0
         for row in columns:
             if row[STEP] != step or row[DECISIONS] != decided:

@@ -23,7 +23,7 @@ def instance(num_pages: int = 8, page_size: int = 16, **settings: Any) -> Starte
 
 
 def check(*instances: Started, dtypes: tuple[Any, ...] = (torch.bfloat16, torch.bfloat16)) -> str | None:
-    return find_difference([facts_of(*one, dtype) for one, dtype in zip(instances, dtypes, strict=True)])
+    return find_difference([facts_of(*one, dtype) for one, dtype in zip(instances, dtypes, strict=True)], 2)
 
 
 def test_instances_started_alike_agree() -> None:
@@ -43,6 +43,11 @@ def test_instances_started_alike_agree() -> None:
 )
 def test_a_difference_is_named_with_its_instances(other: dict[str, Any], difference: str) -> None:
     assert check(instance(), instance(**other)) == difference
+
+
+def test_ranks_are_named_where_an_instance_has_several_slices() -> None:
+    told = [facts_of(*instance(num_pages=pages), torch.bfloat16) for pages in (8, 8, 8, 7)]
+    assert find_difference(told, 2) == "the pages of a pool is 8 on ranks [0, 1, 2], 7 on ranks [3]"
 
 
 def test_constants_and_element_types_count() -> None:

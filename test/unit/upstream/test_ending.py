@@ -180,6 +180,7 @@ def test_the_first_exception_reaches_the_main_process_with_rank_and_step(tmp_pat
     read_reports()
     path = str(tmp_path / "loads")
     times = iter((20.0, 10.0))
+    monkeypatch.setattr(failure, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
     monkeypatch.setattr(failure.time, "time", lambda: next(times))
     for rank, error in ((0, TransportError("peers did not answer")), (1, ValueError("x" * 2000))):
         monkeypatch.setattr(failure, "current", lambda rank=rank: SimpleNamespace(participant=SimpleNamespace(step=5 + rank)))

@@ -62,6 +62,15 @@ def test_memory_is_opened_inside_the_node_alone(monkeypatch: pytest.MonkeyPatch,
     assert found.attention.exchange.opened == [f"handle {rank}" for rank in opened]
 
 
+def test_memory_is_opened_of_the_own_slice_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four instances of two slices, in two nodes: the second slice of the last instance."""
+    found = GraphEngine((2, 5), PLACES * 3, 7, Layout(4, 2), None, slices=2)
+    found.attention = SimpleNamespace(exchange=Exchange(7))
+    monkeypatch.setattr(graph_modules, "tell_everybody", lambda own, group: [f"handle {rank}" for rank in range(8)])
+    found.connect()
+    assert found.rank == 3 and found.attention.exchange.opened == ["handle 5", "handle 7"]
+
+
 def test_all_nodes_take_one_graph_and_one_without_rows_takes_stock_s() -> None:
     """Four guests on one instance of the last node: every instance of every node says the same of the step."""
     layout, route = Layout(6, 2), route_word((4, 5), 5, 4, range(4, 6))

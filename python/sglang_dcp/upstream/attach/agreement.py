@@ -19,8 +19,9 @@ class AgreementError(RuntimeError):
 
 
 def check_agreement(config: DynCpConfig, cluster: Cluster, pool_dtype: Any, group: dist.ProcessGroup) -> None:
-    """Every instance calls it, before the first step. pool_dtype: element type of SGLang's KV pool. AgreementError on all of them."""
-    difference = find_difference(tell_everybody(facts_of(config, cluster, pool_dtype), group))
+    """Every process of every instance calls it, before the first step. group: of all of them. pool_dtype: element type of SGLang's KV pool.
+    AgreementError on all of them."""
+    difference = find_difference(tell_everybody(facts_of(config, cluster, pool_dtype), group), cluster.num_instances)
     if difference is not None:
         raise AgreementError(f"instances do not agree: {difference}")
 
@@ -43,12 +44,14 @@ def facts_of(config: DynCpConfig, cluster: Cluster, pool_dtype: Any) -> dict[str
     return {name: str(value) for name, value in facts.items()}
 
 
-def find_difference(everybody: Sequence[Mapping[str, str]]) -> str | None:
-    """The first fact that instances (by rank) differ in, as "NAME is VALUE on instances [...], VALUE on instances [...]", or None."""
+def find_difference(everybody: Sequence[Mapping[str, str]], num_instances: int) -> str | None:
+    """The first fact that processes (by rank) differ in, as "NAME is VALUE on instances [...], VALUE on instances [...]", or None. Where
+    instances have several slices, ranks are named in their place."""
+    where_is = "instances" if len(everybody) == num_instances else "ranks"
     for name in dict.fromkeys(name for facts in everybody for name in facts):
         ranks: dict[str, list[int]] = {}
         for rank, facts in enumerate(everybody):
             ranks.setdefault(facts.get(name, "unknown"), []).append(rank)
         if len(ranks) > 1:
-            return f"{name} is " + ", ".join(f"{value} on instances {where}" for value, where in ranks.items())
+            return f"{name} is " + ", ".join(f"{value} on {where_is} {where}" for value, where in ranks.items())
     return None

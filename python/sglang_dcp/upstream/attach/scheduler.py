@@ -14,6 +14,7 @@ from sglang_dcp.dataflow.token_ids import kernel_token_ids, torch_token_ids
 from sglang_dcp.dataflow.transport.gloo import create_gloo_group
 from sglang_dcp.ledger.homes import HomeRequest
 from sglang_dcp.ledger.participant import Participant
+from sglang_dcp.ledger.slices import Slices
 from sglang_dcp.upstream.attach.agreement import check_agreement
 from sglang_dcp.upstream.attach.install import verify_installed
 from sglang_dcp.upstream.attach.models import attention_layers, check_model
@@ -40,7 +41,7 @@ class UnsupportedError(RuntimeError):
     """Something of this server or model that dynamic context parallelism does not serve; the message names it."""
 
 
-def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+def attach_instance(result: Any, scheduler: Any, server_args: Any, port_args: Any) -> None:
     """AFTER Scheduler.__init__."""
     config = DynCpConfig.from_environment()
     if config is None:
@@ -61,6 +62,7 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
     runtime.audit_every_round = every_round_asked_for()
     StepDriver(runtime)
     attach(runtime)
+    scheduler.dyncp_ports = port_args
     cluster = runtime.participant.cluster
     logger.info(
         "dyncp: instance %d of %d, policy %s, cost model %s for %d layers, %d pages of %d tokens",
@@ -75,7 +77,8 @@ def attach_instance(result: Any, scheduler: Any, server_args: Any, *args: Any, *
 
 
 def build_runtime(scheduler: Any, config: DynCpConfig, graphs: GraphEngine | None) -> Runtime:
-    """Every instance calls it: groups are made, and settings compared. graphs: those that were captured, with all their buffers."""
+    """Every process of every instance calls it: groups are made, and settings compared. graphs: those that were captured, with all their
+    buffers."""
     from sglang.srt.runtime_context import get_parallel
 
     pool = scheduler.token_to_kv_pool_allocator
@@ -83,13 +86,15 @@ def build_runtime(scheduler: Any, config: DynCpConfig, graphs: GraphEngine | Non
         raise UnsupportedError(f"--enable-dyncp needs a paged KV pool (--page-size above 1), this server has {type(pool).__name__}")
     runner, parallel = scheduler.tp_worker.model_runner, get_parallel()
     config = config.resolve(parallel.num_dp_ranks)
-    participant = Participant(cluster_of(config, parallel.num_dp_ranks, pool.num_pages, pool.page_size), parallel.tp_rank, pool)
+    cluster = cluster_of(config, parallel.num_dp_ranks, pool.num_pages, pool.page_size)
+    slices, device = Slices(cluster.limits.layout, parallel.attn_tp_size), torch.device(runner.device)
+    check_agreement(config, cluster, runner.kv_cache_dtype, parallel.tp_group.cpu_group)
+    instance, own_slice = slices.place(parallel.tp_rank)
+    participant = Participant(cluster, instance, pool, own_slice)
     # With graphs the kernels are here; without, torch does it.
     pool.bind(participant, scheduler.tree_cache, torch_token_ids if graphs is None else kernel_token_ids(), end_freed)
-    layout, device = participant.limits.layout, torch.device(runner.device)
-    group = create_gloo_group(EXCHANGE_TIMEOUT_SECONDS, [range(layout.num_instances)])
-    check_agreement(config, participant.cluster, runner.kv_cache_dtype, group)
-    transport = choose_transport(config.transport, device, layout.groups, EXCHANGE_TIMEOUT_SECONDS, graphs)
+    group = create_gloo_group(EXCHANGE_TIMEOUT_SECONDS, slices.control_groups)
+    transport = choose_transport(config.transport, device, slices.exchange_groups, EXCHANGE_TIMEOUT_SECONDS, graphs)
     attention = choose_partial_attention(device, pool.page_size, runner)
     prepare_merge(runner, device)
     roll = LayerRoll(attention_layers(runner.model))

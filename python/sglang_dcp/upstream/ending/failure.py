@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.distributed as dist
-from sglang.srt.managers.load_snapshot import ZmqLoadSnapshotWriter
+from sglang.srt.managers.load_snapshot import ZmqLoadSnapshotWriter, create_load_snapshot_writer
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_dcp.dataflow.transport.base import TransportError
 from sglang_dcp.upstream.router.load_report import ReportedLoad
@@ -38,19 +39,25 @@ def run_event_loop(original: Callable[..., None], scheduler: Any) -> None:
 
 
 def leave_last_words(scheduler: Any, error: Exception) -> None:
-    """Overwrites this instance's snapshot."""
-    writer, runtime = scheduler.load_snapshot_writer, current()
-    if writer is None:
+    """Overwrites this instance's snapshot. Slices of an instance share it: one that lost a peer leaves what that peer may have said."""
+    runtime, lost = current(), lost_a_peer(error)
+    writer = scheduler.load_snapshot_writer or make_slice_writer(scheduler)
+    if writer is None or (lost and get_parallel().attn_tp_size > 1):
         return
     step = 0 if runtime is None else runtime.participant.step
     text = f"{type(error).__name__}: {error}"[:MOST_CHARACTERS]
     try:
-        lost = lost_a_peer(error)
         writer.write(ReportedLoad(timestamp=time.time(), dp_rank=writer.dp_rank, dyncp_step=step, dyncp_failure=text, dyncp_lost_peer=lost))
     except OSError as problem:
         logger.error("dyncp: the main process cannot be told of the failure: %s", problem)
     if isinstance(writer, ZmqLoadSnapshotWriter):
         time.sleep(SENT_SECONDS)
+
+
+def make_slice_writer(scheduler: Any) -> Any:
+    """For a slice other than the first: SGLang gives it none. None before the instance is attached."""
+    ports, parallel = getattr(scheduler, "dyncp_ports", None), get_parallel()
+    return None if ports is None else create_load_snapshot_writer(ports, parallel.num_dp_ranks, parallel.attn_dp_rank)
 
 
 def lost_a_peer(error: BaseException | None) -> bool:

@@ -14,6 +14,7 @@ import torch
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.step_mode import Graph
+from sglang_dcp.ledger.slices import Slices
 from sglang_dcp.upstream.layers.graphs import GraphEngine, GraphError, guest_row_grid
 from sglang_dcp.upstream.layers.peers import find_obstacle, own_place, tell_everybody
 from sglang_dcp.upstream.step.attached import current
@@ -56,16 +57,17 @@ def process_graphs() -> GraphEngine | None:
         return None
     from sglang.srt.runtime_context import get_parallel
 
-    group, layout = get_parallel().tp_group.cpu_group, config.layout(int(get_parallel().num_dp_ranks))
+    parallel = get_parallel()
+    group, slices = parallel.tp_group.cpu_group, Slices(config.layout(int(parallel.num_dp_ranks)), parallel.attn_tp_size)
     places = tell_everybody(own_place(), group)
-    obstacle = find_obstacle(places, layout.groups)
+    obstacle = find_obstacle(places, slices.exchange_groups)
     if obstacle is not None:
         if config.transport == "peer":
             raise GraphError(f"--dyncp-transport peer: {obstacle}")
         logger.info("dyncp: --dyncp-transport auto is nccl, steps with sharded rows run without graphs: %s", obstacle)
         return None
     logger.info("dyncp: --dyncp-transport %s: decode graphs over peer memory, other sharded steps over nccl", config.transport)
-    return GraphEngine(guest_row_grid(config.max_rows), places, get_parallel().tp_rank, layout, group)
+    return GraphEngine(guest_row_grid(config.max_rows), places, parallel.tp_rank, slices.layout, group, slices.per_instance)
 
 
 def add_graph_variants(result: Any, hf_config: Any) -> Any:

@@ -17,6 +17,7 @@ from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
 from sglang_dcp.dataflow.graph.static_tables import guests_per_instance
 from sglang_dcp.dataflow.step_mode import STOCK, Graph, GraphStep, StepMode, Stock
 from sglang_dcp.dataflow.step_rows import StepRows
+from sglang_dcp.ledger.slices import Slices
 from sglang_dcp.policy.split_limits import Layout
 from sglang_dcp.upstream.attach.models import attention_layers
 from sglang_dcp.upstream.layers.layer_roll import LayerRoll
@@ -47,12 +48,18 @@ def splits_long_rows() -> bool:
 class GraphEngine:
     """This instance's graphs with sharded rows. Built in two goes, as SGLang's runner comes to it: the grid, then the buffers.
 
-    Memory is shared inside an exchange group; which graph a step replays is chosen over all instances.
+    Memory is shared inside an exchange group, by slices of the same number; which graph a step replays is chosen over all instances.
+    places: of all processes, by rank; process: this one's rank; group: of them all. rank: of the instance.
     """
 
-    def __init__(self, guest_rows: tuple[int, ...], places: Sequence[Place], rank: int, layout: Layout, group: Any) -> None:
-        self.guest_rows, self.places, self.rank, self._group = guest_rows, places, rank, group
-        self.groups, self.members = layout.groups, layout.group(rank)
+    def __init__(
+        self, guest_rows: tuple[int, ...], places: Sequence[Place], process: int, layout: Layout, group: Any, slices: int = 1
+    ) -> None:
+        self.guest_rows, self.places, self._process, self._group = guest_rows, places, process, group
+        split = Slices(layout, slices)
+        self.rank, own_slice = split.place(process)
+        self.groups, self.members = layout.groups, layout.group(self.rank)
+        self._peers = split.ranks(self.members, own_slice)
         self.attention: Any = None
         self.max_home_rows = 0
         self.layer_roll = LayerRoll({})
@@ -64,7 +71,7 @@ class GraphEngine:
 
         free_before = torch.cuda.mem_get_info()[0]
         page_size = runner.page_size
-        sharing = num_sharing(self.places, self.rank)
+        sharing = num_sharing(self.places, self._process)
         device = torch.device("cuda", torch.cuda.current_device())
         sizes = GraphSizes(
             num_instances=len(self.members),
@@ -103,9 +110,9 @@ class GraphEngine:
         )
 
     def connect(self) -> None:
-        """Opens the memory of the exchange group's instances, and of no other. Every instance calls it."""
+        """Opens the memory of this slice of the exchange group's instances, and of no other. Every process calls it."""
         handles = tell_everybody(self.attention.exchange.ipc_handle(), self._group)
-        self.attention.exchange.connect_processes([handles[rank] for rank in self.members])
+        self.attention.exchange.connect_processes([handles[rank] for rank in self._peers])
 
     # ---- a step
 
