@@ -30,7 +30,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4, help="layers of that model (default: 4)")
     parser.add_argument("--cost-model", help="--dyncp-cost-model of our servers of (c), (d), (e) (default: none, as users start them)")
     parser.add_argument("--tpot-ms", type=float, default=50.0, help="limit of the P99 time per output token in (e)")
-    parser.add_argument("--deepep-mode", choices=["auto", "normal"], help="the only one of (c) (default: auto, then normal if that fails)")
+    modes = ["auto", "normal", "own-batch"]
+    parser.add_argument("--deepep-mode", choices=modes, help="the only one of (c) (default: auto, then normal if that fails)")
     parser.add_argument("--limit", action="append", default=[], metavar="PART=SECONDS", help="time limit of one part")
     parser.add_argument("--quick", action="store_true", help="shorter limits and arrivals: everything in 9 minutes")
     parser.add_argument("--total", type=float, metavar="SECONDS", help="end of the whole report (default with --quick: 540)")

@@ -2,7 +2,8 @@
 
 First DeepEP's and DeepGEMM's kernels by themselves: where they do not run, servers need not be tried. Then answers and steps, with
 `--deepep-mode auto` (normal kernels where something prefills, low-latency kernels in decode graphs), and with `normal` (no graphs) where
-auto cannot be had. Stock with the same flags is the control: what it does not serve is no fault of ours.
+auto cannot be had. Asked for, `own-batch`: auto with dense layers and the head of each instance by itself, so that every instance replays
+the graph of its own batch size. Stock with the same flags is the control: what it does not serve is no fault of ours.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ MODEL = "gqa_wide"
 FLAGS = ("--moe-a2a-backend", "deepep", "--moe-runner-backend", "deep_gemm")
 """Experts in bfloat16 behind DeepEP run on DeepGEMM alone."""
 MODES = ("auto", "normal")
-NEEDS = {"auto": ("low_latency", "normal", *GEMMS), "normal": ("normal", *GEMMS[2:])}
+"""Those that are tried by themselves, in this order."""
+OWN_BATCH = ("--moe-dense-tp-size", "1", "--enable-dp-lm-head")
+MODE_FLAGS = {"auto": ("--deepep-mode", "auto"), "normal": ("--deepep-mode", "normal"), "own-batch": ("--deepep-mode", "auto", *OWN_BATCH)}
+NEEDS = {"normal": ("normal", *GEMMS[2:])} | dict.fromkeys(("auto", "own-batch"), ("low_latency", "normal", *GEMMS))
 """Which kernels a mode runs."""
 TRY_S = 60.0
 STREAMED_PROMPT, STREAMED_TOKENS = 2000, 64
@@ -104,7 +108,7 @@ def build_servers(settings: Settings, mode: str) -> tuple[GpuServer, GpuServer]:
     """Ours and stock, with one model and the same flags."""
     n = settings.num_gpus
     path = random_models.write_model(MODEL, settings.work / "models")
-    flags = (*FLAGS, "--deepep-mode", mode)
+    flags = (*FLAGS, *MODE_FLAGS[mode])
     pool = SIZES[settings.device].pool
     # Else DeepGEMM compiles for every batch size that there may be.
     environment = {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0", "SGLANG_DG_CACHE_DIR": str(compiled(settings))}
@@ -137,7 +141,7 @@ def serve_and_compare(settings: Settings, mode: str) -> list[dict[str, Any]]:
 
 def complaints(rows: Sequence[dict[str, Any]], mode: str, *, has_graphs: bool) -> list[str]:
     wrong = [f"degree {row['degree']}: answers differ from stock ({row})" for row in rows if not row["equal"]]
-    if mode == "auto" and has_graphs:
+    if mode != "normal" and has_graphs:
         wrong += [f"degree {row['degree']}: no sharded step ran as a graph" for row in rows[1:] if not row["sharded_graph_steps"]]
     return wrong
 

@@ -30,7 +30,7 @@ class Machine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kernels = dict(WORKING)
         self.broken: set[str] = set()
-        self.rows: dict[str, list[dict[str, Any]]] = {mode: [row(1), row(2)] for mode in part_deepep.MODES}
+        self.rows: dict[str, list[dict[str, Any]]] = {mode: [row(1), row(2)] for mode in part_deepep.MODE_FLAGS}
         self.served: list[str] = []
         monkeypatch.setattr(importlib.util, "find_spec", lambda _name: object())
         monkeypatch.setattr(part_deepep, "try_all_kernels", lambda _settings: self.kernels)
@@ -110,6 +110,14 @@ def test_normal_mode_has_no_graphs_to_miss(machine: Machine, tmp_path: Path) -> 
     assert machine.run(tmp_path, deepep_mode="normal")["status"] == "done" and machine.served == ["normal", "normal_stock"]
 
 
+def test_graphs_of_each_instance_s_own_batch_are_tried_when_asked_for(machine: Machine, tmp_path: Path) -> None:
+    machine.rows["own-batch"] = [row(1), row(2, sharded_graph_steps=0.0)]
+    section = machine.run(tmp_path, deepep_mode="own-batch")
+    assert section["status"] == "failed" and "no sharded step ran as a graph" in section["reason"]
+    machine.rows["own-batch"] = [row(1), row(2)]
+    assert machine.run(tmp_path, deepep_mode="own-batch")["status"] == "done" and machine.served == ["own-batch", "own-batch_stock"] * 2
+
+
 def test_a_missing_package_is_named(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deep_ep" else object())
     section = machine.run(tmp_path)
@@ -129,6 +137,13 @@ def test_the_servers_differ_in_dyncp_alone(tmp_path: Path, monkeypatch: pytest.M
     assert ours.dyncp and not stock.dyncp
     assert set(ours.flags) < set(stock.flags) and set(stock.flags) - set(ours.flags) >= {"--attn-dp-size", "--ep-size"}
     assert ours.environment == stock.environment and ours.pool_tokens == stock.pool_tokens
+
+
+def test_modes_are_flags_of_both_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part_deepep.random_models, "write_model", lambda name, folder: folder / name)
+    for mode, flags in part_deepep.MODE_FLAGS.items():
+        for server in part_deepep.build_servers(Settings(2, tmp_path / "r.json", tmp_path), mode):
+            assert server.flags[-len(flags) :] == flags and ("--enable-dp-lm-head" in server.flags) == (mode == "own-batch")
 
 
 def test_the_model_fits_deepep() -> None:

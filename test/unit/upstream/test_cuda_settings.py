@@ -16,6 +16,7 @@ from sglang_dcp.upstream.attach.cuda_settings import (
     find_kv_type_refusal,
     find_quantised_kv_refusal,
     find_transport_refusal,
+    find_untried,
 )
 
 
@@ -71,6 +72,7 @@ def test_sglangs_own_default_stands_where_it_was_run() -> None:
         ({"moe_a2a_backend": "mooncake"}, "--moe-a2a-backend mooncake"),
         ({"enable_torch_compile": True}, "--enable-torch-compile True"),
         ({"enable_deterministic_inference": True}, "--enable-deterministic-inference True"),
+        ({"disable_cuda_graph_padding": True}, "--disable-cuda-graph-padding True"),
     ],
 )
 def test_what_was_not_run_is_refused(changes: dict[str, Any], flag: str) -> None:
@@ -78,25 +80,41 @@ def test_what_was_not_run_is_refused(changes: dict[str, Any], flag: str) -> None
     assert message is not None and message.startswith(f"{flag} does not work with --enable-dyncp")
 
 
-def test_deepep_is_served_while_all_instances_replay_one_batch_size() -> None:
-    deepep = {"moe_a2a_backend": "deepep"}
-    assert refusal(**deepep) is None
-    assert refusal(**deepep, moe_dense_tp_size=1) is None and refusal(**deepep, enable_dp_lm_head=True) is None
-    message = refusal(**deepep, moe_dense_tp_size=1, enable_dp_lm_head=True)
-    assert message is not None and message.startswith("--moe-dense-tp-size with --enable-dp-lm-head does not work with --enable-dyncp")
-    assert refusal(moe_dense_tp_size=1, enable_dp_lm_head=True) is None
+@pytest.mark.parametrize("dense", [None, 1, 2])
+@pytest.mark.parametrize("lm_head", [False, True])
+def test_deepep_is_served_whether_or_not_sglang_gathers_tokens(dense: int | None, lm_head: bool) -> None:
+    """Instances that choose their graphs by their own batches: test_own_batch_graphs."""
+    changes = {"moe_a2a_backend": "deepep", "moe_dense_tp_size": dense, "enable_dp_lm_head": lm_head}
+    assert refusal(**changes) is None
+    assert (find_untried((WORKING | changes).get) is not None) == (dense == 1 and lm_head)
+    assert find_untried((WORKING | changes | {"moe_a2a_backend": "none"}).get) is None
 
 
-def test_stock_takes_one_batch_size_where_the_refusal_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang's own rule (which instances' batches decide a decode graph's size) is what the refusal stands on."""
+def test_stock_gathers_where_the_docs_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's own rule (which instances' batches decide a decode graph's size) behind test_own_batch_graphs."""
     from sglang.srt.utils import common
 
+    monkeypatch.setattr(common, "get_exec", lambda: SimpleNamespace(moe=SimpleNamespace(elastic_ep_backend=None)))
     for dense, lm_head in ((None, False), (None, True), (1, False), (1, True)):
         parallel = SimpleNamespace(attn_dp_enabled=True, num_dp_ranks=2, tp_size=2, moe_dense_tp_size=dense, enable_dp_lm_head=lm_head)
         monkeypatch.setattr(common, "get_parallel", lambda parallel=parallel: parallel)
-        monkeypatch.setattr(common, "get_exec", lambda: SimpleNamespace(moe=SimpleNamespace(elastic_ep_backend=None)))
-        served = refusal(moe_a2a_backend="deepep", moe_dense_tp_size=dense, enable_dp_lm_head=lm_head) is None
-        assert common.require_mlp_tp_gather(moe_a2a_backend="deepep") == served, (dense, lm_head)
+        assert common.require_mlp_tp_gather(moe_a2a_backend="deepep") == ((dense, lm_head) != (1, True))
+        assert common.require_mlp_tp_gather(moe_a2a_backend="none")
+
+
+def test_single_batch_overlap_is_refused_for_what_sglang_itself_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs on no Hopper GPU: while that is so, the reason in settings.REFUSALS holds."""
+    from sglang.srt.layers.moe import utils
+
+    moe = SimpleNamespace(moe_a2a_backend="deepep", moe_runner_backend="deep_gemm", deepep_mode="auto", deepep_config=None)
+    overlap = SimpleNamespace(enable_two_batch_overlap=False, enable_single_batch_overlap=True)
+    monkeypatch.setattr(utils, "get_exec", lambda: SimpleNamespace(moe=moe, overlap=overlap))
+    monkeypatch.setattr(utils, "get_spec", lambda: SimpleNamespace(speculative_moe_runner_backend=None, speculative_moe_a2a_backend=None))
+    monkeypatch.setattr(utils, "get_flags", lambda: SimpleNamespace(moe=SimpleNamespace()))
+    monkeypatch.setattr(utils, "is_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with pytest.raises(ValueError, match="not supported on SM90"):
+        utils.initialize_moe_config()
 
 
 def test_completions_leave_what_the_user_said() -> None:

@@ -21,7 +21,7 @@ from sglang_dcp.upstream.attach.settings import (
     find_refusal,
 )
 from sglang_dcp.upstream.attach.widths import GIVEN, SettingError, complete_widths, note_given_widths
-from testing.documentation import serve_lines
+from testing.documentation import manifest_line, serve_lines
 from testing.recall import model_path
 
 WORKING: dict[str, Any] = {
@@ -203,12 +203,14 @@ LINES: list[tuple[str, list[int] | str]] = [
     ("--tp 4 --speculative-algorithm NGRAM", "sglang_dcp: --speculative-algorithm NGRAM does not work"),
     ("--tp 4 --dllm-algorithm LowConfidence", "sglang_dcp: --dllm-algorithm LowConfidence does not work"),
     ("--tp 4 --device xpu", "sglang_dcp: --device xpu does not work"),
+    ("--tp 4 --enable-single-batch-overlap", "sglang_dcp: --enable-single-batch-overlap True does not work"),
     ("--tp 4 --tokenizer-worker-num 2", [4, 4, 1, 16]),
+    ("--tp 4 --moe-dense-tp-size 1 --enable-dp-lm-head --enable-eplb --ep-num-redundant-experts 4", [4, 4, 1, 16]),
     ("--tp 4 --dyncp-degree 3", "sglang_dcp: --dyncp-degree 3 works with --dyncp-policy fixed only"),
 ]
 """Flags as launch lines have them, and the widths (attention, experts, replicas) and page size that come of them, or our own refusal."""
 
-DOCUMENTED = [line for line in serve_lines() if "--enable-dyncp" in line]
+DOCUMENTED = [*(line for line in serve_lines() if "--enable-dyncp" in line), manifest_line()]
 """As they are written, with all their instances; test/runtime/test_documented_serve.py starts them with two."""
 
 

@@ -108,22 +108,31 @@ def find_cuda_refusal(values: Callable[[str], Any], *, latent: bool = False) -> 
         if values(field):
             flag = "--" + field.replace("_", "-")
             return f"{flag} {values(field)} does not work with --enable-dyncp on a GPU: it was not run with sharded rows"
+    if values("disable_cuda_graph_padding"):
+        return (
+            "--disable-cuda-graph-padding True does not work with --enable-dyncp on a GPU: all instances replay a sharded step as a graph, "
+            "and a batch of no captured size would run without one"
+        )
     return None
 
 
 def _find_experts_refusal(values: Callable[[str], Any]) -> str | None:
     """The message for an expert all-to-all that is not served, or None."""
     backend = values("moe_a2a_backend")
-    if backend is None or backend == "none":
+    if backend in (None, *EXPERT_BACKENDS):
         return None
-    if backend not in EXPERT_BACKENDS:
-        return f"--moe-a2a-backend {backend} does not work with --enable-dyncp on a GPU: it was not run with sharded rows"
-    if values("moe_dense_tp_size") is not None and values("enable_dp_lm_head"):
-        return (
-            f"--moe-dense-tp-size with --enable-dp-lm-head does not work with --enable-dyncp and --moe-a2a-backend {backend}: every "
-            "instance would choose its decode graph by its own batch alone, and sharded steps were run with one batch size for all"
-        )
-    return None
+    return f"--moe-a2a-backend {backend} does not work with --enable-dyncp on a GPU: it was not run with sharded rows"
+
+
+def find_untried(values: Callable[[str], Any]) -> str | None:
+    """What is served on a GPU and was not run on one, or None: settings whose decisions are tested without."""
+    backend = values("moe_a2a_backend")
+    if backend in (None, "none") or values("moe_dense_tp_size") != 1 or not values("enable_dp_lm_head"):
+        return None
+    return (
+        f"--moe-dense-tp-size 1 with --enable-dp-lm-head and --moe-a2a-backend {backend} was not run on a GPU with sharded rows: every "
+        "instance replays the decode graph of its own batch size (docs/gpu.md)"
+    )
 
 
 def _find_backend_refusal(values: Callable[[str], Any]) -> str | None:

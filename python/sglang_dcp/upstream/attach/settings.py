@@ -16,6 +16,7 @@ from sglang_dcp.upstream.attach.cuda_settings import (
     find_cuda_refusal,
     find_quantised_kv_refusal,
     find_transport_refusal,
+    find_untried,
 )
 from sglang_dcp.upstream.attach.disaggregation_settings import complete_decode, find_decode_refusal
 from sglang_dcp.upstream.attach.model_sizes import learn_served_model
@@ -54,6 +55,12 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("enable_lora", "--enable-lora", _off, "not tested with sharded requests"),
     Refusal("lora_paths", "--lora-paths", _off, "not tested with sharded requests"),
     Refusal("enable_two_batch_overlap", "--enable-two-batch-overlap", _off, "it splits a step's rows in two"),
+    Refusal(
+        "enable_single_batch_overlap",
+        "--enable-single-batch-overlap",
+        _off,
+        "SGLang runs it on no Hopper GPU, and sharded steps were run on no other",
+    ),
     Refusal("enable_mixed_chunk", "--enable-mixed-chunk", _off, "a batch is either a prefill or a decode"),
     Refusal("enable_pdmux", "--enable-pdmux", _off, "a batch is either a prefill or a decode"),
     Refusal("page_size", "--page-size", lambda v: v is not None and v > 1, "the ledger works in pages of at least 2 tokens"),
@@ -145,10 +152,8 @@ def register_resolution() -> None:
 
     At its beginning, because later steps of SGLang's would end with errors of their own; at its end, because they also decide settings.
     """
-    from sglang.srt.arg_groups.model_override_base import use_mla_backend
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
-    from sglang.srt.utils import get_device_sm
 
     @register_resolution_hook("handle_deprecated_dp_attention")
     def instances(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -175,21 +180,31 @@ def register_resolution() -> None:
     def refusals(server_args: Any, previous: Callable[[Any], None]) -> None:
         previous(server_args)
         view = resolving_view(server_args)
-        config = server_args._dyncp
-
-        def values(field: str) -> Any:
-            return getattr(view, field)
-
-        message = read_front_refusal(view) or find_refusal(values) or read_decode_refusal(server_args, view)
-        message = message or find_layout_refusal(config, view.tp_size)
-        message = message or find_transport_refusal(config.transport, view.device) or find_quantised_kv_refusal(values)
-        if message is None and view.device == "cuda":
-            message = find_card_refusal(get_device_sm()) or find_cuda_refusal(values, latent=use_mla_backend(server_args))
-        if message is not None:
-            raise SystemExit(f"sglang_dcp: {message}")
+        judge_resolved(server_args, view)
         learn_served_model(server_args, view.device)
 
     _register_cuda_completions()
+
+
+def judge_resolved(server_args: Any, view: Any) -> None:
+    """The refusals that need what SGLang has decided, as SystemExit; what was not run is logged. view: of the resolved settings."""
+    from sglang.srt.arg_groups.model_override_base import use_mla_backend
+    from sglang.srt.utils import get_device_sm
+
+    config = server_args._dyncp
+
+    def values(field: str) -> Any:
+        return getattr(view, field)
+
+    message = read_front_refusal(view) or find_refusal(values) or read_decode_refusal(server_args, view)
+    message = message or find_layout_refusal(config, view.tp_size)
+    message = message or find_transport_refusal(config.transport, view.device) or find_quantised_kv_refusal(values)
+    if message is None and view.device == "cuda":
+        message = find_card_refusal(get_device_sm()) or find_cuda_refusal(values, latent=use_mla_backend(server_args))
+    if message is not None:
+        raise SystemExit(f"sglang_dcp: {message}")
+    if view.device == "cuda" and (untried := find_untried(values)) is not None:
+        logger.warning("dyncp: %s", untried)
 
 
 def _register_cuda_completions() -> None:

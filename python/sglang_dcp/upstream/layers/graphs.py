@@ -125,8 +125,8 @@ class GraphEngine:
 
     def choose_step(self, last: StepMode, rows: StepRows, batch_sizes: Sequence[int], *, steady: bool) -> Graph | Stock | None:
         """What the decode step runs as, None when it fits no graph. Every instance says alike, but that those of a group without sharded
-        rows replay SGLang's own graph: it has the same batch, and so the same collectives. last: what the step before ran as; batch_sizes:
-        of all instances.
+        rows replay SGLang's own graph: where layers gather tokens it has the same batch, and so the same collectives. last: what the step
+        before ran as; batch_sizes: of all instances.
 
         Most steps are the last one's, one token on. steady: no home told others of its rows, and here nobody joined or left. Rows that
         others attend alone may.
