@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -203,19 +204,17 @@ def machine_lock(*, wait_s: float = 3600.0) -> Iterator[IO[str]]:
 
 
 def _wait_for_lock(lock: IO[str], wait_s: float) -> None:
-    deadline = time.monotonic() + wait_s
-    told = False
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{LOCK_FILE} is held by another run for more than {wait_s:.0f} s") from None
-            if not told:
-                print(f"waiting: another test run or demo on this machine has a server ({LOCK_FILE})", file=sys.stderr, flush=True)
-                told = True
-            time.sleep(0.5)
+    """Asleep in the kernel, which wakes those who wait in the order in which they came: who looks now and then may wait for ever."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    except BlockingIOError:
+        print(f"waiting: another test run or demo on this machine has a server ({LOCK_FILE})", file=sys.stderr, flush=True)
+    waiter = threading.Thread(target=fcntl.flock, args=(lock.fileno(), fcntl.LOCK_EX), daemon=True)
+    waiter.start()
+    waiter.join(wait_s)
+    if waiter.is_alive():  # once the file is closed, what the thread may still get is let go at once
+        raise TimeoutError(f"{LOCK_FILE} is held by another run for more than {wait_s:.0f} s")
 
 
 def _end_recorded_leftover(lock: IO[str]) -> None:

@@ -2,7 +2,8 @@
 
     python -m benchmark.serving.kill [--runs 10] [--out benchmark/results/operate.json]
 
-Every run is a start, a mix of requests, SIGKILL to one of two instances, eight answers and the end. Then as many starts and orderly stops.
+Every run is a start, a mix of requests, SIGKILL to one of two instances, eight answers and the end. Then as many starts and orderly stops,
+each with a request under way that ends by itself.
 Others on this machine get their servers in between: a run holds the lock for one start, and lets those who wait have it first.
 """
 
@@ -19,14 +20,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmark.serving.leftovers import Possessions, temporary_files
-from benchmark.serving.mixed import ROOT, Outcome, mixed_server, send_mixed
+from benchmark.serving.mixed import ROOT, Outcome, mixed_server, send_mixed, send_one
 from benchmark.serving.provenance import provenance
 from testing.server import Server, server_pool
 
 EXIT_SECONDS = 120.0
 SETTLE_SECONDS = 10.0
-YIELD_SECONDS = 3.0
-"""Between two runs; who waits for the machine's one server looks twice a second."""
+YIELD_SECONDS = 1.0
+"""Between two runs, for who waits for the machine's one server to wake up."""
 
 
 def lose(server: Server, how: Callable[[Possessions], None]) -> tuple[float, list[Outcome], Possessions]:
@@ -64,6 +65,8 @@ class Record:
     left: list[str] = field(default_factory=list)
     codes: set[int] = field(default_factory=set)
     statuses: set[int | None] = field(default_factory=set)
+    codes_of_stops: set[int] = field(default_factory=set)
+    statuses_of_stops: set[int | None] = field(default_factory=set)
 
     def as_result(self) -> dict[str, Any]:
         return {
@@ -73,6 +76,8 @@ class Record:
             "exit_codes_after_a_kill": sorted(self.codes),
             "starts": len(self.seconds) + self.stops,
             "orderly_stops": self.stops,
+            "statuses_at_orderly_stops": sorted(self.statuses_of_stops, key=str),
+            "exit_codes_of_orderly_stops": sorted(self.codes_of_stops),
             "left_behind": self.left,
         }
 
@@ -87,8 +92,11 @@ def kill_once(server: Server, temporary: Path, record: Record) -> None:
 
 def stop_once(server: Server, temporary: Path, record: Record) -> None:
     possessions = Possessions.of(server.process.pid, server.port)
+    load = send_one(server.client)
+    load.wait_until_mixed(("running",))
     server.process.send_signal(signal.SIGTERM)
-    server.process.wait(EXIT_SECONDS)
+    record.statuses_of_stops |= {outcome.status for outcome in load.outcomes()}
+    record.codes_of_stops.add(server.process.wait(EXIT_SECONDS))
     record.left += wait_until_gone(possessions, temporary)
     record.stops += 1
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 POOL_TOKENS = 512
 FOREVER = {"ignore_eos": True}
 SHARDED = FOREVER | {"custom_params": {"dyncp": {"degree": 2}}}
+MIXED = ("running", "waiting", "sits out", "sharded")
 UNDERWAY_SECONDS = 180.0
 ANSWER_SECONDS = 240.0
 
@@ -53,8 +54,8 @@ class MixedLoad:
     futures: list[Future[Outcome]]
     executor: ThreadPoolExecutor
 
-    def wait_until_mixed(self) -> dict[str, int]:
-        """Returns the number of requests by state once one is sharded, one waits and one sits out, all at the same time."""
+    def wait_until_mixed(self, wanted: tuple[str, ...] = MIXED) -> dict[str, int]:
+        """Returns the number of requests by state once there is one of each wanted state at the same time."""
         deadline = time.monotonic() + UNDERWAY_SECONDS
         counts: dict[str, int] = {}
         while time.monotonic() < deadline:
@@ -64,7 +65,7 @@ class MixedLoad:
             ended = [future.result() for future in self.futures if future.done()]
             if ended:
                 raise RuntimeError(f"ended before the mix was complete: {ended}")
-            if all(counts.values()):
+            if all(counts[state] for state in wanted):
                 return counts
             time.sleep(0.1)
         raise RuntimeError(f"no mix of requests within {UNDERWAY_SECONDS:.0f} s, last {counts}")
@@ -86,6 +87,15 @@ def send_mixed(client: Client) -> MixedLoad:
         ("long answer that waits", lambda: _generate(client, 840, 60, SHARDED)),
         ("long stream that waits", lambda: _read_stream(client, 841, 60, SHARDED)),
     ]
+    return _send(client, kinds)
+
+
+def send_one(client: Client) -> MixedLoad:
+    """Sends a sharded one that ends by itself in seconds; returns at once."""
+    return _send(client, [("sharded answer", lambda: _generate(client, 120, 200, SHARDED))])
+
+
+def _send(client: Client, kinds: list[tuple[str, Callable[[], None]]]) -> MixedLoad:
     executor = ThreadPoolExecutor(len(kinds))
     return MixedLoad(client, [executor.submit(_run, name, send) for name, send in kinds], executor)
 

@@ -35,19 +35,21 @@ def render() -> str:
         table(["paired step time over stock"], [(unused["step_time_ratio"],)]),
         "## When an instance is lost, on a CPU",
         source("operate.json", operate),
-        "One of two instances is killed under eight open requests: streams, whole answers, a batch; sharded, waiting and sitting out.",
-        table(
-            ["kills", "longest time to the last answer, s", "status of the answers", "exit code", "starts in all", "left behind"],
-            [_end(operate)],
-        ),
+        "Killed: one of two instances, under eight open requests: streams, whole answers, a batch; sharded, waiting and sitting out. "
+        "SIGTERM: with one open request.",
+        table(["end", "times", "longest time to the last answer, s", "status of the answers", "exit code"], _ends(operate)),
+        f"Left behind after {operate['starts']} starts (processes, shared memory, temporary files, port): "
+        f"{', '.join(operate['left_behind']) or 'nothing'}.",
     )
 
 
-def _end(operate: dict[str, Any]) -> tuple[Any, ...]:
-    statuses, codes = operate["statuses"], operate["exit_codes_after_a_kill"]
-    left = ", ".join(operate["left_behind"]) or "nothing"
-    worst = operate["kill_to_last_answer_s"]
-    return (len(operate["runs_s"]), worst, ", ".join(map(str, statuses)), ", ".join(map(str, codes)), operate["starts"], left)
+def _ends(operate: dict[str, Any]) -> list[tuple[Any, ...]]:
+    def text(key: str) -> str:
+        return ", ".join(map(str, operate[key]))
+
+    killed = (len(operate["runs_s"]), operate["kill_to_last_answer_s"], text("statuses"), text("exit_codes_after_a_kill"))
+    stopped = (operate["orderly_stops"], None, text("statuses_at_orderly_stops"), text("exit_codes_of_orderly_stops"))
+    return [("killed", *killed), ("SIGTERM", *stopped)]
 
 
 def _differences(checks: dict[str, Any]) -> list[tuple[Any, ...]]:

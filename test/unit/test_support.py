@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from testing.metrics import Sample, format_loads, parse_metrics
 from testing.ports import find_free_port
 from testing.processes import end_process_tree, kill_process_tree
 from testing.recall import VOCABULARY_SIZE, depth_at, encode, recall_prompt
-from testing.server import Server, ServerConfig, ServerStartError, clean_environment, start_server
+from testing.server import Server, ServerConfig, ServerStartError, clean_environment, machine_lock, start_server
 
 
 @pytest.mark.parametrize("position", [2, 100, 1023, 1024, 1025, 3400])
@@ -36,6 +37,26 @@ def test_the_demo_names_commands_that_run_where_it_was_started(monkeypatch: pyte
     assert typed("top", server) == f"{tmp_path}/.venv/bin/sglang-dcp top --port 18300"
     monkeypatch.chdir(tmp_path)
     assert typed("requests abc", server) == ".venv/bin/sglang-dcp requests abc --port 18300"
+
+
+def test_who_waits_for_the_machine_gets_it_or_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("testing.server.LOCK_FILE", tmp_path / "lock")
+    came: list[str] = []
+
+    def come() -> None:
+        with machine_lock(wait_s=60):
+            came.append("in")
+
+    waiting = [threading.Thread(target=come) for _ in range(2)]
+    with machine_lock():
+        with pytest.raises(TimeoutError, match="held by another run"), machine_lock(wait_s=0.1):
+            pass
+        for thread in waiting:
+            thread.start()
+        assert came == []
+    for thread in waiting:
+        thread.join(timeout=60)
+    assert came == ["in", "in"], "also behind one that gave up"
 
 
 def test_a_key_cannot_start_in_the_question() -> None:
