@@ -56,7 +56,7 @@ figures: $(READY) ## Recomputes the simulator's figures from the traces
 results: $(READY) ## Writes the tables of docs/results from benchmark/results
 	$(PYTHON) -m benchmark.headline.plot
 	$(PYTHON) -m benchmark.simulate.conversations.plot
-	$(PYTHON) -m scripts.results_tables
+	$(PYTHON) scripts/results_tables.py
 
 docs-check: $(READY) ## Relative links in the documentation resolve
 	$(PYTHON) scripts/check_links.py

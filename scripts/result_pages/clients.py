@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from scripts.client_runs.clients import CLIENTS, Client, Load
 from scripts.result_pages.markdown import load, page, source, table
 
 NOTES = (
@@ -37,7 +41,21 @@ def render() -> str:
         "## Names in the reports",
         table(["client", "TPOT", "ITL"], [(name, f"`{client['tpot']}`", f"`{client['itl']}`") for name, client in clients.items()]),
         "\n".join(f"- {note}" for note in NOTES),
+        "## The commands",
+        "`python scripts/clients.py` does all of this. One of them against a server of yours, in an environment of its own:",
+        "\n\n".join(_command(client) for client in CLIENTS),
     )
+
+
+def _command(client: Client) -> str:
+    """As the script runs it, with names in place of its own address, model and folders."""
+    load = Load("http://HOST:30000", "MODEL", Path("TOKENIZER"), num_requests=24, concurrency=2)
+    with TemporaryDirectory() as folder:
+        command = shlex.join(client.command(load, Path(folder), Path()))
+        settings = "".join(f"OUT/{path.name}: `{path.read_text()}`" for path in Path(folder).iterdir())
+    lines = [f"pip install {shlex.quote(client.package)}"] if client.package else []
+    block = "\n".join([*lines, command])
+    return f"<!-- by hand: needs a running server -->\n```bash\n{block}\n```\n\n{settings}".replace(folder, "OUT").strip()
 
 
 def _rows(clients: dict[str, Any], true_ms: float, requests: int) -> list[tuple[Any, ...]]:

@@ -189,6 +189,14 @@ def test_nothing_edits_the_path_of_modules() -> None:
     assert {path: lines for path, lines in edits.items() if lines} == {}
 
 
+def test_a_script_starts_as_a_file() -> None:
+    """`python scripts/X.py` has no root of the repository on its path: what needs that is a module, and the script starts it."""
+    scripts = sorted((REPOSITORY / "scripts").glob("*.py"))
+    assert len(scripts) > 8
+    roots = {path.name: {name.split(".")[0] for _, name in imported_modules(ast.parse(path.read_text()))} for path in scripts}
+    assert {name: found for name, found in roots.items() if found & {"scripts", "benchmark", "testing"}} == {}
+
+
 @pytest.mark.parametrize(
     "source",
     ["sys.path.insert(0, 'x')", "sys.path[:0] = ['x']", "sys.path += ['x']", "sys.path = []", "del sys.path[0]", "site.addsitedir('x')"],

@@ -79,6 +79,6 @@ def test_paths_are_found() -> None:
 
 
 def test_result_pages_are_up_to_date() -> None:
-    command = [sys.executable, "-m", "scripts.results_tables", "--check"]
+    command = [sys.executable, "scripts/results_tables.py", "--check"]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
