@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sglang_dcp.upstream.front.field_kinds import Elsewhere, Integer, RangeError, Sizes
+from sglang_dcp.upstream.front.field_kinds import MOST_NESTED, Elsewhere, Integer, RangeError, Sizes
 from sglang_dcp.upstream.front.request_limits import REFUSED_OPTIONS
 from sglang_dcp.upstream.front.request_ranges import MOST_SAMPLES, REQUEST, SAMPLING, check_body, check_labels, check_prompt, check_sampling
 
@@ -147,6 +147,21 @@ def test_greedy_requests_may_carry_a_top_k_that_is_not_read() -> None:
 
 def test_a_parameter_that_is_null_is_not_given() -> None:
     check_sampling(dict.fromkeys(set(SAMPLING) - {"n"}), SIZES)
+
+
+def test_parameters_of_a_processor_are_any_json_where_messages_are_pickled() -> None:
+    """SGLang's default: its type of custom_params binds typed messages alone."""
+    pickled = Sizes(VOCABULARY, typed=False)
+    for value in ({"a": {"b": [{"c": [1, None]}]}}, {"a": 2**70}, {"dyncp": {"degree": 2}}):
+        check_sampling({"custom_params": value}, pickled)
+    deep: Any = 1
+    for _ in range(MOST_NESTED):
+        deep = {"a": deep}
+    check_sampling({"custom_params": deep}, pickled)
+    with pytest.raises(RangeError, match=f"custom_params must be nested at most {MOST_NESTED} levels deep"):
+        check_sampling({"custom_params": {"a": deep}}, pickled)
+    with pytest.raises(RangeError, match="an object"):
+        check_sampling({"custom_params": [1]}, pickled)
 
 
 def request(**fields: Any) -> Any:

@@ -19,6 +19,9 @@ SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 LARGEST_BIAS = 1e30
 """A biased logit is divided by temperatures down to 1e-6, and must stay a finite float32."""
 
+MOST_NESTED = 32
+"""Levels of a JSON value in a pickled message: pickling recurses."""
+
 SizeName = Literal["vocabulary", "prompt"]
 
 
@@ -28,10 +31,12 @@ class RangeError(ValueError):
 
 @dataclass(frozen=True)
 class Sizes:
-    """What ranges depend on. vocabulary: token ids are 0 .. vocabulary - 1. prompt: tokens of the prompt."""
+    """What ranges depend on. vocabulary: token ids are 0 .. vocabulary - 1. prompt: tokens of the prompt. typed: messages between processes
+    have types (SGLANG_USE_PICKLE_IPC=0), else they are pickled and carry any JSON value."""
 
     vocabulary: int
     prompt: int = 0
+    typed: bool = True
 
 
 class Kind(Protocol):
@@ -157,11 +162,15 @@ class Strings:
 
 @dataclass(frozen=True)
 class Parameters:
-    """custom_params: an object of numbers, strings, true, false and null, of lists of those and of objects of those."""
+    """custom_params: an object. In typed messages it holds numbers, strings, true, false and null, lists of those and objects of those; in
+    pickled ones whatever a custom logit processor reads, MOST_NESTED levels deep."""
 
     def check(self, name: str, value: Any, sizes: Sizes) -> None:
         if not isinstance(value, dict):
             raise refuse(name, "an object", value)
+        if not sizes.typed:
+            _check_depth(name, value, MOST_NESTED)
+            return
         for key, item in _items(name, value):
             if isinstance(item, dict):
                 for inner_key, inner in _items(key, item):
@@ -178,6 +187,15 @@ def _items(name: str, value: dict[Any, Any]) -> Iterable[tuple[str, Any]]:
         if not isinstance(key, str):
             raise refuse(f"a key of {name}", "a string", key)
         yield f"{name}.{key}", item
+
+
+def _check_depth(name: str, value: Any, levels: int) -> None:
+    if not isinstance(value, dict | list | tuple):
+        return
+    if not levels:
+        raise RangeError(f"{name} must be nested at most {MOST_NESTED} levels deep")
+    for item in value.values() if isinstance(value, dict) else value:
+        _check_depth(name, item, levels - 1)
 
 
 def _check_scalar(name: str, value: Any) -> None:

@@ -65,6 +65,7 @@ def limits_of(pool_tokens: int) -> RequestLimits:
 
 def check_request_options(manager: Any, obj: Any, request: Any = None) -> None:
     """BEFORE TokenizerManager.generate_request."""
+    from sglang.srt.environ import envs
     from sglang.srt.managers.io_struct import EmbeddingReqInput
     from sglang.srt.runtime_context import get_disagg, get_observability
 
@@ -73,7 +74,7 @@ def check_request_options(manager: Any, obj: Any, request: Any = None) -> None:
     check_options(obj)
     disaggregation = get_disagg()
     check_address(obj, disaggregation.disaggregation_mode, disaggregation.disaggregation_transfer_backend)
-    check_body(obj, Sizes(int(manager.model_config.vocab_size)))
+    check_body(obj, Sizes(int(manager.model_config.vocab_size), typed=not envs.SGLANG_USE_PICKLE_IPC.get()))
     if manager.enable_metrics:
         check_labels(obj.custom_labels, get_observability().tokenizer_metrics_allowed_custom_labels or ())
 
