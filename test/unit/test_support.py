@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -15,6 +17,8 @@ import pytest
 
 from testing.client import Client, RequestFailed, checked_ids
 from testing.demo import typed
+from testing.disaggregation import decode_server, prefill_server
+from testing.documentation import serve_lines
 from testing.metrics import Sample, format_loads, parse_metrics
 from testing.ports import find_free_port
 from testing.processes import end_process_tree, kill_process_tree
@@ -168,3 +172,22 @@ def test_error_events_of_a_stream_are_raised() -> None:
     stream = Stream(connection=None, response=[b'data: {"error": {"code": 503, "message": "full"}}\n'])
     with pytest.raises(RequestFailed, match="HTTP 503: full"):
         list(stream.events())
+
+
+NOT_ON_ONE_MACHINE = {"--host", "--disaggregation-bootstrap-port", "--moe-a2a-backend"}
+"""Addresses, which a test server has of its own, and DeepEP, which needs GPUs (benchmark/multi_gpu)."""
+
+
+def test_lines_that_need_other_servers_have_the_flags_of_test_servers() -> None:
+    """The documentation's lines for several hosts and for prefill and decode; all others are started as they are written."""
+    tested = {
+        "--nnodes": ServerConfig("qwen3moe", 4, dyncp=True, nodes=2).command(port=20000, node=1),
+        "prefill": replace(prefill_server("qwen3moe"), instances=2).command(port=20000),
+        "decode": decode_server("qwen3moe", 2, 512).command(port=20000),
+    }
+    found = set()
+    for words in map(shlex.split, serve_lines()):
+        for kind in (kind for kind in tested if kind in words):
+            found.add(kind)
+            assert {word for word in words if word.startswith("--")} <= set(tested[kind]) | NOT_ON_ONE_MACHINE, words
+    assert found == set(tested)
