@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,9 +87,9 @@ class Client:
     host: str = "127.0.0.1"
     timeout_s: float = 180.0
 
-    def request(self, method: str, path: str, body: Any = None) -> tuple[int, str]:
-        """Status and body, whatever they are."""
-        connection, response = self._open(method, path, body)
+    def request(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> tuple[int, str]:
+        """Status and body, whatever they are. headers: beside the content type."""
+        connection, response = self._open(method, path, body, headers)
         try:
             return response.status, response.read().decode()
         finally:
@@ -172,11 +172,13 @@ class Client:
         parameters = {"temperature": 0, "max_new_tokens": max_new_tokens} | (sampling or {})
         return {key: value, "sampling_params": parameters} | fields
 
-    def _open(self, method: str, path: str, body: Any) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    def _open(
+        self, method: str, path: str, body: Any, headers: Mapping[str, str] | None = None
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         connection = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout_s)
         data = None if body is None else json.dumps(body)
         try:
-            connection.request(method, path, data, {"Content-Type": "application/json"} if data else {})
+            connection.request(method, path, data, ({"Content-Type": "application/json"} if data else {}) | dict(headers or {}))
             return connection, connection.getresponse()
         except BaseException:
             connection.close()

@@ -1,0 +1,113 @@
+"""What of an answer is compared: status, the shape of its JSON, and the values that do not change from run to run."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+SAID = {
+    "text", "output_ids", "finish_reason", "content", "reasoning_content", "role", "tokens", "count", "prompt_tokens", "completion_tokens",
+    "total_tokens", "input_tokens", "output_tokens", "stop_reason", "response", "done", "done_reason", "eval_count", "prompt_eval_count",
+    "scores", "input_token_logprobs", "output_token_logprobs", "output_top_logprobs", "input_top_logprobs", "output_token_ids_logprobs",
+    "token_logprobs", "logprob", "output_text", "matched_stop", "index", "normal_text", "calls", "reasoning_text", "answers", "prediction",
+    "type", "code", "prompt_token_ids", "token_ids", "max_model_len",
+}  # fmt: skip
+"""Keys whose values are compared; of all others the kind is."""
+TEXTS = {"text", "output_ids", "content", "response", "output_text", "output_token_logprobs", "output_top_logprobs", "token_logprobs",
+         "logprob", "token_ids", "output_token_ids_logprobs", "tokens"}  # fmt: skip
+"""Those that differ between two runs where the answer is sampled."""
+OURS = "dyncp"
+"""Keys and metrics with it in their name are what we add."""
+TOLERANCE = 1e-3
+"""Of log-probabilities: the order in which a batch is computed may differ."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """status: HTTP, 0 where there was none. shape: kinds of values by key. said: values by key. text: the beginning of the body."""
+
+    status: int
+    shape: Any
+    said: Any
+    text: str = ""
+
+
+def read_outcome(status: int, text: str, *, sampled: bool = False) -> Outcome:
+    """A body is JSON, server-sent events, metrics or text."""
+    ignored = TEXTS if sampled else set()
+    if text.startswith(("data:", "event:")):
+        events = [json.loads(line[5:]) for line in text.splitlines() if line.startswith("data: {")]
+        ended = text.rstrip().endswith("[DONE]")
+        shapes = sorted({json.dumps(shape_of(event), sort_keys=True) for event in events})
+        return Outcome(status, ["events", shapes, ended], None if sampled else _joined(events), text[:300])
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return Outcome(status, _names_of_metrics(text) if "# TYPE" in text else "text", None, text[:300])
+    return Outcome(status, shape_of(value), said_in(value, ignored), text[:300])
+
+
+def shape_of(value: Any) -> Any:
+    """Kinds of values. A list is the set of its elements' shapes; null and a value are both allowed where only their presence varies."""
+    if isinstance(value, dict):
+        return {key: "any" if key.startswith("cached_tokens") else shape_of(item) for key, item in value.items() if OURS not in key}
+    if isinstance(value, list):
+        shapes = {json.dumps(shape_of(item), sort_keys=True): shape_of(item) for item in value}
+        return [shapes[key] for key in sorted(shapes)]
+    if isinstance(value, bool):
+        return "bool"
+    return "number" if isinstance(value, int | float) else type(value).__name__
+
+
+def said_in(value: Any, ignored: set[str]) -> Any:
+    """The parts of a JSON value under keys of SAID, None where there is nothing."""
+    if isinstance(value, dict):
+        chosen = {key: item if key in SAID and not isinstance(item, dict) else said_in(item, ignored) for key, item in value.items()}
+        kept = {key: item for key, item in chosen.items() if key not in ignored and OURS not in key}
+        return {key: item for key, item in kept.items() if item is not None and (key in SAID or item != {})} or None
+    if isinstance(value, list):
+        items = [said_in(item, ignored) if isinstance(item, dict | list) else None for item in value]
+        return items if any(item is not None for item in items) else None
+    return None
+
+
+def _joined(events: list[Any]) -> Any:
+    """What a stream says in all: pieces of text by choice, and what its last event says. How it is cut into pieces is not compared."""
+    pieces: dict[str, str] = {}
+    for event in events:
+        for choice in event.get("choices", []):
+            piece = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+            key = str(choice.get("index"))
+            pieces[key] = pieces.get(key, "") + piece
+    last = max(events, key=lambda event: len(str(event.get("text") or ""))) if events else {}
+    return [pieces, {key: last.get(key) for key in ("text", "output_ids") if key in last}]
+
+
+def _names_of_metrics(text: str) -> list[str]:
+    names = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if line and not line.startswith("#")}
+    return sorted(name for name in names if OURS not in name)
+
+
+def difference(stock: Outcome, ours: Outcome) -> str | None:
+    """The first thing that differs, or None."""
+    if stock.status != ours.status:
+        return f"status {stock.status} -> {ours.status}: {ours.text}"
+    return _differ(stock.shape, ours.shape, "shape") or _differ(stock.said, ours.said, "said")
+
+
+def _differ(stock: Any, ours: Any, where: str) -> str | None:
+    if isinstance(stock, dict) and isinstance(ours, dict):
+        for key in sorted(set(stock) | set(ours)):
+            if key not in stock or key not in ours:
+                return f"{where}.{key} is only {'ours' if key in ours else 'in stock'}"
+            if found := _differ(stock[key], ours[key], f"{where}.{key}"):
+                return found
+        return None
+    if isinstance(stock, list) and isinstance(ours, list) and len(stock) == len(ours):
+        pairs = enumerate(zip(stock, ours, strict=True))
+        return next((text for place, (one, other) in pairs if (text := _differ(one, other, f"{where}[{place}]"))), None)
+    if type(stock) is type(ours) is float and math.isclose(stock, ours, abs_tol=TOLERANCE):
+        return None
+    return None if stock == ours else f"{where}: {json.dumps(stock)[:160]} -> {json.dumps(ours)[:160]}"

@@ -1,0 +1,80 @@
+"""What the comparison with stock SGLang sees and what it overlooks."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from benchmark.serving.conformance.__main__ import all_cases, judge
+from benchmark.serving.conformance.case import Case
+from benchmark.serving.conformance.outcome import difference, read_outcome
+
+ANSWER = {"text": "ab", "output_ids": [5, 6], "meta_info": {"prompt_tokens": 3, "finish_reason": {"type": "length"}, "e2e_latency": 0.5}}
+
+
+def differ(stock: Any, ours: Any, *, status: int = 200, sampled: bool = False) -> str | None:
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in (stock, ours)]
+    return difference(read_outcome(200, texts[0], sampled=sampled), read_outcome(status, texts[1], sampled=sampled))
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        ({"text": "ac"}, "said.text"),
+        ({"output_ids": [5, 7]}, "said.output_ids"),
+        ({"output_ids": [5]}, "said.output_ids"),
+        ({"extra": 1}, "shape.extra is only ours"),
+        ({"meta_info": {}}, "is only in stock"),
+        ({"meta_info": ANSWER["meta_info"] | {"prompt_tokens": 4}}, "said.meta_info.prompt_tokens"),  # type: ignore[operator]
+        ({"meta_info": ANSWER["meta_info"] | {"finish_reason": {"type": "stop"}}}, "said.meta_info.finish_reason"),  # type: ignore[operator]
+    ],
+)
+def test_what_is_seen(change: dict[str, Any], seen: str) -> None:
+    assert seen in (differ(ANSWER, ANSWER | change) or "")
+
+
+def test_what_is_overlooked() -> None:
+    """Times, what we add, and the text of a drawn answer."""
+    ours = ANSWER | {"meta_info": {**ANSWER["meta_info"], "e2e_latency": 9, "dyncp": {"home": 0}}}  # type: ignore[dict-item]
+    assert differ(ANSWER, ours) is None
+    assert differ(ANSWER, ANSWER | {"text": "xyz", "output_ids": [1]}, sampled=True) is None
+    assert "status 200 -> 400" in (differ(ANSWER, ANSWER, status=400) or "")
+
+
+def test_scores_are_compared_within_a_tolerance() -> None:
+    scores = {"meta_info": {"output_token_logprobs": [[-0.5, 7, None]]}}
+    assert differ(scores, {"meta_info": {"output_token_logprobs": [[-0.5001, 7, None]]}}) is None
+    for wrong in ([[-0.6, 7, None]], [[-0.5, 8, None]], [[-0.5, 7, None]] * 2):
+        assert "output_token_logprobs" in (differ(scores, {"meta_info": {"output_token_logprobs": wrong}}) or "")
+
+
+def test_how_a_stream_is_cut_is_overlooked_and_what_it_says_is_seen() -> None:
+    def stream(*pieces: str) -> str:
+        events = [json.dumps({"choices": [{"index": 0, "text": piece, "finish_reason": None}]}) for piece in pieces]
+        return "".join(f"data: {event}\n\n" for event in events) + "data: [DONE]\n\n"
+
+    assert differ(stream("a", "bc"), stream("ab", "c")) is None
+    assert differ(stream("a", "bc"), stream("ab", "d")) is not None
+    assert differ(stream("a"), stream("a").replace("data: [DONE]\n\n", "")) is not None
+
+
+def test_metrics_are_compared_by_name() -> None:
+    text = '# TYPE a gauge\na{x="1"} 5\n'
+    assert differ(text, text.replace("5", "6") + "sglang:dyncp_b 1\n") is None
+    assert differ(text, text + "b 1\n") is not None
+
+
+def test_a_documented_difference_is_no_fault() -> None:
+    cases = [Case("same"), Case("known", documented="why"), Case("fault")]
+    stock = {case.name: read_outcome(200, json.dumps(ANSWER)) for case in cases}
+    ours = stock | {name: read_outcome(400, "{}") for name in ("known", "fault")}
+    report = judge(cases, stock, ours)
+    assert (report["asked"], report["alike"], report["documented"]) == (3, 1, {"known": "why"})
+    assert list(report["faults"]) == ["fault"]
+
+
+def test_names_of_cases_are_their_own() -> None:
+    names = [case.name for case in all_cases()]
+    assert len(names) == len(set(names)) > 600
