@@ -137,7 +137,6 @@ def _other_apis() -> list[Case]:
                 "one": {},
                 "two": {"instances": [{"text": "a b"}, {"text": "c d"}]},
                 "none": {"instances": []},
-                "no parameters": {"parameters": None},
             },
         ),
     ]
@@ -249,7 +248,5 @@ def refused_cases() -> list[Case]:
         ("/close_session", {"session_id": "conformance"}),
         ("/load_lora_adapter", {"lora_name": "x", "lora_path": "y"}),
         ("/unload_lora_adapter", {"lora_name": "x"}),
-        ("/release_memory_occupation", {}),
-        ("/resume_memory_occupation", {}),
     ]
     return _posts("refused", calls, documented=CONTROL)

@@ -151,7 +151,7 @@ CHATS: dict[str, dict[str, Any]] = {
     "ids in the extension": {"return_input_ids_in_sglext": True, "return_output_ids_in_sglext": True},
     "mask": {"return_sampling_mask": True},
 }
-RESPONSE = {"model": "default", "input": "hello there", "max_output_tokens": 8, "temperature": 0, "store": False}
+RESPONSE = {"input": "hello there", "max_output_tokens": 8, "temperature": 0, "store": False}
 RESPONSES: dict[str, dict[str, Any]] = {
     "plain": {},
     "stream": {"stream": True},

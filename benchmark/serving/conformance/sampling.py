@@ -13,7 +13,7 @@ PARAMETERS: dict[str, list[Any]] = {
     "top_k": [5, 1, 0, -1],
     "top_p": [0.5, 1, 0, 1.5, -1, "a"],
     "min_p": [0.1, 0, 2, -0.1],
-    "temperature": [-1, "a", None],
+    "temperature": [-1, "a"],
     "frequency_penalty": [1, 2, -2, 3, -3],
     "presence_penalty": [1, -2, 3],
     "repetition_penalty": [1.1, 0.5, 2, 0, 3, -1],
@@ -63,7 +63,7 @@ DRAWN: dict[str, dict[str, Any]] = {
     "top_k -2": {"top_k": -2},
     "regex": {"regex": "[0-9]{6}"},
 }
-OUTSIDE: dict[str, list[Any]] = {"n": [0, -1, 5000], "stream_interval": [-1], "custom_params": [[1], "x"]}
+OUTSIDE: dict[str, list[Any]] = {"n": [0, -1], "stream_interval": [-1], "custom_params": [[1], "x"]}
 RANGE = "a range of front/request_ranges.py"
 
 

@@ -183,8 +183,12 @@ def test_options_are_refused_by_name(name: str) -> None:
 
 
 def test_options_that_are_not_set_pass() -> None:
-    for empty in (None, False, 0, [], [None, None], [False]):
-        check_options(SimpleNamespace(**dict.fromkeys(REFUSED_OPTIONS, empty)))
+    check_options(SimpleNamespace(**dict.fromkeys(REFUSED_OPTIONS)))
+    lists = set(REFUSED_OPTIONS) - {"input_embeds", "positional_embed_overrides"}
+    for empty in ([], [None, None]):
+        check_options(SimpleNamespace(**dict.fromkeys(lists, empty)))
+    for empty in (False, 0, [False]):
+        check_options(SimpleNamespace(**dict.fromkeys(("session_params", "return_hidden_states", "lora_path"), empty)))
     check_options(SimpleNamespace(sampling_params=[{"n": 2}, {}]))
 
 
@@ -202,6 +206,16 @@ def test_options_that_sglang_ignores_pass() -> None:
 @pytest.mark.parametrize("value", [[0], [[0]], [[], [0, 0]], [[0.0]]])
 def test_a_list_of_zeros_is_set(value: Any) -> None:
     for name in ("multi_item_delimiter_indices", "input_embeds"):
+        with pytest.raises(RequestError, match=name):
+            check_options(SimpleNamespace(**{name: value}))
+
+
+@pytest.mark.parametrize("value", [False, 0, "", {}, [], [None]])
+def test_whatever_sglang_acts_on_is_refused(value: Any) -> None:
+    """It would use overrides of embeddings that are not null, and take any medium that is no list for one."""
+    names = ["input_embeds", "positional_embed_overrides"]
+    names += [] if isinstance(value, list) else ["image_data", "video_data", "audio_data"]
+    for name in names:
         with pytest.raises(RequestError, match=name):
             check_options(SimpleNamespace(**{name: value}))
 

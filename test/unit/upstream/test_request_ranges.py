@@ -257,6 +257,9 @@ SHAPES: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [PROMPT, 5]}, r"input_ids\[1\] must be a list of token ids, got 5"),
     ({"text": ["a", 5]}, "text must be a string or a list of strings"),
     ({"text": "a", "sampling_params": 5}, "sampling_params must be an object, got 5"),
+    ({"text": ["a"], "input_ids": PROMPT}, "text and input_ids say different prompts"),
+    ({"text": ["a", "b"], "input_ids": [PROMPT]}, "text and input_ids say different prompts"),
+    ({"text": "a", "input_ids": PROMPT, "sampling_params": {"n": 2}}, "text and input_ids say different prompts"),
     ({"text": ["a", "b"], "sampling_params": [{}, {"top_k": 0}]}, "top_k must be"),
 ]
 
@@ -272,6 +275,8 @@ def test_shapes_of_lists(body: dict[str, Any], message: str) -> None:
     [
         {"text": "a"},
         {"text": "a", "sampling_params": None},
+        {"text": "a", "input_ids": PROMPT},
+        {"text": ["a", "b"], "input_ids": [PROMPT, PROMPT]},
         {"text": "a", "rid": ["a"], "sampling_params": [{"n": 2}]},
         {"text": ["a", "b"], "sampling_params": {"n": 2}, "top_logprobs_num": 3, "token_ids_logprob": [1, 2]},
         {"input_ids": [PROMPT, PROMPT], "sampling_params": [{}, {}], "rid": ["a", "b"], "token_ids_logprob": [[1], [2]]},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,29 +14,45 @@ from sglang_dcp.upstream.router.placement_request import cost_model_of, describe
 
 PIN_KEYS = ("degree", "home", "at_most")
 
-REFUSED_OPTIONS: Mapping[str, str] = {
-    "session_params": "a session keeps KV rows that the ledger does not know",
-    "input_embeds": "prompts without token ids are not placed",
-    "positional_embed_overrides": "prompts are token ids only",
-    "return_hidden_states": "not tested with sharded requests",
-    "lora_path": "LoRA is not tested with sharded requests",
-    "image_data": "multimodal prompts are not served",
-    "video_data": "multimodal prompts are not served",
-    "audio_data": "multimodal prompts are not served",
-    "multi_item_delimiter_indices": "its attention mask is not causal",
+
+def is_true(value: Any) -> bool:
+    return any(map(is_true, value)) if isinstance(value, list | tuple) else bool(value)
+
+
+def is_there(value: Any) -> bool:
+    return any(map(is_there, value)) if isinstance(value, list | tuple) else value is not None
+
+
+def is_not_null(value: Any) -> bool:
+    return value is not None
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field that is not served. acts: for which values SGLang would act on it."""
+
+    reason: str
+    acts: Callable[[Any], bool]
+
+
+MEDIA = Option("multimodal prompts are not served", is_there)
+
+REFUSED_OPTIONS: Mapping[str, Option] = {
+    "session_params": Option("a session keeps KV rows that the ledger does not know", is_true),
+    "input_embeds": Option("prompts without token ids are not placed", is_not_null),
+    "positional_embed_overrides": Option("prompts are token ids only", is_not_null),
+    "return_hidden_states": Option("not tested with sharded requests", is_true),
+    "lora_path": Option("LoRA is not tested with sharded requests", is_true),
+    "image_data": MEDIA,
+    "video_data": MEDIA,
+    "audio_data": MEDIA,
+    "multi_item_delimiter_indices": Option("its attention mask is not causal", is_there),
 }
 """Fields of SGLang's GenerateReqInput that are refused when set."""
 
 
 class RequestError(ValueError):
     """A request that cannot be served; SGLang's endpoints answer HTTP 400 with the message."""
-
-
-def _is_set(value: Any) -> bool:
-    """Whether SGLang would act on it: in lists numbers count, a 0 too."""
-    if isinstance(value, list | tuple):
-        return any(_is_set(item) or type(item) in (int, float) for item in value)
-    return value is not None and (bool(value) or not isinstance(value, int | float | str | Mapping))
 
 
 def _is_ignored(name: str, request: Any) -> bool:
@@ -46,9 +62,9 @@ def _is_ignored(name: str, request: Any) -> bool:
 
 def check_options(request: Any) -> None:
     """Raises RequestError for an option that is not served. `request` has SGLang's field names; those it lacks are not set."""
-    for name, reason in REFUSED_OPTIONS.items():
-        if _is_set(getattr(request, name, None)) and not _is_ignored(name, request):
-            raise RequestError(f"{name} does not work with --enable-dyncp: {reason}")
+    for name, option in REFUSED_OPTIONS.items():
+        if option.acts(getattr(request, name, None)) and not _is_ignored(name, request):
+            raise RequestError(f"{name} does not work with --enable-dyncp: {option.reason}")
     sampling = getattr(request, "sampling_params", None)
     for parameters in sampling if isinstance(sampling, list) else [sampling]:
         width = parameters.get("beam_width") if isinstance(parameters, dict) else None

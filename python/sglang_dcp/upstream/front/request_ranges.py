@@ -174,9 +174,10 @@ def check_body(request: Any, sizes: Sizes) -> None:
     every = sampling if isinstance(sampling, list) else [{} if sampling is None else sampling]
     for parameters in every:
         check_sampling(parameters, sizes)
-    num_prompts = _num_prompts(request)
-    if num_prompts is None and any(parameters.get("n", 1) > 1 for parameters in every):
+    num_prompts, samples = _num_prompts(request), max((parameters.get("n", 1) for parameters in every), default=1)
+    if num_prompts is None and samples > 1:
         num_prompts = 1
+    _check_prompts(getattr(request, "text", None), getattr(request, "input_ids", None), num_prompts, samples)
     for name in ONE_PER_PROMPT:
         _check_shape(name, getattr(request, name, None), num_prompts)
     ids = getattr(request, "token_ids_logprob", None)
@@ -236,6 +237,14 @@ def _num_prompts(request: Any) -> int | None:
                 raise refuse(f"input_ids[{index}]", "a list of token ids", row)
         return len(ids)
     return None
+
+
+def _check_prompts(text: Any, ids: Any, num_prompts: int | None, samples: int) -> None:
+    """Of several prompts or samples, SGLang multiplies the texts alone."""
+    if text is None or ids is None or num_prompts is None:
+        return
+    if samples > 1 or not isinstance(ids, list) or len(ids) != num_prompts or not all(isinstance(row, list) for row in ids):
+        raise RangeError("text and input_ids say different prompts: give one of them")
 
 
 def _check_shape(name: str, value: Any, num_prompts: int | None) -> None:
