@@ -4,7 +4,7 @@
 
 Every run is a start, a mix of requests, SIGKILL to one of two instances, eight answers and the end. Then as many starts and orderly stops,
 each with a request under way that ends by itself.
-Others on this machine get their servers in between: a run holds the lock for one start, and lets those who wait have it first.
+Others on this machine get their servers in between: after each start, or after --hold seconds of starts where many wait.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from benchmark.serving.leftovers import Possessions, temporary_files
 from benchmark.serving.mixed import ROOT, Outcome, mixed_server, send_mixed, send_one
 from benchmark.serving.provenance import provenance
-from testing.server import Server, server_pool
+from testing.server import Server, ServerPool, server_pool
 
 EXIT_SECONDS = 120.0
 SETTLE_SECONDS = 10.0
@@ -101,23 +101,30 @@ def stop_once(server: Server, temporary: Path, record: Record) -> None:
     record.stops += 1
 
 
-def run_once(end: Callable[[Server, Path, Record], None], record: Record) -> None:
+def run_once(servers: ServerPool, end: Callable[[Server, Path, Record], None], record: Record) -> None:
     """One start and its end. The server's temporary files have a folder to themselves, so that none escapes the count."""
-    with TemporaryDirectory() as folder, server_pool(ROOT / "logs") as servers:
+    with TemporaryDirectory() as folder:
         end(servers.get(mixed_server(environment=(("TMPDIR", folder),))), Path(folder), record)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=10, help="starts that end with a kill, then as many that end with SIGTERM")
+    parser.add_argument("--hold", type=float, default=0.0, help="seconds in which further starts follow before others get the machine")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmark" / "results" / "operate.json")
     arguments = parser.parse_args()
-    head = provenance(f"python -m benchmark.serving.kill --runs {arguments.runs}")
     record = Record()
-    for end in [kill_once] * arguments.runs + [stop_once] * arguments.runs:
-        run_once(end, record)
-        print(json.dumps(record.as_result()), flush=True)
-        arguments.out.write_text(json.dumps(head | record.as_result(), indent=1) + "\n")
+    ends = [kill_once] * arguments.runs + [stop_once] * arguments.runs
+    while ends:
+        with server_pool(ROOT / "logs") as servers:
+            head = provenance(f"python -m benchmark.serving.kill --runs {arguments.runs}")
+            until = time.monotonic() + arguments.hold
+            while ends:
+                run_once(servers, ends.pop(0), record)
+                print(json.dumps(record.as_result()), flush=True)
+                arguments.out.write_text(json.dumps(head | record.as_result(), indent=1) + "\n")
+                if time.monotonic() > until:
+                    break
         time.sleep(YIELD_SECONDS)
     return 0
 

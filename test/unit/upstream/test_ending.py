@@ -22,7 +22,7 @@ from uvicorn.supervisors import Multiprocess
 
 from sglang_dcp.config import ConfigError, DynCpConfig
 from sglang_dcp.dataflow.transport.base import TransportError
-from sglang_dcp.upstream.ending import failure, handler, workers
+from sglang_dcp.upstream.ending import failure, handler, temporary_folders, workers
 from sglang_dcp.upstream.ending.dumps import writes_core_dumps
 from sglang_dcp.upstream.ending.family import Family, Member
 from sglang_dcp.upstream.ending.gate import Gate, GateMiddleware
@@ -148,6 +148,50 @@ def test_only_files_of_known_kinds_that_are_mapped_by_a_process_of_ours_go(tmp_p
     assert files.unlink() == []
     assert {path.name for path in folder.iterdir()} == {*kept, "deep"}
     assert (folder / "deep" / "sem.mp-deep").exists()
+
+
+# --- temporary folders
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """This process's temporary folder, and none of the libraries that make one in it."""
+    monkeypatch.setattr(temporary_folders, "_shared", [])
+    monkeypatch.setattr(temporary_folders.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("CUDA_TILE_TEMP_DIR", raising=False)
+    monkeypatch.setitem(sys.modules, "cuda.tile._cext", None)
+    monkeypatch.setitem(sys.modules, "sglang.srt.utils.common", None)
+    return tmp_path
+
+
+def test_processes_share_one_folder_that_goes_with_the_server(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (temporary / "of somebody else").mkdir()
+    for name in ("tile", "metrics"):
+        (temporary / name / "deep").mkdir(parents=True)
+    tile = SimpleNamespace(default_tile_context=SimpleNamespace(config=SimpleNamespace(temp_dir=str(temporary / "tile"))))
+    monkeypatch.setitem(sys.modules, "cuda.tile._cext", tile)
+    made = SimpleNamespace(prometheus_multiproc_dir=SimpleNamespace(name=str(temporary / "metrics")))
+    monkeypatch.setitem(sys.modules, "sglang.srt.utils.common", made)
+    monkeypatch.setenv("CUDA_TILE_TEMP_DIR", "")  # so that monkeypatch takes it away again
+    monkeypatch.delenv("CUDA_TILE_TEMP_DIR")
+    temporary_folders.share_folder()
+    temporary_folders.share_folder()
+    shared = Path(os.environ["CUDA_TILE_TEMP_DIR"])
+    (shared / "x.bytecode").touch()
+    assert shared.parent == temporary and len(list(temporary.iterdir())) == 4
+    temporary_folders.remove_folders()
+    temporary_folders.remove_folders()
+    assert [path.name for path in temporary.iterdir()] == ["of somebody else"]
+
+
+def test_a_folder_that_the_user_names_stays(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (temporary / "mine").mkdir()
+    monkeypatch.setenv("CUDA_TILE_TEMP_DIR", str(temporary / "mine"))
+    tile = SimpleNamespace(default_tile_context=SimpleNamespace(config=SimpleNamespace(temp_dir=str(temporary / "mine"))))
+    monkeypatch.setitem(sys.modules, "cuda.tile._cext", tile)
+    temporary_folders.share_folder()
+    temporary_folders.remove_folders()
+    assert [path.name for path in temporary.iterdir()] == ["mine"]
 
 
 # --- who was it

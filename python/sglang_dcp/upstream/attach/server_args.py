@@ -9,6 +9,7 @@ from typing import Any
 from sglang_dcp.config import CONFIG_VARIABLE, ConfigError, DynCpConfig, add_cli_arguments
 from sglang_dcp.upstream.attach.widths import GIVEN, note_given_widths
 from sglang_dcp.upstream.disaggregation.sending import mark_prefill_server
+from sglang_dcp.upstream.ending.temporary_folders import share_folder
 from sglang_dcp.upstream.front.tokenizer_workers import select_worker_app
 
 
@@ -35,5 +36,6 @@ def read_flags(server_args: Any, cls: type, args: argparse.Namespace) -> Any:
         from sglang_dcp.upstream.attach.main_hooks import DYNCP_MAIN_HOOKS
 
         os.environ[CONFIG_VARIABLE] = config.to_json()
+        share_folder()
         install(DYNCP_HOOKS + DYNCP_MAIN_HOOKS)
     return server_args

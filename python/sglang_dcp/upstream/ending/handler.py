@@ -29,6 +29,7 @@ from sglang_dcp.upstream.ending.family import Family, read_exit_codes
 from sglang_dcp.upstream.ending.gate import GATE, Gate
 from sglang_dcp.upstream.ending.progress import ProgressWatch, StepReport, describe_steps
 from sglang_dcp.upstream.ending.shared_files import SharedFiles
+from sglang_dcp.upstream.ending.temporary_folders import remove_folders
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +177,7 @@ class EndingHandler(AnsweringHandler):
             self._files.note([os.getpid(), *self._family.members])
             await asyncio.to_thread(self._family.kill)
             self._files.unlink()
+            remove_folders()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
