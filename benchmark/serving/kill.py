@@ -10,13 +10,14 @@ Others on this machine get their servers in between: after each start, or after 
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmark.serving.leftovers import Possessions, temporary_files
@@ -28,6 +29,8 @@ EXIT_SECONDS = 120.0
 SETTLE_SECONDS = 10.0
 YIELD_SECONDS = 1.0
 """Between two runs, for who waits for the machine's one server to wake up."""
+COMPILED = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+"""What torch has compiled for servers before, so that none of them does it anew."""
 
 
 def lose(server: Server, how: Callable[[Possessions], None]) -> tuple[float, list[Outcome], Possessions]:
@@ -103,8 +106,9 @@ def stop_once(server: Server, temporary: Path, record: Record) -> None:
 
 def run_once(servers: ServerPool, end: Callable[[Server, Path, Record], None], record: Record) -> None:
     """One start and its end. The server's temporary files have a folder to themselves, so that none escapes the count."""
-    with TemporaryDirectory() as folder:
-        end(servers.get(mixed_server(environment=(("TMPDIR", folder),))), Path(folder), record)
+    with tempfile.TemporaryDirectory() as folder:
+        environment = (("TMPDIR", folder), ("TORCHINDUCTOR_CACHE_DIR", str(COMPILED)))
+        end(servers.get(mixed_server(environment=environment)), Path(folder), record)
 
 
 def main() -> int:

@@ -50,8 +50,7 @@ def temporary_files(folder: Path | None) -> list[str]:
     """One line per thing below a server's own temporary folder, but for caches, which libraries keep in a folder of the user's name."""
     if folder is None:
         return []
-    caches = {getpass.getuser(), f"torchinductor_{getpass.getuser()}"}
-    return [f"temporary {path.name}" for path in sorted(folder.iterdir()) if path.name not in caches]
+    return [f"temporary {path.name}" for path in sorted(folder.iterdir()) if path.name != getpass.getuser()]
 
 
 def _runs(process: psutil.Process) -> bool:
