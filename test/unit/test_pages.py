@@ -78,6 +78,13 @@ def test_paths_are_found() -> None:
     assert len(named_paths()) > 10
 
 
+def test_the_log_names_what_ran_on_a_gpu() -> None:
+    pages = "".join(path.read_text() for path in (DOCS / "results").glob("*.md"))
+    commits = set(re.findall(r"H[12]00[^\n]*?, at ([0-9a-f]{7})", pages))
+    assert len(commits) > 5
+    assert {commit for commit in commits if commit not in (DOCS / "log.md").read_text()} == set()
+
+
 def test_result_pages_are_up_to_date() -> None:
     command = [sys.executable, "scripts/results_tables.py", "--check"]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)

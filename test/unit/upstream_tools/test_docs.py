@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import subprocess
@@ -51,6 +52,7 @@ RUN = sorted({(block.document, command) for block in blocks() if block.mark == "
 BY_HAND = sorted({(block.document, command) for block in blocks() if block.mark.startswith("by hand") for command in block.commands})
 
 
+@functools.cache
 def shell(command: str) -> subprocess.CompletedProcess[str]:
     """Runs a command as a reader would: in the repository's root, with the environment's programs first."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -68,6 +70,18 @@ def test_every_block_of_commands_is_marked() -> None:
 def test_a_documented_command_runs(document: str, command: str) -> None:
     result = shell(command)
     assert result.returncode == 0, f"{document}: {command}\n{result.stdout[-800:]}\n{result.stderr[-800:]}"
+
+
+SHOWN = re.compile(r"^<!-- run -->\n```bash\n(.*?)^```\n\n```text\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def test_what_a_page_shows_is_what_the_command_prints() -> None:
+    """Lines may be left out, none may differ."""
+    shown = [match for path in DOCUMENTS for match in SHOWN.findall(path.read_text())]
+    assert shown
+    for body, text in shown:
+        printed = shell(read_commands(body)[-1]).stdout.splitlines()
+        assert [line for line in text.splitlines() if line not in printed] == []
 
 
 def our_flags() -> set[str]:
