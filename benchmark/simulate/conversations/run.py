@@ -46,8 +46,8 @@ class Cache(Protocol):
 
 
 def make_cache(column: str, cost: CostModel, num_instances: int, pool_tokens: int, seed: int, divide: int = 1) -> Cache:
-    """Of one column. divide: lengths of the turns were divided by it."""
-    if column == "pooled":
+    """Of one column, or `shared`: one pool whose sequences many read at once. divide: lengths of the turns were divided by it."""
+    if column in ("pooled", "shared"):
         num_instances, pool_tokens = 1, num_instances * pool_tokens
     name = "dual-balance" if column == "ours" else "local"
     policy = make_policy(
@@ -61,7 +61,7 @@ def make_cache(column: str, cost: CostModel, num_instances: int, pool_tokens: in
     )
     chosen = None if column == "stock" else policy
     router = Router(chosen, cost, num_instances, pool_tokens, seed=seed, divide=divide, spreads=column == "sticky")
-    if column in ("stock", "sticky"):
+    if column in ("stock", "sticky", "shared"):
         return TreePerInstance(router, num_instances, pool_tokens)
     limits = SplitRule(num_instances).limits(pool_tokens // BLOCK_TOKENS, Layout(num_instances, cost.gpus_per_node, crosses=True))
     return RetainedSequences(router, limits)
@@ -109,10 +109,17 @@ def simulate(
     rows = []
     for pool in pools:
         for column in columns:
-            served = replay(make_cache(column, cost, num_instances, pool, seed, divide), turns)
-            rows.append({"pool_tokens": pool, "column": column, **summarise(served, cost)})
+            cache = make_cache(column, cost, num_instances, pool, seed, divide)
+            rows.append({"pool_tokens": pool, "column": column, **summarise(replay(cache, turns), cost), **shares_beyond(cache, turns)})
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
+
+
+def shares_beyond(cache: Cache, turns: Sequence[Turn]) -> dict[str, float]:
+    """RetainedSequences.tokens over all prompt tokens, the warm-up included."""
+    total = sum(turn.prompt_tokens for turn in turns)
+    found = cache.tokens if isinstance(cache, RetainedSequences) else {}
+    return {f"{name}_share": round(tokens / total, 4) for name, tokens in found.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmark.simulate.conversations.router import Router
@@ -16,7 +18,11 @@ Key = tuple[int, int]
 
 @dataclass(slots=True)
 class PromptSequence:
-    """A turn's pages, in order (instance, pages); cached: tokens of its prompt that an earlier turn left."""
+    """A turn's pages, in order (instance, pages).
+
+    cached: tokens of its prompt that an earlier turn left. whole: neither it nor what it took over was ever split: a server leaves it to
+    SGLang's tree.
+    """
 
     turn: Turn
     home: int
@@ -24,10 +30,15 @@ class PromptSequence:
     born: int
     pages: tuple[tuple[int, int], ...] = ()
     cached: int = 0
+    whole: bool = False
 
 
 class RetainedSequences:
-    """All turns are managed: a prompt that fits one instance leaves a sequence on one. Pages are blocks of the trace."""
+    """All turns are managed: a prompt that fits one instance leaves a sequence on one. Pages are blocks of the trace.
+
+    tokens: of prompts. promoted: found here, left by a whole turn and wanted by a split one, which a server computes anew. Not found
+    here either: elsewhere, what another home kept; in_use, what a running or waiting turn of this home has.
+    """
 
     def __init__(self, router: Router, limits: SplitLimits, cache_fraction: float = 1.0) -> None:
         self.router, self.limits = router, limits
@@ -40,6 +51,7 @@ class RetainedSequences:
         self._names: dict[Key, Key | None] = {}
         self._of: dict[tuple[int, int], list[Key]] = {}
         self._step = 0
+        self.tokens: Counter[str] = Counter()
 
     def arrive(self, turn: Turn) -> None:
         self._step += 1
@@ -81,6 +93,7 @@ class RetainedSequences:
         turn = sequence.turn
         total = -(-(turn.prompt_tokens + turn.output_tokens) // BLOCK_TOKENS)
         previous, matched = self._match(sequence, turn) if with_match else (None, 0)
+        self._count(sequence, previous, matched, with_match=with_match)
         kept = _by_rank(_first(self._kept[previous].pages, total)) if previous is not None else ()
         missing = total - sum(count for _, count in kept)
         segments = self.limits.split(key[0], missing, [self.limits.pool_pages] * len(self._live), kept) if kept else None
@@ -93,6 +106,28 @@ class RetainedSequences:
         self._asked[key] = sequence
         self.table.ask(key[0], AskAdmission(key[1], sequence.born, True, segments, previous[1] if previous else 0, kept))
         self._names[key] = previous
+
+    def _count(self, sequence: PromptSequence, previous: Key | None, matched: int, *, with_match: bool) -> None:
+        was_whole = previous is None or self._kept[previous].whole
+        sequence.whole = was_whole and len(sequence.placed) == 1
+        if not with_match:
+            return
+        turn, home = sequence.turn, sequence.home
+        most = max(0, turn.prompt_tokens - 1) // BLOCK_TOKENS
+
+        def beyond(others: Iterable[PromptSequence]) -> int:
+            """Tokens that the best of others has beyond the match."""
+            same = (common_blocks(other.turn.blocks, turn.blocks) for other in others if other.turn.conversation == turn.conversation)
+            return BLOCK_TOKENS * max(0, min(most, max(same, default=0)) - matched)
+
+        if previous is not None and was_whole and not sequence.whole:
+            self.tokens["promoted"] += matched * BLOCK_TOKENS
+        homes = [rank for rank in range(len(self._live)) if rank != home]
+        kept = (self._kept[key] for rank in homes for key in self._of.get((rank, turn.conversation), ()))
+        self.tokens["elsewhere"] += beyond(kept)
+        running = (other for _, other in self._running.values() if other.home == home)
+        waiting = (other for key, other in self._asked.items() if key[0] == home and other is not sequence)
+        self.tokens["in_use"] += beyond((*running, *waiting))
 
     def _match(self, sequence: PromptSequence, turn: Turn) -> tuple[Key | None, int]:
         """As Retention.find: the longest that no waiting turn would take over and of which not too much would be lost."""

@@ -1,15 +1,20 @@
 """Hit shares of conversations: small ones against a count by hand, and random ones against what must hold."""
 
+import itertools
 import json
 import random
 
 import numpy as np
 import pytest
 
+from benchmark.simulate.conversations.documents import DOCUMENT_TOKENS, questions
 from benchmark.simulate.conversations.run import COLUMNS, WARM_UP_SHARE, main, make_cache, replay, simulate
+from benchmark.simulate.conversations.sequences import RetainedSequences
 from benchmark.simulate.conversations.tree import PrefixTree
-from benchmark.simulate.conversations.turns import Turn, arrivals, common_blocks, read_conversations
+from benchmark.simulate.conversations.turns import BLOCK_TOKENS, Turn, arrivals, common_blocks, read_conversations
 from sglang_dcp.policy.cost_model import load_cost_model
+from sglang_dcp.policy.split_limits import Layout, SplitRule
+from sglang_dcp.policy.types import Placement
 
 COST = load_cost_model("deepseek-v3.h200", 2)
 
@@ -41,7 +46,43 @@ def test_a_turn_that_finds_the_earlier_one_running_computes_everything():
     assert cached("sticky", turns)[1] == 64 * 64, "a tree is read by many"
 
 
-@pytest.mark.parametrize("column", COLUMNS)
+class AtHome:
+    """A router that sends turns to these homes, whole."""
+
+    def __init__(self, *homes):
+        self.homes = iter(homes)
+
+    def place(self, turn):
+        home = next(self.homes)
+        return Placement(home, (home,), (turn.prompt_tokens,))
+
+    def finish(self, turn):
+        pass
+
+
+def test_what_more_of_the_design_would_find_is_counted():
+    """A prefix that a whole turn left to a split one; one that lies at another home; one that somebody reads."""
+    cache = make_cache("ours", COST, 2, 64 * 400, 1)
+    longer = turn(10, 1, 500)
+    assert [tokens for _, tokens, _ in replay(cache, [turn(0, 1, 64), longer, turn(20, 1, 510)])] == [0, 64 * 64, 64 * 500]
+    assert dict(cache.tokens) == {"promoted": 64 * 64, "elsewhere": 0, "in_use": 0}, "the third follows a split turn"
+    limits = SplitRule(2).limits(400, Layout(2, 2))
+    cache = RetainedSequences(AtHome(0, 1, 0), limits)
+    replay(cache, [turn(0, 1, 64), turn(10, 1, 80), turn(20, 1, 70)])
+    assert dict(cache.tokens) == {"elsewhere": 64 * 64 + 64 * 6, "in_use": 0}
+    cache = RetainedSequences(AtHome(0, 0), limits)
+    replay(cache, [turn(0, 1, 64, service=50), turn(10, 1, 80)])
+    assert dict(cache.tokens) == {"elsewhere": 0, "in_use": 64 * 64}
+
+
+def test_questions_to_documents_share_them_and_nothing_else():
+    asked = questions(3, 40, rate=1.0, seed=2)
+    assert [each.arrival_s for each in asked] == sorted(each.arrival_s for each in asked)
+    whole = DOCUMENT_TOKENS // BLOCK_TOKENS
+    assert all(common_blocks(one.blocks, other.blocks) == whole for one, other in itertools.pairwise(asked))
+
+
+@pytest.mark.parametrize("column", [*COLUMNS, "shared"])
 def test_everybody_gets_room_and_a_hit_is_no_more_than_what_was_sent(column):
     choose = random.Random(3)
     turns = [
