@@ -52,6 +52,8 @@ def violations(path: str, tree: ast.AST) -> list[str]:
             found.append(f"{path}:{line} imports {module}: traces/ is standard library only, and pyarrow where a file is Parquet")
         if path.startswith("ledger/") and top != "numpy" and not is_ledger_import(top, module):
             found.append(f"{path}:{line} imports {module}: ledger/ is standard library and numpy only")
+        if path.startswith("conversations/") and top != "numpy" and not is_conversations_import(top, module):
+            found.append(f"{path}:{line} imports {module}: conversations/ is numpy, policy/, ledger/ and traces/ only")
         if path.startswith("dataflow/") and module.startswith(("sglang_dcp.upstream", "sglang_dcp.cpu", "sglang_dcp.plugin")):
             found.append(f"{path}:{line} imports {module}: dataflow/ must not lean on what imports sglang")
     return found
@@ -69,6 +71,10 @@ def is_ledger_import(top: str, module: str) -> bool:
     return is_policy_import(top, module) or module.startswith("sglang_dcp.ledger")
 
 
+def is_conversations_import(top: str, module: str) -> bool:
+    return is_ledger_import(top, module) or module.startswith(("sglang_dcp.conversations", "sglang_dcp.traces"))
+
+
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_imports(path: Path) -> None:
     assert violations(relative(path), ast.parse(path.read_text())) == []
@@ -83,6 +89,8 @@ def test_imports(path: Path) -> None:
         ("traces/x.py", "import numpy"),
         ("ledger/x.py", "import torch.distributed as dist"),
         ("ledger/x.py", "from sglang_dcp.dataflow import merge"),
+        ("conversations/x.py", "import torch"),
+        ("conversations/x.py", "from sglang_dcp.dataflow import merge"),
         ("dataflow/x.py", "from sglang.srt import utils"),
         ("dataflow/x.py", "import importlib\nimportlib.import_module('sglang.srt')"),
         ("dataflow/x.py", "from sglang_dcp.upstream import hooks"),

@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmark.serving.provenance import ROOT, provenance
 from benchmark.simulate.conversations.run import simulate
-from benchmark.simulate.conversations.turns import BLOCK_TOKENS, Turn
+from sglang_dcp.conversations.turns import BLOCK_TOKENS, Turn
 from sglang_dcp.policy.cost_model import load_cost_model
 
 DOCUMENT_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 200_000, 512, 256

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-BLOCK_TOKENS = 64
+from sglang_dcp.conversations.turns import Turn
+
 LONGEST_GAP_S = 900.0
 """A user who is away longer comes back after this: the trace has gaps of a night."""
 
 UNKNOWN_SERVICE_S = 6.0
 """Of a turn without an API time; the median of the others."""
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One request. blocks: an id per whole block of the prompt; two that agree stand behind the same tokens of the same conversation.
-    service_s: how long it holds its pages once they are there."""
-
-    arrival_s: float
-    conversation: int
-    prompt_tokens: int
-    output_tokens: int
-    service_s: float
-    blocks: np.ndarray = field(repr=False)
 
 
 def read_conversations(path: Path, divide: int = 1) -> list[list[Turn]]:
@@ -80,10 +67,3 @@ def _shifted(turns: Iterable[Turn], clock: float, number: int, end: float) -> li
         for t in turns
         if clock + t.arrival_s < end
     ]
-
-
-def common_blocks(left: np.ndarray, right: np.ndarray) -> int:
-    """Leading blocks that two prompts have in common."""
-    count = min(len(left), len(right))
-    differ = left[:count] != right[:count]
-    return int(differ.argmax()) if differ.any() else count

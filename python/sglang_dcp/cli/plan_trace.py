@@ -6,6 +6,7 @@ import argparse
 from collections import Counter
 from typing import Any
 
+from sglang_dcp.cli import plan_cache
 from sglang_dcp.observe.tables import align
 from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.served_model import serving_cost
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instances", type=int, default=8, help="with --trace: number of instances (default 8)")
     parser.add_argument("--rate", type=float, help="with --trace: stretch its clock to this many requests/s (default: as it is)")
     parser.add_argument("--limit", type=int, default=20_000, help="with --trace: requests to place, from its start (default 20000)")
+    plan_cache.add_arguments(parser)
 
 
 def make_trace_plan(args: argparse.Namespace) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def make_trace_plan(args: argparse.Namespace) -> dict[str, Any]:
         loads = [InstanceLoad(rank, rank // cost.gpus_per_node, 0, pool) for rank in range(args.instances)]
         options = {"page_size": args.page_size, "max_new_tokens": args.max_new, "max_degree": max_degree}
         policies[name] = _summary(occupy(requests, policy, cost, loads, **options), pool)
-    return {
+    plan = {
         "trace": trace.describe(),
         "format": trace.format,
         "skipped": len(trace.skipped),
@@ -67,6 +69,10 @@ def make_trace_plan(args: argparse.Namespace) -> dict[str, Any]:
         "beyond_one_pool": sum(tokens > pool for tokens in lengths),
         "policies": policies,
     }
+    if args.cache_fraction is not None:
+        step_s = policies[args.policy]["p50_step_ms"] / 1000
+        plan["cache"] = plan_cache.plan_cache(args.cache_fraction, trace, requests, cost, args.instances, pool, step_s)
+    return plan
 
 
 def format_trace_plan(plan: dict[str, Any]) -> str:
@@ -91,7 +97,8 @@ def format_trace_plan(plan: dict[str, Any]) -> str:
     rows.append(["pools for them", *(str(item["pools_needed"]) for item in results)])
     rows.append(["predicted step, P50", *(f"{item['p50_step_ms']:.2f} ms" for item in results)])
     rows.append(["predicted step, P99", *(f"{item['p99_step_ms']:.2f} ms" for item in results)])
-    return "\n".join([*lines, align(rows)])
+    cache = plan_cache.format_cache_plan(plan["cache"]) if "cache" in plan else []
+    return "\n".join([*lines, align(rows), *cache])
 
 
 def _summary(result: Occupancy, pool: int) -> dict[str, Any]:

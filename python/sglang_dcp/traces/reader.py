@@ -132,7 +132,8 @@ def _finish(path: Path, chosen: str, requests: list[TraceRequest], skipped: list
     shifted = tuple(item._replace(arrival_s=item.arrival_s - first) for item in requests)
     tick_s = _tick_s(shifted) if chosen == MOONCAKE.name else 0.0
     name = path.name.removesuffix(".gz").rsplit(".", 1)[0]
-    return Trace(name, chosen, shifted, tuple(skipped), tick_s, tuple(notes))
+    block_tokens = MOONCAKE.block_tokens if any(item.blocks for item in shifted) else 0
+    return Trace(name, chosen, shifted, tuple(skipped), tick_s, tuple(notes), block_tokens)
 
 
 def _tick_s(requests: tuple[TraceRequest, ...]) -> float:

@@ -14,11 +14,13 @@ NUM_NAMED_ROWS = 3
 
 
 class TraceRequest(NamedTuple):
-    """One request. Lengths are tokens, at least 1."""
+    """One request. Lengths are tokens, at least 1. blocks: ids of the prompt's blocks, where the file has them; equal ones stand for equal
+    tokens behind equal beginnings."""
 
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
+    blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class Record(NamedTuple):
 class Trace:
     """`requests` are sorted by arrival and begin at 0 s; those that share an arrival lie anywhere in the `tick_s` seconds after it.
 
+    `block_tokens`: of one block of theirs, 0 where the file has none.
     `notes` are sentences about what the file does not say and what was assumed.
     """
 
@@ -53,6 +56,7 @@ class Trace:
     skipped: tuple[SkippedRow, ...] = ()
     tick_s: float = 0.0
     notes: tuple[str, ...] = ()
+    block_tokens: int = 0
 
     @property
     def span_s(self) -> float:

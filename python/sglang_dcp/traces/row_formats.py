@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_dcp.traces.records import RowError, TraceRequest
-from sglang_dcp.traces.values import date, length, milliseconds, seconds, seconds_or_date
+from sglang_dcp.traces.values import block_ids, date, length, milliseconds, seconds, seconds_or_date
 
 ReadTime = Callable[[Any, str], float]
 
@@ -20,7 +20,7 @@ class RowFormat:
     """`arrivals`, `prompts` and `outputs` are the spellings of a field, tried in order; a dot goes one object deeper.
 
     `marks`: fields that must be there as well for the format to be detected. `failed_output`: the reason given for a row of 0 output
-    tokens, where the format gives that a meaning.
+    tokens, where the format gives that a meaning. `blocks`: the field with ids of the prompt's blocks of `block_tokens` each.
     """
 
     name: str
@@ -29,6 +29,8 @@ class RowFormat:
     outputs: Collection[str]
     marks: Collection[str] = ()
     failed_output: str | None = None
+    blocks: str | None = None
+    block_tokens: int = 0
 
     def matches(self, fields: Collection[str]) -> bool:
         """Whether a row or header with these names is of this format."""
@@ -51,7 +53,8 @@ class RowFormat:
         arrival, prompt, output = (_field(row, name) for name in names)
         if self.failed_output and output in (0, 0.0, "0", "0.0"):
             raise RowError(self.failed_output)
-        return TraceRequest(self.arrivals[names[0]](arrival, names[0]), length(prompt, names[1]), length(output, names[2]))
+        ids = () if self.blocks is None else block_ids(row.get(self.blocks, ()), self.blocks)
+        return TraceRequest(self.arrivals[names[0]](arrival, names[0]), length(prompt, names[1]), length(output, names[2]), ids)
 
     @staticmethod
     def _find(spellings: Collection[str], fields: Collection[str]) -> str | None:
@@ -83,7 +86,9 @@ BURSTGPT = RowFormat(
     failed_output="a failed request (0 response tokens)",
 )
 SERVEGEN = RowFormat("servegen", {"timestamp": seconds}, ("data.input_tokens",), ("data.output_tokens",))
-MOONCAKE = RowFormat("mooncake", {"timestamp": milliseconds}, ("input_length",), ("output_length",), marks=("hash_ids",))
+MOONCAKE = RowFormat(
+    "mooncake", {"timestamp": milliseconds}, ("input_length",), ("output_length",), ("hash_ids",), blocks="hash_ids", block_tokens=512
+)
 TABLE = RowFormat(
     "table",
     {

@@ -64,6 +64,15 @@ def seconds_or_date(value: Any, name: str) -> float:
         raise
 
 
+def block_ids(value: Any, name: str) -> tuple[int, ...]:
+    """Ids of a prompt's blocks; none where the row has none. Raises RowError."""
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple) or not all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+        raise RowError(f"{name} is not a list of whole numbers")
+    return tuple(value)
+
+
 def _number(value: Any, name: str) -> int | float:
     """Exact for whole numbers of any size: a huge one must not become a neighbour or an infinity on the way."""
     if value is None or (isinstance(value, str) and not value.strip()):

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from benchmark.simulate.conversations.documents import DOCUMENT_TOKENS, questions
-from benchmark.simulate.conversations.run import COLUMNS, WARM_UP_SHARE, main, make_cache, replay, simulate
-from benchmark.simulate.conversations.sequences import RetainedSequences
-from benchmark.simulate.conversations.tree import PrefixTree
-from benchmark.simulate.conversations.turns import BLOCK_TOKENS, Turn, arrivals, common_blocks, read_conversations
+from benchmark.simulate.conversations.run import main, simulate
+from benchmark.simulate.conversations.turns import arrivals, read_conversations
+from sglang_dcp.conversations.replay import COLUMNS, WARM_UP_SHARE, make_cache, replay
+from sglang_dcp.conversations.sequences import RetainedSequences
+from sglang_dcp.conversations.tree import PrefixTree
+from sglang_dcp.conversations.turns import BLOCK_TOKENS, Turn, common_blocks
 from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.split_limits import Layout, SplitRule
 from sglang_dcp.policy.types import Placement

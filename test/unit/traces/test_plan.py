@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,57 @@ def test_requests_of_a_tick_are_spread_over_it_and_the_clock_is_stretched() -> N
     fast = arrivals(trace, 2 * len(trace.requests) / trace.span_s, 10)
     assert [item.arrival_s for item in fast] == pytest.approx([0, 0.75, 1.5, 2.9995])
     assert len(arrivals(trace, None, 3)) == 3
+
+
+def conversations(path: Path, ids_of: Callable[[int, int], list[int]]) -> str:
+    """Two conversations of ten turns, turn by turn 1,024 tokens longer, in Mooncake's form."""
+    rows = []
+    for turn in range(10):
+        for talk in range(2):
+            ids = ids_of(talk, 4 + 2 * turn)
+            arrival_ms = 60_000 * turn + 1000 * talk
+            rows.append({"timestamp": arrival_ms, "input_length": 512 * len(ids), "output_length": 10, "hash_ids": ids})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_what_a_cache_is_worth_for_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand: of the turns behind the first 40 %, all but the last 1,024 tokens were there a turn before."""
+    trace = conversations(tmp_path / "talks.jsonl", lambda talk, count: [1000 * talk + i for i in range(count)])
+    flags = ["--trace", trace, "--instances", "2", "--pool-tokens", "100000"]
+    cache = planned(capsys, *flags, "--cache-fraction", "1.0")["cache"]
+    lengths = [512 * (4 + 2 * turn) for turn in range(4, 10)]
+    expected = sum(length - 1024 for length in lengths) / sum(lengths)
+    assert cache["hit_share"]["retained"] == cache["hit_share"]["one_pool"] == pytest.approx(expected, abs=1e-4)
+    prefill = cache["prefill_s_mean"]
+    assert prefill["retained"] < 0.2 * prefill["none"]
+    little = planned(capsys, *flags, "--cache-fraction", "0.02")["cache"]
+    assert little["hit_share"]["retained"] == 0, "2,000 tokens of a pool hold no turn"
+    assert little["prefill_s_mean"]["retained"] == prefill["none"]
+    assert run(*flags, "--cache-fraction", "1.0") == 0 and f"{100 * expected:.1f} % found" in capsys.readouterr().out
+    assert "cache" not in planned(capsys, *flags)
+    strangers = conversations(tmp_path / "strangers.jsonl", lambda talk, count: [100 * count + 50 * talk + i for i in range(count)])
+    alone = planned(capsys, "--trace", strangers, *flags[2:], "--cache-fraction", "1.0")["cache"]
+    assert alone["hit_share"] == {"retained": 0, "trees": 0, "one_pool": 0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--cache-fraction", "0"], "outside (0, 1]"),
+        (["--cache-fraction", "1.5"], "outside (0, 1]"),
+        (["--cache-fraction", "0.5"], "does not tell which prompts begin alike"),
+    ],
+)
+def test_a_cache_that_cannot_be_planned_says_why(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = trace_file(tmp_path / "t.csv", [(0, 1000, 10), (1, 2000, 10)])
+    assert run("--trace", trace, "--instances", "2", "--pool-tokens", "100000", *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_pool_that_no_prompt_fits_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = conversations(tmp_path / "talks.jsonl", lambda talk, count: [1000 * talk + i for i in range(count)])
+    assert run("--trace", trace, "--instances", "2", "--pool-tokens", "4000", "--cache-fraction", "1.0") == 2
+    assert "none of 20 requests fits a pool of 4000 tokens" in capsys.readouterr().err

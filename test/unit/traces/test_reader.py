@@ -30,7 +30,7 @@ CASES = [
 def test_a_published_format_is_detected_and_read(name: str, format_name: str, requests: list[tuple], skipped: dict[str, str]) -> None:
     trace = read_trace(DATA / name)
     assert trace.format == format_name
-    assert [tuple(item[1:]) for item in trace.requests] == [item[1:] for item in requests]
+    assert [item[1:3] for item in trace.requests] == [item[1:] for item in requests]
     assert [item.arrival_s for item in trace.requests] == pytest.approx([item[0] for item in requests], abs=1e-5)
     assert [row.where for row in trace.skipped] == list(skipped)
     for row in trace.skipped:
@@ -42,10 +42,21 @@ def test_a_published_format_is_detected_and_read(name: str, format_name: str, re
             read_trace(DATA / name, strict=True)
 
 
+def test_blocks_of_prompts_are_kept_where_a_file_has_them(tmp_path: Path) -> None:
+    assert read_trace(DATA / "mooncake.jsonl").block_tokens == 512 and read_trace(DATA / "azure_2023.csv").block_tokens == 0
+    row = {"timestamp": 0, "input_length": 700, "output_length": 5}
+    rows = [row | {"hash_ids": ids} for ids in ([7, 9], None, "7", [True], [0.5])]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    trace = read_trace(tmp_path / "t.jsonl")
+    assert sorted(item.blocks for item in trace.requests) == [(), (7, 9)]
+    assert [item.where for item in trace.skipped] == ["line 3", "line 4", "line 5"]
+    assert all("hash_ids is not a list of whole numbers" in item.reason for item in trace.skipped)
+
+
 def test_bench_serving_output_has_lengths_and_no_clock() -> None:
     trace = read_trace(DATA / "bench_serving.jsonl")
     assert trace.format == "bench_serving"
-    assert [tuple(item[1:]) for item in trace.requests] == [(100, 10), (200, 20), (400, 40), (50, 5), (60, 6)]
+    assert [item[1:3] for item in trace.requests] == [(100, 10), (200, 20), (400, 40), (50, 5), (60, 6)]
     arrivals = [item.arrival_s for item in trace.requests]
     assert arrivals == sorted(arrivals) and arrivals[0] == 0 and trace.requests == read_trace(DATA / "bench_serving.jsonl").requests
     assert [row.where for row in trace.skipped] == ["line 1, request 3", "line 3"]
@@ -60,7 +71,7 @@ def test_a_log_as_the_router_writes_it(tmp_path: Path) -> None:
     log.add(100.0, "a", PlacementRequest(33, 16, 16), [InstanceLoad(0, 0, 0, 1024)], Placement(0, (0,), (33,)))
     log.add_finish(101.0, "a")
     trace = read_trace(log.path)
-    assert (trace.format, trace.requests) == ("placement-log", ((0.0, 33, 16),)) and not trace.skipped
+    assert (trace.format, trace.requests) == ("placement-log", ((0.0, 33, 16, ()),)) and not trace.skipped
     assert any("max_new_tokens is taken" in line for line in trace.describe())
 
 
@@ -120,7 +131,7 @@ HEADER = "arrival,input,output\n"
 def test_a_bad_row_does_not_refuse_the_file(tmp_path: Path, row: str, reason: str) -> None:
     path = write(tmp_path, f"{HEADER}0,10,5\n{row}\n2,20,6\n")
     trace = read_trace(path)
-    assert [tuple(item) for item in trace.requests] == [(0, 10, 5), (2, 20, 6)]
+    assert [item[:3] for item in trace.requests] == [(0, 10, 5), (2, 20, 6)]
     assert [(skipped.where, reason in skipped.reason) for skipped in trace.skipped] == [("line 3", True)]
     with pytest.raises(ValueError, match="line 3"):
         read_trace(path, strict=True)
@@ -183,7 +194,7 @@ def test_a_column_that_is_not_read_may_stand_twice(tmp_path: Path) -> None:
 def test_dates_of_a_table_may_have_a_zone(tmp_path: Path) -> None:
     rows = "2024-05-10T10:00:00+02:00,10,5\n2024-05-10T08:00:01Z,20,6\n2024-05-10 08:00:02.5,30,7\n"
     trace = read_trace(write(tmp_path, HEADER + rows))
-    assert [tuple(item) for item in trace.requests] == [(0, 10, 5), (1, 20, 6), (2.5, 30, 7)]
+    assert [item[:3] for item in trace.requests] == [(0, 10, 5), (1, 20, 6), (2.5, 30, 7)]
 
 
 def test_a_json_array_is_read_like_its_lines(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmark.simulate.conversations.router import Router
-from benchmark.simulate.conversations.turns import BLOCK_TOKENS, Turn, common_blocks
+from sglang_dcp.conversations.router import Router
+from sglang_dcp.conversations.turns import BLOCK_TOKENS, Turn, common_blocks
 from sglang_dcp.ledger.messages import AskAdmission
 from sglang_dcp.ledger.reservations import Grant, ReservationTable
 from sglang_dcp.ledger.retention import MOST_LOST

@@ -6,8 +6,8 @@ from collections import Counter, OrderedDict
 
 import numpy as np
 
-from benchmark.simulate.conversations.router import Router
-from benchmark.simulate.conversations.turns import BLOCK_TOKENS, Turn
+from sglang_dcp.conversations.router import Router
+from sglang_dcp.conversations.turns import BLOCK_TOKENS, Turn
 
 CHUNK_BLOCKS = 4
 """Blocks that are kept or evicted together: a tree of single blocks is four times the work and tells the same."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from benchmark.simulate.conversations.turns import BLOCK_TOKENS, Turn
+from sglang_dcp.conversations.turns import BLOCK_TOKENS, Turn
 from sglang_dcp.policy.cost_model import CostModel
 from sglang_dcp.policy.prefix_map import BLOCK_TOKENS as MAP_TOKENS
 from sglang_dcp.policy.prefix_map import PrefixMap, home_by_prefix
