@@ -35,7 +35,7 @@ def main() -> int:
         python = make_environment(folder / "venv", wheels, arguments.reuse)
         check_where(python, folder / "venv")
         print("release-check: the demo, from the installed wheel", flush=True)
-        return subprocess.run([python, REPOSITORY / "scripts" / "demo.py"], cwd=folder, env=clean_environment(), check=False).returncode
+        return subprocess.run([python, "-m", "testing.demo"], cwd=folder, env=demo_environment(), check=False).returncode
 
 
 def build_wheels(folder: Path) -> list[Path]:
@@ -81,12 +81,17 @@ def make_environment(folder: Path, wheels: Sequence[Path], reuse: Path | None) -
 
 def check_where(python: Path, environment: Path) -> None:
     """Both packages must come from the environment and not from the checkout."""
-    done = subprocess.run([python, "-c", WHERE], cwd=environment, env=clean_environment(), capture_output=True, text=True, check=True)
+    done = subprocess.run([python, "-c", WHERE], cwd=environment, env=demo_environment(), capture_output=True, text=True, check=True)
     version, *files = done.stdout.split()
     for file in files:
         if not Path(file).resolve().is_relative_to(environment.resolve()):
             raise SystemExit(f"release-check: {file} is not in {environment}: the wheel is not what is imported")
     print(f"release-check: sglang-dcp {version} imported from {environment}", flush=True)
+
+
+def demo_environment() -> dict[str, str]:
+    """The demo itself lies in the checkout's root, and our packages do not: scripts/demo.py would take those of the checkout."""
+    return clean_environment() | {"PYTHONPATH": str(REPOSITORY)}
 
 
 def clean_environment() -> dict[str, str]:

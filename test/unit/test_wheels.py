@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import re
 import subprocess
+import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -22,17 +24,36 @@ def tracked(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """File names in each wheel, by distribution, without its own metadata."""
+def release_check() -> ModuleType:
     spec = importlib.util.spec_from_file_location("release_check", REPOSITORY / "scripts" / "release_check.py")
     assert spec is not None and spec.loader is not None
-    release_check = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(release_check)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def contents(release_check: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """File names in each wheel, by distribution, without its own metadata."""
     found = {}
     for wheel in release_check.build_wheels(tmp_path_factory.mktemp("wheels")):
         with zipfile.ZipFile(wheel) as archive:
             found[wheel.name.split("-")[0]] = {name for name in archive.namelist() if ".dist-info/" not in name}
     return found
+
+
+def test_the_demo_of_the_release_check_takes_the_wheels(release_check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An environment whose packages are empty ones: the demo's processes import those, and the demo itself from the checkout."""
+    site = tmp_path / "site"
+    for name in ("sglang_dcp", "sgl_kernel_dcp"):
+        (site / name).mkdir(parents=True)
+        (site / name / "__init__.py").touch()
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{site}" exec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    show = "import sglang_dcp, testing; print(sglang_dcp.__file__, testing.__file__)"
+    shown = subprocess.run([python, "-c", show], env=release_check.demo_environment(), capture_output=True, text=True, check=True).stdout
+    assert shown.split() == [str(site / "sglang_dcp" / "__init__.py"), str(REPOSITORY / "testing" / "__init__.py")]
 
 
 def test_the_wheel_holds_the_package_whole_and_nothing_else(contents: dict[str, set[str]]) -> None:
