@@ -70,9 +70,25 @@ class Record:
     statuses: set[int | None] = field(default_factory=set)
     codes_of_stops: set[int] = field(default_factory=set)
     statuses_of_stops: set[int | None] = field(default_factory=set)
+    commits: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, result: dict[str, Any]) -> Record:
+        """The record of which `as_result`, and where it came from, was written."""
+        return cls(
+            seconds=list(result["runs_s"]),
+            stops=result["orderly_stops"],
+            left=list(result["left_behind"]),
+            codes=set(result["exit_codes_after_a_kill"]),
+            statuses=set(result["statuses"]),
+            codes_of_stops=set(result["exit_codes_of_orderly_stops"]),
+            statuses_of_stops=set(result["statuses_at_orderly_stops"]),
+            commits=result["commit"].split(", "),
+        )
 
     def as_result(self) -> dict[str, Any]:
         return {
+            "commit": ", ".join(self.commits),
             "kill_to_last_answer_s": max(self.seconds),
             "runs_s": self.seconds,
             "statuses": sorted(self.statuses, key=str),
@@ -115,13 +131,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=10, help="starts that end with a kill, then as many that end with SIGTERM")
     parser.add_argument("--hold", type=float, default=0.0, help="seconds in which further starts follow before others get the machine")
+    parser.add_argument("--go-on", action="store_true", help="count the runs that --out has, of other commits too, and do the rest")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmark" / "results" / "operate.json")
     arguments = parser.parse_args()
-    record = Record()
-    ends = [kill_once] * arguments.runs + [stop_once] * arguments.runs
+    record = Record.read(json.loads(arguments.out.read_text())) if arguments.go_on else Record()
+    ends = [kill_once] * (arguments.runs - len(record.seconds)) + [stop_once] * (arguments.runs - record.stops)
     while ends:
         with server_pool(ROOT / "logs") as servers:
             head = provenance(f"python -m benchmark.serving.kill --runs {arguments.runs}")
+            record.commits = list(dict.fromkeys([*record.commits, head["commit"]]))
             until = time.monotonic() + arguments.hold
             while ends:
                 run_once(servers, ends.pop(0), record)
