@@ -15,7 +15,16 @@ import pytest
 
 from sglang_dcp.upstream.front.field_kinds import MOST_NESTED, Elsewhere, Integer, RangeError, Sizes
 from sglang_dcp.upstream.front.request_limits import REFUSED_OPTIONS
-from sglang_dcp.upstream.front.request_ranges import MOST_SAMPLES, REQUEST, SAMPLING, check_body, check_labels, check_prompt, check_sampling
+from sglang_dcp.upstream.front.request_ranges import (
+    MOST_SAMPLES,
+    NOT_NULL,
+    REQUEST,
+    SAMPLING,
+    check_body,
+    check_labels,
+    check_prompt,
+    check_sampling,
+)
 
 VOCABULARY, PROMPT = 512, [5, 6, 7, 8]
 SIZES = Sizes(VOCABULARY, len(PROMPT))
@@ -146,7 +155,7 @@ def test_greedy_requests_may_carry_a_top_k_that_is_not_read() -> None:
 
 
 def test_a_parameter_that_is_null_is_not_given() -> None:
-    check_sampling(dict.fromkeys(set(SAMPLING) - {"n"}), SIZES)
+    check_sampling(dict.fromkeys(set(SAMPLING) - set(NOT_NULL)), SIZES)
 
 
 def test_parameters_of_a_processor_are_any_json_where_messages_are_pickled() -> None:
@@ -257,6 +266,11 @@ SHAPES: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [PROMPT, 5]}, r"input_ids\[1\] must be a list of token ids, got 5"),
     ({"text": ["a", 5]}, "text must be a string or a list of strings"),
     ({"text": "a", "sampling_params": 5}, "sampling_params must be an object, got 5"),
+    ({"text": "a", "lora_path": [None]}, "lora_path must be one value for a single prompt"),
+    ({"text": ["a", "b"], "lora_id": "xy"}, r"lora_id must be a list with an entry per prompt"),
+    ({"text": ["a", "b"], "token_indices_to_pool": [[0]]}, "token_indices_to_pool has 1 entries for 2 prompts"),
+    ({"text": "a", "token_indices_to_pool": [[0]], "sampling_params": {"n": 2}}, r"an entry per prompt \(n 1\)"),
+    ({"text": ["a", "b"], "audio_data": []}, "audio_data has 0 entries for 2 prompts"),
     ({"text": ["a"], "input_ids": PROMPT}, "text and input_ids say different prompts"),
     ({"text": ["a", "b"], "input_ids": [PROMPT]}, "text and input_ids say different prompts"),
     ({"text": "a", "input_ids": PROMPT, "sampling_params": {"n": 2}}, "text and input_ids say different prompts"),

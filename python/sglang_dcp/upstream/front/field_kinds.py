@@ -74,6 +74,8 @@ class Real:
     def check(self, name: str, value: Any, sizes: Sizes) -> None:
         if type(value) not in (int, float) or not self.low <= value <= self.high:
             raise refuse(name, f"a number in {self.low:g}..{self.high:g}", value)
+        if type(value) is int and abs(value) > INT64:
+            raise refuse(name, "an integer of 64 bits or a float", value)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,9 @@ SAMPLING: Mapping[str, Kind] = {
 }
 """The keys of sampling_params. Others are refused: SGLang's struct has fields of its own that a client must not set."""
 
+NOT_NULL = ("n", "ebnf_full_assistant")
+"""Parameters for whose null SGLang puts in no default."""
+
 GREEDY_BELOW = 1e-6
 """A temperature below it makes SGLang take the best token, whatever top_k is."""
 GREEDY_TOP_K = Integer(-INT64 - 1, INT64)
@@ -164,8 +167,15 @@ ONE_PER_PROMPT = (
     "bootstrap_room",
     "bootstrap_pair_key",
     "decode_tp_size",
+    "return_hidden_states",
+    "lora_path",
 )
 """Fields that may be a list with an entry per prompt of a batch."""
+
+READ_BY_ENTRY = ("lora_id", "multi_item_delimiter_indices", "token_indices_to_pool", "modalities")
+"""Of these SGLang reads an entry for each prompt of a batch, and for each sample."""
+MULTIPLIED = ("audio_data", "video_data")
+"""The same, but a list is repeated for each sample."""
 
 
 def check_body(request: Any, sizes: Sizes) -> None:
@@ -180,6 +190,8 @@ def check_body(request: Any, sizes: Sizes) -> None:
     _check_prompts(getattr(request, "text", None), getattr(request, "input_ids", None), num_prompts, samples)
     for name in ONE_PER_PROMPT:
         _check_shape(name, getattr(request, name, None), num_prompts)
+    if num_prompts is not None:
+        _check_entries(request, num_prompts, samples)
     ids = getattr(request, "token_ids_logprob", None)
     if isinstance(ids, list) and any(isinstance(item, list) for item in ids):
         _check_shape("token_ids_logprob", ids, num_prompts)
@@ -194,7 +206,7 @@ def check_sampling(parameters: Any, sizes: Sizes) -> None:
         kind = GREEDY_TOP_K if is_greedy and name == "top_k" else SAMPLING.get(name)
         if kind is None:
             raise RangeError(f"sampling_params has no {name!r}; there are {', '.join(SAMPLING)}")
-        if value is not None or name == "n":
+        if value is not None or name in NOT_NULL:
             kind.check(name, value, sizes)
 
 
@@ -237,6 +249,16 @@ def _num_prompts(request: Any) -> int | None:
                 raise refuse(f"input_ids[{index}]", "a list of token ids", row)
         return len(ids)
     return None
+
+
+def _check_entries(request: Any, num_prompts: int, samples: int) -> None:
+    for name in (*READ_BY_ENTRY, *MULTIPLIED):
+        value = getattr(request, name, None)
+        if value is None or (name == "modalities" and not value):
+            continue
+        if name in READ_BY_ENTRY and (samples > 1 or not isinstance(value, list)):
+            raise refuse(name, "a list with an entry per prompt (n 1)", value)
+        _check_shape(name, value, num_prompts)
 
 
 def _check_prompts(text: Any, ids: Any, num_prompts: int | None, samples: int) -> None:
