@@ -135,6 +135,41 @@ def test_abort_of_a_waiting_turn_leaves_the_sequence_and_abort_behind_the_grant_
         model.drain(100)
 
 
+@pytest.mark.parametrize("state", ["prefilling", "decoding"])
+def test_abort_of_a_turn_that_has_taken_over_gives_all_up(state):
+    model = ProtocolModel(4, 2, 32, 4, chunk_tokens=8)
+    home = model.homes[0]
+    req = model.arrive(0, 48, 5, (1, 0))
+    finish(model, req)
+    later = model.next_turn(req, 0, 40, 30, (1, 0))
+    while not (home.chunked_req is later if state == "prefilling" else later in home.running and later.output_ids):
+        model.step()
+    assert num_cached(model) == 52
+    home.abort(later)
+    for _ in range(4):
+        model.step()
+    assert num_retained(model) == 0 and all(home.pool.num_givable_pages() == 32 for home in model.homes)
+    again = model.next_turn(req, 0, 40, 5, (1, 0))
+    finish(model, again)
+    assert num_cached(model) == 52, "nothing was left to find"
+    model.drain(100)
+
+
+def test_a_turn_that_is_retracted_behind_its_hit_starts_over():
+    """What it took over is given up with the rest; it computes everything again and ends."""
+    model = ProtocolModel(6, 2, 40, 4, chunk_tokens=64)
+    firsts = [model.arrive(home, 120, 1, (1 - home, home)) for home in range(2)]
+    finish(model, *firsts)
+    turns = [model.next_turn(first, home, 4, 60, (1 - home, home)) for home, first in enumerate(firsts)]
+    while not all(turn.output_ids for turn in turns):
+        model.step()
+    assert num_cached(model) == 240
+    finish(model, *turns)
+    assert sum(home.num_retractions for home in model.homes) > 0
+    assert all(len(turn.output_ids) == 60 for turn in turns)
+    model.drain(100)
+
+
 def test_a_waiting_turn_whose_sequence_is_evicted_asks_for_everything():
     model = ProtocolModel(5, 2, 24, 4, chunk_tokens=32)
     req = model.arrive(0, 48, 1, (1, 0))
