@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from testing.client import Answer, Token
 
@@ -28,7 +28,12 @@ def compare(stock: Answer, ours: Answer) -> Comparison:
     for place, (a, b) in enumerate(zip(stock.output_tokens[:end], ours.output_tokens[:end], strict=True)):
         assert a.id == b.id, f"output token {place}: stock {a.id}, ours {b.id}, stock's gap {a.top_gap}"
         differences.append(abs(a.logprob - b.logprob))
-    return Comparison(max(differences), len(differences), len(stock.output_tokens) - end)
+    return Comparison(max(differences, default=0.0), len(differences), len(stock.output_tokens) - end)
+
+
+def compare_output(stock: Answer, ours: Answer) -> Comparison:
+    """The output tokens alone: a decode server behind prefill servers scores no prompt."""
+    return compare(replace(stock, prompt_tokens=()), replace(ours, prompt_tokens=()))
 
 
 def first_tie(tokens: Sequence[Token]) -> int:

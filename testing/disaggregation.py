@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from http.client import HTTPException
 from typing import Any
 
-from testing.client import Answer, RequestFailed
+from testing.client import Answer, Client, RequestFailed
 from testing.ports import find_free_port
-from testing.server import Server, ServerConfig, ServerPool, start_server
+from testing.server import Server, ServerConfig, ServerPool, ServerStartError, start_server
 
-LOOPBACK = (("SGLANG_HOST_IP", "127.0.0.1"), ("MC_TCP_BIND_ADDRESS", "127.0.0.1"))
+HOST = "127.0.0.1"
+LOOPBACK = (("SGLANG_HOST_IP", HOST), ("MC_TCP_BIND_ADDRESS", HOST))
 """Otherwise Mooncake takes the address of the machine's network card."""
 BACKEND = ("--disaggregation-transfer-backend", "mooncake_tcp")
 PREFILL_WAITS_S = 60
@@ -26,14 +30,19 @@ pages of the tests are written within two seconds on idle cores."""
 
 def prefill_server(model: str) -> ServerConfig:
     """Stock SGLang, with this package's part of a prefill server."""
-    flags = (*BACKEND, "--disaggregation-mode", "prefill")
+    # Both servers have one page size, whatever ServerConfig gives a stock server of the model.
+    flags = (*BACKEND, "--disaggregation-mode", "prefill", "--page-size", str(ServerConfig.page_size))
     environment = (*LOOPBACK, ("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", str(PREFILL_WAITS_S)))
     return ServerConfig(model, pool_tokens=8192, chunk_tokens=256, flags=flags, environment=environment)
 
 
 def decode_server(model: str, instances: int, pool_tokens: int, *flags: str) -> ServerConfig:
     flags = (*BACKEND, "--disaggregation-mode", "decode", *flags)
-    limits = (("SGLANG_DISAGGREGATION_WAITING_TIMEOUT", str(DECODE_WAITS_S)), ("SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL", "2"))
+    limits = (
+        ("SGLANG_DISAGGREGATION_WAITING_TIMEOUT", str(DECODE_WAITS_S)),
+        ("SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL", "2"),
+        ("SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT", "5"),  # a killed prefill server cannot say that it writes no more
+    )
     environment = (*LOOPBACK, ("SGLANG_DYNCP_CHECK_EVERY_STEP", "1"), *limits)
     return ServerConfig(model, instances, pool_tokens=pool_tokens, dyncp=True, flags=flags, environment=environment)
 
@@ -45,11 +54,14 @@ class Pair:
     prefill: Server
     decode: Server
     bootstrap_port: int
-    _rooms: Iterator[int] = field(default_factory=lambda: itertools.count(1000))
+    _rooms: Iterator[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._rooms = itertools.count(1000 * self.bootstrap_port)
 
     def address(self) -> dict[str, Any]:
         """What a router adds to a request: a room of its own at the prefill server."""
-        return {"bootstrap_host": "127.0.0.1", "bootstrap_port": self.bootstrap_port, "bootstrap_room": next(self._rooms)}
+        return {"bootstrap_host": HOST, "bootstrap_port": self.bootstrap_port, "bootstrap_room": next(self._rooms)}
 
     def generate(self, prompt: str | Sequence[int], **fields: Any) -> Answer:
         """The decode server's answer. Both get the request at once, as from a router; what the prefill server says of it is left out."""
@@ -85,21 +97,61 @@ class Pair:
 
 
 @contextmanager
+def running_router(pair: Pair, limit_s: float = 300.0) -> Iterator[Client]:
+    """SGLang's own router in front of the pair, once it can answer: its /health is green before."""
+    port, metrics = find_free_port(21_000, 22_000), find_free_port(22_000, 23_000)
+    addresses = ("--host", HOST, "--port", str(port), "--prometheus-host", HOST, "--prometheus-port", str(metrics))
+    servers = ("--prefill", f"http://{HOST}:{pair.prefill.port}", str(pair.bootstrap_port), "--decode", f"http://{HOST}:{pair.decode.port}")
+    command = [sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation", *servers, "--policy", "round_robin", *addresses]
+    log_path, client = pair.decode.log_path.with_name(f"router_{port}.log"), Client(port)
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + limit_s
+        while not _is_ready(client):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise ServerStartError(f"the router is not ready: {log_path.read_text(errors='replace')[-4000:]}")
+            time.sleep(0.2)
+        yield client
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+
+
+def _is_ready(router: Client) -> bool:
+    try:
+        return router.request("GET", "/readiness")[0] == 200
+    except (OSError, HTTPException):
+        return False
+
+
+@contextmanager
 def running_pair(pool: ServerPool, prefill: ServerConfig, decode: ServerConfig) -> Iterator[Pair]:
-    """Both servers, started at once; stopped in the end. pool: holds the machine's lock."""
+    with running_pairs(pool, [prefill], decode) as (pair,):
+        yield pair
+
+
+@contextmanager
+def running_pairs(pool: ServerPool, prefills: Sequence[ServerConfig], decode: ServerConfig) -> Iterator[list[Pair]]:
+    """One pair per prefill server (at most four), all with the same decode server. All start at once, and are stopped in the end.
+
+    pool: holds the machine's lock.
+    """
     pool.stop(at_once=True)
-    bootstrap, ports = find_free_port(19_000, 21_000), (find_free_port(15_000, 17_000), find_free_port(17_000, 19_000))
-    prefill = replace(prefill, flags=(*prefill.flags, "--disaggregation-bootstrap-port", str(bootstrap + 100)))
-    with ThreadPoolExecutor(2) as starts:
+    configs, ports, bootstraps = [decode], [find_free_port(17_000, 19_000)], []
+    for first, prefill in enumerate(prefills):
+        bootstraps.append(find_free_port(19_000 + 500 * first, 19_500 + 500 * first) + 100)
+        ports.append(find_free_port(15_000 + 500 * first, 15_500 + 500 * first))
+        configs.append(replace(prefill, flags=(*prefill.flags, "--disaggregation-bootstrap-port", str(bootstraps[-1]))))
+    with ThreadPoolExecutor(len(configs)) as starts:
         started = [
-            starts.submit(start_server, config, log_folder=pool.log_folder, port=port)
-            for config, port in zip((prefill, decode), ports, strict=True)
+            starts.submit(start_server, config, log_folder=pool.log_folder, port=port) for config, port in zip(configs, ports, strict=True)
         ]
     servers = [future.result() for future in started if future.exception() is None]
     try:
         for future in started:
             future.result()
-        yield Pair(*servers, bootstrap_port=bootstrap + 100)
+        yield [Pair(prefill, servers[0], bootstrap) for prefill, bootstrap in zip(servers[1:], bootstraps, strict=True)]
     finally:
         for server in servers:
             server.kill()

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sglang_dcp.observe.report_client import LOAD_ROUTE
 from testing.client import Answer, RequestFailed
-from testing.comparison import Comparison, compare
-from testing.disaggregation import DECODE_WAITS_S, PREFILL_WAITS_S, Pair, decode_server, prefill_server, running_pair
-from testing.dyncp_grid import GROWING, PROMPTS
+from testing.comparison import compare_output
+from testing.disaggregation import DECODE_WAITS_S, PREFILL_WAITS_S, Pair, decode_server, prefill_server, running_pair, running_router
+from testing.dyncp_grid import GROWING, PROMPTS, PinnedPrompt
 from testing.recall import random_ids, recall_prompt
 from testing.server import ServerPool
 from testing.stock_answers import FOREVER, StockAnswers
+from testing.transfers import hold_transfers, is_held, probed
 
 MODEL, POOL = "qwen3moe", 512
 DECODE = decode_server(MODEL, 2, POOL)
@@ -27,22 +29,27 @@ LONGEST = 2 * POOL - 64
 
 
 @pytest.fixture(scope="module")
-def pair(pool: ServerPool, stock_answers: StockAnswers) -> Iterator[Pair]:
+def transfers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("transfers")
+
+
+@pytest.fixture(scope="module")
+def pair(pool: ServerPool, stock_answers: StockAnswers, transfers: Path) -> Iterator[Pair]:
     pytest.importorskip("mooncake.engine", reason="Mooncake, or Debian's libibverbs1 that it loads, is not installed", exc_type=ImportError)
     stock_answers.of(MODEL)  # its server ends before these two start
-    with running_pair(pool, prefill_server(MODEL), DECODE) as found:
+    with running_pair(pool, probed(prefill_server(MODEL), transfers), DECODE) as found:
         yield found
 
 
-def compare_output(stock: Answer, ours: Answer) -> Comparison:
-    """A decode server scores no prompt."""
-    return compare(replace(stock, prompt_tokens=()), replace(ours, prompt_tokens=()))
+def servable(stock_answers: StockAnswers) -> list[tuple[PinnedPrompt, Answer]]:
+    """The prompts that the two pools can hold, with stock's answers."""
+    asked = zip(PROMPTS, stock_answers.of(MODEL).prompts, strict=True)
+    return [(prompt, stock) for prompt, stock in asked if len(prompt.text) <= LONGEST]
 
 
 def test_answers_are_those_of_one_large_pool(pair: Pair, stock_answers: StockAnswers) -> None:
     """Degrees 1 and 2, prompts beyond a decode pool among them, both instances busy."""
-    asked = zip(PROMPTS, stock_answers.of(MODEL).prompts, strict=True)
-    jobs = [(prompt, stock) for prompt, stock in asked if len(prompt.text) <= LONGEST]
+    jobs = servable(stock_answers)
 
     def ask(place: int):
         prompt, stock = jobs[place]
@@ -62,6 +69,29 @@ def test_answers_are_those_of_one_large_pool(pair: Pair, stock_answers: StockAns
     assert sum(len(answer.output_tokens) for _, answer in answers) - sum(one.num_skipped for one in compared) > len(jobs)
 
 
+def test_behind_sglang_s_own_router(pair: Pair, stock_answers: StockAnswers) -> None:
+    """It makes the rooms. /generate, /v1/completions and a stream at once, prompts beyond a decode pool among them."""
+    pytest.importorskip("sglang_router")
+    jobs = servable(stock_answers)[::3]
+    sure = [(prompt, stock) for prompt, stock in jobs if all((token.top_gap or 0) > 0.01 for token in stock.output_tokens)][:3]
+
+    def read_stream(prompt: PinnedPrompt) -> str:
+        with router.stream(prompt.text, max_new_tokens=prompt.max_new_tokens) as stream:
+            return str(list(stream.events())[-1]["text"])
+
+    with running_router(pair) as router, ThreadPoolExecutor(6) as pool:
+        generated = [pool.submit(router.generate, prompt.text, max_new_tokens=prompt.max_new_tokens, logprobs=True) for prompt, _ in jobs]
+        completed = [pool.submit(router.complete, prompt.text, max_tokens=prompt.max_new_tokens) for prompt, _ in sure]
+        streamed = [pool.submit(read_stream, prompt) for prompt, _ in sure]
+    answers = [future.result() for future in generated]
+    assert max(compare_output(stock, answer).worst for (_, stock), answer in zip(jobs, answers, strict=True)) < TOLERANCE
+    assert {answer.meta["dyncp"]["home"] for answer in answers} == {0, 1}
+    assert {len(answer.meta["dyncp"]["shards"]) for answer in answers} == {1, 2}
+    texts = [stock.text for _, stock in sure]
+    assert [future.result()["choices"][0]["text"] for future in completed] == texts == [future.result() for future in streamed]
+    assert len(sure) == 3 and max(answer.meta["prompt_tokens"] for answer in answers) > POOL
+
+
 def test_a_request_that_gives_its_pages_up_is_prefilled_again(pair: Pair, stock_answers: StockAnswers) -> None:
     """Three outputs outgrow both pools together: the youngest starts over, and all have the tokens of one large pool."""
     with ThreadPoolExecutor(len(GROWING)) as pool:
@@ -74,22 +104,28 @@ def test_a_request_that_gives_its_pages_up_is_prefilled_again(pair: Pair, stock_
     assert_drained(pair)
 
 
-def assert_drained(pair: Pair, limit_s: float = 60.0) -> None:
+def assert_drained(pair: Pair) -> None:
     """Every page is back, on every instance."""
-    deadline = time.monotonic() + limit_s
-    while not pair.decode.client.flush_cache():
-        assert time.monotonic() < deadline, "the decode server never fell idle"
-        time.sleep(0.2)
+    wait_until(pair.decode.client.flush_cache, "the decode server never fell idle")
     loads = pair.decode.client.json("GET", LOAD_ROUTE)["instances"]
     assert [(load["kv_tokens"], load["guest_tokens"], load["queued"]) for load in loads] == [(0, 0, 0)] * 2
 
 
-def wait_for_state(pair: Pair, state: str, limit_s: float = 60.0) -> None:
-    """Until a request of the decode server is in it: "arriving" when the prefill server knows its pages, then "running"."""
+def wait_for_state(pair: Pair, state: str, rid: str) -> None:
+    """Until that request of the decode server waits for its pages ("waiting"), or for its K/V ("arriving"), or is "running"."""
+
+    def is_there() -> bool:
+        entries = pair.decode.client.json("GET", LOAD_ROUTE)["longest"]
+        return any((entry["rid"], entry["state"]) == (rid, state) for entry in entries)
+
+    wait_until(is_there, f"{rid} is not {state}")
+
+
+def wait_until(is_so: Callable[[], bool], otherwise: str, limit_s: float = 60.0) -> None:
     deadline = time.monotonic() + limit_s
-    while not any(entry["state"] == state for entry in pair.decode.client.json("GET", LOAD_ROUTE)["longest"]):
-        assert time.monotonic() < deadline, f"no request is {state}"
-        time.sleep(0.1)
+    while not is_so():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.05)
 
 
 def outcome(asked: Future[Answer]) -> str | int:
@@ -103,48 +139,74 @@ def outcome(asked: Future[Answer]) -> str | int:
 
 def ask_forsaken(pair: Pair, pool: ThreadPoolExecutor) -> list[Future[Answer]]:
     """Two sharded requests that nobody will write the K/V of: one was aborted at its prefill server alone, one never came there."""
-    ids, sharded = random_ids(40, seed=1), {"custom_params": {"dyncp": {"degree": 2}}}
-    aborted = pair.drop_at_prefill(ids, rid="aborted-")
-    asked = [pool.submit(pair.decode.client.generate, ids, sampling=sharded, **address) for address in (aborted, pair.address())]
-    wait_for_state(pair, "arriving")
+    aborted = pair.drop_at_prefill(random_ids(40, seed=1), rid="dropped-")
+    return [ask_decode_alone(pair, pool, f"forsaken-{index}-", address) for index, address in enumerate((aborted, pair.address()))]
+
+
+def ask_decode_alone(pair: Pair, pool: ThreadPoolExecutor, rid: str, address: dict[str, Any]) -> Future[Answer]:
+    """A sharded request, once its pages are there and announced."""
+    sharded = {"custom_params": {"dyncp": {"degree": 2}}}
+    asked = pool.submit(pair.decode.client.generate, random_ids(40, seed=1), sampling=sharded, rid=rid, **address)
+    wait_for_state(pair, "arriving", rid)
     return asked
 
 
+def abort_in_every_state(pair: Pair, pool: ThreadPoolExecutor) -> None:
+    """One request each that waits for its pages, whose K/V is on its way, and that runs. Others hold pages meanwhile."""
+    arriving = ask_decode_alone(pair, pool, "arriving-", pair.address())
+    ids = random_ids(60, seed=2)
+    running = pool.submit(pair.generate, ids, max_new_tokens=700, sampling=FOREVER, rid="running-")
+    wait_for_state(pair, "running", "running-")
+    waiting = pool.submit(pair.generate, random_ids(LONGEST - 10, seed=3), rid="waiting-")
+    wait_for_state(pair, "waiting", "waiting-")
+    for rid in ("waiting-", "arriving-", "running-"):
+        pair.abort(rid)
+    assert [outcome(one) for one in (waiting, arriving, running)] == [503, 503, "abort"]
+
+
 def test_aborts_before_during_and_after_the_transfer_give_every_page_back(pair: Pair) -> None:
-    """Among requests whose prefill server forsakes them, without a word to the decode server: they end at its time limit."""
+    """Of 200 requests one in ten is aborted, at any time. Beside them are some whose prefill server forsakes them without a word to the
+    decode server: they end at its time limit."""
     assert pair.decode.client.timeout_s > PREFILL_WAITS_S + DECODE_WAITS_S
     rng = random.Random(11)
-    jobs = [(rng.choice((20, 200, 450, 780)), rng.randrange(2, 40)) for _ in range(60)]
-    with ThreadPoolExecutor(20) as pool, ThreadPoolExecutor(2) as others:
+    jobs = [(rng.choice((20, 40, 60, 120, 200, 700)), rng.randrange(2, 12), rng.random() * 2) for _ in range(200)]
+
+    def ask(index: int) -> str | int:
+        prompt, new, abort_after_s = jobs[index]
+        rid = f"job-{index}-"
+        with ThreadPoolExecutor(1) as one:
+            asked = one.submit(pair.generate, random_ids(prompt, seed=index), max_new_tokens=new, sampling=FOREVER, rid=rid)
+            if index % 10 == 0:
+                time.sleep(abort_after_s)
+                pair.abort(rid)
+            return outcome(asked)
+
+    with ThreadPoolExecutor(20) as pool, ThreadPoolExecutor(8) as others:
         forsaken = ask_forsaken(pair, others)
-        asked = []
-        for index, (prompt, new) in enumerate(jobs):
-            ids, rid = random_ids(prompt, seed=index), f"job-{index}-"
-            asked.append(pool.submit(pair.generate, ids, max_new_tokens=new, sampling=FOREVER, rid=rid))
-            if index % 5 == 4:
-                time.sleep(rng.random() * 0.4)
-                pair.abort(f"job-{index - rng.randrange(3)}-")
-        ends = [outcome(future) for future in asked]
+        abort_in_every_state(pair, others)
+        ends = list(pool.map(ask, range(len(jobs))))
         assert [outcome(future) for future in forsaken] == [503, 503]
     assert all("timed out" in str(future.exception()) for future in forsaken)
+    assert {end for index, end in enumerate(ends) if index % 10} == {"length"}
     assert set(ends) <= {"length", "abort", 503}
-    assert len(jobs) * 0.8 <= ends.count("length") < len(jobs)
     assert_drained(pair)
 
 
-def test_a_prefill_server_that_dies_takes_its_requests_alone(pair: Pair) -> None:
-    """Last: what has its K/V goes on, what waits for it gets HTTP 503, and nothing is left behind."""
-    text = recall_prompt(600, 0.4, 3).text
+def test_a_prefill_server_that_dies_in_mid_transfer_takes_its_requests_alone(pair: Pair, transfers: Path) -> None:
+    """Last. It dies with one chunk sent: what has its K/V goes on, what waits for it gets HTTP 503, and nothing is left behind."""
+    text, sharded = recall_prompt(200, 0.4, 3).text, {"custom_params": {"dyncp": {"degree": 2}}}
     alone = pair.generate(text, max_new_tokens=200, logprobs=True, sampling=FOREVER)
     with ThreadPoolExecutor(8) as pool:
-        decoding = pool.submit(pair.generate, text, max_new_tokens=200, logprobs=True, sampling=FOREVER)
-        wait_for_state(pair, "running")
-        waiting = [pool.submit(pair.generate, random_ids(900, seed=index), max_new_tokens=8) for index in range(6)]
-        time.sleep(0.3)
+        decoding = pool.submit(pair.generate, text, max_new_tokens=200, logprobs=True, sampling=FOREVER, rid="decoding-")
+        wait_for_state(pair, "running", "decoding-")
+        hold_transfers(transfers)
+        waiting = [pool.submit(pair.generate, random_ids(290, seed=1), sampling=sharded, rid="long-")]
+        wait_until(lambda: is_held(transfers), "the prefill server sent nothing")
+        wait_for_state(pair, "arriving", "long-")
+        waiting += [pool.submit(pair.generate, random_ids(20, seed=index)) for index in range(5)]
         pair.prefill.kill()
-        ends = [outcome(future) for future in waiting]
+        assert [outcome(future) for future in waiting] == [503] * 6
         assert compare_output(alone, decoding.result()).worst < TOLERANCE
-    assert 503 in ends and set(ends) <= {"length", 503}
     assert_drained(pair)
     pair.decode.client.generate(random_ids(50, seed=1), max_new_tokens=4, bootstrap_host="2.2.2.2", bootstrap_room=1)
     assert pair.decode.is_alive
