@@ -98,8 +98,8 @@ FRACTIONS = (1.0, 1.0, 0.5, 1.0, 0.25, 1.0, 0.0)
 
 
 def walk(num_steps: int, *, check_every: int) -> ProtocolModel:
-    """`num_steps` in walks of at most 10,000 over all shapes; every walk ends drained. Returns the last model."""
-    left, seed = num_steps, 0
+    """`num_steps` in walks of at least 4,000 over all shapes; every walk ends drained. Returns the last model."""
+    left, seed, longest = num_steps, 0, max(4_000, num_steps // 100)
     while left > 0:
         shape = SHAPES[seed % len(SHAPES)]
         model = ProtocolModel(
@@ -112,7 +112,7 @@ def walk(num_steps: int, *, check_every: int) -> ProtocolModel:
             scope="cluster" if shape[0] < 4 else "node",
             check_every=check_every,
         )
-        random_walk(model, min(left, 10_000))
+        random_walk(model, min(left, longest))
         left -= model.num_steps
         seed += 1
         assert all(model.num_growths) or model.num_steps < 2_000
@@ -167,8 +167,8 @@ def test_long_random_walk():
     walk(LONG_WALK_STEPS, check_every=50)
 
 
-LONG_WALK_STEPS = int(os.environ.get("DYNCP_WALK_STEPS", "100000"))
-"""`make walk` takes 1,000,000, which is two minutes."""
+LONG_WALK_STEPS = int(os.environ.get("DYNCP_WALK_STEPS", "40000"))
+"""Ten walks: every shape and every fraction. `make walk` takes 1,000,000, which is two minutes."""
 
 
 def test_a_long_request_is_admitted_into_a_steady_stream_of_short_ones():

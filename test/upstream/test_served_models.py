@@ -18,6 +18,8 @@ from upstream.model_cases import CASES, ModelCase
 from sglang_dcp.cpu.environment import count_cuda_devices, cpu_additions
 from sglang_dcp.upstream.attach.models import SERVED_CLASSES, TRIED_MODELS
 
+pytestmark = pytest.mark.own_process
+
 PROBE = Path(__file__).parent / "model_probe.py"
 ALIASES = {"BailingMoEForCausalLM", "BailingMoeForCausalLM", "DeepseekV2ForCausalLM"}
 """Models whose code is that of a case (bailing_moe.py), or that are served for real by other tests (DeepSeek-V2)."""

@@ -13,7 +13,7 @@ from sglang_dcp.ledger.retained import RetainedTable
 from sglang_dcp.ledger.retained_book import RetainedBook
 
 MOST_BYTES_PER_PAGE = 64
-NUM_PAGES = 32_768
+NUM_PAGES = 8_192
 
 
 def traced_bytes(make):

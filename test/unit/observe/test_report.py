@@ -97,7 +97,7 @@ def server() -> Iterator[tuple[int, list[str]]]:
             return
 
     http_server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http_server.serve_forever, daemon=True).start()
+    threading.Thread(target=http_server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     yield http_server.server_port, asked
     http_server.shutdown()
     http_server.server_close()
