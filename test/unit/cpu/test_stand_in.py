@@ -1,4 +1,4 @@
-"""The sgl_kernel stand-in, in a process that has it on its path."""
+"""The stand-ins of sgl_kernel and flashinfer, in a process that has them on its path."""
 
 from __future__ import annotations
 
@@ -37,3 +37,8 @@ def test_it_is_not_importable_otherwise() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     origin = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
     assert "standin" not in origin
+
+
+def test_flashinfer_is_as_if_it_were_not_installed() -> None:
+    code = "try:\n    import flashinfer.decode\nexcept ModuleNotFoundError as error:\n    print(error.name, '|', error)"
+    assert run(code) == "flashinfer | flashinfer needs CUDA; this machine has no CUDA driver"
