@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts.result_pages import clients, headline, kernels, memory, one_host, prices, several_gpus, simulation
+from scripts.result_pages import clients, conversations, headline, kernels, memory, one_host, prices, several_gpus, simulation
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER = REPOSITORY / "docs" / "results"
@@ -21,6 +21,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "simulation.md": simulation.render,
     "clients.md": clients.render,
     "memory.md": memory.render,
+    "conversations.md": conversations.render,
 }
 
 

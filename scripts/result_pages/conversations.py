@@ -1,0 +1,73 @@
+"""docs/results/conversations.md: what a cache of prompts is worth, simulated, and served where that was run."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+from scripts.result_pages.markdown import RESULTS, load, page, source, table
+
+SIMULATED, DOCUMENTS, SERVED = "conversations_simulated.json", "documents_simulated.json", "conversations_served.json"
+
+
+def render() -> str:
+    simulated, documents = load(SIMULATED), load(DOCUMENTS)
+    return page(
+        "Conversations: what a cache of prompts is worth",
+        "## Simulated",
+        source(SIMULATED, simulated),
+        "Share of prompt tokens found, and seconds of prefill per turn in brackets, by KV tokens per instance. `stock`: SGLang's tree per "
+        "instance, turns land anywhere; `sticky`: the same behind our router; `ours`: sequences retained over all pools; `pooled`: the "
+        "bound.",
+        table(["pool", "stock", "sticky", "ours", "pooled"], _hit_shares(simulated["rows"])),
+        "## What is not built",
+        "Shares of all prompt tokens. Promotion: found by the simulator, computed anew by a server, because a whole turn left it and a "
+        "split one wants it. A home that moves: another home kept more. Several readers: a running or waiting turn has more.",
+        table(["pool", "promotion", "a home that moves", "several readers"], _not_built(simulated["rows"])),
+        "Documents are another load: a question that comes while another reads the document computes it anew, and leaves a second copy. "
+        "`shared`: one tree over all pools. As long as a document fits one pool, `--dyncp-policy local` with `--dyncp-cache-fraction` does "
+        "better: SGLang's tree has many readers.",
+        source(DOCUMENTS, documents),
+        table(["documents of 200,000 tokens", "sticky", "ours", "shared"], _documents(documents["rows"])),
+        *_served_part(),
+    )
+
+
+def _hit_shares(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    pools = groupby(rows, key=lambda row: row["pool_tokens"])
+    return [(f"{pool:,}", *(f"{row['hit_share']:.3f} ({row['prefill_s_mean']:.1f} s)" for row in of)) for pool, of in pools]
+
+
+def _not_built(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    names = ("promoted_share", "elsewhere_share", "in_use_share")
+    return [(f"{row['pool_tokens']:,}", *(f"{100 * row[name]:.2f} %" for name in names)) for row in rows if row["column"] == "ours"]
+
+
+def _documents(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    counts = groupby(rows, key=lambda row: row["documents"])
+    return [(count, *(f"{row['hit_share']:.3f} ({row['prefill_s_mean']:.1f} s)" for row in of)) for count, of in counts]
+
+
+def _served_part() -> list[str]:
+    """Of real servers with small pools, once they were run."""
+    if not (RESULTS / SERVED).exists():
+        return []
+    served = load(SERVED)
+    head = ["pool", "server", "found", "simulated", "sharded", "seconds"]
+    of = {"stock": "stock", "sticky": "sticky", "on": "ours"}
+    rows = [
+        (row["pool_tokens"], name, server["hit_share"], row["simulated"].get(of.get(name)), server.get("sharded"), server["seconds"])
+        for row in served["rows"]
+        for name, server in row["servers"].items()
+    ]
+    bars = [
+        (row["pool_tokens"], row["simulated"]["pooled"], row["hit_share_of_bound"], row["hit_share_over_sticky"]) for row in served["rows"]
+    ]
+    return [
+        "## Served",
+        source(SERVED, served),
+        "Four instances on a CPU, sessions of the same trace with shorter prompts, in a closed loop. Simulated: the same turns at the "
+        "times at which the server that retains was sent them.",
+        table(head, rows),
+        table(["pool", "bound", "retaining server over the bound", "over the sticky server"], bars),
+    ]
