@@ -93,6 +93,17 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """One of some words."""
+
+    words: tuple[str, ...]
+
+    def check(self, name: str, value: Any, sizes: Sizes) -> None:
+        if value not in self.words:
+            raise refuse(name, " or ".join(self.words), value)
+
+
+@dataclass(frozen=True)
 class Texts:
     """A string or a list of strings. patterns: they are regular expressions."""
 

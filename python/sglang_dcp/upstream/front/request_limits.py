@@ -23,6 +23,10 @@ def is_there(value: Any) -> bool:
     return any(map(is_there, value)) if isinstance(value, list | tuple) else value is not None
 
 
+def is_named(value: Any) -> bool:
+    return any(item is not None and item != "" for item in (value if isinstance(value, list | tuple) else [value]))
+
+
 def is_not_null(value: Any) -> bool:
     return value is not None
 
@@ -38,14 +42,16 @@ class Option:
 MEDIA = Option("multimodal prompts are not served", is_there)
 
 REFUSED_OPTIONS: Mapping[str, Option] = {
-    "session_params": Option("a session keeps KV rows that the ledger does not know", is_true),
+    "session_params": Option("a session keeps KV rows that the ledger does not know", bool),
     "input_embeds": Option("prompts without token ids are not placed", is_not_null),
     "positional_embed_overrides": Option("prompts are token ids only", is_not_null),
     "return_hidden_states": Option("not tested with sharded requests", is_true),
-    "lora_path": Option("LoRA is not tested with sharded requests", is_true),
+    "lora_path": Option("LoRA is not tested with sharded requests", is_named),
     "image_data": MEDIA,
     "video_data": MEDIA,
     "audio_data": MEDIA,
+    "num_items_assigned": Option(MEDIA.reason, is_not_null),
+    "encoder_urls": Option(MEDIA.reason, is_not_null),
     "multi_item_delimiter_indices": Option("its attention mask is not causal", is_there),
 }
 """Fields of SGLang's GenerateReqInput that are refused when set."""
@@ -146,8 +152,8 @@ class RequestLimits:
         pin = read_pin(sampling.get("custom_params"), self.split_limits.layout)
         if pin and self.config.policy == "local":
             raise RequestError(f"custom_params.dyncp {pin} has no effect with --dyncp-policy local")
-        if routed_dp_rank is not None and not 0 <= routed_dp_rank < self.num_instances:
-            raise RequestError(f"routed_dp_rank must be an integer in 0..{self.num_instances - 1} (--tp), got {routed_dp_rank}")
+        if routed_dp_rank is not None and (type(routed_dp_rank) is not int or not 0 <= routed_dp_rank < self.num_instances):
+            raise RequestError(f"routed_dp_rank must be an integer in 0..{self.num_instances - 1} (--tp), got {routed_dp_rank!r}")
         if pin and routed_dp_rank is not None:
             raise RequestError(f"custom_params.dyncp {pin} and routed_dp_rank {routed_dp_rank} exclude each other")
         max_new_tokens = sampling.get("max_new_tokens")

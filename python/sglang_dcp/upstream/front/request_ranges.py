@@ -14,6 +14,7 @@ from sglang_dcp.upstream.front.field_kinds import (
     LARGEST_FLOAT32,
     SMALLEST_FLOAT32,
     Biases,
+    Choice,
     Elsewhere,
     Flag,
     Integer,
@@ -78,7 +79,6 @@ GREEDY_BELOW = 1e-6
 """A temperature below it makes SGLang take the best token, whatever top_k is."""
 GREEDY_TOP_K = Integer(-INT64 - 1, INT64)
 
-TYPED = Elsewhere("whatever its type allows is served, and the HTTP server checks the type")
 MAIN_ONLY = Elsewhere("read in the main process alone")
 MEDIA = Elsewhere("read beside media only, and those are refused")
 
@@ -115,9 +115,9 @@ REQUEST: Mapping[str, Kind] = {
     "lora_id": Text(),
     "text": Elsewhere("its token ids are looked at"),
     "sampling_params": Elsewhere("check_sampling looks at every key"),
-    "sampling_logprobs_mode": TYPED,
+    "sampling_logprobs_mode": Choice(("selected", "support")),
     "watermark": SAMPLING["watermark"],
-    "routed_dp_rank": Elsewhere("TokenizerManager.generate_request compares it with the number of instances"),
+    "routed_dp_rank": Elsewhere("RequestLimits.check compares it with the number of instances"),
     "data_parallel_rank": Elsewhere("becomes routed_dp_rank"),
     "kv_hints": Elsewhere("SGLang decodes the envelope, and our own action is taken out"),
     "return_text_in_logprobs": MAIN_ONLY,
@@ -138,9 +138,7 @@ REQUEST: Mapping[str, Kind] = {
     "use_audio_in_video": MEDIA,
     "video_config": MEDIA,
     "modalities": MEDIA,
-    "need_wait_for_mm_inputs": MEDIA,
-    "num_items_assigned": MEDIA,
-    "encoder_urls": MEDIA,
+    "need_wait_for_mm_inputs": Flag(),
     "max_dynamic_patch": MEDIA,
     "min_dynamic_patch": MEDIA,
     "image_max_dynamic_patch": MEDIA,
@@ -172,6 +170,9 @@ ONE_PER_PROMPT = (
 )
 """Fields that may be a list with an entry per prompt of a batch."""
 
+LOOKED_AT_FIRST = ("rid", "bootstrap_room")
+"""Fields with which SGLang computes while it takes a batch apart."""
+
 READ_BY_ENTRY = ("lora_id", "multi_item_delimiter_indices", "token_indices_to_pool", "modalities")
 """Of these SGLang reads an entry for each prompt of a batch, and for each sample."""
 MULTIPLIED = ("audio_data", "video_data")
@@ -190,6 +191,8 @@ def check_body(request: Any, sizes: Sizes) -> None:
     _check_prompts(getattr(request, "text", None), getattr(request, "input_ids", None), num_prompts, samples)
     for name in ONE_PER_PROMPT:
         _check_shape(name, getattr(request, name, None), num_prompts)
+    for name in LOOKED_AT_FIRST:
+        _check_each(name, getattr(request, name, None), sizes)
     if num_prompts is not None:
         _check_entries(request, num_prompts, samples)
     ids = getattr(request, "token_ids_logprob", None)
@@ -240,8 +243,11 @@ def check_prompt(request: Any, input_ids: Sequence[int] | None, vocabulary: int)
 def _num_prompts(request: Any) -> int | None:
     """None for a single prompt. Raises RangeError where a batch is not made of prompts."""
     text, ids = getattr(request, "text", None), getattr(request, "input_ids", None)
-    if isinstance(text, list):
+    if text is not None:
         Texts().check("text", text, Sizes(0))
+    if ids is not None and not isinstance(ids, Sequence):
+        raise refuse("input_ids", "a list of token ids", ids)
+    if isinstance(text, list):
         return len(text)
     if text is None and isinstance(ids, list) and ids and not isinstance(ids[0], int):
         for index, row in enumerate(ids):
@@ -259,6 +265,12 @@ def _check_entries(request: Any, num_prompts: int, samples: int) -> None:
         if name in READ_BY_ENTRY and (samples > 1 or not isinstance(value, list)):
             raise refuse(name, "a list with an entry per prompt (n 1)", value)
         _check_shape(name, value, num_prompts)
+
+
+def _check_each(name: str, value: Any, sizes: Sizes) -> None:
+    for item in value if isinstance(value, list) else [value]:
+        if item is not None:
+            REQUEST[name].check(name, item, sizes)
 
 
 def _check_prompts(text: Any, ids: Any, num_prompts: int | None, samples: int) -> None:
