@@ -17,7 +17,9 @@ CHECK = (
 )
 """Our page audit before every step, and SGLang's own leak and page checks; each ends the server when it fails."""
 
-GRID = [(model, page, chunk) for model in ("qwen3moe", "deepseek_v2") for page in (64, 16) for chunk in (64, 256)]
+MLA_GRID = [("deepseek_v2", 64, 256), ("deepseek_v2", 16, 64), ("deepseek_v2", 16, 256)]
+"""Every page size and every chunk; for the fourth stands a server of two process trees (test_several_nodes)."""
+GRID = [*(("qwen3moe", page, chunk) for page in (64, 16) for chunk in (64, 256)), *MLA_GRID]
 
 GROWING: list[tuple[RecallPrompt, int]] = [
     (recall_prompt(60, 0.3, 1), 640),
