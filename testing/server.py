@@ -24,6 +24,7 @@ START_LIMIT_S = 480.0
 """A process of SGLang imports for 20 s of CPU time, and four instances are seven processes: 70 s on two idle cores, more on busy ones."""
 FOLLOWER_LIMIT_S = 120.0
 """Until a further node has read its arguments."""
+STARTUP_FOLDER = Path(__file__).parent / "startup"
 LONGEST_LINE = 400
 """A server prints its arguments in one line of thousands of characters."""
 LOCK_FILE = Path(tempfile.gettempdir()) / "sglang_dcp_server.lock"
@@ -153,7 +154,7 @@ def start_server(
 
 
 def _start_node(config: ServerConfig, port: int, node: int, log_path: Path) -> subprocess.Popen[bytes]:
-    environment, command = clean_environment(os.environ) | dict(config.environment), config.command(port, node)
+    environment, command = server_environment(config), config.command(port, node)
     with log_path.open("wb") as log:
         log.write((" ".join(command) + "\n").encode())
         log.flush()
@@ -192,6 +193,13 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without what an outer run may have set for SGLang: a test decides that by its configuration alone."""
     ours = ("SGLANG_", "DYNCP_")
     return {name: value for name, value in environment.items() if not name.startswith(ours)}
+
+
+def server_environment(config: ServerConfig) -> dict[str, str]:
+    """That of the server's processes."""
+    environment = clean_environment(os.environ) | dict(config.environment)
+    folders = filter(None, (str(STARTUP_FOLDER), environment.get("PYTHONPATH")))
+    return environment | {"PYTHONPATH": os.pathsep.join(folders)}
 
 
 @contextmanager

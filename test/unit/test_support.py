@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shlex
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from testing.metrics import Sample, format_loads, parse_metrics
 from testing.ports import find_free_port
 from testing.processes import end_process_tree, kill_process_tree
 from testing.recall import VOCABULARY_SIZE, depth_at, encode, recall_prompt
-from testing.server import Server, ServerConfig, ServerStartError, clean_environment, machine_lock, start_server
+from testing.server import Server, ServerConfig, ServerStartError, clean_environment, machine_lock, server_environment, start_server
 
 
 @pytest.mark.parametrize("position", [2, 100, 1023, 1024, 1025, 3400])
@@ -41,6 +42,15 @@ def test_the_demo_names_commands_that_run_where_it_was_started(monkeypatch: pyte
     assert typed("top", server) == f"{tmp_path}/.venv/bin/sglang-dcp top --port 18300"
     monkeypatch.chdir(tmp_path)
     assert typed("requests abc", server) == ".venv/bin/sglang-dcp requests abc --port 18300"
+
+
+def test_a_servers_processes_look_for_garbage_rarely_until_they_are_imported() -> None:
+    environment = server_environment(ServerConfig("qwen3moe", environment=(("PYTHONPATH", "/of/the/test"),)))
+    say = "print('/of/the/test' in sys.path, len(gc.callbacks), *gc.get_threshold())"
+    code = f"import gc, sys; {say}; kept = [[] for _ in range(1_100_000)]; {say}"
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    default = " ".join(map(str, gc.get_threshold()))
+    assert result.stdout.splitlines() == ["True 1 100000 50 50", f"True 0 {default}"]
 
 
 def test_who_waits_for_the_machine_gets_it_or_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
