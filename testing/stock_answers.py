@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from testing.client import Answer, Client
+from testing.conversations import Conversation, hold_all
 from testing.dyncp_grid import GROWING, PROMPTS, stock_server
 from testing.server import Server, ServerConfig
 
@@ -14,10 +15,11 @@ FOREVER = {"ignore_eos": True}
 
 @dataclass(frozen=True)
 class Reference:
-    """Answers to PROMPTS and to GROWING, with log-probabilities."""
+    """Answers to PROMPTS and to GROWING, and conversations, with log-probabilities."""
 
     prompts: list[Answer]
     growing: list[Answer]
+    conversations: list[Conversation]
 
 
 class StockAnswers:
@@ -33,7 +35,7 @@ class StockAnswers:
             return
         prompts = [client.generate(p.text, max_new_tokens=p.max_new_tokens, logprobs=True) for p in PROMPTS]
         growing = [client.generate(p.text, max_new_tokens=count, logprobs=True, sampling=FOREVER) for p, count in GROWING]
-        self._references[model] = Reference(prompts, growing)
+        self._references[model] = Reference(prompts, growing, hold_all(client))
 
     def of(self, model: str) -> Reference:
         if model not in self._references:

@@ -84,4 +84,5 @@ def server_order(item: pytest.Item) -> tuple[Any, ...]:
         config.pool_tokens,
         -config.page_size,
         config.chunk_tokens,
+        config.flags,
     )

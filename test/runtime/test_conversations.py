@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,29 +11,17 @@ import pytest
 
 from testing.client import RequestFailed
 from testing.comparison import first_tie
-from testing.dyncp_grid import INSTANCES, POOL_TOKENS, grid_server, stock_server
+from testing.conversations import OUTPUT_TOKENS, ask, words
+from testing.dyncp_grid import INSTANCES, POOL_TOKENS, grid_server
 
 POINTS = [("qwen3moe", 64, 256), ("deepseek_v2", 16, 64)]
 RETAINING = ("--dyncp-cache-fraction", "0.8", "--dyncp-cache-min-tokens", "64")
-NUM_TURNS, NEW_TOKENS, OUTPUT_TOKENS = 4, 90, 8
 
 
 def retaining_server(*point):
     """One of the grid that keeps what its tests leave behind."""
     server = grid_server(*point)
     return dataclasses.replace(server, flags=(*server.flags, *RETAINING))
-
-
-def words(count, seed):
-    choose = random.Random(seed)
-    return [choose.randrange(5, 60) for _ in range(count)]
-
-
-def ask(client, ids, degree=None, home=0, num_tokens=OUTPUT_TOKENS, **fields):
-    """Scored outputs alone: a scored prompt would have to be computed."""
-    pin = {"custom_params": {"dyncp": {"degree": degree, "home": home}}} if degree else {}
-    fields = {"return_logprob": True, "top_logprobs_num": 2} | fields
-    return client.generate(ids, max_new_tokens=num_tokens, sampling={"ignore_eos": True} | pin, **fields)
 
 
 def whole_pages(earlier_ids, answer, ids, page_size):
@@ -51,31 +38,10 @@ def assert_equal(stock, ours):
     assert worst < 1e-4
 
 
-class Conversation:
-    """Turns as stock answers them."""
-
-    def __init__(self, client, length, seed, num_turns=NUM_TURNS):
-        self.turns = []
-        ids = words(length, seed)
-        for turn in range(num_turns):
-            answer = ask(client, ids)
-            self.turns.append((ids, answer))
-            ids = [*ids, *answer.ids, *words(NEW_TOKENS, seed + 100 + turn)]
-
-
-@pytest.fixture(scope="module")
-def conversations(serve):
-    """By model; collected while a stock server is up."""
-    made = {}
-
-    def of(model):
-        if model not in made:
-            client = serve(stock_server(model)).client
-            made[model] = [Conversation(client, length, seed) for length, seed in ((430, 1), (450, 2), (1100, 4))]
-            made[model] += [Conversation(client, 600 + 37 * i, 10 + i, num_turns=2) for i in range(10)]
-        return made[model]
-
-    return of
+@pytest.fixture
+def conversations(stock_answers):
+    """By model."""
+    return lambda model: stock_answers.of(model).conversations
 
 
 @pytest.fixture(params=[pytest.param(point, marks=pytest.mark.on_server(retaining_server(*point))) for point in POINTS])
