@@ -205,7 +205,8 @@ LINES: list[tuple[str, list[int] | str]] = [
     ("--tp 4 --device xpu", "sglang_dcp: --device xpu does not work"),
     ("--tp 4 --enable-single-batch-overlap", "sglang_dcp: --enable-single-batch-overlap True does not work"),
     ("--tp 4 --tokenizer-worker-num 2", [4, 4, 1, 16]),
-    ("--tp 4 --moe-dense-tp-size 1 --enable-dp-lm-head --enable-eplb --ep-num-redundant-experts 4", [4, 4, 1, 16]),
+    ("--tp 4 --moe-dense-tp-size 1 --enable-dp-lm-head --enable-eplb --eplb-rebalance-layers-per-chunk 1", [4, 4, 1, 16]),
+    ("--tp 4 --enable-eplb", "sglang_dcp: --enable-eplb True does not work with --enable-dyncp on --device cpu without"),
     ("--tp 4 --dyncp-degree 3", "sglang_dcp: --dyncp-degree 3 works with --dyncp-policy fixed only"),
 ]
 """Flags as launch lines have them, and the widths (attention, experts, replicas) and page size that come of them, or our own refusal."""

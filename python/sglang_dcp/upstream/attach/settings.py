@@ -115,6 +115,16 @@ def find_layout_refusal(config: DynCpConfig, num_instances: int) -> str | None:
     return None
 
 
+def find_rebalance_refusal(values: Callable[[str], Any]) -> str | None:
+    """The message for a CPU server whose first rebalance of experts would end it, or None. `values(field)`: as resolved."""
+    if values("device") != "cpu" or not values("enable_eplb") or values("eplb_rebalance_layers_per_chunk") is not None:
+        return None
+    return (
+        "--enable-eplb True does not work with --enable-dyncp on --device cpu without --eplb-rebalance-layers-per-chunk: SGLang times a "
+        "rebalance of all layers at once with CUDA"
+    )
+
+
 def find_front_refusal(rust_server: bool, workers: int = 1, worker_app: str | None = None) -> str | None:
     """The message for a server that an environment variable chooses and that checks no requests, or None: SGLang's inside a scheduler, or
     an application of the user's for several tokenizer workers."""
@@ -197,7 +207,7 @@ def judge_resolved(server_args: Any, view: Any) -> None:
         return getattr(view, field)
 
     message = read_front_refusal(view) or find_refusal(values) or read_decode_refusal(server_args, view)
-    message = message or find_layout_refusal(config, view.tp_size)
+    message = message or find_layout_refusal(config, view.tp_size) or find_rebalance_refusal(values)
     message = message or find_transport_refusal(config.transport, view.device) or find_quantised_kv_refusal(values)
     if message is None and view.device == "cuda":
         message = find_card_refusal(get_device_sm()) or find_cuda_refusal(values, latent=use_mla_backend(server_args))
