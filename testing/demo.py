@@ -17,14 +17,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from testing.client import Client
 from testing.metrics import LoadSampler, format_loads
 from testing.recall import RecallPrompt, recall_prompt
-from testing.server import Server, ServerConfig, running_server
+from testing.server import Server, ServerConfig, server_pool
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -59,10 +59,10 @@ def main() -> int:
     config = ServerConfig(
         "qwen3moe", INSTANCES, pool_tokens=POOL_TOKENS, page_size=16, chunk_tokens=256, dyncp=True, flags=("--enable-metrics",)
     )
-    print(f"Starting SGLang: {INSTANCES} instances, {POOL_TOKENS:,} KV tokens each. Log: logs/", flush=True)
-    with ExitStack() as stack:
+    with server_pool(REPOSITORY / "logs") as servers:  # waits, and says so, while another test run has a server
+        print(f"Starting SGLang: {INSTANCES} instances, {POOL_TOKENS:,} KV tokens each. Log: logs/", flush=True)
         with ticking("starting"):
-            server = stack.enter_context(running_server(config, REPOSITORY / "logs"))
+            server = servers.get(config)
         print(f"Up after {server.start_s:.0f} s. Watch it: http://127.0.0.1:{server.port}/dyncp/live")
         print(f"or in another terminal: {typed('top', server)}\n", flush=True)
         is_right = show(server)
