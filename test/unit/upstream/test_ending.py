@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from sglang.srt.environ import envs
 from sglang.srt.managers import load_snapshot
 from sglang.srt.managers.load_snapshot import ShmLoadSnapshotReader, ShmLoadSnapshotWriter
 from sglang.srt.managers.tokenizer_manager import ServerStatus
@@ -488,6 +489,26 @@ def test_sigterm_after_a_failed_probe_answers_first(monkeypatch: pytest.MonkeyPa
                 await asyncio.sleep(0.01)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("core_dumps", [False, True])
+def test_no_end_waits_for_dumps_that_nobody_writes(monkeypatch: pytest.MonkeyPatch, gate: Gate, core_dumps: bool) -> None:
+    """SGLang's own shutdown, after a failed probe, calls the same method of the manager: it would sleep for 65 s."""
+    monkeypatch.setenv("CUDA_ENABLE_USER_TRIGGERED_COREDUMP", "1" if core_dumps else "0")
+    for setting in (envs.SGLANG_PYSPY_DUMP_BEFORE_CRASH, envs.SGLANG_CUDA_COREDUMP_BEFORE_CRASH):
+        monkeypatch.delenv(setting.name, raising=False)  # SGLang's `override` puts nothing back where its body raised
+    seen = []
+
+    async def run() -> None:
+        manager = FakeManager({})
+        manager.dump_requests_before_crash = lambda: seen.append(  # type: ignore[method-assign]
+            (envs.SGLANG_PYSPY_DUMP_BEFORE_CRASH.get(), envs.SGLANG_CUDA_COREDUMP_BEFORE_CRASH.get())
+        )
+        make(monkeypatch, manager)
+        manager.dump_requests_before_crash()
+
+    asyncio.run(run())
+    assert seen == [(False, core_dumps)]
 
 
 @pytest.mark.parametrize("flag", ["hang_seconds", "drain_seconds"])

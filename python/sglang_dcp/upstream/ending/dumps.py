@@ -6,8 +6,7 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from sglang_dcp.upstream.ending.family import Family
 
@@ -17,19 +16,18 @@ STACKS_SECONDS = 10.0
 """Longest time for the stacks of one process."""
 
 
-def dump_before_end(manager: Any, family: Family, *, hung: bool) -> None:
-    """Blocks. SGLang's own dumps of requests and of GPUs, where there are any; stacks of a server that hangs.
+def dump_what_there_is(dump: Callable[[], None]) -> None:
+    """Blocks. In place of TokenizerManager.dump_requests_before_crash, which is `dump`: requests, and GPUs where there are core dumps.
 
     SGLang always sleeps 65 s for core dumps of GPUs. They are written only by processes that were started with
-    CUDA_ENABLE_USER_TRIGGERED_COREDUMP=1, so without it there is nothing to wait for. A failure has its traceback in the log.
+    CUDA_ENABLE_USER_TRIGGERED_COREDUMP=1, so without it there is nothing to wait for. Stacks are ours to print: SGLang's way waits for
+    processes that are stopped.
     """
     from sglang.srt.environ import envs
 
-    if hung:
-        print_stacks(family)
     core_dumps = writes_core_dumps(os.environ)
     with envs.SGLANG_PYSPY_DUMP_BEFORE_CRASH.override(False), envs.SGLANG_CUDA_COREDUMP_BEFORE_CRASH.override(core_dumps):
-        manager.dump_requests_before_crash()
+        dump()
 
 
 def writes_core_dumps(environment: Mapping[str, str]) -> bool:

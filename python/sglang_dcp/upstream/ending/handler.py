@@ -23,7 +23,7 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.tokenizer_manager import ServerStatus, SignalHandler
 
 from sglang_dcp.config import DynCpConfig
-from sglang_dcp.upstream.ending.dumps import dump_before_end
+from sglang_dcp.upstream.ending.dumps import dump_what_there_is, print_stacks
 from sglang_dcp.upstream.ending.failure import MOST_CHARACTERS, describe_failures
 from sglang_dcp.upstream.ending.family import Family, read_exit_codes
 from sglang_dcp.upstream.ending.gate import GATE, Gate
@@ -116,6 +116,7 @@ class EndingHandler(AnsweringHandler):
         super().__init__(manager)
         self._config = DynCpConfig.from_environment() or DynCpConfig()
         manager.dyncp_ending = self
+        manager.dump_requests_before_crash = functools.partial(dump_what_there_is, manager.dump_requests_before_crash)
         self._is_ending = False
         self._family = Family()
         self._family.refresh()
@@ -162,6 +163,7 @@ class EndingHandler(AnsweringHandler):
     async def _shut_down_unhealthy(self) -> None:
         """After a failed health probe SGLang does not drain: it blocks this loop until all processes have gone. So answers come first."""
         await self._answer_all("the server is shutting down: it got SIGTERM after a health probe had failed")
+        await asyncio.to_thread(print_stacks, self._family)
         super().sigterm_handler(signal.SIGTERM)
 
     async def _end(self, message: str, *, hung: bool) -> None:
@@ -170,7 +172,9 @@ class EndingHandler(AnsweringHandler):
         try:
             await self._answer_all(message)
             logger.error("dyncp: %d answers still open after %.2f s", self._gate.open_answers, time.monotonic() - began)
-            await asyncio.to_thread(dump_before_end, self.tokenizer_manager, self._family, hung=hung)
+            if hung:  # an exception has its traceback in the log
+                await asyncio.to_thread(print_stacks, self._family)
+            await asyncio.to_thread(self.tokenizer_manager.dump_requests_before_crash)
         except Exception:  # noqa: BLE001 - a fault of a dump must not keep processes alive
             logger.exception("dyncp: the end goes on without what failed here")
         try:
