@@ -49,7 +49,7 @@ def _ends(operate: dict[str, Any]) -> list[tuple[Any, ...]]:
 
     killed = (len(operate["runs_s"]), operate["kill_to_last_answer_s"], text("statuses"), text("exit_codes_after_a_kill"))
     stopped = (operate["orderly_stops"], None, text("statuses_at_orderly_stops"), text("exit_codes_of_orderly_stops"))
-    return [("killed", *killed), ("SIGTERM", *stopped)]
+    return [("killed", *killed), *([("SIGTERM", *stopped)] if operate["orderly_stops"] else [])]
 
 
 def _differences(checks: dict[str, Any]) -> list[tuple[Any, ...]]:
