@@ -21,5 +21,5 @@ def trace_workload(path: Path, trace: Trace) -> Workload:
     """Requests that share a tick are spread over it, as in the built-in `mooncake`. Raises ValueError when all arrive at once."""
     if not trace.span_s:
         raise ValueError(f"{path}: all requests arrive at one time; the trace has no clock")
-    table = np.array(trace.requests, dtype=float)
+    table = np.array([request[:3] for request in trace.requests], dtype=float)
     return stretched(trace.name, table[:, 0], table[:, 1].astype(np.int64), table[:, 2].astype(np.int64), jitter_s=trace.tick_s)
