@@ -19,6 +19,7 @@ NUM_PAGES = 8_192
 def traced_bytes(make):
     """Bytes that are alive because of what `make` returns."""
     gc.collect()
+    gc.freeze()  # what other tests have imported is not searched again
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
@@ -27,6 +28,7 @@ def traced_bytes(make):
         return tracemalloc.get_traced_memory()[0] - before, made
     finally:
         tracemalloc.stop()
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize("pages_each", [16, 64, 1024], ids=["the shortest by default", "4K tokens", "64K tokens"])
