@@ -81,6 +81,7 @@ def server_order(item: pytest.Item) -> tuple[Any, ...]:
         config.dyncp,
         config.nodes,
         config.instances,
+        config.slices,
         config.pool_tokens,
         -config.page_size,
         config.chunk_tokens,

@@ -20,7 +20,7 @@ from sglang_dcp.upstream.attach.settings import (
     find_front_refusal,
     find_refusal,
 )
-from sglang_dcp.upstream.attach.widths import GIVEN, SettingError, complete_widths, note_given_widths
+from sglang_dcp.upstream.attach.widths import GIVEN, SettingError, complete_widths, find_slices_refusal, note_given_widths
 from testing.documentation import manifest_line, serve_lines
 from testing.recall import model_path
 
@@ -127,11 +127,34 @@ def test_tp_implies_the_other_widths() -> None:
         assert complete_widths(*given, dp_size=1) == {"attn_dp_size": 4, "ep_size": 4}
 
 
+def test_fewer_instances_than_ranks_have_slices() -> None:
+    for given in ((4, 2, 1), (4, 2, 4)):
+        assert complete_widths(*given, dp_size=1) == {"attn_dp_size": 2, "ep_size": 4}
+    assert complete_widths(8, 2, 1, 1, ("attn_dp_size",)) == {"attn_dp_size": 2, "ep_size": 8}
+
+
+def test_slices_are_refused_where_they_were_not_run() -> None:
+    run = {"tp_size": 4, "attn_dp_size": 2, "device": "cpu", "disaggregation_mode": "null", "nnodes": 1}
+    assert find_slices_refusal(run.get) is None
+    assert find_slices_refusal((run | {"attn_dp_size": 4, "device": "cuda", "nnodes": 2}).get) is None
+    assert find_slices_refusal((run | {"device": "cuda"}).get) == (
+        "--attn-dp-size 2 with --tp 4 does not work with --enable-dyncp and --device cuda: attention TP 2 was not run on a GPU yet"
+    )
+    for field, value, flag in (("disaggregation_mode", "decode", "--disaggregation-mode decode"), ("nnodes", 2, "--nnodes 2")):
+        assert f"and {flag}: attention TP 2 was not run on such a server yet" in str(find_slices_refusal((run | {field: value}).get))
+
+
 @pytest.mark.parametrize(
     ("sizes", "given", "message"),
     [
         ((1, 1, 1, 1), (), "--tp 1 does not work"),
-        ((4, 2, 4, 1), (), "--attn-dp-size 2 does not work"),
+        (
+            (4, 3, 4, 1),
+            (),
+            "--attn-dp-size 3 does not work with --enable-dyncp: it is the number of instances, at least 2, and divides --tp 4",
+        ),
+        ((4, 8, 4, 1), (), "--attn-dp-size 8 does not work"),
+        ((4, 2, 2, 1), (), "--ep-size 2 does not work with --enable-dyncp: it must equal --tp 4"),
         ((4, 4, 2, 1), (), "--ep-size 2 does not work"),
         ((4, 1, 1, 1), ("ep_size",), "--ep-size 1 does not work with --enable-dyncp: it must equal --tp 4"),
         ((4, 1, 4, 1), ("attn_dp_size",), "--attn-dp-size 1 does not work"),
@@ -192,8 +215,14 @@ LINES: list[tuple[str, list[int] | str]] = [
     ("--tp 4 --dp 4", "sglang_dcp: --dp-size 4 does not work"),
     ("--tp 4 --dp 2 --attn-dp-size 4", "sglang_dcp: --dp-size 2 does not work"),
     ("--tp 4 --ep-size 1", "sglang_dcp: --ep-size 1 does not work"),
-    ("--tp 4 --attn-dp-size 2", "sglang_dcp: --attn-dp-size 2 does not work"),
-    ("--tp 4 --dp 2 --enable-dp-attention", "sglang_dcp: --attn-dp-size 2 does not work"),
+    ("--tp 4 --attn-dp-size 2", [2, 4, 1, 16]),
+    ("--tp 4 --dp 2 --enable-dp-attention", [2, 4, 1, 16]),
+    ("--tp 4 --attn-dp-size 3", "sglang_dcp: --attn-dp-size 3 does not work"),
+    ("--tp 4 --attn-dp-size 2 --dyncp-max-degree 3", "sglang_dcp: --dyncp-max-degree"),
+    (
+        "--tp 4 --attn-dp-size 2 --disaggregation-mode decode --disaggregation-transfer-backend fake",
+        "sglang_dcp: --attn-dp-size 2 with --tp 4",
+    ),
     ("--tp 1", "sglang_dcp: --tp 1 does not work"),
     ("", "sglang_dcp: --tp 1 does not work"),
     ("--tp 4 --page-size 1", "sglang_dcp: --page-size 1 does not work"),

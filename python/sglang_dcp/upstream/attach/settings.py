@@ -20,7 +20,7 @@ from sglang_dcp.upstream.attach.cuda_settings import (
 )
 from sglang_dcp.upstream.attach.disaggregation_settings import complete_decode, find_decode_refusal
 from sglang_dcp.upstream.attach.model_sizes import learn_served_model
-from sglang_dcp.upstream.attach.widths import SettingError, complete_widths
+from sglang_dcp.upstream.attach.widths import SettingError, complete_widths, find_slices_refusal
 from sglang_dcp.upstream.front.tokenizer_workers import find_app_refusal
 
 logger = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ def judge_resolved(server_args: Any, view: Any) -> None:
         return getattr(view, field)
 
     message = read_front_refusal(view) or find_refusal(values) or read_decode_refusal(server_args, view)
-    message = message or find_layout_refusal(config, view.tp_size) or find_rebalance_refusal(values)
+    message = message or find_slices_refusal(values) or find_layout_refusal(config, view.attn_dp_size) or find_rebalance_refusal(values)
     message = message or find_transport_refusal(config.transport, view.device) or find_quantised_kv_refusal(values)
     if message is None and view.device == "cuda":
         message = find_card_refusal(get_device_sm()) or find_cuda_refusal(values, latent=use_mla_backend(server_args))

@@ -1,0 +1,67 @@
+"""Attention tensor parallelism: two instances of two slices each, pools of 512 tokens. Answers are stock's, whoever holds which heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from runtime.test_growth import assert_drained, assert_same_until_tie
+
+from testing.comparison import compare
+from testing.dyncp_grid import CHECK, GROWING, PROMPTS
+from testing.recall import recall_prompt
+from testing.server import Server, ServerConfig
+from testing.stock_answers import FOREVER, StockAnswers
+
+Serve = Callable[[ServerConfig], Server]
+
+INSTANCES, SLICES, POOL = 2, 2, 512
+CONFIG = ServerConfig(
+    "qwen3moe", INSTANCES, pool_tokens=POOL, chunk_tokens=64, dyncp=True, flags=("--enable-metrics",), environment=CHECK, slices=SLICES
+)
+CHOSEN = [i for i, p in enumerate(PROMPTS) if p.degree <= INSTANCES and len(p.text) + p.max_new_tokens < p.degree * (POOL - 32)]
+"""Of the prompts of the exactness tests, what these pools hold at the degree that is asked for."""
+
+pytestmark = pytest.mark.on_server(CONFIG)
+
+
+def test_answers_are_those_of_one_large_pool(serve: Serve, stock_answers: StockAnswers) -> None:
+    stock, client = stock_answers.of(CONFIG.model).prompts, serve(CONFIG).client
+
+    def ask(index: int) -> Any:
+        prompt = PROMPTS[index]
+        pin = {"custom_params": {"dyncp": {"degree": prompt.degree, "home": prompt.home % INSTANCES}}}
+        return client.generate(prompt.text, max_new_tokens=prompt.max_new_tokens, logprobs=True, sampling=pin)
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(ask, CHOSEN))
+    for index, answer in zip(CHOSEN, answers, strict=True):
+        assert compare(stock[index], answer).worst < 1e-4, PROMPTS[index]
+        assert len(answer.meta["dyncp"]["shards"]) == PROMPTS[index].degree
+    assert {(PROMPTS[index].degree, PROMPTS[index].home % INSTANCES) for index in CHOSEN} == {(1, 0), (1, 1), (2, 0), (2, 1)}
+
+
+def test_requests_that_outgrow_their_pools_together(serve: Serve, stock_answers: StockAnswers) -> None:
+    """They need more than both pools hold: whoever must sits out or starts over, in both slices alike."""
+    stock, client = stock_answers.of(CONFIG.model).growing, serve(CONFIG).client
+
+    def ask(item: Any) -> Any:
+        return client.generate(item[0].text, max_new_tokens=item[1], logprobs=True, sampling=FOREVER)
+
+    with ThreadPoolExecutor(len(GROWING)) as pool:
+        answers = list(pool.map(ask, GROWING))
+    for expected, answer, (_, count) in zip(stock, answers, GROWING, strict=True):
+        assert len(answer.ids) == count
+        assert_same_until_tie(expected, answer)
+    assert answers[0].meta["dyncp"]["degree_end"] == INSTANCES, "700 tokens in pools of 512"
+
+
+def test_an_aborted_request_gives_the_pages_of_every_slice_back(serve: Serve) -> None:
+    server = serve(CONFIG)
+    pin = {"custom_params": {"dyncp": {"degree": INSTANCES}}}
+    stream = server.client.stream(recall_prompt(300, 0.5, 9).ids, max_new_tokens=600, sampling=FOREVER | pin)
+    next(stream.events())
+    stream.close()
+    assert_drained(server)
