@@ -100,13 +100,20 @@ def test_no_pool_retains_more_than_its_share():
     model.drain(100)
 
 
-def test_little_of_a_small_pool_is_kept_free():
+def test_nothing_is_kept_free_for_nobody():
+    """A few free pages would cost a whole sequence."""
     model = ProtocolModel(3, 2, 64, 4, cache_fraction=1.0)
     for home in range(2):
-        finish(model, model.arrive(home, 232, 2, (1 - home, home)))
+        finish(model, model.arrive(home, 248, 1, (1 - home, home)))
     for _ in range(4):
         model.step()
-    assert num_retained(model) == 2 * 58
+    assert num_retained(model) == 2 * 62
+    local = model.arrive(0, 3, 40)
+    while not local.output_ids:
+        model.step()
+    model.step()
+    assert num_retained(model) == 62 and local.dyncp is None, "two pages for a local request that runs"
+    finish(model, local)
     model.drain(100)
 
 

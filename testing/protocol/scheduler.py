@@ -32,7 +32,7 @@ class ModelScheduler:
         self.decodes = False
         self.rows_by_slot: dict[int, ModelRequest] = {}
         self.req_to_token_pool = self
-        self.running_batch = SimpleNamespace(batch_is_full=False)
+        self.running_batch = SimpleNamespace(batch_is_full=False, reqs=self.running)
         self.done: list[ModelRequest] = []
         self.num_retractions = self.num_adoptions = self.num_cached_tokens = 0
         self.tree_cache = self
@@ -69,6 +69,7 @@ class ModelScheduler:
             self.batch = self._decode()
         sweep_waiting(self.runtime)
         ask_again(self.runtime)
+        self.running_batch.reqs = self.running
         self.wanted = wanted_pages(self.runtime)
         ask_elsewhere(self.runtime)
 

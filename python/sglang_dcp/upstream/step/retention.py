@@ -20,8 +20,8 @@ from sglang_dcp.upstream.step.queued import is_without_pages
 from sglang_dcp.upstream.step.runtime import Runtime
 
 LOW_WATER_PAGES = 64
-"""Pages that stay free beside retained ones, so that short prompts and growth need not wait for an eviction; of a small pool, where this
-would be too much, one part in 32."""
+"""Most pages that stay free beside retained ones: two for every local request that runs, so that its next token need not wait for an
+eviction (growth of managed ones evicts in its own step). Of a small pool at most one part in 32: a few free pages cost a whole sequence."""
 FLUSH_SECONDS = 5.0
 """Longest wait of /flush_cache for the pages that other instances hold for this one, which are free a step later."""
 
@@ -138,7 +138,8 @@ def wanted_pages(runtime: Runtime) -> int:
         return 0
     req = runtime.queues.blocked
     if req is None or not is_without_pages(scheduler, req):
-        return min(LOW_WATER_PAGES, max(1, participant.num_pages // 32))
+        num_local = sum(not is_managed(running) for running in scheduler.running_batch.reqs)
+        return min(LOW_WATER_PAGES, 2 * num_local, max(1, participant.num_pages // 32))
     scheduler.running_batch.batch_is_full = False
     givable = runtime.pool.num_givable_pages()
     return min(participant.num_pages, givable + num_pages(len(req.origin_input_ids) + len(req.output_ids), participant.page_size) + 1)
