@@ -8,10 +8,12 @@ from typing import Any
 from scripts.result_pages.markdown import RESULTS, load, page, source, table
 
 SIMULATED, DOCUMENTS, SERVED = "conversations_simulated.json", "documents_simulated.json", "conversations_served.json"
+LEDGER, MEMORY = "conversations_ledger.json", "ledger_memory.json"
 
 
 def render() -> str:
-    simulated, documents = load(SIMULATED), load(DOCUMENTS)
+    simulated, documents, ledger = load(SIMULATED), load(DOCUMENTS), load(LEDGER)
+    memory = load(MEMORY)
     return page(
         "Conversations: what a cache of prompts is worth",
         "## Simulated",
@@ -29,6 +31,15 @@ def render() -> str:
         "better: SGLang's tree has many readers.",
         source(DOCUMENTS, documents),
         table(["documents of 200,000 tokens", "sticky", "ours", "shared"], _documents(documents["rows"])),
+        "## On the ledger alone",
+        source(LEDGER, ledger),
+        "The protocol's own participants, admission and retention, without a model: four instances, sessions of the trace with shorter "
+        "prompts in a closed loop. Bound and sticky router are simulated for the same turns at the same times. Where the bound itself is "
+        "less than 1.15 of a sticky router, so is everybody. What is missed was evicted.",
+        table(["pool", "seed", "found", "bound", "over the bound", "over sticky", "the bound over sticky"], _on_ledger(ledger["rows"])),
+        source(MEMORY, memory),
+        f"After {memory['turns']:,} turns the ledger has {memory['bytes_more']} bytes more than the {memory['bytes_after_a_short_walk']:,} "
+        "of a short walk, the spare room of its dictionaries included.",
         *_served_part(),
     )
 
@@ -46,6 +57,21 @@ def _not_built(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 def _documents(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     counts = groupby(rows, key=lambda row: row["documents"])
     return [(count, *(f"{row['hit_share']:.3f} ({row['prefill_s_mean']:.1f} s)" for row in of)) for count, of in counts]
+
+
+def _on_ledger(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [
+        (
+            f"{row['pool_tokens']:,}",
+            row["seed"],
+            f"{row['hit_share']:.3f}",
+            f"{row['simulated']['pooled']:.3f}",
+            f"{row['of_bound']:.2f}",
+            f"{row['over_sticky']:.2f}",
+            f"{row['simulated']['pooled'] / row['simulated']['sticky']:.2f}",
+        )
+        for row in rows
+    ]
 
 
 def _served_part() -> list[str]:

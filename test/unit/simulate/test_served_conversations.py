@@ -8,6 +8,7 @@ import pytest
 
 from benchmark.serving.conversations.closed_loop import as_recorded, converse, hit_share
 from benchmark.serving.conversations.misses import missed_shares
+from benchmark.serving.conversations.on_ledger import LedgerReplay
 from benchmark.serving.conversations.run import bars, read_counters, simulate
 from benchmark.serving.conversations.sessions import PAGE_TOKENS, choose_sessions, prompt_ids, served_tokens
 from sglang_dcp.conversations.turns import common_blocks
@@ -86,6 +87,14 @@ def test_a_perfect_cache_reaches_the_bound_and_none_misses_everything(sessions):
     assert missed_shares(sessions, cold)["gone"] == pytest.approx(found, abs=1e-3)
     result = {"servers": {"on": {"hit_share": 0.9}, "sticky": {"hit_share": 0.6}}, "simulated": {"pooled": 1.0}}
     assert bars(result) == {"hit_share_of_bound": 0.9, "hit_share_over_sticky": 1.5}
+
+
+def test_the_ledger_alone_finds_what_one_pool_would_where_there_is_room(sessions):
+    replay = LedgerReplay(POOL_TOKENS, DIVIDE, step_s=0.1)
+    served = replay.converse(sessions, at_once=2)
+    assert len(served) == 15 and all(len(turn.shards) > 1 for turn in served), "whole turns find nothing"
+    assert hit_share(served) == pytest.approx(simulate(sessions, served, POOL_TOKENS, DIVIDE)["pooled"], abs=0.02)
+    assert not sum(replay.evictions().values())
 
 
 def test_counters_are_summed_over_instances():
