@@ -71,6 +71,7 @@ class Record:
     codes_of_stops: set[int] = field(default_factory=set)
     statuses_of_stops: set[int | None] = field(default_factory=set)
     commits: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, result: dict[str, Any]) -> Record:
@@ -84,6 +85,7 @@ class Record:
             codes_of_stops=set(result["exit_codes_of_orderly_stops"]),
             statuses_of_stops=set(result["statuses_at_orderly_stops"]),
             commits=result["commit"].split(", "),
+            notes=list(result["notes"]),
         )
 
     def as_result(self) -> dict[str, Any]:
@@ -98,6 +100,7 @@ class Record:
             "statuses_at_orderly_stops": sorted(self.statuses_of_stops, key=str),
             "exit_codes_of_orderly_stops": sorted(self.codes_of_stops),
             "left_behind": self.left,
+            "notes": self.notes,
         }
 
 

@@ -40,6 +40,7 @@ def render() -> str:
         table(["end", "times", "longest time to the last answer, s", "status of the answers", "exit code"], _ends(operate)),
         f"Left behind after {operate['starts']} starts (processes, shared memory, temporary files, port): "
         f"{', '.join(operate['left_behind']) or 'nothing'}.",
+        "\n".join(f"- {note}" for note in operate["notes"]),
     )
 
 
