@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,8 @@ from sglang_dcp.cli import commands as cli
 from sglang_dcp.cli import doctor as cli_doctor
 from sglang_dcp.cli import serve as cli_serve
 from sglang_dcp.cpu.environment import STAND_IN_FOLDER, bind_ranks_to_cores, cpu_additions
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 NO_DRIVER = None
 
@@ -131,6 +135,15 @@ def test_command_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dyncp_fake_command", module)
     monkeypatch.setattr(cli, "COMMANDS", (cli.Command("requests", "dyncp_fake_command", ""),))
     assert cli.main(["requests", "abc"]) == 7
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    """`sglang-dcp plan ... | head -3` is how people look at a long answer."""
+    command = [sys.executable, "-m", "sglang_dcp.cli.commands", "plan", "--load", "docs/examples/load.json", "--prompt", "2000"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(timeout=120)) == ("", 128 + signal.SIGPIPE)
 
 
 def test_help_imports_neither_torch_nor_sglang() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(module.run(given[1:]))
     parser = argparse.ArgumentParser(prog=f"sglang-dcp {command.name}", description=command.summary)
     module.add_arguments(parser)
-    return int(module.run(parser.parse_args(given[1:])))
+    parsed = parser.parse_args(given[1:])
+    try:
+        code = int(module.run(parsed))
+        sys.stdout.flush()
+    except BrokenPipeError:  # a reader such as `head` has enough; what is still buffered must not raise at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
 
 
 def _help() -> str:
