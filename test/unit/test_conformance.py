@@ -60,6 +60,15 @@ def test_how_a_stream_is_cut_is_overlooked_and_what_it_says_is_seen() -> None:
     assert differ(stream("a"), stream("a").replace("data: [DONE]\n\n", "")) is not None
 
 
+def test_prompts_of_a_batch_may_be_streamed_in_any_order() -> None:
+    def stream(*events: tuple[int, str, list[int]]) -> str:
+        return "".join(f"data: {json.dumps({'index': index, 'text': text, 'output_ids': ids})}\n\n" for index, text, ids in events)
+
+    stock = stream((0, "a", [1]), (1, "b", [2]), (0, "aa", [1, 1]), (1, "bb", [2, 2]))
+    assert differ(stock, stream((1, "b", [2]), (1, "bb", [2, 2]), (0, "a", [1]), (0, "aa", [1, 1]))) is None
+    assert "prompt 1" in (differ(stock, stream((0, "aa", [1, 1]), (1, "bc", [2, 3]))) or "")
+
+
 def test_metrics_are_compared_by_name() -> None:
     text = '# TYPE a gauge\na{x="1"} 5\n'
     assert differ(text, text.replace("5", "6") + "sglang:dyncp_b 1\n") is None

@@ -74,15 +74,18 @@ def said_in(value: Any, ignored: set[str]) -> Any:
 
 
 def _joined(events: list[Any]) -> Any:
-    """What a stream says in all: pieces of text by choice, and what its last event says. How it is cut into pieces is not compared."""
-    pieces: dict[str, str] = {}
+    """What a stream says in all, by choice or prompt, which may come in any order: pieces of text put together, the longest text and its
+    ids where every event repeats what came before. How it is cut into pieces is not compared."""
+    said: dict[str, Any] = {}
     for event in events:
         for choice in event.get("choices", []):
             piece = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
-            key = str(choice.get("index"))
-            pieces[key] = pieces.get(key, "") + piece
-    last = max(events, key=lambda event: len(str(event.get("text") or ""))) if events else {}
-    return [pieces, {key: last.get(key) for key in ("text", "output_ids") if key in last}]
+            key = f"choice {choice.get('index')}"
+            said[key] = said.get(key, "") + piece
+        if "text" in event:
+            key, whole = f"prompt {event.get('index', 0)}", [event["text"], event.get("output_ids")]
+            said[key] = max(said.get(key, whole), whole, key=lambda one: len(one[1] or one[0]))
+    return said
 
 
 def _names_of_metrics(text: str) -> list[str]:
