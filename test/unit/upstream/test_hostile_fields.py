@@ -35,6 +35,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "scored": ONE | {"return_logprob": True, "return_routed_experts": True, "stream": True},
     "text": {"text": "ab", "sampling_params": {"max_new_tokens": 2}},
     "two": ONE | {"input_ids": [[5, 6], [7]]},
+    "batch of one": {"text": ["ab"], "sampling_params": {"max_new_tokens": 2}},
     "samples": ONE | {"sampling_params": {"max_new_tokens": 2, "n": 2}},
 }
 BODY = pydantic.TypeAdapter(io_struct.GenerateReqInput)
@@ -80,6 +81,7 @@ def round_trip(manager: Any, body: dict[str, Any], *, typed: bool = True) -> boo
         return False
     for message in messages:
         message.time_stats = None
+        assert isinstance(message.rid, str)
         assert io_struct.msgpack_decode(io_struct.msgpack_encode(message)).rid == message.rid
     return True
 

@@ -170,6 +170,8 @@ ONE_PER_PROMPT = (
 )
 """Fields that may be a list with an entry per prompt of a batch."""
 
+WITHOUT_NULLS = ("rid", "return_logprob", "logprob_start_len", "top_logprobs_num", "return_sampling_mask", "return_hidden_states")
+"""Of these a list has a value for each prompt."""
 LOOKED_AT_FIRST = ("rid", "bootstrap_room")
 """Fields with which SGLang computes while it takes a batch apart."""
 
@@ -288,3 +290,5 @@ def _check_shape(name: str, value: Any, num_prompts: int | None) -> None:
         raise refuse(name, "one value for a single prompt", value)
     if len(value) != num_prompts:
         raise RangeError(f"{name} has {len(value)} entries for {num_prompts} prompts")
+    if name in WITHOUT_NULLS and None in value:
+        raise refuse(name, "a list with a value for each prompt", value)
