@@ -21,8 +21,8 @@ def register():
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     manager = "sglang.srt.disaggregation.mooncake.conn.MooncakeKVManager"
-    HookRegistry.register(f"{manager}.send_kvcache", _hold_when_told, HookType.AFTER)
-    HookRegistry.register(f"{manager}._transfer_data", _count, HookType.AFTER)
+    # Not send_kvcache: of two plugins that hook one target, SGLang's registry applies the first, and this package's own would be dropped.
+    HookRegistry.register(f"{manager}._transfer_data", _count_and_hold, HookType.AFTER)
     if (_folder() / SEND_ALL).exists():
         from sglang_dcp.upstream.disaggregation import sending
 
@@ -33,14 +33,10 @@ def _folder():
     return Path(os.environ[FOLDER_VARIABLE])
 
 
-def _hold_when_told(result, *args, **kwargs):
+def _count_and_hold(result, manager, session, blocks, *args, **kwargs):
+    with (_folder() / SENT).open("a") as file:
+        file.write(f"{sum(length for _, _, length in blocks)}\n")
     while (_folder() / HOLD).exists():
         (_folder() / HELD).touch()
         time.sleep(0.05)
-    return result
-
-
-def _count(result, manager, session, blocks, *args, **kwargs):
-    with (_folder() / SENT).open("a") as file:
-        file.write(f"{sum(length for _, _, length in blocks)}\n")
     return result
