@@ -87,7 +87,8 @@ def _served_part() -> list[str]:
         for name, server in row["servers"].items()
     ]
     bars = [
-        (row["pool_tokens"], row["simulated"]["pooled"], row["hit_share_of_bound"], row["hit_share_over_sticky"]) for row in served["rows"]
+        (row["pool_tokens"], row["simulated"]["pooled"], row["hit_share_of_bound"], row.get("hit_share_over_sticky"))
+        for row in served["rows"]
     ]
     return [
         "## Served",
