@@ -27,8 +27,7 @@ def render() -> str:
         "split one wants it. A home that moves: another home kept more. Several readers: a running or waiting turn has more.",
         table(["pool", "promotion", "a home that moves", "several readers"], _not_built(simulated["rows"])),
         "Documents are another load: a question that comes while another reads the document computes it anew, and leaves a second copy. "
-        "`shared`: one tree over all pools. As long as a document fits one pool, `--dyncp-policy local` with `--dyncp-cache-fraction` does "
-        "better: SGLang's tree has many readers.",
+        "`shared`: one tree over all pools; `sticky` has many readers of one tree per instance. No server was tried with this load.",
         source(DOCUMENTS, documents),
         table(["documents of 200,000 tokens", "sticky", "ours", "shared"], _documents(documents["rows"])),
         "## On the ledger alone",
