@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from testing.comparison import first_tie
+from testing.comparison import assert_same_until_tie, first_tie
+from testing.drained import assert_drained
 from testing.dyncp_grid import GROWING, small_pool_server
 from testing.recall import model_path, recall_prompt
 from testing.stock_answers import FOREVER
@@ -26,11 +27,6 @@ def server(serve):
 def stock_tokens(stock_answers):
     """Stock's greedy output of the growth prompts, with gaps."""
     return stock_answers.of(SERVER.model).growing
-
-
-def assert_same_until_tie(stock, ours):
-    end = first_tie(stock.output_tokens)
-    assert ours.ids[:end] == stock.ids[:end]
 
 
 def test_degree_grows_while_decoding(stock_tokens, server):
@@ -101,14 +97,3 @@ def test_penalties_count_every_token_of_a_request_that_sits_out(server):
     scored = zip(spread.output_tokens, outgrows.output_tokens, strict=True)
     for place, (a, b) in zip(range(first_tie(spread.output_tokens)), scored, strict=False):
         assert abs(a.logprob - b.logprob) < 1e-3, place
-
-
-def assert_drained(server, limit_s: float = 60.0) -> None:
-    """Idle again, cache flushed: every instance's pool is whole, and the server answers."""
-    deadline = time.monotonic() + limit_s
-    while not server.client.flush_cache():
-        assert time.monotonic() < deadline, "the server never fell idle"
-        time.sleep(0.5)
-    prompt = recall_prompt(100, 0.5, 99)
-    assert server.client.generate(prompt.text).text == prompt.answer
-    assert server.is_alive

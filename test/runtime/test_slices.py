@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from runtime.test_growth import assert_drained, assert_same_until_tie
 
-from testing.comparison import compare
+from testing.comparison import assert_same_until_tie, compare
+from testing.drained import assert_drained
 from testing.dyncp_grid import CHECK, GROWING, PROMPTS
 from testing.recall import recall_prompt
 from testing.server import Server, ServerConfig
