@@ -35,9 +35,11 @@ def _raise_when_told(scheduler, *args, **kwargs):
 def _report(folder):
     from sglang.srt.plugins.hook_registry import HookRegistry
 
+    from sglang_dcp.upstream.attach.install import in_place
+
     seen = None
     while True:
-        patched = sorted(HookRegistry._patched)
+        patched = sorted(HookRegistry._patched | in_place())
         if patched != seen:
             seen = patched
             target = folder / f"{os.getpid()}.json"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from sglang_dcp.upstream.attach.hook import Hook
@@ -55,8 +56,12 @@ def find_problems(hooks: Iterable[Hook]) -> list[str]:
 
 
 def install(hooks: Iterable[Hook]) -> None:
-    """Registers and applies `hooks` in this process. Raises HookError when a target is missing."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    """Puts `hooks` in place in this process, around what other plugins' have made of their targets. HookError when a target is missing.
+
+    Not by HookRegistry.register and apply_hooks: these apply the hooks of a target once in a process, and leave out in silence what is
+    registered for it later. So a plugin that came first would displace ours, and ours would displace one that comes after.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
     pending = [hook for hook in hooks if hook not in _installed]
     problems = find_problems(pending)
@@ -75,16 +80,35 @@ def install(hooks: Iterable[Hook]) -> None:
             parent, name = _parent_and_name(hook.target)
             setattr(parent, name, handler(getattr(parent, name)))
         else:
-            HookRegistry.register(hook.target, handler, HookType(hook.kind))
+            HookRegistry._apply_target(hook.target, [(HookType(hook.kind), handler, HookSource("sglang_dcp", "sglang-dcp"))])
         _installed.append(hook)
-    HookRegistry.apply_hooks()
+
+
+def in_place() -> set[str]:
+    """Targets that are wrapped by ours in this process."""
+    return {hook.target for hook in _installed if hook.kind not in ("add", "register", "refuse")}
 
 
 def verify_installed() -> None:
     """Raises HookError unless every installed hook is in place (SGLang only logs a hook that failed)."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    patched = HookRegistry._patched
-    missing = [h.target for h in _installed if h.kind not in ("add", "register", "refuse") and h.target not in patched]
+    missing = [hook.target for hook in _installed if hook.kind not in ("add", "register", "refuse") and not is_in_place(hook)]
     if missing:
         raise HookError(f"hooks not in place, refusing to serve: {', '.join(missing)}")
+
+
+def is_in_place(hook: Hook) -> bool:
+    """Whether a call of the hook's target comes to its handler, as far as the wrappers of SGLang's registry tell."""
+    handler = resolve_handler(hook)
+    layer = inspect.getattr_static(*_parent_and_name(hook.target))
+    layer = getattr(layer, "__func__", layer)  # of a static or class method
+    while layer is not None:
+        if layer is handler or any(value is handler for value in _held_by(layer)):
+            return True
+        layer = getattr(layer, "__wrapped__", None)
+    return False
+
+
+def _held_by(function: Any) -> Iterator[Any]:
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty cell
+            yield cell.cell_contents
