@@ -63,7 +63,7 @@ def test_answers_are_those_of_one_large_pool(pair: Pair, stock_answers: StockAns
     compared = []
     for (_, stock), (degree, answer) in zip(jobs, answers, strict=True):
         compared.append(compare_output(stock, answer))
-        assert len(answer.meta["dyncp"]["shards"]) == degree
+        assert answer.meta["dyncp"]["degree_start"] == degree
     assert max(one.worst for one in compared) < TOLERANCE
     assert max(answer.meta["prompt_tokens"] for _, answer in answers) > 1.5 * POOL
     assert sum(len(answer.output_tokens) for _, answer in answers) - sum(one.num_skipped for one in compared) > len(jobs)
