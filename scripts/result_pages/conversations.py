@@ -78,10 +78,11 @@ def _served_part() -> list[str]:
     if not (RESULTS / SERVED).exists():
         return []
     served = load(SERVED)
-    head = ["pool", "server", "found", "simulated", "sharded", "seconds"]
+    head = ["pool", "server", "found", "simulated", "sharded", "mean seconds late", "at"]
+    more = ("sharded", "late_s_mean", "commit")
     of = {"stock": "stock", "sticky": "sticky", "on": "ours"}
     rows = [
-        (row["pool_tokens"], name, server["hit_share"], row["simulated"].get(of.get(name)), server.get("sharded"), server["seconds"])
+        (row["pool_tokens"], name, server["hit_share"], row["simulated"].get(of.get(name)), *(server.get(key) for key in more))
         for row in served["rows"]
         for name, server in row["servers"].items()
     ]
@@ -92,8 +93,11 @@ def _served_part() -> list[str]:
     return [
         "## Served",
         source(SERVED, served),
-        "Four instances on a CPU, sessions of the same trace with shorter prompts, in a closed loop. Simulated: the same turns at the "
-        "times at which the server that retains was sent them.",
+        "Four instances on a CPU, sessions of the same trace with shorter prompts. `on`, ours with retained sequences, was sent its turns "
+        "in a closed loop; the others, and the simulator, were sent the same turns at the same times, or when a session's last answer was "
+        "there. `off`: ours, nothing retained. `stock`: SGLang with its own balancing. `sticky`: SGLang, and the client names for all "
+        "turns of a session the instance that had the fewest open sessions when it began; simulated behind our router. Turns that no pool "
+        "holds whole are left out: stock would refuse them.",
         table(head, rows),
-        table(["pool", "bound", "retaining server over the bound", "over the sticky server"], bars),
+        table(["pool", "bound", "`on` over the bound", "`on` over `sticky`"], bars),
     ]

@@ -52,18 +52,24 @@ def converse(client: Client, sessions: Sequence[Session], at_once: int) -> list[
 
 def _one_session(client: Client, session: Session, started: float) -> list[ServedTurn]:
     served = []
-    for index, (turn, think_s) in enumerate(zip(session.turns, session.think_s, strict=True)):
+    for index, think_s in enumerate(session.think_s):
         time.sleep(think_s)
-        sent = time.monotonic()
-        answer = client.generate(prompt_ids(session, index), max_new_tokens=served_output(turn), sampling={"ignore_eos": True})
-        served.append(_record(session, index, sent - started, time.monotonic() - started, answer.meta))
+        served.append(ask_turn(client, session, index, started))
     return served
 
 
-def _record(session: Session, index: int, sent_s: float, ended_s: float, meta: dict[str, Any]) -> ServedTurn:
-    where = meta.get("dyncp") or {}
+def ask_turn(client: Client, session: Session, index: int, started: float, home: int | None = None) -> ServedTurn:
+    """Sends a turn now and waits for its answer. started: by time.monotonic(). home: the instance that the client names, if it does."""
+    sent = time.monotonic()
+    ids, named = prompt_ids(session, index), {} if home is None else {"routed_dp_rank": home}
+    answer = client.generate(ids, max_new_tokens=served_output(session.turns[index]), sampling={"ignore_eos": True}, **named)
+    return _record(session, index, sent - started, time.monotonic() - started, answer.meta, home)
+
+
+def _record(session: Session, index: int, sent_s: float, ended_s: float, meta: dict[str, Any], home: int | None) -> ServedTurn:
+    where = meta.get("dyncp") or {"home": meta.get("dp_rank", home)}
     shards = tuple(shard["rank"] for shard in where.get("shards", ()))
-    return ServedTurn(session.number, index, sent_s, ended_s, meta["prompt_tokens"], meta["cached_tokens"], where.get("home"), shards)
+    return ServedTurn(session.number, index, sent_s, ended_s, meta["prompt_tokens"], meta["cached_tokens"], where["home"], shards)
 
 
 def as_recorded(sessions: Sequence[Session], served: Sequence[ServedTurn]) -> list[Turn]:

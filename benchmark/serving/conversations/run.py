@@ -2,9 +2,11 @@
 
     python -m benchmark.serving.conversations.run weka_claude_code_dev.parquet --out benchmark/results/conversations_served.json
 
-Four servers of four instances, one after the other, each sent the same sessions in a closed loop: `stock` (SGLang with its own router and
-trees), `off` (ours without retained sequences), `sticky` (ours, whole requests only: our router's map of prefixes, SGLang's trees), `on`.
-The simulator then replays what `on` was sent, at the times at which it was sent them: its one pool is the bound.
+Four servers of four instances, one after the other. `on`, ours with retained sequences, is sent its turns in a closed loop; the others are
+sent the same turns at the same times, or as soon as a session's last answer is there: `off` (ours, nothing retained), `stock` (SGLang, each
+turn where its own balancing sends it), `sticky` (SGLang, the client names one instance for all turns of a session). The simulator replays
+what `on` was sent, at these times: its one pool is the bound. Turns that no pool of `--fits` tokens holds whole, which stock would refuse,
+are in none of them. `--server` runs some of them; the others stay in --out.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 from benchmark.serving.conversations.closed_loop import ServedTurn, as_recorded, converse, hit_share
 from benchmark.serving.conversations.misses import missed_shares
+from benchmark.serving.conversations.repeated import StickyHomes, Times, converse_again, mean_lateness_s
 from benchmark.serving.conversations.sessions import PAGE_TOKENS, TOKENS_PER_SERVED, Session, choose_sessions
 from benchmark.serving.provenance import ROOT, provenance
 from sglang_dcp.conversations.replay import COLUMNS, make_cache, replay
@@ -30,14 +33,16 @@ from testing.server import ServerConfig, ServerPool, server_pool
 
 INSTANCES = 4
 KEEPS = ("--dyncp-cache-fraction", "1.0", "--dyncp-cache-min-tokens", str(PAGE_TOKENS))
-SERVERS: dict[str, tuple[str, ...] | None] = {"stock": None, "off": (), "sticky": ("--dyncp-policy", "local", *KEEPS), "on": KEEPS}
+SERVERS: dict[str, tuple[str, ...] | None] = {"on": KEEPS, "off": ("--dyncp-cache-fraction", "0"), "stock": None, "sticky": None}
 """Flags beside --enable-dyncp, None without it."""
+SETTINGS = ("fits", "divide", "hurry", "sessions", "turns", "at_once", "seed")
+"""Rows of a file belong to one set of them."""
 
 
 def serve(
-    pool: ServerPool, name: str, sessions: Sequence[Session], pool_tokens: int, at_once: int
+    pool: ServerPool, name: str, sessions: Sequence[Session], pool_tokens: int, at_once: int, times: Times | None
 ) -> tuple[dict[str, Any], list[ServedTurn]]:
-    """Has all sessions served by a server of this name."""
+    """Has all sessions served by a server of this name. times: those of `on`, None for itself."""
     flags = SERVERS[name]
     config = ServerConfig(
         "qwen3moe",
@@ -50,11 +55,20 @@ def serve(
     )
     server = pool.get(config)
     started = time.monotonic()
-    served = converse(server.client, sessions, at_once)
-    row: dict[str, Any] = {"hit_share": hit_share(served), "seconds": round(time.monotonic() - started, 1), "turns": len(served)}
+    if times is None:
+        served = converse(server.client, sessions, at_once)
+    else:
+        homes = StickyHomes(INSTANCES) if name == "sticky" else None
+        served = converse_again(server.client, sessions, times, homes)
+    row: dict[str, Any] = {"commit": provenance("")["commit"], "hit_share": hit_share(served), "turns": len(served)}
+    row |= {"seconds": round(time.monotonic() - started, 1)}
+    if times is not None:
+        row["late_s_mean"] = mean_lateness_s(served, times)
     if flags is not None:
         row |= read_counters(server.client.metrics())
-        row |= {"missed": missed_shares(sessions, served), "sharded": round(sum(len(t.shards) > 1 for t in served) / len(served), 3)}
+        row["sharded"] = round(sum(len(t.shards) > 1 for t in served) / len(served), 3)
+    if all(turn.home is not None for turn in served):
+        row["missed"] = missed_shares(sessions, served)
     return row, served
 
 
@@ -95,7 +109,7 @@ def measure(args: argparse.Namespace, pool_tokens: int, result: dict[str, Any], 
     sessions = choose_sessions(
         args.trace,
         divide=args.divide,
-        pool_tokens=pool_tokens,
+        pool_tokens=args.fits,
         count=args.sessions,
         num_turns=args.turns,
         hurry=args.hurry,
@@ -103,14 +117,25 @@ def measure(args: argparse.Namespace, pool_tokens: int, result: dict[str, Any], 
     )
     with server_pool(ROOT / "logs") as pool:
         for name in args.server or SERVERS:
-            result["servers"][name], served = serve(pool, name, sessions, pool_tokens, args.at_once)
-            print(pool_tokens, name, result["servers"][name], file=sys.stderr, flush=True)
-            if name == "on":
+            times = None if name == "on" else recorded_times(result, pool_tokens)
+            row, served = serve(pool, name, sessions, pool_tokens, args.at_once, times)
+            print(pool_tokens, name, row, file=sys.stderr, flush=True)
+            if name == "on":  # new times: what others were sent at the old ones goes
+                result["servers"] = {}
                 result["recorded"] = [f"{t.session} {t.index} {t.sent_s:.2f} {t.ended_s:.2f}" for t in served]
                 result["simulated"] = simulate(sessions, served, pool_tokens, args.divide)
                 print(result["simulated"], file=sys.stderr, flush=True)
+            result["servers"][name] = row
             result |= bars(result)
             save()
+
+
+def recorded_times(result: dict[str, Any], pool_tokens: int) -> Times:
+    """When `on` was sent its turns."""
+    if "recorded" not in result:
+        raise ValueError(f"nothing was sent yet at --pool-tokens {pool_tokens}: the others repeat what `--server on` was sent")
+    lines = (line.split() for line in result["recorded"])
+    return {(int(session), int(index)): float(sent_s) for session, index, sent_s, _ in lines}
 
 
 def bars(result: dict[str, Any]) -> dict[str, float]:
@@ -133,6 +158,7 @@ def main() -> int:
     parser.add_argument("trace", type=Path, help="as of benchmark.simulate.conversations.run")
     parser.add_argument("--pool-tokens", type=int, action="append", help="KV tokens per instance; repeat for several (default 3072)")
     parser.add_argument("--server", action="append", choices=tuple(SERVERS), help="repeat for several (default: all); others stay in --out")
+    parser.add_argument("--fits", type=int, default=3072, help="KV tokens of a pool that holds every turn whole; longer ones are left out")
     parser.add_argument("--divide", type=int, default=128, help="lengths of the trace over those served")
     parser.add_argument("--hurry", type=float, default=6.0, help="users think so many times faster than in the trace")
     parser.add_argument("--sessions", type=int, default=36)
@@ -141,12 +167,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    settings = {key: getattr(args, key) for key in ("divide", "hurry", "sessions", "turns", "at_once", "seed")}
+    settings = {key: getattr(args, key) for key in SETTINGS}
     earlier = json.loads(args.out.read_text()) if args.out.exists() else {}
     rows = earlier["rows"] if earlier.get("settings") == settings else []
-    result = provenance(" ".join(["python -m benchmark.serving.conversations.run", args.trace.name, *sys.argv[2:]]))
+    wanted = args.pool_tokens or [3072]
+    if args.fits > min(wanted):
+        parser.error(f"--fits {args.fits} exceeds --pool-tokens {min(wanted)}: some turns would fit no pool")
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
+    result = provenance(" ".join(["python -m benchmark.serving.conversations.run", args.trace.name, *flags]))
     result |= {"instances": INSTANCES, "settings": settings, "rows": rows}
-    for pool_tokens in args.pool_tokens or [3072]:
+    for pool_tokens in wanted:
         row = next((each for each in rows if each["pool_tokens"] == pool_tokens), None)
         if row is None:
             rows.append(row := {"pool_tokens": pool_tokens, "servers": {}})

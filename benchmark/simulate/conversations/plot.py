@@ -21,9 +21,9 @@ STYLES = {
 }
 SERVED_RESULT = RESULT.with_name("conversations_served.json")
 SERVED = {
-    "stock": ("SGLang", "#888888", "s"),
+    "stock": ("SGLang, its own balancing", "#888888", "s"),
     "off": ("ours, nothing retained", "#c9a227", "D"),
-    "sticky": ("ours, whole requests only", "#3b7dd8", "^"),
+    "sticky": ("SGLang, sticky client", "#3b7dd8", "^"),
     "on": ("ours, sequences retained", "#d1495b", "o"),
 }
 

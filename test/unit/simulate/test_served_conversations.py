@@ -9,7 +9,8 @@ import pytest
 from benchmark.serving.conversations.closed_loop import as_recorded, converse, hit_share
 from benchmark.serving.conversations.misses import missed_shares
 from benchmark.serving.conversations.on_ledger import LedgerReplay
-from benchmark.serving.conversations.run import bars, read_counters, simulate
+from benchmark.serving.conversations.repeated import StickyHomes, converse_again, mean_lateness_s
+from benchmark.serving.conversations.run import bars, read_counters, recorded_times, simulate
 from benchmark.serving.conversations.sessions import PAGE_TOKENS, choose_sessions, prompt_ids, served_tokens
 from sglang_dcp.conversations.turns import common_blocks
 
@@ -23,11 +24,13 @@ class PerfectCache:
     def __init__(self, keeps=True):
         self.keeps, self.seen, self.lock = keeps, set(), threading.Lock()
         self.most_at_once = self.at_once = 0
+        self.named = []
 
-    def generate(self, ids, *, max_new_tokens, sampling):
+    def generate(self, ids, *, max_new_tokens, sampling, **fields):
         pages = [tuple(ids[:end]) for end in range(PAGE_TOKENS, len(ids), PAGE_TOKENS)]
         with self.lock:
             self.at_once += 1
+            self.named.append(fields.get("routed_dp_rank"))
             self.most_at_once = max(self.most_at_once, self.at_once)
             found = sum(page in self.seen for page in pages)
             if self.keeps:
@@ -35,7 +38,8 @@ class PerfectCache:
         time.sleep(0.001)
         with self.lock:
             self.at_once -= 1
-        where = {"home": 0, "shards": [{"rank": 0, "tokens": len(ids)}]}
+        home = fields.get("routed_dp_rank", 0)
+        where = {"home": home, "shards": [{"rank": home, "tokens": len(ids)}]}
         return SimpleNamespace(meta={"prompt_tokens": len(ids), "cached_tokens": found * PAGE_TOKENS, "dyncp": where})
 
 
@@ -87,6 +91,35 @@ def test_a_perfect_cache_reaches_the_bound_and_none_misses_everything(sessions):
     assert missed_shares(sessions, cold)["gone"] == pytest.approx(found, abs=1e-3)
     result = {"servers": {"on": {"hit_share": 0.9}, "sticky": {"hit_share": 0.6}}, "simulated": {"pooled": 1.0}}
     assert bars(result) == {"hit_share_of_bound": 0.9, "hit_share_over_sticky": 1.5}
+
+
+def test_the_same_turns_again_come_at_their_times_and_never_before_the_last_answer(sessions):
+    """Times in the past: every turn at once, but those of a session one behind the other."""
+    lines = [f"{session.number} {index} {-float(index)} 0.0" for session in sessions for index in range(5)]
+    times = recorded_times({"recorded": lines}, POOL_TOKENS)
+    client = PerfectCache()
+    served = converse_again(client, sessions, times)
+    assert len(served) == 15 and client.most_at_once <= 3 and set(client.named) == {None}
+    for session in sessions:
+        turns = [turn for turn in served if turn.session == session.number]
+        assert [turn.index for turn in turns] == list(range(5))
+        assert all(before.ended_s <= turn.sent_s for before, turn in zip(turns, turns[1:], strict=False))
+    assert mean_lateness_s(served, times) >= 2.0
+    later = dict.fromkeys(times, 0.05)
+    assert all(turn.sent_s >= 0.05 for turn in converse_again(client, sessions, later))
+    with pytest.raises(ValueError, match="--server on"):
+        recorded_times({"servers": {}}, POOL_TOKENS)
+
+
+def test_a_sticky_client_names_one_instance_for_a_session(sessions):
+    client = PerfectCache()
+    served = converse_again(client, sessions, dict.fromkeys(((s.number, i) for s in sessions for i in range(5)), 0.0), StickyHomes(2))
+    assert len({(turn.session, turn.home) for turn in served}) == len(sessions)
+    assert sorted(client.named) in ([0] * 5 + [1] * 10, [0] * 10 + [1] * 5)
+    homes = StickyHomes(3)
+    assert [homes.begin() for _ in range(4)] == [0, 1, 2, 0]
+    homes.end(1)
+    assert homes.begin() == 1
 
 
 def test_the_ledger_alone_finds_what_one_pool_would_where_there_is_room(sessions):
