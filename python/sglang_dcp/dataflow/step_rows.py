@@ -21,7 +21,6 @@ class Request(Protocol):
     """What the rows need of a request: kv.req_pool_idx is its line of the token table, dyncp its place in the ledger, None for a local
     one."""
 
-    rid: Hashable
     kv: Any
     dyncp: HomeRequest | None
 
@@ -103,7 +102,7 @@ class StepRows:
 
     def table_rows(self) -> tuple[list[np.ndarray], list[ListedRow | PooledRow], list[Hashable]]:
         """Route words of every home of the exchange group, this instance's attention rows (guests by home, own rows last), and the keys of
-        the pooled ones."""
+        the pooled ones. Clients may give two requests one id; the objects differ, and the batch keeps those of a step up to the next."""
         rank, guests, spans, routes = self.participant.rank, self.participant.guests, self.batch.spans, self.batch.routes
         group, place = self.participant.group, self.participant.group.index(self.participant.rank)
         own = [1 << place] * len(spans)
@@ -122,8 +121,8 @@ class StepRows:
         for index, (req, prefix_len, _) in enumerate(spans):
             route = routes.get(index)
             if route is None:
-                rows.append(PooledRow(req.rid, req.kv.req_pool_idx, prefix_len + 1))
-                pooled.append(req.rid)
+                rows.append(PooledRow(id(req), req.kv.req_pool_idx, prefix_len + 1))
+                pooled.append(id(req))
                 continue
             own[index] = route_word32(route)
             if shard_mask(route) >> place & 1:

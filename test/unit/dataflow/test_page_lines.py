@@ -2,6 +2,7 @@
 
 import ctypes
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from sglang_dcp.dataflow.graph.static_tables import (
     shard_tokens,
     slot_of,
 )
+from sglang_dcp.dataflow.step_rows import StepRows
 
 PAGE_SIZE = 16
 
@@ -43,6 +45,16 @@ def test_a_pooled_row_is_copied_in_its_first_two_steps() -> None:
     assert copied(table, 12, [PooledRow("a", 3, 47)]) == [3], "a step between: pages may be others"
 
 
+def test_requests_of_one_id_have_lines_of_their_own() -> None:
+    """Two tokenizer workers, or a client that asks again, may give two requests one id: each attends its own pages."""
+    spans = [(SimpleNamespace(rid="mine", dyncp=None, kv=SimpleNamespace(req_pool_idx=line)), 39, 1) for line in (3, 4)]
+    participant = SimpleNamespace(rank=0, group=range(1), guests=None)
+    _, rows, pooled = StepRows(participant, SimpleNamespace(spans=spans, routes={})).table_rows()  # type: ignore[arg-type]
+    assert len(set(pooled)) == 2
+    table = lines()
+    assert copied(table, 5, rows) == [3, 4] and len(set(table.table[:, 0].tolist())) == 2
+
+
 def test_a_pooled_row_that_begins_a_page_takes_that_one_alone() -> None:
     table = lines()
     for step in range(5):
@@ -67,7 +79,7 @@ def test_listed_pages_are_written_once_and_lines_are_reused() -> None:
 def test_a_row_longer_than_its_line_is_refused() -> None:
     table = lines()
     table.fill(0, [ListedRow("a", 20 * PAGE_SIZE, [(index, 1 + index) for index in range(21)], grows=True, arrives=False)])
-    with pytest.raises(ValueError, match="a has 21 pages here, a line of the page table holds 20"):
+    with pytest.raises(ValueError, match="a row has 21 pages here, a line of the page table holds 20"):
         table.advance(1)
 
 

@@ -61,6 +61,14 @@ def make_runtime(**scheduler: Any) -> Any:
     )
 
 
+def test_requests_of_one_id_are_all_told_and_each_once() -> None:
+    """Two tokenizer workers may give two requests one id; a request may be in two of SGLang's batches."""
+    one, other = Request("mine"), Request("mine", prompt=30)
+    runtime = make_runtime(running_batch=SimpleNamespace(reqs=[one, other]), last_batch=SimpleNamespace(reqs=[one]))
+    assert [entry["prompt_tokens"] for entry in report.build_report(runtime)["running"]] == [20, 30]
+    assert report.build_load(runtime)["home_requests"] == 2
+
+
 def test_health_probes_are_not_in_the_report() -> None:
     """/health sends a request of one token whenever a server is idle: a thousand of them would push every client's out."""
     probe, client = Request("HEALTH_CHECK_0a1b"), Request("mine")

@@ -163,18 +163,17 @@ class PageLines:
         self._steady, copy_pages, page_size = None, 0, self.page_size
         counts: list[int] = []
         lines: list[_Line] = []
-        known, settled = self._lines, step - 1
+        known = self._lines
         for index, row in enumerate(rows):
             line = known.get(row.key) or self._new_line(row)
             if isinstance(row, PooledRow):
                 tokens = row.length
                 needed = -(-tokens // page_size)
-                if needed == line.num_pages and line.first_step < settled:
-                    pass
-                elif needed > 1 and (line.first_step >= step - 1 or needed > line.num_pages + 1):
+                may_have_changed = line.first_step >= step - 1
+                if needed > 1 and (may_have_changed or needed > line.num_pages + 1):
                     copies.append((line.entry, row.line))
                     copy_pages = max(copy_pages, needed)
-                elif needed == line.num_pages + 1 or line.first_step >= step - 1:
+                elif may_have_changed or needed == line.num_pages + 1:
                     self._append(index, needed)
             else:
                 tokens = shard_tokens(row.held, row.length, page_size)
@@ -260,7 +259,7 @@ class PageLines:
         """The row's last page, its `needed`-th here, is new in this step."""
         row = self._rows[index]
         if needed > self.width:
-            raise ValueError(f"{row.key} has {needed} pages here, a line of the page table holds {self.width} (--context-length)")
+            raise ValueError(f"a row has {needed} pages here, a line of the page table holds {self.width} (--context-length)")
         page = FROM_TOKEN_TABLE - row.line if isinstance(row, PooledRow) else row.held[needed - 1][1]
         self._cells[4 * (self._at * len(self._rows) + index) + 2] = page
 

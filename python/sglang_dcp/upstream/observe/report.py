@@ -154,9 +154,9 @@ def _holders(runtime: Runtime) -> Iterator[tuple[Any, str]]:
 
 
 def _distinct(groups: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:
-    """Each client's request that has not ended once, in the first state that is told."""
-    found: dict[str, tuple[Any, str]] = {}
+    """Each client's request that has not ended once, in the first state that is told. Two may have one id."""
+    found: dict[int, tuple[Any, str]] = {}
     for req, state in groups:
         if not req.finished() and not is_probe(req):
-            found.setdefault(req.rid, (req, state))
+            found.setdefault(id(req), (req, state))
     return list(found.values())
