@@ -54,7 +54,7 @@ class OpenAsks(Generic[Ask]):
             self._turn = None
             return
         assert head is not None
-        current = self._turn or head
+        current = max(self._turn or head, head)  # all up to that one may be gone
         for _ in range(len(self._order) - 1):
             position = bisect.bisect_right(self._order, current)
             if position == len(self._order):
