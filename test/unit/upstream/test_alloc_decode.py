@@ -153,6 +153,6 @@ def test_a_page_that_is_given_and_given_back_between_two_steps_is_free(runtime: 
     pool.free_segments([(torch.from_numpy(token_ids(runtime.participant.ids, ended.dyncp, 4, 8)), 4)])
     assert pool.available_size() == free and not len(runtime.participant.homes)
     given = allocate(lambda queue, allocator, **_: allocator.alloc(8), None, pool, req=SimpleNamespace(dyncp=None), fill_len=8)
-    assert {number for number in (given // PAGE_SIZE).tolist()} == {page.number for page in ended.dyncp.pages}
+    assert set((given // PAGE_SIZE).tolist()) == {page.number for page in ended.dyncp.pages}
     pool.free_segments([(given, 0)])
     assert pool.available_size() == free
