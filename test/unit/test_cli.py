@@ -54,6 +54,33 @@ def test_a_decode_server_on_a_cpu_gets_what_it_lacks() -> None:
     assert early not in cli_serve.plan_launch(["--disaggregation-mode", "prefill"], {early: "1"}, cuda_devices=NO_DRIVER).additions
 
 
+def test_a_config_file_counts_like_flags(tmp_path: Path) -> None:
+    """SGLang merges it later; what a CPU machine needs is decided here."""
+    path = tmp_path / "server.yaml"
+    path.write_text(
+        "model-path: m\ntp: 4\nenable-dyncp: true\nskip-server-warmup: false\ndyncp-max-degree: 2\ncuda-graph-bs-decode: [1, 2]\n"
+    )
+    launch = cli_serve.plan_launch(["--config", str(path), "--port", "1"], {}, cuda_devices=NO_DRIVER)
+    assert launch.flags == ("--config", str(path), "--port", "1", "--device", "cpu")
+    assert len(launch.additions["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 4
+    launch = cli_serve.plan_launch(["--tp", "2", "--config", str(path)], {}, cuda_devices=NO_DRIVER)
+    assert len(launch.additions["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 2, "the command line has the last word"
+
+
+@pytest.mark.parametrize("text", ["- tp\n", "tp: [", "", None])
+def test_a_config_file_that_is_none_is_sglangs_to_refuse(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "server.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert flags_of("--config", str(path), "--enable-dyncp") == ("--device", "cpu")
+
+
+def test_a_model_may_stand_first_as_behind_sglang_serve() -> None:
+    assert cli_serve.name_model(["m", "--tp", "2"]) == ["--model-path", "m", "--tp", "2"]
+    assert cli_serve.name_model(["--tp", "2"]) == ["--tp", "2"]
+    assert cli_serve.name_model([]) == []
+
+
 @pytest.mark.parametrize("flag", ["--tp", "--tp-size", "--tensor-parallel-size"])
 def test_one_core_per_rank(flag: str) -> None:
     for arguments in ([flag, "5"], [f"{flag}=5"]):

@@ -69,6 +69,23 @@ def test_prompts_of_a_batch_may_be_streamed_in_any_order() -> None:
     assert "prompt 1" in (differ(stock, stream((0, "aa", [1, 1]), (1, "bc", [2, 3]))) or "")
 
 
+@pytest.mark.parametrize(
+    "events",
+    [
+        [{"type": "response.output_text.delta", "output_index": 0, "delta": "ab"}, {"type": "response.completed"}],
+        [{"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "ab"}}, {"type": "message_stop"}],
+        [{"response": "ab", "done": False}, {"response": "", "done": True, "done_reason": "stop"}],
+    ],
+    ids=["responses", "anthropic", "ollama"],
+)
+def test_what_streams_of_other_doors_say_is_seen(events: list[dict[str, Any]]) -> None:
+    lines = [json.dumps(event) for event in events]
+    stock = "\n".join(lines) if "done" in events[0] else "".join(f"event: x\ndata: {line}\n\n" for line in lines)
+    assert differ(stock, stock.replace('"ab"', '"ac"')) is not None
+    assert differ(stock, stock.replace(lines[-1], lines[0])) is not None, "it has no end"
+    assert differ(stock, stock) is None
+
+
 def test_metrics_are_compared_by_name() -> None:
     text = '# TYPE a gauge\na{x="1"} 5\n'
     assert differ(text, text.replace("5", "6") + "sglang:dyncp_b 1\n") is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,16 +38,30 @@ class Outcome:
 def read_outcome(status: int, text: str, *, sampled: bool = False) -> Outcome:
     """A body is JSON, server-sent events, metrics or text."""
     ignored = TEXTS if sampled else set()
-    if text.startswith(("data:", "event:")):
-        events = [json.loads(line[5:]) for line in text.splitlines() if line.startswith("data: {")]
-        ended = text.rstrip().endswith("[DONE]")
+    if (events := _events(text)) is not None:
         shapes = sorted({json.dumps(shape_of(event), sort_keys=True) for event in events})
-        return Outcome(status, ["events", shapes, ended], None if sampled else _joined(events), text[:300])
+        return Outcome(status, ["events", shapes, _ended(text, events)], None if sampled else _joined(events), text[:300])
     try:
         value = json.loads(text)
     except ValueError:
         return Outcome(status, _names_of_metrics(text) if "# TYPE" in text else "text", None, text[:300])
     return Outcome(status, shape_of(value), said_in(value, ignored), text[:300])
+
+
+def _events(text: str) -> list[Any] | None:
+    """The JSON objects of a stream, server-sent (OpenAI's, Anthropic's, SGLang's) or one per line (Ollama's); None for anything else."""
+    lines = text.splitlines()
+    if text.startswith(("data:", "event:")):
+        return [json.loads(line[5:]) for line in lines if line.startswith("data: {")]
+    if len(lines) > 1 and all(line.startswith("{") and line.endswith("}") for line in lines):
+        return [json.loads(line) for line in lines]
+    return None
+
+
+def _ended(text: str, events: list[Any]) -> Any:
+    """How a stream says that it is over: a last word, the kind of its last event, or a mark there."""
+    last = events[-1] if events else {}
+    return [text.rstrip().endswith("[DONE]"), last.get("type"), last.get("done")]
 
 
 def shape_of(value: Any) -> Any:
@@ -78,14 +93,34 @@ def _joined(events: list[Any]) -> Any:
     ids where every event repeats what came before. How it is cut into pieces is not compared."""
     said: dict[str, Any] = {}
     for event in events:
-        for choice in event.get("choices", []):
-            piece = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
-            key = f"choice {choice.get('index')}"
+        for key, piece in _pieces(event):
             said[key] = said.get(key, "") + piece
-        if "text" in event:
-            key, whole = f"prompt {event.get('index', 0)}", [event["text"], event.get("output_ids")]
-            said[key] = max(said.get(key, whole), whole, key=lambda one: len(one[1] or one[0]))
+        if "text" in event and "type" not in event:
+            key, whole = f"prompt {event.get('index', 0)}", [event["text"], event.get("output_ids"), said_in(event.get("meta_info"), set())]
+            if len(whole[1] or whole[0]) >= len(said.get(key, whole)[1] or said.get(key, whole)[0]):
+                said[key] = whole
     return said
+
+
+def _pieces(event: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What one event adds to which text."""
+    for choice in event.get("choices", []):
+        delta = choice.get("delta") or {}
+        yield f"choice {choice.get('index')}", choice.get("text") or delta.get("content") or ""
+        yield f"thoughts {choice.get('index')}", delta.get("reasoning_content") or ""
+        yield f"finish {choice.get('index')}", str(choice.get("finish_reason") or "")
+        for call in delta.get("tool_calls") or []:
+            function = call.get("function") or {}
+            yield f"call {choice.get('index')}.{call.get('index')}", f"{function.get('name') or ''}{function.get('arguments') or ''}"
+    delta = event.get("delta")
+    if isinstance(delta, str):  # /v1/responses
+        yield f"{event.get('type')} {event.get('output_index')}.{event.get('content_index')}", delta
+    elif isinstance(delta, dict):  # /v1/messages
+        yield f"block {event.get('index')}", str(delta.get("text") or delta.get("partial_json") or delta.get("thinking") or "")
+        yield "stop", str(delta.get("stop_reason") or "")
+    if "done" in event:  # Ollama
+        yield "response", event.get("response") or (event.get("message") or {}).get("content") or ""
+        yield "reason", str(event.get("done_reason") or "")
 
 
 def _names_of_metrics(text: str) -> list[str]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sglang_dcp.cli.config_file import with_config_file
 from sglang_dcp.cli.supervise import supervise
 from sglang_dcp.config import add_cli_arguments
 from sglang_dcp.cpu.environment import count_cuda_devices, cpu_additions
@@ -31,7 +32,7 @@ def run(flags: Sequence[str]) -> int:
     if "-h" in flags or "--help" in flags:
         print(_help())
         return 0
-    restarts, server_flags = split_restart(flags)
+    restarts, server_flags = split_restart(name_model(flags))
     launch = plan_launch(server_flags, os.environ, cuda_devices=count_cuda_devices())
     for line in describe(launch):
         print(line, file=sys.stderr, flush=True)
@@ -40,6 +41,11 @@ def run(flags: Sequence[str]) -> int:
     if restarts is not None:
         return supervise(command, environment, restarts)
     os.execve(sys.executable, command, environment)
+
+
+def name_model(flags: Sequence[str]) -> Sequence[str]:
+    """`sglang serve MODEL` is short for --model-path MODEL; `python -m sglang.launch_server`, which this becomes, does not know that."""
+    return ["--model-path", *flags] if flags and not flags[0].startswith("-") else flags
 
 
 def split_restart(flags: Sequence[str]) -> tuple[int | None, list[str]]:
@@ -103,7 +109,7 @@ def describe(launch: Launch) -> list[str]:
 
 
 def _read_known_flags(flags: Sequence[str]) -> argparse.Namespace:
-    """The few upstream flags that decide about the environment; everything else is SGLang's to judge."""
+    """The few upstream flags that decide about the environment, from the command line and a config file; the rest is SGLang's to judge."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--tp", "--tp-size", "--tensor-parallel-size", dest="tp", type=int, default=1)
     parser.add_argument("--device", default=None)
@@ -113,7 +119,7 @@ def _read_known_flags(flags: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--disaggregation-decode-retraction-backup", dest="retraction_backup", default=None)
     parser.add_argument("--enable-tp-lm-head-all-to-all", dest="lm_head_all_to_all", action=argparse.BooleanOptionalAction, default=None)
     try:
-        known, _ = parser.parse_known_args(list(flags))
+        known, _ = parser.parse_known_args(with_config_file(flags))
     except argparse.ArgumentError as error:
         raise SystemExit(f"sglang-dcp serve: {error}") from error
     if known.tp < 1:

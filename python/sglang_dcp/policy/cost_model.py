@@ -199,15 +199,18 @@ def load_cost_model(name_or_path: str, num_instances: int) -> CostModel:
 
 def read_constants(name_or_path: str) -> tuple[Path, dict]:
     """(file, content). Raises as `load_cost_model`."""
-    path = Path(name_or_path)
-    if not name_or_path.endswith(".json"):
-        path = DATA_FOLDER / f"{name_or_path}.json"
+    path = DATA_FOLDER / f"{name_or_path}.json"
+    if not path.is_file():
+        path = Path(name_or_path)
     if not path.is_file():
         raise FileNotFoundError(f"cost model {name_or_path!r}: no such file; known names: {', '.join(available_cost_models())}")
     try:
-        return path, json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"cost model {path}: not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"cost model {path}: not a JSON object")
+    return path, data
 
 
 def build_cost_model(

@@ -14,12 +14,9 @@ import pytest
 
 from sglang_dcp.cli.serve import plan_launch, split_restart
 from sglang_dcp.upstream.attach.disaggregation_settings import complete_decode, find_decode_refusal
-from sglang_dcp.upstream.attach.settings import (
-    REFUSALS,
-    complete_page_size,
-    find_front_refusal,
-    find_refusal,
-)
+from sglang_dcp.upstream.attach.page_sizes import complete_chunk_size, complete_page_size
+from sglang_dcp.upstream.attach.refusals import REFUSALS, find_refusal
+from sglang_dcp.upstream.attach.settings import find_front_refusal
 from sglang_dcp.upstream.attach.widths import GIVEN, SettingError, complete_widths, find_slices_refusal, note_given_widths
 from testing.documentation import manifest_line, serve_lines
 from testing.recall import model_path
@@ -185,6 +182,31 @@ def test_page_size_is_completed_only_where_nobody_named_one(device: str, given: 
     assert complete_page_size({"device": device, "page_size": given}.get) == completed
 
 
+@pytest.mark.parametrize(
+    ("given", "chunk", "changes", "completed"),
+    [
+        (4096, 1365, {}, {"chunked_prefill_size": 1360}),
+        (4096, 1024, {}, {}),
+        (-1, -1, {}, {}),
+        (None, None, {}, {}),
+        (100, 33, {"page_size": 1}, {}),
+        (100, 33, {"disaggregation_mode": "decode"}, {}),
+    ],
+)
+def test_a_chunk_is_whole_pages(given: int | None, chunk: int | None, changes: dict[str, Any], completed: dict[str, int]) -> None:
+    values = WORKING | {"chunked_prefill_size": chunk, "attn_dp_size": 3} | changes
+    assert complete_chunk_size(given, values.get) == completed
+
+
+@pytest.mark.parametrize(("given", "chunk"), [(47, 15), (2, 0)])
+def test_a_chunk_below_a_page_is_refused(given: int, chunk: int) -> None:
+    values = WORKING | {"chunked_prefill_size": chunk, "attn_dp_size": 3}
+    with pytest.raises(
+        SettingError, match=f"--chunked-prefill-size {given} .*: {chunk} tokens for each of 3 instances .*at least 48, or -1"
+    ):
+        complete_chunk_size(given, values.get)
+
+
 RESOLVE = """
 import json, sys
 from sglang.srt.plugins import load_plugins
@@ -195,6 +217,7 @@ for line in json.loads(sys.argv[1]):
     try:
         args = prepare_server_args(line)
         args.resolve_once()
+        args.check_server_args()
         view = resolving_view(args)
         outcome = [view.attn_dp_size, view.ep_size, view.dp_size, view.page_size]
     except SystemExit as end:
@@ -208,6 +231,9 @@ LINES: list[tuple[str, list[int] | str]] = [
     ("--tp 2", [2, 2, 1, 16]),
     ("--tp 8", [8, 8, 1, 16]),
     ("--tp 4 --page-size 32", [4, 4, 1, 32]),
+    ("--tp 3", [3, 3, 1, 16]),
+    ("--tp 4 --chunked-prefill-size 5000", [4, 4, 1, 16]),
+    ("--tp 4 --chunked-prefill-size 50", "sglang_dcp: --chunked-prefill-size 50 does not work with --enable-dyncp: 12 tokens"),
     ("--tp 4 --attn-dp-size 4", [4, 4, 1, 16]),
     ("--tp 4 --dp-size 4 --enable-dp-attention", [4, 4, 1, 16]),
     ("--tp-size 4 --dp 4 --enable-dp-attention --ep 4", [4, 4, 1, 16]),
@@ -236,6 +262,8 @@ LINES: list[tuple[str, list[int] | str]] = [
     ("--tp 4 --tokenizer-worker-num 2", [4, 4, 1, 16]),
     ("--tp 4 --moe-dense-tp-size 1 --enable-dp-lm-head --enable-eplb --eplb-rebalance-layers-per-chunk 1", [4, 4, 1, 16]),
     ("--tp 4 --enable-eplb", "sglang_dcp: --enable-eplb True does not work with --enable-dyncp on --device cpu without"),
+    ("--tp 4 --dyncp-cost-model README.md", "sglang_dcp: --dyncp-cost-model 'README.md' does not work: cost model README.md: not JSON"),
+    ("--tp 4 --dyncp-cost-model docs/examples/load.json", "sglang_dcp: --dyncp-cost-model 'docs/examples/load.json' does not work: cost"),
     ("--tp 4 --dyncp-degree 3", "sglang_dcp: --dyncp-degree 3 works with --dyncp-policy fixed only"),
 ]
 """Flags as launch lines have them, and the widths (attention, experts, replicas) and page size that come of them, or our own refusal."""

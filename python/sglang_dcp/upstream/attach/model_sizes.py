@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sglang_dcp.config import CONFIG_VARIABLE, DynCpConfig
+from sglang_dcp.config import CONFIG_VARIABLE, ConfigError, DynCpConfig
 from sglang_dcp.policy.served_model import CPU_MODEL, ServedModel, served_cost
 from sglang_dcp.upstream.attach.cuda_settings import QUANTISED_KV
 
@@ -53,8 +53,11 @@ def kv_element_bytes(kv_cache_dtype: str, config: Any) -> int:
 
 
 def announce(given: str | None, served: ServedModel) -> None:
-    # What is said does not depend on the number of instances.
-    cost = served_cost(given, served, 1)
+    """Says what requests are placed by. Raises ConfigError for a file of constants that cannot be read."""
+    try:
+        cost = served_cost(given, served, 1)  # what is said does not depend on the number of instances
+    except ValueError as error:
+        raise ConfigError(f"--dyncp-cost-model {given!r} does not work: {error}") from error
     logger.info("dyncp: cost model %s", cost.description)
     for warning in cost.warnings:
         logger.warning("dyncp: %s; set your own with --dyncp-cost-model (see sglang-dcp calibrate)", warning)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from sglang_dcp.config import ConfigError, DynCpConfig
 from sglang_dcp.upstream.attach.cuda_settings import (
-    QUANTISED_KV,
     complete_attention_backend,
     complete_prefill_graph,
     find_card_refusal,
@@ -20,90 +18,14 @@ from sglang_dcp.upstream.attach.cuda_settings import (
 )
 from sglang_dcp.upstream.attach.disaggregation_settings import complete_decode, find_decode_refusal
 from sglang_dcp.upstream.attach.model_sizes import learn_served_model
+from sglang_dcp.upstream.attach.page_sizes import complete_chunk_size, complete_page_size
+from sglang_dcp.upstream.attach.refusals import PAST_THE_CHECKS, find_refusal
 from sglang_dcp.upstream.attach.widths import SettingError, complete_widths, find_slices_refusal
 from sglang_dcp.upstream.front.tokenizer_workers import find_app_refusal
 
 logger = logging.getLogger(__name__)
 
 SOURCE = "dyncp"
-PAGE_SIZES = {"cpu": 16, "cuda": 64}
-"""Tokens per page where the user names none, by device: SGLang would take 1, and the ledger needs whole pages."""
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A setting that cannot work together with --enable-dyncp. `works` judges the resolved value of `field`."""
-
-    field: str
-    flag: str
-    works: Callable[[Any], bool]
-    reason: str
-
-
-def _off(value: Any) -> bool:
-    return not value
-
-
-PAST_THE_CHECKS = "its requests reach the schedulers without the checks of the main process"
-
-REFUSALS: tuple[Refusal, ...] = (
-    Refusal("device", "--device", lambda v: v in ("cpu", "cuda"), "there is no data path for this device"),
-    Refusal("pp_size", "--pp-size", lambda v: v == 1, "a request's shards are found by data-parallel rank alone"),
-    Refusal("speculative_algorithm", "--speculative-algorithm", _off, "step plans assume one new token per request and step"),
-    Refusal("disaggregation_mode", "--disaggregation-mode", lambda v: v in (None, "null", "decode"), "prefill servers run without it"),
-    Refusal("enable_hierarchical_cache", "--enable-hierarchical-cache", _off, "host copies of remote pages do not exist"),
-    Refusal("enable_lora", "--enable-lora", _off, "not tested with sharded requests"),
-    Refusal("lora_paths", "--lora-paths", _off, "not tested with sharded requests"),
-    Refusal("enable_two_batch_overlap", "--enable-two-batch-overlap", _off, "it splits a step's rows in two"),
-    Refusal(
-        "enable_single_batch_overlap",
-        "--enable-single-batch-overlap",
-        _off,
-        "SGLang runs it on no Hopper GPU, and sharded steps were run on no other",
-    ),
-    Refusal("enable_mixed_chunk", "--enable-mixed-chunk", _off, "a batch is either a prefill or a decode"),
-    Refusal("enable_pdmux", "--enable-pdmux", _off, "a batch is either a prefill or a decode"),
-    Refusal("page_size", "--page-size", lambda v: v is not None and v > 1, "the ledger works in pages of at least 2 tokens"),
-    Refusal(
-        "kv_cache_dtype",
-        "--kv-cache-dtype",
-        lambda v: v in ("auto", "bf16", "bfloat16", "float16", "float32", QUANTISED_KV),
-        f"of quantised K/V {QUANTISED_KV} alone is exchanged",
-    ),
-    Refusal("enable_hisparse", "--enable-hisparse", _off, "it keeps KV of running requests on the host"),
-    Refusal("dllm_algorithm", "--dllm-algorithm", _off, "diffusion decoding rewrites tokens"),
-    Refusal("dcp_size", "--dcp-size", lambda v: v == 1, "static and dynamic context parallelism exclude each other"),
-    Refusal("moe_dp_size", "--moe-dp-size", lambda v: v == 1, "experts are spread over all instances"),
-    Refusal("attn_cp_size", "--attn-cp-size", lambda v: v == 1, "static and dynamic context parallelism exclude each other"),
-    Refusal("elastic_ep_backend", "--elastic-ep-backend", _off, "the number of instances is fixed"),
-    Refusal("is_embedding", "--is-embedding", _off, "embedding models do not decode"),
-    Refusal("smg_grpc_mode", "--smg-grpc-mode", _off, PAST_THE_CHECKS),
-    Refusal("enable_memory_saver", "--enable-memory-saver", _off, "released pools would take guests' pages with them"),
-    Refusal("enable_streaming_session", "--enable-streaming-session", _off, "a session keeps KV rows that the ledger does not know"),
-    Refusal("enable_priority_scheduling", "--enable-priority-scheduling", _off, "preemption would free pages that reservations count on"),
-    Refusal("dwdp_size", "--dwdp-size", lambda v: v <= 1, "not tested with sharded requests"),
-    # Behind the settings that turn it on themselves (DWDP, elastic EP): theirs is the flag that the user gave.
-    Refusal(
-        "enable_dp_attention_local_control_broadcast",
-        "--enable-dp-attention-local-control-broadcast",
-        _off,
-        "an instance that pauses a step before the others would leave them waiting in the step's exchange",
-    ),
-)
-
-
-def find_refusal(values: Callable[[str], Any], *, resolved: bool = True) -> str | None:
-    """The message for the first setting that cannot work, or None. `values(field)` reads a setting.
-
-    resolved: False before SGLang's resolution, where None says that SGLang has yet to decide it.
-    """
-    for refusal in REFUSALS:
-        value = values(refusal.field)
-        if value is None and not resolved:
-            continue
-        if not refusal.works(value):
-            return f"{refusal.flag} {value} does not work with --enable-dyncp: {refusal.reason}"
-    return None
 
 
 def find_layout_refusal(config: DynCpConfig, num_instances: int) -> str | None:
@@ -148,15 +70,6 @@ def read_decode_refusal(server_args: Any, view: Any) -> str | None:
     return find_decode_refusal(lambda field: getattr(view, field), fraction, staging=staging)
 
 
-def complete_page_size(values: Callable[[str], Any]) -> dict[str, int]:
-    """A page size where neither the user nor the attention backend (flashmla: 64) gave one. Other devices are refused later."""
-    device = values("device")
-    if values("page_size") is not None or device not in PAGE_SIZES:
-        return {}
-    logger.info("dyncp: --page-size %d (the ledger works in pages of at least 2 tokens)", PAGE_SIZES[device])
-    return {"page_size": PAGE_SIZES[device]}
-
-
 def register_resolution() -> None:
     """Registers with SGLang's resolution pipeline: widths before its first step reads them, refusals there and at its end.
 
@@ -191,9 +104,31 @@ def register_resolution() -> None:
         previous(server_args)
         view = resolving_view(server_args)
         judge_resolved(server_args, view)
-        learn_served_model(server_args, view.device)
+        try:
+            learn_served_model(server_args, view.device)
+        except ConfigError as error:
+            raise SystemExit(f"sglang_dcp: {error}") from error
 
+    _register_chunks()
     _register_cuda_completions()
+
+
+def _register_chunks() -> None:
+    """Chunks of whole pages, where SGLang divides them by the number of instances."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    @register_resolution_hook("handle_data_parallelism")
+    def chunks(server_args: Any, previous: Callable[[Any], None]) -> None:
+        view = resolving_view(server_args)
+        given = view.chunked_prefill_size
+        previous(server_args)
+        try:
+            fields = complete_chunk_size(given, lambda field: getattr(view, field))
+        except SettingError as error:
+            raise SystemExit(f"sglang_dcp: {error}") from error
+        if fields:
+            declare_resolution(server_args, SOURCE, **fields)
 
 
 def judge_resolved(server_args: Any, view: Any) -> None:

@@ -44,4 +44,3 @@ class SyncRow:
         if self._missing is None:
             self._missing = torch.nn.functional.pad(row, (0, NUM_COLUMNS))
         return self._missing
-
