@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,13 +22,15 @@ class Comparison:
 
 
 def compare(stock: Answer, ours: Answer) -> Comparison:
-    """All prompt tokens, and output tokens up to the first near tie. AssertionError when an output token differs before it."""
+    """All prompt tokens, and output tokens up to the first near tie. AssertionError when an output token differs before it,
+    or a log-probability is no number."""
     assert len(stock.prompt_tokens) == len(ours.prompt_tokens)
     differences = [abs(a.logprob - b.logprob) for a, b in zip(stock.prompt_tokens, ours.prompt_tokens, strict=True)]
     end = first_tie(stock.output_tokens)
     for place, (a, b) in enumerate(zip(stock.output_tokens[:end], ours.output_tokens[:end], strict=True)):
         assert a.id == b.id, f"output token {place}: stock {a.id}, ours {b.id}, stock's gap {a.top_gap}"
         differences.append(abs(a.logprob - b.logprob))
+    assert not any(map(math.isnan, differences)), "a log-probability is no number"  # max() may leave one out
     return Comparison(max(differences, default=0.0), len(differences), len(stock.output_tokens) - end)
 
 

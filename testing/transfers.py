@@ -1,4 +1,4 @@
-"""What a prefill server sends: stopped in the middle, counted, or sent as by one without this package (testing/transfer_probe)."""
+"""What a prefill server sends: stopped in the middle, or counted (testing/transfer_probe)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from testing.server import ServerConfig
-from testing.transfer_probe.dyncp_transfer_probe import FOLDER_VARIABLE, HELD, HOLD, SEND_ALL, SENT
+from testing.transfer_probe.dyncp_transfer_probe import FOLDER_VARIABLE, HELD, HOLD, NAME, SENT
 
 _PLUGIN_FOLDER = Path(__file__).parent / "transfer_probe"
 
 
-def probed(prefill: ServerConfig, folder: Path) -> ServerConfig:
-    """The same prefill server with the probe, which looks at `folder`."""
+def probed(prefill: ServerConfig, folder: Path, *, stock: bool = False) -> ServerConfig:
+    """The same prefill server with the probe, which looks at `folder`. stock: without this package but for what a CPU needs."""
     path = os.pathsep.join(filter(None, (str(_PLUGIN_FOLDER), os.environ.get("PYTHONPATH"))))
-    return replace(prefill, environment=(*prefill.environment, ("PYTHONPATH", path), (FOLDER_VARIABLE, str(folder))))
+    plugins = (("SGLANG_PLUGINS", NAME),) if stock else ()
+    return replace(prefill, environment=(*prefill.environment, ("PYTHONPATH", path), (FOLDER_VARIABLE, str(folder)), *plugins))
 
 
 def hold_transfers(folder: Path) -> None:
@@ -27,11 +28,7 @@ def is_held(folder: Path) -> bool:
     return (folder / HELD).exists()
 
 
-def send_everything(folder: Path) -> None:
-    """Before the start: every page to every shard of its request, as by a prefill server without this package."""
-    (folder / SEND_ALL).touch()
-
-
-def bytes_sent(folder: Path) -> int:
-    """K/V and first tokens so far."""
-    return sum(map(int, (folder / SENT).read_text().split()))
+def pages_sent(folder: Path) -> float:
+    """So far, a page once for each instance that it was sent to."""
+    lines = (folder / SENT).read_text().splitlines() if (folder / SENT).exists() else []
+    return sum(int(sent) / int(page) for sent, page in map(str.split, lines))

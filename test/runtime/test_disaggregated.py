@@ -19,7 +19,7 @@ from testing.dyncp_grid import GROWING, PROMPTS, PinnedPrompt
 from testing.recall import random_ids, recall_prompt
 from testing.server import ServerPool
 from testing.stock_answers import FOREVER, StockAnswers
-from testing.transfers import hold_transfers, is_held, probed
+from testing.transfers import hold_transfers, is_held, pages_sent, probed
 
 MODEL, POOL = "qwen3moe", 512
 DECODE = decode_server(MODEL, 2, POOL)
@@ -47,9 +47,12 @@ def servable(stock_answers: StockAnswers) -> list[tuple[PinnedPrompt, Answer]]:
     return [(prompt, stock) for prompt, stock in asked if len(prompt.text) <= LONGEST]
 
 
-def test_answers_are_those_of_one_large_pool(pair: Pair, stock_answers: StockAnswers) -> None:
-    """Degrees 1 and 2, prompts beyond a decode pool among them, both instances busy."""
-    jobs = servable(stock_answers)
+def test_answers_are_those_of_one_large_pool(pair: Pair, stock_answers: StockAnswers, transfers: Path) -> None:
+    """Degrees 1 and 2, prompts beyond a decode pool among them, both instances busy. Each page is sent once, whoever has it.
+
+    More degrees, MLA and a prefill server without this package: benchmark.serving.disaggregated.
+    """
+    jobs, before = servable(stock_answers), pages_sent(transfers)
 
     def ask(place: int):
         prompt, stock = jobs[place]
@@ -66,6 +69,7 @@ def test_answers_are_those_of_one_large_pool(pair: Pair, stock_answers: StockAns
         assert answer.meta["dyncp"]["degree_start"] == degree
     assert max(one.worst for one in compared) < TOLERANCE
     assert max(answer.meta["prompt_tokens"] for _, answer in answers) > 1.5 * POOL
+    assert pages_sent(transfers) - before == sum(-(-answer.meta["prompt_tokens"] // DECODE.page_size) for _, answer in answers)
     assert sum(len(answer.output_tokens) for _, answer in answers) - sum(one.num_skipped for one in compared) > len(jobs)
 
 

@@ -1,5 +1,5 @@
-"""A plugin of tests and by-hand runs alone, for a prefill server: it stops in the middle of a transfer when it is told to, counts what it
-sends, and can be made to send as one without this package does. All by files of one folder.
+"""A plugin of tests and by-hand runs alone, for a prefill server: it stops in the middle of a transfer when it is told to, and counts what
+it sends; all by files of one folder. Where SGLANG_PLUGINS names it alone, the server is stock SGLang with what a CPU needs.
 
 Found by SGLang through the folder beside this file when that is on PYTHONPATH.
 """
@@ -9,24 +9,34 @@ import os
 import time
 from pathlib import Path
 
-FOLDER_VARIABLE = "DYNCP_TRANSFER_PROBE"
-HOLD, HELD, SEND_ALL, SENT = "hold", "held", "send_all", "sent"
-"""While HOLD is there, the server stops after a chunk, and makes HELD. SEND_ALL, before it starts: every page to every shard. SENT: bytes,
-a line per call of Mooncake's."""
+NAME, FOLDER_VARIABLE = "dyncp_transfer_probe", "DYNCP_TRANSFER_PROBE"
+HOLD, HELD, SENT = "hold", "held", "sent"
+"""While HOLD is there, the server stops after a chunk, and makes HELD. SENT: a line per call of Mooncake's, bytes of K/V and of a page."""
 
 
 def register():
-    if FOLDER_VARIABLE not in os.environ or multiprocessing.parent_process() is None:
+    if FOLDER_VARIABLE not in os.environ:
+        return
+    is_child = multiprocessing.parent_process() is not None
+    if os.environ.get("SGLANG_PLUGINS") == NAME:
+        _run_on_a_cpu(is_child)
+    if not is_child:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     manager = "sglang.srt.disaggregation.mooncake.conn.MooncakeKVManager"
     # Not send_kvcache: of two plugins that hook one target, SGLang's registry applies the first, and this package's own would be dropped.
     HookRegistry.register(f"{manager}._transfer_data", _count_and_hold, HookType.AFTER)
-    if (_folder() / SEND_ALL).exists():
-        from sglang_dcp.upstream.disaggregation import sending
 
-        sending.PADDING_PAGE = -1
+
+def _run_on_a_cpu(is_child):
+    from sglang_dcp.cpu.hooks import CPU_HOOKS
+    from sglang_dcp.upstream.attach.install import install
+    from sglang_dcp.upstream.disaggregation.sending import read_indices_on_host
+
+    install(CPU_HOOKS)
+    if is_child:
+        read_indices_on_host()
 
 
 def _folder():
@@ -34,8 +44,11 @@ def _folder():
 
 
 def _count_and_hold(result, manager, session, blocks, *args, **kwargs):
+    ours = manager.kv_args
+    pools = [range(start, start + size) for start, size in zip(ours.kv_data_ptrs, ours.kv_data_lens, strict=True)]
+    sent = sum(int(length) for source, _, length in blocks if any(int(source) in pool for pool in pools))
     with (_folder() / SENT).open("a") as file:
-        file.write(f"{sum(length for _, _, length in blocks)}\n")
+        file.write(f"{sent} {sum(ours.kv_item_lens)}\n")
     while (_folder() / HOLD).exists():
         (_folder() / HELD).touch()
         time.sleep(0.05)
