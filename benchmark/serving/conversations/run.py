@@ -104,7 +104,7 @@ def simulate(sessions: Sequence[Session], served: Sequence[ServedTurn], pool_tok
     return shares
 
 
-def measure(args: argparse.Namespace, pool_tokens: int, result: dict[str, Any], save: Callable[[], None]) -> None:
+def measure(args: argparse.Namespace, pool: ServerPool, pool_tokens: int, result: dict[str, Any], save: Callable[[], None]) -> None:
     """Adds to the result of one size of the pools, which may have other servers already. save: called behind every server."""
     sessions = choose_sessions(
         args.trace,
@@ -115,19 +115,18 @@ def measure(args: argparse.Namespace, pool_tokens: int, result: dict[str, Any], 
         hurry=args.hurry,
         seed=args.seed,
     )
-    with server_pool(ROOT / "logs") as pool:
-        for name in args.server or SERVERS:
-            times = None if name == "on" else recorded_times(result, pool_tokens)
-            row, served = serve(pool, name, sessions, pool_tokens, args.at_once, times)
-            print(pool_tokens, name, row, file=sys.stderr, flush=True)
-            if name == "on":  # new times: what others were sent at the old ones goes
-                result["servers"] = {}
-                result["recorded"] = [f"{t.session} {t.index} {t.sent_s:.2f} {t.ended_s:.2f}" for t in served]
-                result["simulated"] = simulate(sessions, served, pool_tokens, args.divide)
-                print(result["simulated"], file=sys.stderr, flush=True)
-            result["servers"][name] = row
-            result |= bars(result)
-            save()
+    for name in args.server or SERVERS:
+        times = None if name == "on" else recorded_times(result, pool_tokens)
+        row, served = serve(pool, name, sessions, pool_tokens, args.at_once, times)
+        print(pool_tokens, name, row, file=sys.stderr, flush=True)
+        if name == "on":  # new times: what others were sent at the old ones goes
+            result["servers"] = {}
+            result["recorded"] = [f"{t.session} {t.index} {t.sent_s:.2f} {t.ended_s:.2f}" for t in served]
+            result["simulated"] = simulate(sessions, served, pool_tokens, args.divide)
+            print(result["simulated"], file=sys.stderr, flush=True)
+        result["servers"][name] = row
+        result |= bars(result)
+        save()
 
 
 def recorded_times(result: dict[str, Any], pool_tokens: int) -> Times:
@@ -149,6 +148,15 @@ def bars(result: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def stored(path: Path, trace: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What there is already of these settings, with this run's commit: every server's row has its own."""
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
+    result = provenance(" ".join(["python -m benchmark.serving.conversations.run", trace.name, *flags]))
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    rows = earlier["rows"] if earlier.get("settings") == settings else []
+    return result | {"instances": INSTANCES, "settings": settings, "rows": rows}
+
+
 def _save(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
@@ -167,20 +175,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    settings = {key: getattr(args, key) for key in SETTINGS}
-    earlier = json.loads(args.out.read_text()) if args.out.exists() else {}
-    rows = earlier["rows"] if earlier.get("settings") == settings else []
     wanted = args.pool_tokens or [3072]
     if args.fits > min(wanted):
         parser.error(f"--fits {args.fits} exceeds --pool-tokens {min(wanted)}: some turns would fit no pool")
-    flags = [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
-    result = provenance(" ".join(["python -m benchmark.serving.conversations.run", args.trace.name, *flags]))
-    result |= {"instances": INSTANCES, "settings": settings, "rows": rows}
-    for pool_tokens in wanted:
-        row = next((each for each in rows if each["pool_tokens"] == pool_tokens), None)
-        if row is None:
-            rows.append(row := {"pool_tokens": pool_tokens, "servers": {}})
-        measure(args, pool_tokens, row, functools.partial(_save, args.out, result))
+    # What is there is read once the machine is ours: another run may add to it until then.
+    with server_pool(ROOT / "logs") as pool:
+        result = stored(args.out, args.trace, {key: getattr(args, key) for key in SETTINGS})
+        for pool_tokens in wanted:
+            row = next((each for each in result["rows"] if each["pool_tokens"] == pool_tokens), None)
+            if row is None:
+                result["rows"].append(row := {"pool_tokens": pool_tokens, "servers": {}})
+            measure(args, pool, pool_tokens, row, functools.partial(_save, args.out, result))
     return 0
 
 
