@@ -75,14 +75,16 @@ def home_by_prefix(
     """The home whose prefix is worth going to, or None: then the prompt goes where it would without one.
 
     A home saves the prefill of its cached tokens. It costs, for every expected output token, what its level stands above the lowest;
-    where it has more to do than others, so has the step of everybody. One without room for the rest of the prompt is passed over.
+    where it has more to do than others, so has the step of everybody. One without room for the rest of the prompt is passed over where
+    another has room for all of it: who has to wait wherever it goes waits there.
     """
     levels = [predicted_level(cost, load.kv_tokens, load.home_requests) for load in loads]
     lowest, all_of_it = min(levels), prefill_us(cost, 0, prompt_tokens)
+    has_to_wait = all(load.free_tokens < prompt_tokens for load in loads)
     best, best_gain = None, 0.0
     for home, tokens in cached:
         usable = min(tokens, prompt_tokens - 1)
-        if loads[home].free_tokens < prompt_tokens - usable:
+        if loads[home].free_tokens < prompt_tokens - usable and not has_to_wait:
             continue
         gain = all_of_it - prefill_us(cost, usable, prompt_tokens) - new_tokens * cost.num_layers * (levels[home] - lowest)
         if gain > best_gain:

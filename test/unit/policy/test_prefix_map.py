@@ -69,6 +69,13 @@ def test_the_nearer_prefix_wins_unless_its_home_is_loaded():
     assert home_by_prefix(((0, 52_000), (1, 50_000)), 100_000, 2_000, loads(900_000, 0), COST) == 1
 
 
+def test_a_home_without_room_is_left_for_one_that_has_it_and_not_to_wait_elsewhere():
+    cached, prompt = ((0, 90_000),), 120_000
+    assert home_by_prefix(cached, prompt, 500, loads(990_000, 800_000), COST) is None
+    assert home_by_prefix(cached, prompt, 500, loads(990_000, 990_000), COST) == 0
+    assert home_by_prefix(cached, prompt, 500, loads(960_000, 800_000), COST) == 0, "there is room for the rest"
+
+
 def test_turns_of_many_conversations_over_random_homes_come_home():
     """Sticky homes without a report: every turn finds the home of its last one, however many conversations share a system prompt."""
     choose, prompts = random.Random(0), PrefixMap(block_tokens=16)
