@@ -25,7 +25,7 @@ from sglang_dcp.config import ConfigError, DynCpConfig
 from sglang_dcp.dataflow.transport.base import TransportError
 from sglang_dcp.upstream.ending import failure, handler, temporary_folders, workers
 from sglang_dcp.upstream.ending.dumps import writes_core_dumps
-from sglang_dcp.upstream.ending.family import Family, Member
+from sglang_dcp.upstream.ending.family import Family, Member, role_of_title
 from sglang_dcp.upstream.ending.gate import Gate, GateMiddleware
 from sglang_dcp.upstream.ending.progress import ProgressWatch, StepReport, describe_steps
 from sglang_dcp.upstream.ending.shared_files import SharedFiles
@@ -206,6 +206,14 @@ def test_a_death_by_signal_is_named_and_a_normal_end_is_not() -> None:
     assert dead == ["detokenizer (pid 12) ended with exit code 3", "instance 1 (pid 11) was killed by SIGKILL"]
 
 
+@pytest.mark.parametrize(("num_slices", "role"), [(1, "instance 1"), (2, "instance 1, slice 1")])
+def test_a_slice_is_named_where_an_instance_has_several(num_slices: int, role: str) -> None:
+    rank = num_slices + num_slices - 1
+    assert role_of_title(f"sglang::scheduler_DP1_TP{rank}_EP{rank}", num_slices) == role
+    assert role_of_title("sglang::data_parallel_controller", num_slices) == "data parallel controller"
+    assert role_of_title("python -c pass", num_slices) is None
+
+
 def test_a_stopped_process_is_named() -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
@@ -318,6 +326,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
 def make(monkeypatch: pytest.MonkeyPatch, manager: FakeManager, **settings: Any) -> handler.EndingHandler:
     config = DynCpConfig(**({"hang_seconds": 0.0} | settings))
     monkeypatch.setattr(handler.DynCpConfig, "from_environment", classmethod(lambda cls: config))
+    monkeypatch.setattr(handler, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
     monkeypatch.setattr(Family, "kill", lambda self: manager.events.append("kill"))
     monkeypatch.setattr(SharedFiles, "unlink", lambda self: manager.events.append("files"))
     monkeypatch.setattr(handler.os, "_exit", lambda code: manager.events.append(("exit", code)))

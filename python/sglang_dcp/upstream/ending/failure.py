@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.distributed as dist
-from sglang.srt.managers.load_snapshot import ZmqLoadSnapshotWriter, create_load_snapshot_writer
+from sglang.srt.managers.load_snapshot import ZmqLoadSnapshotWriter, create_load_snapshot_reader, create_load_snapshot_writer
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_dcp.dataflow.transport.base import TransportError
-from sglang_dcp.upstream.router.load_report import ReportedLoad
+from sglang_dcp.upstream.router.load_report import ReportedLoad, read_reports
 from sglang_dcp.upstream.step.attached import current
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 MOST_CHARACTERS = 500
 """Of an error's text: a snapshot has a bounded slot, and the log has the rest."""
 SENT_SECONDS = 0.3
-"""For a snapshot that goes to another host: SGLang drops what is not sent when the process ends."""
+"""For a snapshot that goes to another host: SGLang drops what is not sent when the process ends. Slices of an instance wait as long."""
 PEER_ENDED = ("connection closed by peer", "connection reset by peer", "broken pipe", "connection refused", "timed out waiting")
 """What gloo says, in a collective of SGLang's or ours, when another instance has gone."""
 
@@ -39,15 +39,27 @@ def run_event_loop(original: Callable[..., None], scheduler: Any) -> None:
 
 
 def leave_last_words(scheduler: Any, error: Exception) -> None:
-    """Overwrites this instance's snapshot. Slices of an instance share it: one that lost a peer leaves what that peer may have said."""
-    runtime, lost = current(), lost_a_peer(error)
-    writer = scheduler.load_snapshot_writer or make_slice_writer(scheduler)
-    if writer is None or (lost and get_parallel().attn_tp_size > 1):
+    """Overwrites this instance's snapshot, which its slices share. The first writes its loads there too, so another waits until it
+    must have lost that one and stands still. One that lost a peer leaves what that peer may have said: a new writer would empty it."""
+    runtime, lost, parallel = current(), lost_a_peer(error), get_parallel()
+    has_slices = parallel.attn_tp_size > 1
+    if has_slices and lost and has_last_words(scheduler):
         return
-    step = 0 if runtime is None else runtime.participant.step
-    text = f"{type(error).__name__}: {error}"[:MOST_CHARACTERS]
+    if has_slices and scheduler.load_snapshot_writer is None and not lost:
+        time.sleep(SENT_SECONDS)
+    writer = scheduler.load_snapshot_writer or make_slice_writer(scheduler)
+    if writer is None:
+        return
+    words = ReportedLoad(
+        timestamp=time.time(),
+        dp_rank=writer.dp_rank,
+        dyncp_step=0 if runtime is None else runtime.participant.step,
+        dyncp_slice=parallel.attn_tp_rank if has_slices else None,
+        dyncp_failure=f"{type(error).__name__}: {error}"[:MOST_CHARACTERS],
+        dyncp_lost_peer=lost,
+    )
     try:
-        writer.write(ReportedLoad(timestamp=time.time(), dp_rank=writer.dp_rank, dyncp_step=step, dyncp_failure=text, dyncp_lost_peer=lost))
+        writer.write(words)
     except OSError as problem:
         logger.error("dyncp: the main process cannot be told of the failure: %s", problem)
     if isinstance(writer, ZmqLoadSnapshotWriter):
@@ -58,6 +70,19 @@ def make_slice_writer(scheduler: Any) -> Any:
     """For a slice other than the first: SGLang gives it none. None before the instance is attached."""
     ports, parallel = getattr(scheduler, "dyncp_ports", None), get_parallel()
     return None if ports is None else create_load_snapshot_writer(ports, parallel.num_dp_ranks, parallel.attn_dp_rank)
+
+
+def has_last_words(scheduler: Any) -> bool:
+    """Whether another slice of this instance has left some."""
+    ports = getattr(scheduler, "dyncp_ports", None)
+    if ports is None:
+        return False
+    read_reports()
+    reader = create_load_snapshot_reader(ports, "Scheduler")
+    try:
+        return bool(getattr(reader.read(get_parallel().attn_dp_rank), "dyncp_failure", ""))
+    finally:
+        reader.close()
 
 
 def lost_a_peer(error: BaseException | None) -> bool:
@@ -77,4 +102,9 @@ def describe_failures(snapshots: Iterable[Any], host_size: int) -> list[str]:
         return snapshot.dyncp_lost_peer, snapshot.dyncp_step, snapshot.dp_rank // host_size, snapshot.timestamp
 
     failed = sorted((snapshot for snapshot in snapshots if getattr(snapshot, "dyncp_failure", "")), key=order)
-    return [f"instance {first.dp_rank} raised in step {first.dyncp_step}: {first.dyncp_failure}" for first in failed[:1]]
+    return [f"{_name(first)} raised in step {first.dyncp_step}: {first.dyncp_failure}" for first in failed[:1]]
+
+
+def _name(snapshot: Any) -> str:
+    part = "" if snapshot.dyncp_slice is None else f", slice {snapshot.dyncp_slice}"
+    return f"instance {snapshot.dp_rank}{part}"

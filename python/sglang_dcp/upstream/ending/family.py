@@ -15,13 +15,14 @@ logger = logging.getLogger(__name__)
 REAP_SECONDS = 20.0
 """Longest wait for killed processes: the driver takes seconds to give back a GPU's memory."""
 
-_INSTANCE = re.compile(r"sglang::scheduler_DP(\d+)")
+_INSTANCE = re.compile(r"sglang::scheduler_DP(\d+)(?:.*?_TP(\d+))?")
 _ROLE = re.compile(r"sglang::(\w+)")
 
 
 @dataclass(frozen=True)
 class Member:
-    """A process of ours. role: "instance 2", "detokenizer"... A process that has died has no title, so it is read while it lives."""
+    """A process of ours. role: "instance 2" ("instance 2, slice 1" where it has several), "detokenizer"... A process that has died has no
+    title, so it is read while it lives."""
 
     process: psutil.Process
     role: str
@@ -29,13 +30,15 @@ class Member:
 
 @dataclass
 class Family:
-    """Everything that the main process has started. `refresh` adds what came since; a member stays when it has died."""
+    """Everything that the main process has started. `refresh` adds what came since; a member stays when it has died. num_slices: of an
+    instance."""
 
     members: dict[int, Member] = field(default_factory=dict)
+    num_slices: int = 1
 
     def refresh(self) -> None:
         for process in psutil.Process().children(recursive=True):
-            if process.pid not in self.members and (role := _role_of(process)) is not None:
+            if process.pid not in self.members and (role := _role_of(process, self.num_slices)) is not None:
                 self.members[process.pid] = Member(process, role)
 
     def describe_dead(self, exit_codes: dict[int, int | None]) -> list[str]:
@@ -72,14 +75,18 @@ def read_exit_codes(processes: Iterable[object]) -> dict[int, int | None]:
     return {process.pid: process.exitcode for process in processes}  # type: ignore[attr-defined]
 
 
-def _role_of(process: psutil.Process) -> str | None:
-    """None for processes that SGLang does not name: a fork that is about to become something, a helper of Python."""
+def _role_of(process: psutil.Process, num_slices: int) -> str | None:
     try:
-        title = " ".join(process.cmdline())
+        return role_of_title(" ".join(process.cmdline()), num_slices)
     except psutil.Error:
         return None
-    if instance := _INSTANCE.match(title):
-        return f"instance {instance.group(1)}"
+
+
+def role_of_title(title: str, num_slices: int = 1) -> str | None:
+    """None for processes that SGLang does not name: a fork that is about to become something, a helper of Python."""
+    if found := _INSTANCE.match(title):
+        instance, rank = found.groups()
+        return f"instance {instance}" if num_slices == 1 or rank is None else f"instance {instance}, slice {int(rank) % num_slices}"
     if role := _ROLE.match(title):
         return role.group(1).replace("_", " ")
     return None

@@ -21,6 +21,7 @@ from typing import Any
 
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.tokenizer_manager import ServerStatus, SignalHandler
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.upstream.ending.dumps import dump_what_there_is, print_stacks
@@ -118,7 +119,7 @@ class EndingHandler(AnsweringHandler):
         manager.dyncp_ending = self
         manager.dump_requests_before_crash = functools.partial(dump_what_there_is, manager.dump_requests_before_crash)
         self._is_ending = False
-        self._family = Family()
+        self._family = Family(num_slices=get_parallel().attn_tp_size)
         self._family.refresh()
         self._files = SharedFiles()
         self._files.note([os.getpid(), *self._family.members])

@@ -22,10 +22,11 @@ from sglang_dcp.upstream.step.runtime import Runtime
 
 class ReportedLoad(LoadSnapshot):
     """SGLang's snapshot and, of an instance that is attached, our report, its step, and what ended it (upstream/ending). dyncp_lost_peer:
-    that was the end of another instance."""
+    that was the end of another instance. dyncp_slice: which one says so, where it has several."""
 
     dyncp: HomeReport | None = None
     dyncp_step: int = 0
+    dyncp_slice: int | None = None
     dyncp_failure: str = ""
     dyncp_lost_peer: bool = False
 

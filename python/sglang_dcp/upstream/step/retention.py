@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -163,8 +165,19 @@ def flush(runtime: Runtime, original: Callable[..., Any], wrapper: Any, recv_req
 
 @around
 def check_pending_flush(runtime: Runtime, original: Callable[..., Any], wrapper: Any) -> None:
-    """AROUND SchedulerFlushWrapper.check_pending: what ended while the flush waits is given up too."""
+    """AROUND SchedulerFlushWrapper.check_pending: what ended while the flush waits is given up too. Slices of an instance give up in the
+    same round: the first one's clock counts. Else one could flush what another keeps."""
+    if wrapper._pending is None:
+        runtime.queues.flushing = False
+        return
+    from sglang.srt.distributed.communication_op import attn_cp_tp_broadcast_pyobj
+
     if runtime.queues.flushing:
         runtime.participant.release_retained()
+    request, deadline = wrapper._pending
+    (is_over,) = attn_cp_tp_broadcast_pyobj([time.monotonic() >= deadline])
+    wrapper._pending = request, -math.inf if is_over else math.inf
     original(wrapper)
+    if wrapper._pending is not None:
+        wrapper._pending = request, deadline
     runtime.queues.flushing = runtime.queues.flushing and wrapper._pending is not None
