@@ -28,15 +28,16 @@ def table_constants(card: str, *, latent: bool, num_heads: int, kv_bytes: int, k
 
     kv_bytes: K/V of a token and layer in bfloat16, whatever the pool holds. Of several shapes the nearest in size is taken and brought to
     it, the time of a token in proportion. Latent attention is bound by arithmetic or by bytes, as its heads are many or few: not scaled.
+    Nor has it a split to choose.
     """
-    asked = {"latent": latent, "kv_dtype": kv_dtype, "split": split}
+    asked = {"latent": latent, "kv_dtype": kv_dtype, "split": OUR_SPLIT if latent else split}
     fits = [fit for fit in _fits(card) if {name: fit[name] for name in asked} == asked]
     if latent:
         fits = [fit for fit in fits if fit["num_heads"] == num_heads]
     if not fits:
         return {}
     nearest = min(fits, key=lambda fit: (_ratio(fit["kv_bytes"], kv_bytes), _ratio(fit["num_heads"], num_heads)))
-    found = {name: float(nearest[name]) for name in CONSTANTS if name in nearest}
+    found: dict[str, float] = {name: nearest[name] for name in CONSTANTS if name in nearest}
     found["attention_us_per_token"] *= kv_bytes / nearest["kv_bytes"]
     return found
 

@@ -217,11 +217,13 @@ def build_cost_model(
     path: Path, data: dict, num_instances: int, *, serving: bool = False, kv_dtype: str = BFLOAT16, split: str = OUR_SPLIT
 ) -> CostModel:
     """serving: with the constants of this runtime in place of the authors': those of the file (`serving`), and for a file that ships, the
-    card's attention with this `split` of long rows. kv_dtype: of the pools; a file without constants of it (`kv_dtypes`) keeps its own."""
+    card's attention with this `split` of long rows, or with ours. kv_dtype: of the pools; a file without constants of it (`kv_dtypes`)
+    keeps its own."""
     try:
         replaced = _values(data.get("serving", {})) if serving else {}
         if serving:
-            replaced |= shipped_attention(path, data, kv_dtype, split) or shipped_attention(path, data, BFLOAT16, split)
+            asked = ((kv, by) for by in (split, OUR_SPLIT) for kv in (kv_dtype, BFLOAT16))
+            replaced |= next((found for kv, by in asked if (found := shipped_attention(path, data, kv, by))), {})
         return _parse(data, num_instances, replaced | _values(data.get("kv_dtypes", {}).get(kv_dtype, {})), KV_DTYPES[kv_dtype])
     except KeyError as error:
         raise ValueError(f"cost model {path}: key {error} is missing") from error

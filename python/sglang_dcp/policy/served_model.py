@@ -135,6 +135,7 @@ def served_cost(given: str | None, served: ServedModel | None, num_instances: in
         warnings.append(f"cost model {name} is of {model.num_layers} layers, the served model has {served.num_layers}: taken per layer")
     measured = _card_attention(data, served, split) if given is None else shipped_attention(path, data, served.kv_dtype, split)
     warnings += _missing_kv_dtype(name, data, served.kv_dtype, measured)
+    warnings += _missing_split(name, model, served, split)
     adapted = with_layers(model, served.num_layers)
     if given is not None or "layer" not in data:
         return ServedCost(adapted, f"{name}, {layers}, constants per layer as given", tuple(warnings))
@@ -159,6 +160,12 @@ def _missing_kv_dtype(name: str, data: dict, kv_dtype: str, measured: dict[str, 
     if kv_dtype == BFLOAT16 or measured or kv_dtype in data.get("kv_dtypes", {}) or name == CPU_MODEL:
         return []
     return [f"cost model {name} has no constants for K/V in {kv_dtype}: bfloat16's are taken"]
+
+
+def _missing_split(name: str, model: CostModel, served: ServedModel, split: str) -> list[str]:
+    if split == OUR_SPLIT or served.latent or served.device == CPU_MODEL or model.attention_us_per_unsplit_token:
+        return []
+    return [f"cost model {name} has no constants for --dyncp-split-budget {split}: long rows are priced as if they were split"]
 
 
 def _card_attention(data: dict, served: ServedModel, split: str) -> dict[str, Any]:

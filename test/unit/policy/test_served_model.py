@@ -196,3 +196,39 @@ def test_a_split_that_was_not_measured_with_quantised_pools_is_warned_of(given: 
     quantised = dataclasses.replace(served("qwen3-30b-a3b", 48), kv_bytes_per_token=1024, kv_element_bytes=1)
     ours, stock = (served_cost(given, quantised, 2, split).warnings for split in ("auto", "stock"))
     assert (ours, len(stock)) == ((), 1) and "no constants for K/V in fp8_e4m3" in stock[0]
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_split_that_was_not_measured_on_the_card_is_warned_of(is_named: bool) -> None:
+    """All that was measured there stays: what is missing is the price of a long row that one thread block reads."""
+    model = served("qwen3-30b-a3b", 48, "NVIDIA H100 80GB HBM3")
+    ours, stock = (served_cost("qwen3-30b-a3b.h100" if is_named else None, model, 2, split) for split in ("auto", "stock"))
+    assert (ours.warnings, len(stock.warnings)) == ((), 1)
+    assert "qwen3-30b-a3b.h100 has no constants for --dyncp-split-budget stock" in stock.warnings[0]
+    measured = ("attention_fixed_us", "attention_us_per_token", "attention_us_per_row")
+    assert [getattr(stock.model, name) for name in measured] == [getattr(ours.model, name) for name in measured]
+
+
+@pytest.mark.parametrize("given", [None, "deepseek-v3.h100"])
+def test_latent_attention_has_no_split_budget(given: str | None) -> None:
+    """--dyncp-split-budget is of FlashInfer's kernel for GQA: MLA's prices are the same with either."""
+    model = served("deepseek-v3", 61, "NVIDIA H100 80GB HBM3")
+    ours, stock = (served_cost(given, model, 2, split) for split in ("auto", "stock"))
+    assert ours == stock and not ours.warnings
+
+
+def test_a_file_of_the_operators_says_how_its_rows_are_split(tmp_path: Path) -> None:
+    """`calibrate` measures kernels that split long rows; a file may have the constants of others."""
+    data = json.loads((DATA_FOLDER / "qwen3-30b-a3b.h200.json").read_text())
+    plain, unsplit = tmp_path / "plain.json", tmp_path / "unsplit.json"
+    plain.write_text(json.dumps(data))
+    data["constants"] |= {"attention_us_per_unsplit_token": {"value": 0.011}, "attention_chunks": {"value": 66}}
+    unsplit.write_text(json.dumps(data))
+    model = served("qwen3-30b-a3b", 48)
+    said = [len(served_cost(str(path), model, 2, split).warnings) for path in (plain, unsplit) for split in ("auto", "stock")]
+    assert said == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("given", [None, "qwen3-30b-a3b.h200"])
+def test_chunks_are_counted(given: str | None) -> None:
+    assert repr(served_cost(given, served("qwen3-30b-a3b", 48), 2, "stock").model.attention_chunks) == "66"
