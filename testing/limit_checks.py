@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from sglang_dcp.ledger import columns as col
@@ -55,6 +56,8 @@ class LimitChecks:
                 self._check_admission(ask, grant, guest_room)
             else:
                 self._check_growth(ask, grant, room, guest_room)
+            for rank, pages in self._taken_over(ask, grant):
+                guest_room[rank] -= pages
             for segment in grant.segments:
                 room[segment.rank] -= segment.num_pages
                 guest_room[segment.rank] -= segment.num_pages if segment.rank != grant.home else 0
@@ -64,9 +67,9 @@ class LimitChecks:
         ranks = {segment.rank for segment in grant.segments} | {rank for rank, _ in ask.kept if grant.previous}
         assert len(ranks) <= self.max_degree, f"degree {len(ranks)} where {self.max_degree} is the most: {grant}"
         assert ranks <= set(self.group(grant.home)), f"{grant} lies outside {self.group(grant.home)}, where its home exchanges rows"
-        for segment in grant.segments:
-            is_guest = segment.rank != grant.home
-            assert not is_guest or segment.num_pages <= guest_room[segment.rank], f"guest room {guest_room} does not hold {grant}"
+        guests = Counter(dict(self._taken_over(ask, grant)))
+        guests.update({segment.rank: segment.num_pages for segment in grant.segments if segment.rank != grant.home})
+        assert all(pages <= guest_room[rank] for rank, pages in guests.items()), f"guest room {guest_room} does not hold {guests} of {grant}"
         fits_the_node = sum(pages for _, pages in ask.segments) <= self.reach(self.node_size)
         if ask.flexible and fits_the_node:
             assert {segment.rank for segment in grant.segments} <= set(self.members(grant.home)), (
@@ -82,3 +85,8 @@ class LimitChecks:
         assert rank == grant.home or guest_room[rank] >= 1, f"guest room {guest_room} does not hold {grant}"
         fits_the_node = ask.page_index + 1 <= self.reach(self.node_size)
         assert not fits_the_node or rank in self.members(grant.home), f"{grant} leaves the node of its home, which could hold it"
+
+    def _taken_over(self, ask: AskAdmission | AskGrowth, grant: Grant) -> list[tuple[int, int]]:
+        """(instance, pages) of a retained sequence that become guests' again, where guests may have a part of a pool."""
+        kept = ask.kept if isinstance(ask, AskAdmission) and grant.previous and self.guest_pages < self.num_pages else ()
+        return [(rank, pages) for rank, pages in kept if rank != grant.home]

@@ -220,7 +220,8 @@ def walk(model, talks, num_steps, chance=0.05):
 def test_a_walk_of_conversations():
     """Every row reads the K/V of its own tokens, every page has one owner after every step, and everybody gets an answer."""
     for seed, shape in enumerate([(2, 40, 4), (3, 30, 4), (2, 24, 8)]):
-        model = ProtocolModel(seed, *shape, chunk_tokens=32, cache_fraction=(0.9, 1.0, 0.4)[seed])
+        fractions = {"cache_fraction": (0.9, 1.0, 0.4)[seed], "max_guest_fraction": (1.0, 0.5, 1.0)[seed]}
+        model = ProtocolModel(seed, *shape, chunk_tokens=32, **fractions)
         walk(model, [None] * 9, 1_500)
         model.drain(20_000)
         assert sum(c.hits for c in counters(model)) > 30

@@ -223,13 +223,13 @@ class ReservationTable:
             if split is None and len(self.retained):
                 split = evictions.for_admission(order[1], ask)
             if split is not None:
-                room.take(order[1], split)
+                room.take(order[1], split, ask.kept)
                 grants.append(self._grant_admission(order[1:], ask, split))
                 continue
             if not num_refused and self._turns.is_promised(order):
                 for rank, pages in ask.segments:
                     promised[rank] += pages
-                room.take(order[1], ask.segments)
+                room.take(order[1], ask.segments, ask.kept)
             num_refused += 1
             if num_refused > MOST_REFUSED:
                 break

@@ -14,15 +14,19 @@ class Room:
 
     def __init__(self, limits: SplitLimits, free: Sequence[int], guest_room: Sequence[int]) -> None:
         self.limits = limits
+        self._lends_a_part = limits.guest_pages < limits.pool_pages
         self.free, self.guests = list(free), list(guest_room)
         self._for_guests = [self._for_guest(rank) for rank in range(len(free))]
         self._richest: dict[range, list[int]] = {}
 
-    def take(self, home: int, split: Sequence[tuple[int, int]]) -> None:
+    def take(self, home: int, split: Sequence[tuple[int, int]], kept: Sequence[tuple[int, int]] = ()) -> None:
+        """kept: pages of a retained sequence that are taken over: they were not free, and are guests' again."""
         for rank, pages in split:
             self.free[rank] -= pages
+        for rank, pages in (*split, *kept) if self._lends_a_part else split:
             if rank != home:
                 self.guests[rank] -= pages
+        for rank, _ in (*split, *kept):
             self._for_guests[rank] = self._for_guest(rank)
         self._richest.clear()
 
@@ -43,7 +47,10 @@ class Room:
     def split(self, home: int, ask: AskAdmission) -> Split | None:
         """The ask's own split where that has room; for a flexible one else any that has, None when none has. What asks for one instance
         moves whole or waits: in pieces it would cost an exchange in each of its steps."""
-        for_guests, at_home, pages, fits = self._for_guests, max(0, self.free[home]), 0, True
+        for_guests = self._beside(home, ask.kept) if ask.kept and self._lends_a_part else self._for_guests
+        if for_guests is None:
+            return None
+        at_home, pages, fits = max(0, self.free[home]), 0, True
         for rank, count in ask.segments:
             pages += count
             fits = fits and count <= (at_home if rank == home else for_guests[rank])
@@ -67,6 +74,14 @@ class Room:
             return self.limits.split(home, pages, room)
         best = max(scope, key=lambda rank: (room[rank], rank == home, -rank))
         return ((best, pages),) if room[best] >= pages else None
+
+    def _beside(self, home: int, kept: Sequence[tuple[int, int]]) -> list[int] | None:
+        """Pages that a guest could take of every instance beside those that it takes over; None where these are too many."""
+        room = list(self._for_guests)
+        for rank, count in kept:
+            if rank != home:
+                room[rank] = min(room[rank], self.guests[rank] - count)
+        return room if min(room) >= 0 else None
 
     def _for_guest(self, rank: int) -> int:
         """Pages that a new guest could take of an instance."""

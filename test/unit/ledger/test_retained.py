@@ -178,3 +178,14 @@ def test_what_is_missing_may_lie_wherever_the_whole_sequence_may():
     ask = AskAdmission(2, 1, True, ((2, 30),), previous=1, kept=((0, 95), (1, 95)))
     split = room.split(0, ask)
     assert split is not None and sum(pages for _, pages in split) == 30 and dict(split)[3] >= 20
+
+
+def test_what_is_taken_over_counts_as_guests_pages():
+    """--dyncp-max-guest-fraction: 5 of the 8 pages that instance 2 may lend are lent, another 4 lie in a sequence that nobody runs."""
+    limits, ask = SplitLimits(16, 3, 8, Layout(3, 3)), AskAdmission(2, 1, True, ((2, 1), (0, 1)), previous=1, kept=((2, 4),))
+    assert Room(limits, [9, 9, 7], [8, 8, 3]).split(0, ask) is None
+    assert Room(limits, [9, 9, 7], [8, 8, 4]).split(0, ask) == ((0, 2),)
+    room = Room(limits, [9, 9, 7], [8, 8, 6])
+    assert room.split(0, ask) == ask.segments
+    room.take(0, ask.segments, ask.kept)
+    assert (room.free, room.guests) == ([8, 9, 6], [8, 8, 1])
