@@ -69,7 +69,7 @@ class LimitChecks:
         assert ranks <= set(self.group(grant.home)), f"{grant} lies outside {self.group(grant.home)}, where its home exchanges rows"
         guests = Counter(dict(self._taken_over(ask, grant)))
         guests.update({segment.rank: segment.num_pages for segment in grant.segments if segment.rank != grant.home})
-        assert all(pages <= guest_room[rank] for rank, pages in guests.items()), f"guest room {guest_room} does not hold {guests} of {grant}"
+        assert all(pages <= guest_room[rank] for rank, pages in guests.items()), f"{guest_room} pages do not hold {guests} of {grant}"
         fits_the_node = sum(pages for _, pages in ask.segments) <= self.reach(self.node_size)
         if ask.flexible and fits_the_node:
             assert {segment.rank for segment in grant.segments} <= set(self.members(grant.home)), (
