@@ -28,14 +28,13 @@ class RetainedSequence:
 
 
 class RetainedTable:
-    """pages[r]: retained pages in the pool of instance r, guest_pages[r]: those of them whose home is elsewhere.
+    """pages[r]: retained pages in the pool of instance r.
 
     digest: of all sequences, the same on all instances, or they have gone apart.
     """
 
     def __init__(self, num_instances: int) -> None:
         self.pages = [0] * num_instances
-        self.guest_pages = [0] * num_instances
         self.sequences: dict[Key, RetainedSequence] = {}
         self._named: Counter[Key] = Counter()
         self.digest = 0
@@ -114,4 +113,3 @@ class RetainedTable:
         self.digest = self.digest + sign * digest(words) & MASK
         for rank, count in sequence.pages:
             self.pages[rank] += sign * count
-            self.guest_pages[rank] += sign * count if rank != key[0] else 0

@@ -28,9 +28,8 @@ class Pool(Protocol):
 
 @dataclass
 class RetentionCounters:
-    """Of this home's sequences. hits: requests that took one over. pages: that they need not compute. evictions: by reason."""
+    """Of this home's sequences. hits: requests that took one over. evictions: by reason."""
 
-    retained: int = 0
     hits: int = 0
     evictions: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
 
@@ -68,7 +67,6 @@ class Retention:
         """The request is over, its first pages stay. digests: of these. The message must be sent."""
         retained = self.homes.retained
         self.pool.return_pages(self.homes.retain(request.handle, digests, num_pages))
-        self.counters.retained += 1
         return Retain(request.handle, retained.shards(request.handle, num_pages))
 
     def find(self, digests: bytes, most_pages: int, total_pages: int, degree: int | None = None) -> Match | None:

@@ -107,10 +107,6 @@ class SplitLimits:
             return False
         return all(rank in group and 0 < pages <= self.most_pages(home, rank) for rank, pages in split)
 
-    def can_ever_fit(self, home: int, pages: int) -> bool:
-        """Whether an empty cluster could hold so many pages of a request of `home`, however split."""
-        return pages <= self._reach(len(self.scope(home, pages)))
-
     def scope(self, home: int, pages: int) -> range:
         """Ranks that may hold shards of a request of so many pages: the home's node, or its group where the node could never hold it."""
         members = self.layout.members(home)
