@@ -260,20 +260,39 @@ def test_rows_that_sit_out_are_seen_by_aborts_timeouts_and_load_reports(monkeypa
     assert retraction.count_parked(SimpleNamespace(num_running_reqs=1), None).num_running_reqs == 3
 
 
-def test_an_abort_keeps_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def sitting_out(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A runtime whose two requests sit out; `sent`: what clients are told."""
     from sglang.srt.managers import scheduler as stock
     from sglang.srt.mem_cache import common
 
     batch, sent = batch_of([request(slot, []) for slot in range(2)]), []
     scheduler = SimpleNamespace(
-        _release_aborted_request=lambda req: None, send_abort_output=lambda abort, req: sent.append(abort), tree_cache=None
+        _release_aborted_request=lambda req: None,
+        send_abort_output=lambda abort, req: sent.append(abort),
+        tree_cache=None,
+        running_batch=SimpleNamespace(batch_is_full=True),
     )
-    runtime = SimpleNamespace(queues=Queues(), scheduler=scheduler)
+    runtime = SimpleNamespace(queues=Queues(), scheduler=scheduler, participant=SimpleNamespace(victims=[]), sent=sent)
     sit_out(runtime, batch, {0, 1})
     monkeypatch.setattr(common, "release_kv_cache", lambda *args, **kwargs: None)
     monkeypatch.setattr(retraction, "release_unwritten", lambda runtime, req: None)
     monkeypatch.setattr(stock, "_make_abort_req", lambda req, finished_reason=None: (req.rid, finished_reason))
-    runtime.queues.parked[0].to_finish = FINISH_ABORT("Request running timeout reached.", 503)
-    retraction.drop_aborted(runtime)
-    assert [(rid, reason["message"], reason["status_code"]) for rid, reason in sent] == [("r0", "Request running timeout reached.", 503)]
-    assert [req.rid for req in runtime.queues.parked] == ["r1"]
+    return runtime
+
+
+def test_an_abort_keeps_its_reason(sitting_out: SimpleNamespace) -> None:
+    sitting_out.queues.parked[0].to_finish = FINISH_ABORT("Request running timeout reached.", 503)
+    retraction.drop_aborted(sitting_out)
+    told = [(rid, reason["message"], reason["status_code"]) for rid, reason in sitting_out.sent]
+    assert told == [("r0", "Request running timeout reached.", 503)]
+    assert [req.rid for req in sitting_out.queues.parked] == ["r1"]
+
+
+def test_the_queue_is_looked_at_when_one_that_sits_out_ends(sitting_out: SimpleNamespace) -> None:
+    """Its row is free; with --max-running-requests the next one would else wait until a running request has left."""
+    retraction.end_parked(sitting_out)
+    assert sitting_out.scheduler.running_batch.batch_is_full
+    sitting_out.queues.parked[0].to_finish = FINISH_ABORT("aborted", 499)
+    retraction.end_parked(sitting_out)
+    assert not sitting_out.scheduler.running_batch.batch_is_full

@@ -15,9 +15,13 @@ from sglang_dcp.upstream.step.runtime import Runtime
 
 def end_parked(runtime: Runtime) -> None:
     """Ahead of a round: requests that sit out and have ended are closed, and those that the last step named give their pages back."""
+    parked = list(runtime.queues.parked)
     release_finished(runtime)
     drop_aborted(runtime)
     retract_victims(runtime)
+    if any(req.finished() or req not in runtime.queues.parked for req in parked):
+        # SGLang looks at its queue again only once a running request has left; these were no part of the batch, and their rows are free.
+        runtime.scheduler.running_batch.batch_is_full = False
 
 
 def retract_victims(runtime: Runtime) -> None:
