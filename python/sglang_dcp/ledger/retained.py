@@ -7,7 +7,7 @@ home. So no two instances can differ about whose its pages are, and eviction nee
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sglang_dcp.ledger.digest import MASK, digest
@@ -46,7 +46,8 @@ class RetainedTable:
         return key in self.sequences
 
     def put(self, home: int, handle: int, pages: Sequence[tuple[int, int]], step: int) -> None:
-        """ValueError for a handle that is retained already: none is ever used twice."""
+        """step: of the request's end; no put goes back behind the one before. ValueError for a handle that is retained already: none is
+        ever used twice."""
         if (home, handle) in self.sequences:
             raise ValueError(f"home {home}, handle {handle} is retained already")
         sequence = self.sequences[home, handle] = RetainedSequence(tuple(pages), step)
@@ -104,8 +105,10 @@ class RetainedTable:
                 needed.remove(key)
         return needed
 
-    def _in_order(self) -> list[Key]:
-        return sorted(self.sequences, key=lambda key: (key in self._named, self.sequences[key].last_used, *key))
+    def _in_order(self) -> Iterator[Key]:
+        """As they were put, on every instance alike: a step that evicts must not sort them all."""
+        yield from (key for key in self.sequences if key not in self._named)
+        yield from (key for key in self.sequences if key in self._named)
 
     def _count(self, key: Key, sequence: RetainedSequence, sign: int) -> None:
         """A sequence comes or goes. The digest is a sum, as OpenDigest's, which would keep the digest of every sequence."""

@@ -19,7 +19,7 @@ from sglang_dcp.policy.split_limits import Layout, SplitLimits
 def table(*sequences):
     """(home, handle, pages, step)"""
     made = RetainedTable(3)
-    for sequence in sequences:
+    for sequence in sorted(sequences, key=lambda sequence: sequence[3]):
         made.put(*sequence)
     return made
 
@@ -46,6 +46,23 @@ def test_the_longest_unused_goes_first_and_the_named_one_last():
     assert made.choose({1: 1}) == [(0, 2)]
     assert made.choose({1: 1}, spare=(0, 2)) == [(0, 1)]
     assert made.choose({}) == made.choose({1: 0, 0: -4}) == []
+
+
+def test_a_choice_costs_the_same_however_many_sequences_there_are():
+    """A pool full of retained sequences evicts in most steps, on all instances at once."""
+
+    class Counted(dict):
+        num_read = 0
+
+        def __getitem__(self, key):
+            self.num_read += 1
+            return super().__getitem__(key)
+
+    made = table(*((handle % 3, handle, ((handle % 3, 2),), handle) for handle in range(6_000)))
+    made.name((0, 0))
+    made.sequences = Counted(made.sequences)
+    assert made.choose({0: 3}) == [(0, 3), (0, 6)]
+    assert made.sequences.num_read < 60
 
 
 def test_nothing_is_evicted_for_what_does_not_fit_anyway():
