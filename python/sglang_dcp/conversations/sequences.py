@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from sglang_dcp.conversations.router import Router
 from sglang_dcp.conversations.turns import BLOCK_TOKENS, Turn, common_blocks
 from sglang_dcp.ledger.messages import AskAdmission
+from sglang_dcp.ledger.prefix_index import MOST_LOST
 from sglang_dcp.ledger.reservations import Grant, ReservationTable
-from sglang_dcp.ledger.retention import MOST_LOST
 from sglang_dcp.policy.split_limits import Split, SplitLimits
 
 Key = tuple[int, int]

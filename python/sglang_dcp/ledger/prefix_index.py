@@ -6,9 +6,14 @@ the length of a match is found by bisection.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from sglang_dcp.policy.prefix_digests import DIGEST_BYTES, chained_digests
+
+MOST_LOST = 0.5
+"""A request takes a sequence over if at most this share of it lies behind the match, which is lost: a common beginning of a few pages must
+not cost a long conversation its prefix."""
 
 
 def page_digests(tokens: Sequence[int], page_size: int, namespace: Sequence[str | None] = ()) -> bytes:
@@ -29,33 +34,51 @@ def common_pages(left: bytes, right: bytes) -> int:
     return low
 
 
+def least_pages(num_pages: int) -> int:
+    """Leading pages that must agree, of a sequence of so many."""
+    return num_pages - int(MOST_LOST * num_pages)
+
+
 class PrefixIndex:
-    """Handles by the digests of their pages."""
+    """Handles by the digest of the beginning that must agree: sequences that have less in common with a prompt, as all that follow one
+    system prompt do, are not looked at. lengths: of these beginnings, in pages, and how many handles have each."""
 
     def __init__(self) -> None:
         self._digests: dict[int, bytes] = {}
-        self._of_first_page: dict[bytes, tuple[int, ...]] = {}
+        self._of_beginning: dict[bytes, tuple[int, ...]] = {}
+        self._lengths: Counter[int] = Counter()
 
     def __len__(self) -> int:
         return len(self._digests)
 
     def put(self, handle: int, digests: bytes) -> None:
         self._digests[handle] = digests
-        first = digests[:DIGEST_BYTES]
-        self._of_first_page[first] = (*self._of_first_page.get(first, ()), handle)
+        length = least_pages(len(digests) // DIGEST_BYTES)
+        beginning = _page(digests, length)
+        self._of_beginning[beginning] = (*self._of_beginning.get(beginning, ()), handle)
+        self._lengths[length] += 1
 
     def take(self, handle: int) -> bytes:
         """Removes a handle and returns its digests. KeyError when it is not there."""
         digests = self._digests.pop(handle)
-        first = digests[:DIGEST_BYTES]
-        others = tuple(other for other in self._of_first_page[first] if other != handle)
+        length = least_pages(len(digests) // DIGEST_BYTES)
+        beginning = _page(digests, length)
+        others = tuple(other for other in self._of_beginning[beginning] if other != handle)
         if others:
-            self._of_first_page[first] = others
+            self._of_beginning[beginning] = others
         else:
-            del self._of_first_page[first]
+            del self._of_beginning[beginning]
+        self._lengths[length] -= 1
+        if not self._lengths[length]:
+            del self._lengths[length]
         return digests
 
     def matches(self, digests: bytes) -> list[tuple[int, int]]:
-        """(handle, leading pages in common) of all with at least one, the longest match first, then the newest."""
-        same = self._of_first_page.get(digests[:DIGEST_BYTES], ())
+        """(handle, leading pages in common) of all with enough of theirs, the longest match first, then the newest."""
+        same = [handle for length in self._lengths for handle in self._of_beginning.get(_page(digests, length), ())]
         return sorted(((handle, common_pages(self._digests[handle], digests)) for handle in same), key=lambda match: (-match[1], -match[0]))
+
+
+def _page(digests: bytes, number: int) -> bytes:
+    """The digest of the `number`-th page, which covers all before it; of none where there are fewer."""
+    return digests[(number - 1) * DIGEST_BYTES : number * DIGEST_BYTES]

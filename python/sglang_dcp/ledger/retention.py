@@ -14,12 +14,9 @@ from sglang_dcp.ledger.eviction import REASONS, Eviction
 from sglang_dcp.ledger.guests import GuestBook
 from sglang_dcp.ledger.homes import HomeBook, HomeRequest
 from sglang_dcp.ledger.messages import Release, Retain
+from sglang_dcp.ledger.prefix_index import least_pages
 from sglang_dcp.ledger.reservations import Grant
 from sglang_dcp.ledger.retained import RetainedTable
-
-MOST_LOST = 0.5
-"""A request takes a sequence over if at most this share of it lies behind the match, which is lost: a common beginning of a few pages must
-not cost a long conversation its prefix."""
 
 
 class Pool(Protocol):
@@ -77,7 +74,7 @@ class Retention:
             num_pages, held = min(common, most_pages), book.num_pages(handle)
             kept = book.shards(handle, min(held, total_pages))
             fits = degree is None or len(kept) <= degree
-            if num_pages and fits and held - num_pages <= MOST_LOST * held:
+            if fits and num_pages >= least_pages(held):
                 return Match(handle, num_pages, kept)
         return None
 

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+from sglang_dcp.ledger import prefix_index
 from sglang_dcp.ledger.guests import GuestBook
 from sglang_dcp.ledger.homes import HomeBook
 from sglang_dcp.ledger.messages import AskAdmission, Granted
@@ -101,14 +102,23 @@ def test_a_match_is_as_long_as_a_plain_comparison_says():
         plain = {}
         for handle, tokens in sequences.items():
             same = next((i for i, (a, b) in enumerate(zip(tokens, prompt, strict=False)) if a != b), min(len(tokens), len(prompt)))
-            if same // 4:
+            if same // 4 >= len(tokens) // 4 / 2:
                 plain[handle] = same // 4
         found = index.matches(page_digests(prompt, 4))
         assert dict(found) == plain
         assert found == sorted(found, key=lambda match: (-match[1], -match[0]))
     for handle in sequences:
         index.take(handle)
-    assert not len(index) and not index._of_first_page
+    assert not len(index) and not index._of_beginning and not index._lengths
+
+
+def test_a_beginning_that_all_sequences_have_costs_no_look_at_each(monkeypatch):
+    """One system prompt: every waiting request asks in every round."""
+    index, looked_at = PrefixIndex(), []
+    monkeypatch.setattr(prefix_index, "common_pages", lambda left, right: looked_at.append(left) or common_pages(left, right))
+    for handle in range(1, 500):
+        index.put(handle, page_digests([0] * 16 + [handle] * 64, 4))
+    assert index.matches(page_digests([0] * 16 + [7] * 40 + [1], 4)) == [(7, 14)] and len(looked_at) == 1
 
 
 @pytest.fixture
