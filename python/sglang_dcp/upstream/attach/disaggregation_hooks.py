@@ -65,6 +65,16 @@ DISAGGREGATION_HOOKS: tuple[Hook, ...] = (
         parameters=(),
     ),
     Hook(
+        target=f"{_QUEUE}._ensure_prefill_info",
+        kind="around",
+        hook_set="dyncp",
+        handler=f"{_ROOM}.meeting:meet_prefill_servers",
+        why="a prefill server that does not fit ends its own requests, not the decode server",
+        upstream="a failed check of a prefill server fails the requests that name it",
+        remove_when="_ensure_prefill_info does not raise",
+        parameters=("addr_to_reqs",),
+    ),
+    Hook(
         target=f"{_QUEUE}._alloc_for_decode_prealloc",
         kind="around",
         hook_set="dyncp",

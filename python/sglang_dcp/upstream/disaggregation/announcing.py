@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sglang_dcp.upstream.disaggregation.destinations import SESSION, page_lists
+from sglang_dcp.upstream.disaggregation.meeting import find_width_refusal, refuse
 from sglang_dcp.upstream.step.attached import after, around
 from sglang_dcp.upstream.step.runtime import Runtime
 
@@ -36,17 +37,13 @@ def send_metadata(
     **call: Any,
 ) -> None:
     """AROUND CommonKVReceiver.send_metadata: one message per shard of the request and prefill rank."""
-    from sglang.srt.disaggregation.base import KVPoll
-
     lists = page_lists(runtime.participant.ids, kv_indices)
     if len(lists) == 1 or not receiver.bootstrap_infos or receiver.conclude_state is not None:
         original(receiver, kv_indices, aux_index, state_indices, decode_prefix_len, **call)
         return
     assert runtime.destinations is not None
     if (message := find_width_refusal(receiver.kv_mgr, receiver.prefill_info)) is not None:
-        receiver.kv_mgr.record_failure(receiver.bootstrap_room, message)
-        receiver.kv_mgr.update_status(receiver.bootstrap_room, KVPoll.Failed)
-        receiver.conclude_state = KVPoll.Failed
+        refuse(receiver, message)
         return
     receiver.required_dst_info_num *= len(lists)
     original(receiver, lists.pop(runtime.participant.rank), aux_index, state_indices, decode_prefix_len, **call)
@@ -66,13 +63,3 @@ def send_metadata(
             if not receiver._send_bootstrap_message(bootstrap_info=server, message=message, operation="send_metadata"):
                 receiver.invalidate_cached_bootstrap_infos()
                 return
-
-
-def find_width_refusal(manager: Any, prefill: Any) -> str | None:
-    """The message for a prefill server whose ranks hold some K/V heads each, or None. manager: of this side; prefill: SGLang's record."""
-    if manager.is_mla_backend or prefill.attn_tp_size == manager.attn_tp_size:
-        return None
-    return (
-        f"the prefill server has attention tensor parallelism {prefill.attn_tp_size}: with --enable-dyncp the K/V heads of GQA are sent "
-        f"whole (start it with --attn-dp-size equal to --tp)"
-    )
