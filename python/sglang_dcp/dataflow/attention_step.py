@@ -1,4 +1,4 @@
-"""One attention layer of one step: the place to start reading.
+"""One attention layer of one step: where to start reading the device's half (upstream/step/driver.py is the host's).
 
 dispatch queries and K/V whose pages are remote -> write K/V -> partial attention -> return partials -> merge at home.
 """

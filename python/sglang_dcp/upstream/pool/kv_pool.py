@@ -168,7 +168,7 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
         return budget
 
     def check_decode_capacity(self, *, num_tokens: int, tree_cache: Any, requests: Any = None, spec_algorithm: Any = None) -> bool:
-        """Never short: requests without a page for their next token have left the batch before this is asked (scheduler.py)."""
+        """Never short: requests without a page for their next token have left the batch before this is asked (sitting_out.py)."""
         if self.participant is None:
             return bool(
                 super().check_decode_capacity(
