@@ -104,3 +104,9 @@ def test_a_documented_difference_is_no_fault() -> None:
 def test_names_of_cases_are_their_own() -> None:
     names = [case.name for case in all_cases()]
     assert len(names) == len(set(names)) > 600
+
+
+def test_a_question_names_a_model_where_all_answers_without_one_are_alike() -> None:
+    """SGLang answers every /v1/responses without one with the same HTTP 400."""
+    without = [case.name for case in all_cases() if case.path == "/v1/responses" and "model" not in case.body]
+    assert without == ["responses: no model"]

@@ -37,6 +37,7 @@ ALIKE: dict[str, dict[str, Any]] = {
     "hot": {"temperature": -1},
     "text for a number": {"temperature": "x"},
     "top_k": {"top_k": 1},
+    "drawn from one": {"temperature": 0.9, "top_k": 1},
     "top_k 0": {"top_k": 0},
     "min_p": {"min_p": 0.1},
     "repetition": {"repetition_penalty": 1.2},
@@ -151,9 +152,11 @@ CHATS: dict[str, dict[str, Any]] = {
     "ids in the extension": {"return_input_ids_in_sglext": True, "return_output_ids_in_sglext": True},
     "mask": {"return_sampling_mask": True},
 }
-RESPONSE = {"input": "hello there", "max_output_tokens": 8, "temperature": 0, "store": False}
+RESPONSE = {"model": "default", "input": "hello there", "max_output_tokens": 8, "temperature": 0, "store": False}
 RESPONSES: dict[str, dict[str, Any]] = {
     "plain": {},
+    "no model": {"model": None},
+    "instructions, stream": {"instructions": "be short", "stream": True},
     "stream": {"stream": True},
     "messages": {"input": HELLO},
     "instructions": {"instructions": "be short"},

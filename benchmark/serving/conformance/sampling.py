@@ -1,4 +1,8 @@
-"""/generate: sampling parameters, by themselves and together."""
+"""/generate: sampling parameters, by themselves and together.
+
+A seed counts with --enable-deterministic-inference alone, which takes no attention backend of a CPU: of drawn answers the shape is
+compared, and all of them where one token can be drawn.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +51,8 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "all penalties": {"frequency_penalty": 1, "presence_penalty": 0.5, "repetition_penalty": 1.2, "max_new_tokens": 30},
     "stop regex, long": {"stop_regex": "[aeiou]", "max_new_tokens": 40},
     "schema, long": {"json_schema": json.dumps(SCHEMA), "max_new_tokens": 48, "ignore_eos": False},
+    "drawn from one": {"temperature": 0.8, "top_k": 1},
+    "drawn from one by a regex": {"temperature": 0.8, "regex": "abc"},
     "regex, n": {"regex": "[0-9]{4}", "n": 2},
     "bias, penalties": {"logit_bias": {"70": 1000}, "frequency_penalty": 2, "max_new_tokens": 12},
 }
