@@ -40,9 +40,15 @@ def test_another_token_a_distance_or_a_missing_token_is_one() -> None:
     (other,) = faults_of(with_token(0, id=9))[:1]
     assert "degree 4" in other and "stock 5, ours 9" in other
     (far,) = faults_of(with_token(1, logprob=-0.5 + 2 * TOLERANCE))
-    assert "2 tokens compared" in far and str(TOLERANCE) in far
+    assert "2 tokens that can differ" in far and str(TOLERANCE) in far
     assert "no number" in faults_of(with_token(1, logprob=float("nan")))[0]
     assert faults_of(answer_of(REFERENCE.output_tokens[0]))
+
+
+def test_tokens_that_the_model_is_sure_of_show_nothing() -> None:
+    sure = answer_of(Token(5, 0.0, SURE), Token(6, -0.0, SURE))
+    (fault,) = find_faults({"model": "m", "prefill": WITH, "degrees": {"4": figures([sure], [sure], 3)}})
+    assert "0 tokens that can differ" in fault
 
 
 def test_pages_are_sent_once_by_this_package_and_to_each_shard_by_stock() -> None:
