@@ -299,8 +299,10 @@ def test_a_launch_line_gets_its_widths_or_our_refusal(resolved: list[Any], index
 
 @pytest.mark.parametrize("index", range(len(DOCUMENTED)), ids=DOCUMENTED)
 def test_a_documented_line_resolves_as_it_is_written(resolved: list[Any], index: int) -> None:
-    instances = int(DOCUMENTED[index].split("--tp ")[1].split()[0])
-    assert resolved[len(LINES) + index] == [instances, instances, 1, 16]
+    words = DOCUMENTED[index].split()
+    instances = int(words[words.index("--tp") + 1])
+    page_size = int(words[words.index("--page-size") + 1]) if "--page-size" in words else 16
+    assert resolved[len(LINES) + index] == [instances, instances, 1, page_size]
 
 
 def test_serve_commands_are_found_in_every_form() -> None:
@@ -308,5 +310,6 @@ def test_serve_commands_are_found_in_every_form() -> None:
     page = f"```bash\n{block}\n```\nsglang serve prose"
     assert serve_lines([page]) == ["X=1 python -m sglang.launch_server --tp 4", "sglang serve --tp 2"]
     common = "--model-path MODEL --tp 8 --enable-dyncp"
-    decode = f"sglang-dcp serve {common} --disaggregation-mode decode --disaggregation-transfer-backend mooncake"
+    ports = "--host 0.0.0.0 --page-size 64"
+    decode = f"sglang-dcp serve {common} {ports} --disaggregation-mode decode --disaggregation-transfer-backend mooncake"
     assert {f"sglang-dcp serve {common}", f"sglang-dcp serve --restart 3 {common}", decode} <= set(DOCUMENTED)
