@@ -79,10 +79,13 @@ def test_modes_of_a_pause(mode: str) -> None:
     async def pause(_manager: Any, obj: Any) -> None:
         paused.append(obj.mode)
 
-    call = pause_generation(pause, None, SimpleNamespace(mode=mode))
+    async def get_internal_state() -> None:
+        paused.append("answered")
+
+    call = pause_generation(pause, SimpleNamespace(get_internal_state=get_internal_state), SimpleNamespace(mode=mode))
     if mode != "retract":
         asyncio.run(call)
-        assert paused == [mode]
+        assert paused == [mode] + ["answered"] * (mode == "abort"), "instances have aborted before requests are let in"
         return
     with pytest.raises(ControlRefused, match='pause_generation with mode "retract" does not work with --enable-dyncp') as failure:
         asyncio.run(call)

@@ -172,12 +172,15 @@ async def pause_generation(original: Callable[..., Any], manager: Any, obj: Any)
     """AROUND pause_generation of TokenizerManager and TokenizerWorker.
 
     in_place: schedulers take control requests from one broadcast over all of them, so all pause between the same two steps and none waits
-    for another in an exchange. abort: the main process aborts every request and holds new ones back. retract would free the home's share of
-    a sharded request and none of its guests' pages.
+    for another in an exchange. abort: the main process aborts every request and holds new ones back, until all instances have answered
+    behind that: a step takes new requests before control requests, so one that is sent after /continue_generation could still be aborted.
+    retract would free the home's share of a sharded request and none of its guests' pages.
     """
     if obj.mode == "retract":
         raise ControlRefused('pause_generation with mode "retract"', "sharded requests cannot be taken off all instances at once")
     await original(manager, obj)
+    if obj.mode == "abort":
+        await manager.get_internal_state()
 
 
 async def record_experts(original: Callable[..., Any], manager: Any) -> None:
