@@ -209,14 +209,13 @@ class HomeBook:
         return self._handle_of_page.get(page_id)
 
     def closed_this_step(self, page_id: int) -> bool:
-        """Whether the page went with a request that was closed since `forget_closed`.
+        """Whether the page went with a request that was closed since `end_step`.
 
         SGLang frees a row in two goes (the tokens that count, then those allocated beyond them); ours go whole with the first.
         """
         return page_id in self.closed_pages
 
-    def forget_closed(self) -> None:
-        """All rows are freed whole, and their pages may be given to others."""
+    def end_step(self) -> None:
         self.closed_pages.clear()
 
     def local_pages(self) -> Iterator[int]:
