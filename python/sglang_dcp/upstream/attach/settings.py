@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sglang_dcp.config import ConfigError, DynCpConfig
@@ -82,11 +83,9 @@ def register_resolution() -> None:
     def instances(server_args: Any, previous: Callable[[Any], None]) -> None:
         previous(server_args)
         view = resolving_view(server_args)
-        try:
+        with _refusing():
             widths = complete_widths(view.tp_size, view.attn_dp_size, view.ep_size, view.dp_size, server_args._dyncp_given_widths)
             declare_resolution(server_args, SOURCE, **widths, **complete_decode(lambda field: getattr(view, field)))
-        except SettingError as error:
-            raise SystemExit(f"sglang_dcp: {error}") from error
         message = read_front_refusal(view)
         message = message or find_refusal(lambda field: getattr(view, field), resolved=False)
         message = message or read_decode_refusal(server_args, view)
@@ -104,13 +103,20 @@ def register_resolution() -> None:
         previous(server_args)
         view = resolving_view(server_args)
         judge_resolved(server_args, view)
-        try:
+        with _refusing():
             learn_served_model(server_args, view.device)
-        except ConfigError as error:
-            raise SystemExit(f"sglang_dcp: {error}") from error
 
     _register_chunks()
     _register_cuda_completions()
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """A setting that cannot work ends the start with our message."""
+    try:
+        yield
+    except (SettingError, ConfigError) as error:
+        raise SystemExit(f"sglang_dcp: {error}") from error
 
 
 def _register_chunks() -> None:
@@ -123,10 +129,8 @@ def _register_chunks() -> None:
         view = resolving_view(server_args)
         given = view.chunked_prefill_size
         previous(server_args)
-        try:
+        with _refusing():
             fields = complete_chunk_size(given, lambda field: getattr(view, field))
-        except SettingError as error:
-            raise SystemExit(f"sglang_dcp: {error}") from error
         if fields:
             declare_resolution(server_args, SOURCE, **fields)
 
