@@ -53,16 +53,14 @@ class PrefixIndex:
 
     def put(self, handle: int, digests: bytes) -> None:
         self._digests[handle] = digests
-        length = least_pages(len(digests) // DIGEST_BYTES)
-        beginning = _page(digests, length)
+        length, beginning = _beginning(digests)
         self._of_beginning[beginning] = (*self._of_beginning.get(beginning, ()), handle)
         self._lengths[length] += 1
 
     def take(self, handle: int) -> bytes:
         """Removes a handle and returns its digests. KeyError when it is not there."""
         digests = self._digests.pop(handle)
-        length = least_pages(len(digests) // DIGEST_BYTES)
-        beginning = _page(digests, length)
+        length, beginning = _beginning(digests)
         others = tuple(other for other in self._of_beginning[beginning] if other != handle)
         if others:
             self._of_beginning[beginning] = others
@@ -77,6 +75,12 @@ class PrefixIndex:
         """(handle, leading pages in common) of all with enough of theirs, the longest match first, then the newest."""
         same = [handle for length in self._lengths for handle in self._of_beginning.get(_page(digests, length), ())]
         return sorted(((handle, common_pages(self._digests[handle], digests)) for handle in same), key=lambda match: (-match[1], -match[0]))
+
+
+def _beginning(digests: bytes) -> tuple[int, bytes]:
+    """(pages, digest) of what a prompt must have in common with a sequence of these pages."""
+    length = least_pages(len(digests) // DIGEST_BYTES)
+    return length, _page(digests, length)
 
 
 def _page(digests: bytes, number: int) -> bytes:

@@ -86,14 +86,18 @@ def install(hooks: Iterable[Hook]) -> None:
 
 def in_place() -> set[str]:
     """Targets that are wrapped by ours in this process."""
-    return {hook.target for hook in _installed if hook.kind not in ("add", "register", "refuse")}
+    return {hook.target for hook in _wrappers()}
 
 
 def verify_installed() -> None:
     """Raises HookError unless every installed hook is in place (SGLang only logs a hook that failed)."""
-    missing = [hook.target for hook in _installed if hook.kind not in ("add", "register", "refuse") and not is_in_place(hook)]
+    missing = [hook.target for hook in _wrappers() if not is_in_place(hook)]
     if missing:
         raise HookError(f"hooks not in place, refusing to serve: {', '.join(missing)}")
+
+
+def _wrappers() -> list[Hook]:
+    return [hook for hook in _installed if hook.kind not in ("add", "register", "refuse")]
 
 
 def is_in_place(hook: Hook) -> bool:
