@@ -25,7 +25,7 @@ def register():
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     manager = "sglang.srt.disaggregation.mooncake.conn.MooncakeKVManager"
-    # Not send_kvcache: of two plugins that hook one target, SGLang's registry applies the first, and this package's own would be dropped.
+    # Every send of K/V comes here, whoever lists its pages.
     HookRegistry.register(f"{manager}._transfer_data", _count_and_hold, HookType.AFTER)
 
 
