@@ -209,13 +209,14 @@ class HomeBook:
         return self._handle_of_page.get(page_id)
 
     def closed_this_step(self, page_id: int) -> bool:
-        """Whether the page went with a request that was closed since `end_step`.
+        """Whether the page went with a request that was closed since `forget_closed`.
 
         SGLang frees a row in two goes (the tokens that count, then those allocated beyond them); ours go whole with the first.
         """
         return page_id in self.closed_pages
 
-    def end_step(self) -> None:
+    def forget_closed(self) -> None:
+        """All rows are freed whole, and their pages may be given to others."""
         self.closed_pages.clear()
 
     def local_pages(self) -> Iterator[int]:

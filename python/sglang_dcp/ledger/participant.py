@@ -201,7 +201,7 @@ class Participant:
             self._forget_victims(decision.victims)
         self.promised = decision.promised
         if self.homes.closed_pages:
-            self.homes.end_step()
+            self.homes.forget_closed()
         self.step += 1
         return decision
 

@@ -69,7 +69,7 @@ def test_admission_growth_and_close(homes):
     assert homes.close(request.handle) == [11]
     assert homes.handle_of(remote) is None
     assert homes.closed_this_step(remote)
-    homes.end_step()
+    homes.forget_closed()
     assert not homes.closed_this_step(remote)
     assert len(homes) == 0
 

@@ -9,7 +9,8 @@ import torch
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.ledger.participant import Participant
-from sglang_dcp.ledger.positions import token_id
+from sglang_dcp.ledger.positions import token_id, token_ids
+from sglang_dcp.upstream.disaggregation.preallocation import allocate
 from sglang_dcp.upstream.pool.kv_pool import PAGES_AHEAD, LedgerAllocator
 from sglang_dcp.upstream.step import attached
 from sglang_dcp.upstream.step.driver import StepDriver
@@ -141,3 +142,17 @@ def test_claimed_pages_are_left_to_stock(runtime: Runtime) -> None:
     assert pool.take_pages(NUM_PAGES - ROOMY) is not None
     assert all(pool.claim_decode_page() for _ in range(ROOMY - 1))
     assert pool.take_pages(2) is None and len(pool.take_pages(1) or ()) == 1 and pool.take_pages(1) is None
+
+
+def test_a_page_that_is_given_and_given_back_between_two_steps_is_free(runtime: Runtime) -> None:
+    """A decode server gives a local request the pages of one that has just ended; its prefill server is gone, and it ends as well."""
+    pool = runtime.pool
+    free = pool.available_size()
+    (ended,) = make_requests(runtime, [[Page(0, number) for number in pool.take_pages(2) or ()]], [8])
+    pool.free_segments([(torch.from_numpy(token_ids(runtime.participant.ids, ended.dyncp, 0, 4)), 0)])
+    pool.free_segments([(torch.from_numpy(token_ids(runtime.participant.ids, ended.dyncp, 4, 8)), 4)])
+    assert pool.available_size() == free and not len(runtime.participant.homes)
+    given = allocate(lambda queue, allocator, **_: allocator.alloc(8), None, pool, req=SimpleNamespace(dyncp=None), fill_len=8)
+    assert set((given // PAGE_SIZE).tolist()) == {page.number for page in ended.dyncp.pages}
+    pool.free_segments([(given, 0)])
+    assert pool.available_size() == free

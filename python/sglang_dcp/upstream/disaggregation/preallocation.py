@@ -81,6 +81,8 @@ def allocate(runtime: Runtime, original: Callable[..., Any], queue: Any, allocat
     """AROUND DecodePreallocQueue._alloc_for_decode_prealloc: token ids of a managed request's own pages."""
     req = call["req"]
     if not is_managed(req):
+        # It may get pages of a request that ended since the last step, and fail ahead of the next one.
+        runtime.participant.homes.forget_closed()
         return original(queue, allocator, **call)
     req.kv.kv_allocated_len = call["fill_len"]
     return torch.from_numpy(token_ids(runtime.participant.ids, req.dyncp, 0, call["fill_len"])).to(allocator.device)
