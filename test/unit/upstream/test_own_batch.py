@@ -56,6 +56,7 @@ class Request(SimpleNamespace):
     """Compares by identity, as SGLang's do."""
 
     next_output_finishes_by_length = staticmethod(lambda: False)
+    finished = staticmethod(lambda: False)
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -174,6 +175,22 @@ def test_requests_passed_over_had_nothing_to_secure(empty: bool, roomy: bool, mo
         outcomes.append((refused, sizes, [str(message) for message in participant.outbox], 0 if roomy else len(pool.claims)))
     assert outcomes[0] == outcomes[1]
     assert bool(outcomes[0][0]) == empty
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_who_has_ended_needs_nothing(empty: bool) -> None:
+    """SGLang takes ended requests out of the batch behind this, and allocates nothing if none is left: a page claimed for one stayed
+    claimed, and the step's grants found the pool short of it."""
+    participant = make_participant()
+    pool: Any = participant.pool
+    pool.empty, pool.roomy = empty, False
+    runtime = Runtime(SimpleNamespace(_reqs_finishing_inflight=lambda batch: []), CONFIG, participant, pool, None, None)  # type: ignore[arg-type]
+    reqs = [request(participant, None), request(participant, [0, 1])]
+    for req in reqs:
+        req.finished = lambda: True
+    batch = SimpleNamespace(reqs=reqs, seq_lens_cpu=torch.tensor([2 * PAGE_SIZE, 2 * PAGE_SIZE]))
+    assert sitting_out.find_leavers(runtime, batch) == set()
+    assert not pool.claims and not participant.outbox and reqs[0].dyncp is None and len(reqs[1].dyncp.pages) == 2
 
 
 def test_the_next_batch_is_looked_up_where_it_is_known() -> None:

@@ -58,9 +58,11 @@ def find_leavers(runtime: Runtime, batch: Any) -> set[int]:
     places = runtime.own_batch.near_page_end(reqs, batch.seq_lens_cpu, ahead)
     if places and pool.has_free(2 * len(reqs)):
         places = [i for i in places if is_managed(reqs[i])]
+    # Who has ended is still in the batch; a page claimed for it would be nobody's, and missing where the step's grants are given.
+    places = [i for i in places if not reqs[i].finished()]
     if not places:
         return set()
-    # Who ends with the step in flight needs no page more. SGLang is asked about these few: the question costs by the request.
+    # Who ends with the step in flight needs no page more either. SGLang is asked about these few: the question costs by the request.
     few = [reqs[i] for i in places]
     ending = any(req.next_output_finishes_by_length() for req in few)
     finishing = set(runtime.scheduler._reqs_finishing_inflight(SimpleNamespace(reqs=few))) if ending else ()
