@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -28,7 +28,8 @@ class Arrival:
 
 @dataclass
 class Served:
-    """What became of an arrival. Times in seconds after the start; tokens counts those between first_s and last_s."""
+    """What became of an arrival. Times in seconds after the start; tokens counts those between first_s and last_s, event_s has when each
+    event of the stream came."""
 
     arrival: Arrival
     sent_s: float = 0.0
@@ -37,6 +38,7 @@ class Served:
     tokens: int = 0
     degree: int = 1
     error: str | None = None
+    event_s: list[float] = field(default_factory=list)
 
     @property
     def tpot_ms(self) -> float | None:
@@ -79,6 +81,7 @@ async def _send(session: aiohttp.ClientSession, url: str, body: bytes, served: S
             async for line in response.content:
                 if line.startswith(PREFIX):
                     served.last_s = time.monotonic() - began
+                    served.event_s.append(served.last_s)
                     if not first:
                         first, served.first_s = line, served.last_s
                     last = line

@@ -1,6 +1,6 @@
 """Real SGLang on a Hopper GPU against stock SGLang with one large pool. testing/gpu/runtime_check.py says what is compared.
 
-One run of it serves all cases that were asked for, in three waves; each case is a test. $DYNCP_GPU_LOGS keeps logs and report,
+One run of it serves all cases that were asked for, in waves; each case is a test. $DYNCP_GPU_LOGS keeps logs and report,
 $DYNCP_GPU_SECONDS bounds the run.
 """
 
@@ -23,7 +23,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("no Hopper GPU on this machine", allow_module_level=True)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-WAVES = (("gqa", "mla", "gqa_gloo"), ("gqa4", "mla4"), ("gqa_f32", "mla_flashmla"), ("gqa_fp8", "gqa_fa3"))
+WAVES = (("gqa", "mla", "gqa_gloo"), ("gqa4", "mla4"), ("gqa_tp2",), ("gqa_f32", "mla_flashmla"), ("gqa_fp8", "gqa_fa3"))
 CASES = [case for wave in WAVES for case in wave]
 
 

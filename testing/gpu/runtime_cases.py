@@ -10,7 +10,7 @@ from typing import Any
 
 from testing.gpu.servers import GpuServer
 
-CASE_NAME = re.compile(r"(gqa|mla)([48]?)(?:_(nccl|gloo|f32|flashmla|fa3|fp8|nodes))?")
+CASE_NAME = re.compile(r"(gqa|mla)([48]?)(?:_(nccl|gloo|f32|flashmla|fa3|fp8|nodes|tp2))?")
 PAGE_SIZE, FLASH_MLA_PAGE_SIZE = 16, 64
 NEW_TOKENS = 24
 COST_MODEL = "cpu"
@@ -47,8 +47,8 @@ NODE_SIZES = {
     "cuda": replace(FOUR_SIZES["cuda"], longs=(3000,), growing=((1, 2010, 56),)),
     "cpu": replace(FOUR_SIZES["cpu"], longs=(700,), growing=((1, 490, 40),)),
 }
-"""Of four instances in two nodes: no request has more than two pools."""
-NODE_SIZE = 2
+"""Of four instances in two nodes, or two of two slices each: no request has more than two pools."""
+NODE_SIZE = SLICES = 2
 EIGHT_SIZES = {
     "cuda": Sizes(1024, (160, 333, 800), (1500, 2600), ((1, 1000, 40),), 16, 12, new_tokens=8),
     "cpu": Sizes(512, (160, 333), (700,), ((1, 490, 40),), 8, 12, new_tokens=8),
@@ -74,7 +74,7 @@ class Case:
     """A pair of servers, by name: gqa or mla (two instances over peer memory), gqa4 or mla4 (four), gqa8 or mla8 (eight), with _nccl or
     _gloo (that transport) or _f32 (float32 in plain torch over NCCL, GQA alone) or _flashmla (that backend, MLA alone), _fa3 (SGLang's
     default under unsharded steps, GQA alone) or _fp8 (quantised K/V with scales that are not 1, GQA alone) or _nodes (nodes of two, on one
-    host; of four instances alone)."""
+    host; of four instances alone) or _tp2 (attention TP: two slices of each of two instances)."""
 
     name: str
     model: str
@@ -87,7 +87,7 @@ class Case:
         found = CASE_NAME.fullmatch(name)
         if found is None:
             raise ValueError(
-                f"{name!r} is no case: gqa or mla, 4 or 8 for so many instances, _nccl, _gloo, _f32, _flashmla, _fa3, _fp8 or _nodes"
+                f"{name!r} is no case: gqa or mla, 4 or 8 for so many instances, _nccl, _gloo, _f32, _flashmla, _fa3, _fp8, _nodes or _tp2"
             )
         model, instances, kind = found.groups()
         if kind in ("f32", "fa3", "fp8") and model == "mla":
@@ -96,6 +96,8 @@ class Case:
             raise ValueError("gqa_flashmla: FlashMLA serves MLA alone")
         if kind == "nodes" and instances != "4":
             raise ValueError(f"{name}: two nodes of two are four instances, {model}4_nodes")
+        if kind == "tp2" and instances:
+            raise ValueError(f"{name}: two slices of each of two instances, {model}_tp2")
         return cls(name, model, int(instances or 2), kind)
 
     @property
@@ -108,9 +110,14 @@ class Case:
         return NODE_SIZE if self.kind == "nodes" else self.instances
 
     @property
+    def slices(self) -> int:
+        """Processes of an instance."""
+        return SLICES if self.kind == "tp2" else 1
+
+    @property
     def num_layers(self) -> int | None:
         """Of the random model; None: as many as it has."""
-        return 2 if self.instances > 2 else None
+        return 2 if self.instances * self.slices > 2 else None
 
     @property
     def num_experts(self) -> int | None:
@@ -127,7 +134,7 @@ class Case:
         return FLASH_MLA_PAGE_SIZE if self.kind == "flashmla" else PAGE_SIZE
 
     def sizes(self, device: str) -> Sizes:
-        if self.kind == "nodes":
+        if self.kind in ("nodes", "tp2"):
             return NODE_SIZES[device]
         if self.instances > 2:
             return (FOUR_SIZES if self.instances == 4 else EIGHT_SIZES)[device]
@@ -177,6 +184,7 @@ class Case:
             dyncp,
             self.flags(device, dyncp=dyncp),
             chunk_tokens=CHUNK_TOKENS if dyncp and device == "cuda" else None,
+            slices=self.slices if dyncp else 1,
             one_gpu=one_gpu,
             device=device,
             environment=dict(PLAIN_TORCH) if plain else {},

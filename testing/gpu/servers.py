@@ -32,8 +32,8 @@ ENVIRONMENT = {
 class GpuServer:
     """One server. flags: further flags. one_gpu: every rank on GPU 0. device cpu: the same check without a GPU, slowly.
 
-    chunk_tokens: most prefill tokens of one instance in one step; None: an eighth of the pool. environment: further variables, of this
-    server alone. plugins: folders beside this file with SGLang plugins of the tests.
+    slices: processes of an instance, attention TP. chunk_tokens: most prefill tokens of one instance in one step; None: an eighth of the
+    pool. environment: further variables, of this server alone. plugins: folders beside this file with SGLang plugins of the tests.
     """
 
     name: str
@@ -42,6 +42,7 @@ class GpuServer:
     pool_tokens: int
     dyncp: bool
     flags: tuple[str, ...] = ()
+    slices: int = 1
     one_gpu: bool = False
     device: str = "cuda"
     environment: dict[str, str] = field(default_factory=dict)
@@ -64,7 +65,10 @@ class GpuServer:
             str(self.pool_tokens),
         ]
         chunk = self.chunk_tokens or self.pool_tokens // 8
-        command += ["--chunked-prefill-size", str(chunk * self.instances), "--tp", str(self.instances)]
+        ranks = str(self.instances * self.slices)
+        command += ["--chunked-prefill-size", str(chunk * self.instances), "--tp", ranks]
+        if self.slices > 1:
+            command += ["--attn-dp-size", str(self.instances), "--ep", ranks]
         if self.device == "cuda":
             command += ["--dtype", "bfloat16", "--attention-backend", "flashinfer", "--sampling-backend", "pytorch"]
             command += ["--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "8", "--mem-fraction-static", "0.6"]

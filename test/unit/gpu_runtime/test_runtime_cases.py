@@ -22,7 +22,7 @@ from testing.gpu import random_models, runtime_check, stages
 from testing.gpu.runtime_cases import BOUNDS, COST_MODEL, FLOAT32_BOUNDS, Case, build_servers, within_bounds
 from testing.gpu.servers import GpuServer
 
-CASES = ("gqa", "gqa_nccl", "mla", "gqa4", "mla4", "gqa8", "mla8", "gqa_f32", "gqa4_nodes", "mla4_nodes")
+CASES = ("gqa", "gqa_nccl", "mla", "gqa4", "mla4", "gqa8", "mla8", "gqa_f32", "gqa4_nodes", "mla4_nodes", "gqa_tp2")
 DEVICES = ("cuda", "cpu")
 
 
@@ -36,7 +36,7 @@ def test_names() -> None:
     assert Case.parse("mla4_nccl") == Case("mla4_nccl", "mla", 4, "nccl")
     assert Case.parse("gqa8").shape == ("gqa", 2, 8)
     assert Case.parse("gqa_f32").is_float32 and Case.parse("gqa").instances == 2
-    for name in ("gqa3", "mla_f32", "mla_fa3", "mla_fp8", "gqa_flashmla", "gqa_", "moe", "gqa,mla", "gqa_nodes", "gqa8_nodes"):
+    for name in ("gqa3", "mla_f32", "mla_fa3", "mla_fp8", "gqa_flashmla", "gqa_", "moe", "gqa,mla", "gqa_nodes", "gqa8_nodes", "gqa4_tp2"):
         with pytest.raises(ValueError, match=name):
             Case.parse(name)
 
@@ -53,6 +53,9 @@ def test_servers_of_a_case() -> None:
     two_nodes, same = pairs["mla4_nodes"]
     assert value_of(two_nodes, "--dyncp-node-size") == "2" and same is stock and two_nodes.uses_peer_memory
     assert four.uses_peer_memory and not pairs["gqa_nccl"][0].uses_peer_memory
+    two_slices, of_one = pairs["gqa_tp2"]
+    assert [value_of(two_slices, flag) for flag in ("--tp", "--attn-dp-size", "--ep")] == ["4", "2", "4"] and two_slices.uses_peer_memory
+    assert of_one is not None and value_of(of_one, "--tp") == "1" and "--attn-dp-size" not in of_one.command()
     for server in pairs["gqa_f32"]:
         assert server is not None and not server.uses_peer_memory
         assert (value_of(server, "--dtype"), value_of(server, "--attention-backend")) == ("float32", "torch_native")
