@@ -31,7 +31,8 @@ pages of the tests are written within two seconds on idle cores."""
 def prefill_server(model: str) -> ServerConfig:
     """Stock SGLang, with this package's part of a prefill server."""
     # Both servers have one page size, whatever ServerConfig gives a stock server of the model.
-    flags = (*BACKEND, "--disaggregation-mode", "prefill", "--page-size", str(ServerConfig.page_size))
+    # Idle it would keep a core busy, which the decode server's start and steps need.
+    flags = (*BACKEND, "--disaggregation-mode", "prefill", "--page-size", str(ServerConfig.page_size), "--sleep-on-idle")
     environment = (*LOOPBACK, ("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", str(PREFILL_WAITS_S)))
     return ServerConfig(model, pool_tokens=8192, chunk_tokens=256, flags=flags, environment=environment)
 
