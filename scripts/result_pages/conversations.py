@@ -78,8 +78,8 @@ def _served_part() -> list[str]:
     if not (RESULTS / SERVED).exists():
         return []
     served = load(SERVED)
-    head = ["pool", "server", "found", "simulated", "sharded", "mean seconds late", "at"]
-    more = ("sharded", "late_s_mean", "commit")
+    head = ["pool", "server", "found", "simulated", "sharded", "median TTFT, s", "mean seconds late", "at"]
+    more = ("sharded", "ttft_median_s", "late_s_mean", "commit")
     of = {"stock": "stock", "sticky": "sticky", "on": "ours"}
     rows = [
         (row["pool_tokens"], name, server["hit_share"], row["simulated"].get(of.get(name)), *(server.get(key) for key in more))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,8 @@ from testing.client import Client
 
 @dataclass(frozen=True)
 class ServedTurn:
-    """sent_s, ended_s: seconds after the beginning. shards: instances at the end, none on a server that does not tell."""
+    """sent_s, ended_s: seconds after the beginning. shards: instances at the end, none on a server that does not tell. ttft_s: from the
+    request's arrival at the server to the end of its prefill, none from a server without --enable-metrics."""
 
     session: int
     index: int
@@ -26,6 +28,7 @@ class ServedTurn:
     cached_tokens: int
     home: int | None
     shards: tuple[int, ...]
+    ttft_s: float | None = None
 
 
 def converse(client: Client, sessions: Sequence[Session], at_once: int) -> list[ServedTurn]:
@@ -69,7 +72,8 @@ def ask_turn(client: Client, session: Session, index: int, started: float, home:
 def _record(session: Session, index: int, sent_s: float, ended_s: float, meta: dict[str, Any], home: int | None) -> ServedTurn:
     where = meta.get("dyncp") or {"home": meta.get("dp_rank", home)}
     shards = tuple(shard["rank"] for shard in where.get("shards", ()))
-    return ServedTurn(session.number, index, sent_s, ended_s, meta["prompt_tokens"], meta["cached_tokens"], where["home"], shards)
+    tokens, ttft_s = (meta["prompt_tokens"], meta["cached_tokens"]), meta.get("first_token_latency")
+    return ServedTurn(session.number, index, sent_s, ended_s, *tokens, where["home"], shards, ttft_s)
 
 
 def as_recorded(sessions: Sequence[Session], served: Sequence[ServedTurn]) -> list[Turn]:
@@ -84,6 +88,12 @@ def as_recorded(sessions: Sequence[Session], served: Sequence[ServedTurn]) -> li
         )
         for turn in served
     ]
+
+
+def ttft_median_s(served: Sequence[ServedTurn]) -> float | None:
+    """Of the turns whose server tells; None where none does."""
+    told = [turn.ttft_s for turn in served if turn.ttft_s is not None]
+    return round(statistics.median(told), 3) if told else None
 
 
 def hit_share(served: Sequence[ServedTurn]) -> float:

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmark.serving.conversations.closed_loop import ServedTurn, as_recorded, converse, hit_share
+from benchmark.serving.conversations.closed_loop import ServedTurn, as_recorded, converse, hit_share, ttft_median_s
 from benchmark.serving.conversations.misses import missed_shares
 from benchmark.serving.conversations.repeated import StickyHomes, Times, converse_again, mean_lateness_s
 from benchmark.serving.conversations.sessions import PAGE_TOKENS, TOKENS_PER_SERVED, Session, choose_sessions
@@ -61,7 +61,7 @@ def serve(
         homes = StickyHomes(INSTANCES) if name == "sticky" else None
         served = converse_again(server.client, sessions, times, homes)
     row: dict[str, Any] = {"commit": provenance("")["commit"], "hit_share": hit_share(served), "turns": len(served)}
-    row |= {"seconds": round(time.monotonic() - started, 1)}
+    row |= {"seconds": round(time.monotonic() - started, 1), "ttft_median_s": ttft_median_s(served)}
     if times is not None:
         row["late_s_mean"] = mean_lateness_s(served, times)
     if flags is not None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmark.serving.conversations.closed_loop import as_recorded, converse, hit_share
+from benchmark.serving.conversations.closed_loop import as_recorded, converse, hit_share, ttft_median_s
 from benchmark.serving.conversations.misses import missed_shares
 from benchmark.serving.conversations.on_ledger import LedgerReplay
 from benchmark.serving.conversations.repeated import StickyHomes, converse_again, mean_lateness_s
@@ -40,7 +40,8 @@ class PerfectCache:
             self.at_once -= 1
         home = fields.get("routed_dp_rank", 0)
         where = {"home": home, "shards": [{"rank": home, "tokens": len(ids)}]}
-        return SimpleNamespace(meta={"prompt_tokens": len(ids), "cached_tokens": found * PAGE_TOKENS, "dyncp": where})
+        told = {"first_token_latency": 0.25} if self.keeps else {}
+        return SimpleNamespace(meta={"prompt_tokens": len(ids), "cached_tokens": found * PAGE_TOKENS, "dyncp": where} | told)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_a_perfect_cache_reaches_the_bound_and_none_misses_everything(sessions):
     simulated = simulate(sessions, served, POOL_TOKENS, DIVIDE)
     assert simulated["pooled"] == pytest.approx(found, abs=0.02)
     cold = converse(PerfectCache(keeps=False), sessions, at_once=3)
-    assert hit_share(cold) == 0
+    assert hit_share(cold) == 0 and (ttft_median_s(served), ttft_median_s(cold)) == (0.25, None)
     assert missed_shares(sessions, cold)["gone"] == pytest.approx(found, abs=1e-3)
     result = {"servers": {"on": {"hit_share": 0.9}, "sticky": {"hit_share": 0.6}}, "simulated": {"pooled": 1.0}}
     assert bars(result) == {"hit_share_of_bound": 0.9, "hit_share_over_sticky": 1.5}
