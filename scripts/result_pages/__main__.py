@@ -7,7 +7,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts.result_pages import clients, conversations, headline, kernels, memory, one_host, prices, several_gpus, simulation
+from scripts.result_pages import (
+    clients,
+    conversations,
+    disaggregated,
+    headline,
+    kernels,
+    memory,
+    one_host,
+    prices,
+    several_gpus,
+    simulation,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER = REPOSITORY / "docs" / "results"
@@ -22,6 +33,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "clients.md": clients.render,
     "memory.md": memory.render,
     "conversations.md": conversations.render,
+    "disaggregated.md": disaggregated.render,
 }
 
 

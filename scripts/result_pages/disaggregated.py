@@ -1,0 +1,44 @@
+"""docs/results/disaggregated.md: answers of a decode server behind prefill servers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from scripts.result_pages.markdown import load, page, source, table
+
+
+def render() -> str:
+    result = load("disaggregated.json")
+    return page(
+        "Behind prefill servers, on a CPU",
+        source("disaggregated.json", result),
+        f"Mooncake over TCP, a decode server of {result['instances']} instances with pools of {result['pool_tokens']:,} tokens, "
+        f"{result['at_once']} requests at once, each pinned to a home and a degree. Each output is compared with that of stock SGLang with "
+        "one large pool, up to the first near tie: largest difference of log-probabilities, which only tokens that the model is unsure of "
+        "can show. A prefill server with this package sends a page to the shard that owns it, stock SGLang sends all of a request to each "
+        "of its shards.",
+        table(
+            [
+                "model",
+                "prefill server",
+                "degree",
+                "requests",
+                "longest prompt",
+                "tokens compared",
+                "unsure",
+                "other outputs",
+                "difference",
+                "copies",
+            ],
+            _rows(result["cases"]),
+        ),
+    )
+
+
+def _rows(cases: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+    for case in cases:
+        for degree, found in case["degrees"].items():
+            prompt, tokens = f"{found['longest_prompt']:,}", found["tokens_compared"]
+            answers = found["requests"], prompt, tokens, found["tokens_unsure"], len(found["other_outputs"]), f"{found['worst']:.1e}"
+            yield f"`{case['model']}`", case["prefill"], degree, *answers, f"{found['copies']:g}"
