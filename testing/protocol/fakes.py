@@ -87,6 +87,10 @@ class ModelRequest:
     cache_salt = input_embeds = positional_embed_overrides = multimodal_inputs = session = None
 
     @property
+    def sampling_params(self) -> Any:
+        return SimpleNamespace(max_new_tokens=self.max_new_tokens)
+
+    @property
     def full_untruncated_fill_ids(self) -> list[int]:
         return self.origin_input_ids + self.output_ids
 

@@ -14,7 +14,7 @@ from sglang_dcp.upstream.step.elsewhere import ask_elsewhere
 from sglang_dcp.upstream.step.retention import begin_behind_prefix, end_request, wanted_pages
 from sglang_dcp.upstream.step.retraction import place_again
 from sglang_dcp.upstream.step.runtime import Runtime
-from sglang_dcp.upstream.step.sitting_out import find_leavers, has_room
+from sglang_dcp.upstream.step.sitting_out import find_leavers, has_room, secure_next_token
 from sglang_dcp.upstream.step.sync import free_pages
 from testing.protocol.fakes import FakePool, ModelRequest
 
@@ -190,6 +190,7 @@ class ModelScheduler:
         leave = [req for i, req in enumerate(self.running) if i in places]
         self.runtime.queues.parked += leave
         self.running = stay = [req for req in self.running if req not in leave]
+        self._check_asked_ahead()
         self.pool.settle_decode_claims()
         lengths, batch = self._lengths() + 1, []
         begin = np.flatnonzero(lengths % self.participant.page_size == 1 % self.participant.page_size).tolist()
@@ -199,6 +200,14 @@ class ModelScheduler:
             self._allocate(req, length + 1)
             batch.append((req, length, 1))
         return batch
+
+    def _check_asked_ahead(self) -> None:
+        """Few were looked at for the step's new token. Of those whose pages come from elsewhere, whoever had to ask was among them."""
+        num_messages = len(self.participant.outbox)
+        for req in self.running:
+            if req.dyncp is not None and not self.participant.may_grow_at_home(req.dyncp):
+                assert secure_next_token(self.runtime, req), f"{req.rid} has no page for its next token, and decodes on"
+                assert len(self.participant.outbox) == num_messages, f"{req.rid} was passed over, and had to ask"
 
     def _lengths(self) -> Any:
         return np.array([req.kv.kv_allocated_len for req in self.running], dtype=np.int64)

@@ -104,9 +104,13 @@ class Participant:
         request.asked_growth, request.asked_stuck = True, stuck
         self.outbox.append(AskGrowth(request.handle, request.born, stuck, len(request.pages), request.shards))
 
+    def may_grow_at_home(self, request: HomeRequest) -> bool:
+        """Not if its degree is used up without the home."""
+        return self.rank in request.starts or len(request.starts) < self.limits.max_degree
+
     def grow_at_home(self, request: HomeRequest) -> bool:
         """Takes the next tail page from the own pool when it has one; no message needed."""
-        if request.asked_growth or not self._may_hold(request, self.rank):
+        if request.asked_growth or not self.may_grow_at_home(request):
             return False
         pages = self.pool.take_pages(1)
         if pages is None:
@@ -129,10 +133,6 @@ class Participant:
     def release_retained(self) -> None:
         """Gives up all retained sequences of this home."""
         self.outbox += self.retention.release_all()
-
-    def _may_hold(self, request: HomeRequest, rank: int) -> bool:
-        shards = request.shards
-        return rank in shards or len(shards) < self.limits.max_degree
 
     def room_for_guests(self, rank: int) -> int:
         """Pages that instance `rank` could lend by the columns of the last step, beyond what is promised there."""

@@ -8,6 +8,7 @@ import torch
 
 from sglang_dcp.ledger.columns import NUM_COLUMNS
 from sglang_dcp.ledger.counters import LedgerCounters
+from sglang_dcp.policy.split_limits import Layout, SplitLimits
 from sglang_dcp.upstream.step import attached
 from sglang_dcp.upstream.step.columns import SyncRow
 from sglang_dcp.upstream.step.driver import StepDriver
@@ -15,6 +16,7 @@ from sglang_dcp.upstream.step.handlers import fallback_columns
 from sglang_dcp.upstream.step.runtime import Runtime
 
 OWN = [3, 2, 2**31 - 2, 17, 5, 900_000, 128, 6, 2**40]
+LIMITS = SplitLimits(8, 2, 8, Layout(2, 2))
 
 
 def test_rows_of_two_steps() -> None:
@@ -36,7 +38,8 @@ def test_other_element_types_keep_their_type() -> None:
 
 def test_the_row_of_a_rank_that_is_gone_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang makes it of constants in every step; it ends in zeros of ours."""
-    monkeypatch.setattr(attached, "_runtime", Runtime(None, None, SimpleNamespace(ids=None, group=range(2)), None, None, None))  # type: ignore[arg-type]
+    participant: Any = SimpleNamespace(ids=None, group=range(2), limits=LIMITS)
+    monkeypatch.setattr(attached, "_runtime", Runtime(None, None, participant, None, None, None))  # type: ignore[arg-type]
     first, second = (fallback_columns(torch.arange(11), None, "cpu") for _ in range(2))
     assert first.tolist() == [*range(11), *[0] * NUM_COLUMNS] and second is first
 
@@ -46,6 +49,7 @@ def test_waits_for_pages_are_forgotten_where_there_are_no_metrics() -> None:
     participant: Any = SimpleNamespace(
         ids=None,
         group=range(1),
+        limits=LIMITS,
         counters=counters,
         num_sharded_rows=0,
         read_columns=lambda columns: 0,

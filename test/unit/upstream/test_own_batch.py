@@ -15,9 +15,9 @@ from sglang_dcp.ledger.participant import Participant
 from sglang_dcp.ledger.positions import route_of
 from sglang_dcp.ledger.steady import SteadyRows
 from sglang_dcp.upstream.step import sitting_out
-from sglang_dcp.upstream.step.own_batch import OwnBatch
+from sglang_dcp.upstream.step.own_batch import GROW_AHEAD_TOKENS, OwnBatch
 from sglang_dcp.upstream.step.runtime import Runtime, cluster_of
-from sglang_dcp.upstream.step.sitting_out import GROW_AHEAD_TOKENS, secure_next_token
+from sglang_dcp.upstream.step.sitting_out import secure_next_token
 
 PAGE_SIZE = 16
 
@@ -48,8 +48,8 @@ class Pool:
 CONFIG = DynCpConfig().resolve(3)
 
 
-def make_participant() -> Participant:
-    return Participant(cluster_of(CONFIG, 3, 50_000, PAGE_SIZE), 0, Pool())  # type: ignore[arg-type]
+def make_participant(config: DynCpConfig = CONFIG) -> Participant:
+    return Participant(cluster_of(config, 3, 50_000, PAGE_SIZE), 0, Pool())  # type: ignore[arg-type]
 
 
 class Request(SimpleNamespace):
@@ -64,7 +64,8 @@ class Request(SimpleNamespace):
 
 def request(participant: Participant, owners: list[int] | None, length: int = 0) -> Any:
     """owners: of its pages in order; None for a local request."""
-    found = Request(rid=object(), dyncp=None, kv=SimpleNamespace(kv_allocated_len=length))
+    sampling_params = SimpleNamespace(max_new_tokens=1000)
+    found = Request(rid=object(), dyncp=None, output_ids=[], sampling_params=sampling_params, kv=SimpleNamespace(kv_allocated_len=length))
     if owners is not None:
         found.dyncp = participant.homes.open(0)
         number = 100 * found.dyncp.handle
@@ -143,20 +144,21 @@ def test_a_request_that_the_ledger_took_over_is_a_change() -> None:
     assert not batch.steady and len(batch.sharded_rows()) == 1
 
 
+@pytest.mark.parametrize("max_degree", [3, 2])
 @pytest.mark.parametrize(("empty", "roomy"), [(False, False), (False, True), (True, False)])
-def test_requests_passed_over_had_nothing_to_secure(empty: bool, roomy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_passed_over_had_nothing_to_secure(max_degree: int, empty: bool, roomy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`find_leavers` against asking every request: same answers, same growth, same asks; and claims, which a roomy pool can do without."""
-    rng, outcomes = random.Random(3), []
+    rng, outcomes, config = random.Random(3), [], DynCpConfig(max_degree=max_degree).resolve(3)
     asked: list[Any] = []
     monkeypatch.setattr(sitting_out, "secure_next_token", lambda *args: asked.append(args) or secure_next_token(*args))
     kinds = [rng.choice(["local", "home", "away", "more"]) for _ in range(200)]
     lengths = [rng.randrange(1, 6 * PAGE_SIZE) for _ in kinds]
     for ask_all in (True, False):
-        participant = make_participant()
+        participant = make_participant(config)
         pool: Any = participant.pool
         pool.empty, pool.roomy = empty, roomy
         scheduler = SimpleNamespace(_reqs_finishing_inflight=lambda batch: [])
-        runtime = Runtime(scheduler, CONFIG, participant, pool, None, None)  # type: ignore[arg-type]
+        runtime = Runtime(scheduler, config, participant, pool, None, None)  # type: ignore[arg-type]
         runtime.givable_pages = pool.num_givable_pages()
         reqs = []
         for kind, length in zip(kinds, lengths, strict=True):
@@ -174,7 +176,7 @@ def test_requests_passed_over_had_nothing_to_secure(empty: bool, roomy: bool, mo
         sizes = [len(req.dyncp.pages) for req in reqs if req.dyncp is not None]
         outcomes.append((refused, sizes, [str(message) for message in participant.outbox], 0 if roomy else len(pool.claims)))
     assert outcomes[0] == outcomes[1]
-    assert bool(outcomes[0][0]) == empty
+    assert bool(outcomes[0][0]) == (empty or max_degree == 2)
 
 
 @pytest.mark.parametrize("empty", [False, True])
@@ -204,9 +206,10 @@ def test_the_next_batch_is_looked_up_where_it_is_known() -> None:
         if not known:
             rng.shuffle(reqs)
             lengths = [req.kv.kv_allocated_len or length for req, length in zip(reqs, lengths, strict=True)]
-        for tokens in (0, GROW_AHEAD_TOKENS, 3 * PAGE_SIZE):
-            found = batch.near_page_end(reqs, unread if known else torch.tensor(lengths), tokens)
-            assert list(found) == [i for i, length in enumerate(lengths) if -length % PAGE_SIZE <= tokens]
+        for home_is_full in (False, True):
+            found = batch.to_secure(reqs, unread if known else torch.tensor(lengths), home_is_full=home_is_full)
+            ahead = GROW_AHEAD_TOKENS if home_is_full else 0
+            assert list(found) == [i for i, length in enumerate(lengths) if -length % PAGE_SIZE <= ahead]
         lengths = [length + 1 for length in lengths]
         found = batch.beginning_page(reqs, unread if known else torch.tensor(lengths))
         assert list(found) == [i for i, length in enumerate(lengths) if length % PAGE_SIZE == 1]
@@ -240,9 +243,9 @@ def test_one_request_tells_that_lengths_went_apart() -> None:
     take(batch, reqs, [15, 7])
     take(batch, reqs, [18, 10])
     assert not batch.steady and [prefix_len for _, prefix_len, _ in batch.spans] == [17, 9]
-    assert list(batch.near_page_end(reqs, torch.tensor([18, 10]), 0)) == []
+    assert list(batch.to_secure(reqs, torch.tensor([18, 10]), home_is_full=False)) == []
     reqs[-1].kv.kv_allocated_len = 32
-    assert list(batch.near_page_end(reqs, torch.tensor([18, 32]), 0)) == [1]
+    assert list(batch.to_secure(reqs, torch.tensor([18, 32]), home_is_full=False)) == [1]
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 5])

@@ -19,6 +19,9 @@ from sglang_dcp.ledger.positions import keeps_route, route_of
 from sglang_dcp.ledger.steady import SteadyRows
 from sglang_dcp.upstream.step.managed import is_managed
 
+GROW_AHEAD_TOKENS = 8
+"""A request asks for its next remote tail page this many tokens before it needs it: a grant takes two steps to arrive."""
+
 
 class OwnBatch:
     """Taken in once per step.
@@ -27,10 +30,12 @@ class OwnBatch:
     """
 
     def __init__(self, participant: Participant) -> None:
-        self._ids, self._group = participant.ids, participant.group
+        self._ids, self._group, self._participant = participant.ids, participant.group, participant
+        self._ask_at = self._asks_with(participant.limits.max_degree)
         self._rows: SteadyRows | None = SteadyRows((), ())  # None: the last step prefilled
         self._spans: list[Span] | None = []
         self._ends: bytearray | None = None
+        self._asking: dict[int, list[int]] = {}  # by the index of _ends, which was made with it
         self.routes: dict[int, int] = {}
         self.steady = False
 
@@ -69,6 +74,8 @@ class OwnBatch:
             self.steady = self._same_routes(rows)
             if self.steady:
                 return
+            if self._ask_at:
+                self._ends = None  # a page on a new shard may have used a degree up
         else:
             self.steady, self._ends = False, None
             rows = self._rows = SteadyRows(list(reqs), [] if lengths is None else lengths.tolist(), self._ids.page_size)
@@ -87,7 +94,8 @@ class OwnBatch:
     # ---- of the next step's batch, before it is taken in
 
     def is_quiet(self, reqs: Sequence[Any]) -> bool:
-        """Whether these are the requests taken in last, and none of the ledger's begins a page with its next token."""
+        """Whether these are the requests taken in last, none of the ledger's begins a page with its next token, and none must ask ahead
+        whatever room there is at home."""
         rows = self._rows
         if rows is None or not reqs or not rows.are(reqs, reqs[-1].kv.kv_allocated_len, 0):
             return False
@@ -97,23 +105,40 @@ class OwnBatch:
         return not ends[rows.age % self._ids.page_size]
 
     def _page_ends(self, rows: SteadyRows) -> bytearray:
-        """By age of the rows, modulo the page size: whether the last token of one of the ledger's requests ends a page."""
-        ends = bytearray(self._ids.page_size)
-        for req, told in zip(rows.keys, rows.told, strict=True):
+        """By age of the rows, modulo the page size: whether the last token of one of the ledger's requests ends a page, or one that must
+        not grow at home is to be looked at ahead."""
+        page_size = self._ids.page_size
+        ends, self._asking = bytearray(page_size), {}
+        for index, (req, told) in enumerate(zip(rows.keys, rows.told, strict=True)):
             if is_managed(req):
-                ends[-told % self._ids.page_size] = 1
+                ends[-told % page_size] = 1
+                if self._ask_at and self._must_ask(req):
+                    for left in self._ask_at:
+                        ends[(-told - left) % page_size] = 1
+                        self._asking.setdefault((-told - left) % page_size, []).append(index)
         return ends
 
     def note_taken_over(self) -> None:
         """The ledger has taken over a request of the batch."""
         self._ends = None
 
-    def near_page_end(self, reqs: Sequence[Any], lengths: torch.Tensor, tokens: int) -> Sequence[int]:
-        """Which requests have room for at most `tokens` more on the page of their last token. lengths: before the step's new one."""
+    def to_secure(self, reqs: Sequence[Any], lengths: torch.Tensor, *, home_is_full: bool) -> Sequence[int]:
+        """Which requests, ascending, end a page with their last token, or soon and may have to ask ahead. lengths: before the step's new
+        one. home_is_full: that may be all of them, else those that must not grow at home."""
         rows, page_size = self._next(reqs), self._ids.page_size
         if rows is not None:
-            return rows.near_end(tokens)
-        return [index for index, length in enumerate(lengths.tolist()) if -length % page_size <= tokens]
+            ending = rows.near_end(GROW_AHEAD_TOKENS if home_is_full else 0)
+            if home_is_full or not self._ask_at:
+                return ending
+            if self._ends is None:
+                self._ends = self._page_ends(rows)
+            asking = self._asking.get(rows.age % page_size)
+            return ending if asking is None else sorted([*ending, *asking])
+        told, ahead = lengths.tolist(), GROW_AHEAD_TOKENS if home_is_full or self._ask_at else 0
+        near = [index for index, length in enumerate(told) if -length % page_size <= ahead]
+        if home_is_full or not self._ask_at:
+            return near
+        return [index for index in near if told[index] % page_size == 0 or self._must_ask(reqs[index])]
 
     def beginning_page(self, reqs: Sequence[Any], lengths: torch.Tensor) -> Sequence[int]:
         """Which requests begin a page with the step's new token. lengths: with it. SGLang counts the new token of a request when it is
@@ -124,6 +149,18 @@ class OwnBatch:
         return [index for index, length in enumerate(lengths.tolist()) if (length - 1) % page_size == 0]
 
     # ----
+
+    def _asks_with(self, max_degree: int) -> Sequence[int]:
+        """Tokens left on the page of the last one with which a request that must not grow at home is looked at ahead; none where no request
+        can come to that. Once is enough: its ask stays open, and the page before is there by then, unless pages are shorter than this."""
+        if max_degree >= len(self._group):
+            return ()
+        page_size = self._ids.page_size
+        return (GROW_AHEAD_TOKENS,) if page_size > GROW_AHEAD_TOKENS else range(1, page_size)
+
+    def _must_ask(self, req: Any) -> bool:
+        """Whether the request's pages come from elsewhere, whatever room there is at home."""
+        return is_managed(req) and not self._participant.may_grow_at_home(req.dyncp)
 
     def _next(self, reqs: Sequence[Any]) -> SteadyRows | None:
         """The rows that were taken in last, if these requests are they: one of them is asked for its length."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from sglang_dcp.ledger.homes import HomeRequest
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.upstream.step.admission import keep_place_in_order
 from sglang_dcp.upstream.step.managed import is_managed
+from sglang_dcp.upstream.step.own_batch import GROW_AHEAD_TOKENS
 from sglang_dcp.upstream.step.parked_row import take_row
 from sglang_dcp.upstream.step.runtime import Runtime
-
-GROW_AHEAD_TOKENS = 8
-"""A request asks for its next remote tail page this many tokens before it needs it: a grant takes two steps to arrive."""
 
 
 def rejoin(runtime: Runtime, running_batch: Any) -> Any:
@@ -48,14 +47,13 @@ def sit_out(runtime: Runtime, batch: Any, places: set[int]) -> bool:
 def find_leavers(runtime: Runtime, batch: Any) -> set[int]:
     """Places in the batch of those that have no page for their next token.
 
-    Asked are those that `secure_next_token` has something to do for: who ends a page now, and who will soon where the last step left
-    the pool full. All others have room on the page of their last token. With two free pages for every request no local one misses its own.
+    Asked are those that `secure_next_token` has something to do for: who ends a page now, and who will soon and can have none at home. All
+    others have room on the page of their last token. With two free pages for every request no local one misses its own.
     """
     reqs, pool = batch.reqs, runtime.pool
     if runtime.givable_pages and pool.has_free(2 * len(reqs)) and runtime.own_batch.is_quiet(reqs):
         return set()
-    ahead = 0 if runtime.givable_pages else GROW_AHEAD_TOKENS
-    places = runtime.own_batch.near_page_end(reqs, batch.seq_lens_cpu, ahead)
+    places = runtime.own_batch.to_secure(reqs, batch.seq_lens_cpu, home_is_full=not runtime.givable_pages)
     if places and pool.has_free(2 * len(reqs)):
         places = [i for i in places if is_managed(reqs[i])]
     # Who has ended is still in the batch; a page claimed for it would be nobody's, and missing where the step's grants are given.
@@ -79,13 +77,25 @@ def secure_next_token(runtime: Runtime, req: Any) -> bool:
         adopt(runtime, req)
     request = req.dyncp
     if length // page_size < len(request.pages):
-        if len(request.pages) * page_size - length <= GROW_AHEAD_TOKENS and not runtime.pool.num_givable_pages():
+        left = len(request.pages) * page_size - length
+        if left <= GROW_AHEAD_TOKENS and outlasts(req, left) and not has_page_at_home(runtime, request):
             participant.ask_growth(request, stuck=False)
         return request.pages[length // page_size] is not None
     if participant.grow_at_home(request):
         return True
     participant.ask_growth(request, stuck=True)
     return False
+
+
+def has_page_at_home(runtime: Runtime, request: HomeRequest) -> bool:
+    return runtime.participant.may_grow_at_home(request) and runtime.pool.num_givable_pages() > 0
+
+
+def outlasts(req: Any, tokens: int) -> bool:
+    """Whether the request may write more than `tokens` more. Who ends earlier for another reason than length gives the page that it asked
+    for ahead back unused, with the others."""
+    more: int = req.sampling_params.max_new_tokens - len(req.output_ids)
+    return more > tokens
 
 
 def has_room(runtime: Runtime, req: Any) -> bool:
