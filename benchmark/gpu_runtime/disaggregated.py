@@ -48,6 +48,7 @@ def build_server(args: argparse.Namespace, name: str) -> GpuServer:
     flags += ("--context-length", str(LONGEST_CONTEXT), "--page-size", "64", "--load-format", "dummy", "--mem-fraction-static", "0.85")
     flags += ("--max-running-requests", str(GRAPH_SIZES[-1] * INSTANCES), "--cuda-graph-max-bs-decode", str(GRAPH_SIZES[-1]))
     flags += ("--cuda-graph-bs-decode", *map(str, GRAPH_SIZES), *model_flags(args.model))
+    flags += ("--dyncp-cost-model", args.cost_model) if args.cost_model else ()
     path = write_shape(args.model, args.layers, args.out / "models")
     server = GpuServer(name, path, INSTANCES, args.pool, True, flags, one_gpu=args.one_gpu)
     server.chunk_tokens = 8192
@@ -100,6 +101,7 @@ def main() -> int:
     parser.add_argument("--model", default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--pool", type=int, default=600_000, help="KV tokens of an instance")
+    parser.add_argument("--cost-model", help="constants of another machine; cpu: whatever is long enough is sharded")
     parser.add_argument("--rate", type=float, default=1.5, help="requests per second")
     parser.add_argument("--long", type=float, default=0.1, help="share of long prompts")
     parser.add_argument("--longest", type=int, default=200_000, help="longest prompt")

@@ -1,4 +1,4 @@
-"""docs/results/disaggregated.md: answers of a decode server behind prefill servers."""
+"""docs/results/disaggregated.md: answers of a decode server behind prefill servers, and inter-token times beside a server that prefills."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from scripts.result_pages.markdown import load, page, source, table
 
 
 def render() -> str:
-    result = load("disaggregated.json")
+    result, gpu = load("disaggregated.json"), load("pd.json")
     return page(
-        "Behind prefill servers, on a CPU",
+        "Behind prefill servers, measured",
+        "## Answers, on a CPU",
         source("disaggregated.json", result),
         f"Mooncake over TCP, a decode server of {result['instances']} instances with pools of {result['pool_tokens']:,} tokens, "
         f"{result['at_once']} requests at once, each pinned to a home and a degree. Each output is compared with that of stock SGLang with "
@@ -33,7 +34,21 @@ def render() -> str:
             ],
             _rows(result["cases"]),
         ),
+        "## Inter-token times, on a GPU",
+        source("pd.json", gpu),
+        "The same instances, pools and arrivals twice: as a decode server whose K/V are there, and prefilling themselves.",
+        table(
+            ["server", "requests", "P50, ms", "P99, ms", "longest, ms", "P99 over aggregated", "sharded steps as graphs"],
+            _times(gpu),
+        ),
+        "\n".join(f"- {note}" for note in gpu["notes"]),
     )
+
+
+def _times(gpu: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+    for name, found in gpu["servers"].items():
+        ours = (gpu["itl_p99_over_aggregated"], gpu["sharded_graph_share"]) if name == "decode" else (None, None)
+        yield name, found["requests"], *(found["itl_ms"][key] for key in ("p50", "p99", "max")), *ours
 
 
 def _rows(cases: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:

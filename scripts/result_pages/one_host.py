@@ -12,13 +12,16 @@ STAGES = ("unsharded", "degree_2", "degree_4", "growth_from_1", "longer_than_1_p
 def render() -> str:
     runtime, checks, unused = load("gpu_runtime.json"), load("gpu_runtime_check.json"), load("unused.json")
     operate = load("operate.json")
-    whole = checks["runs"][0]
+    whole, newest = checks["runs"][:2]
     return page(
         "One host, measured",
         "## Answers against stock, on a GPU",
         source("gpu_runtime_check.json", whole),
         "Mean difference of log-probabilities from stock SGLang with one large pool, per stage. The unsharded column is the yardstick.",
         table(["case", *STAGES], _differences(whole["checks"])),
+        source("gpu_runtime_check.json", newest),
+        table(["case", *STAGES], _differences(newest["checks"])),
+        newest["note"],
         "## Step time",
         source("gpu_runtime.json", runtime),
         table(["requests", "step, ms", "over stock", "95 % interval"], _steps(runtime["step_ms"])),
