@@ -3,7 +3,8 @@
     python -m benchmark.gpu_runtime.run OUT_DIR [--one-gpu] [--model qwen3-30b-a3b] [--layers 24] [--rounds 5] [--limit 420]
 
 Writes OUT_DIR/gpu_runtime.json after every part. The servers stand side by side on the same GPUs (two, or one for both instances) and are
-measured in turns; an idle server launches nothing. Layers of a real model, few of them, random weights.
+measured in turns; an idle server launches nothing. Layers of a real model, few of them, random weights. Instances that share a GPU run in
+turns, about 9 ms a layer on an H200: give two layers there.
 """
 
 from __future__ import annotations
