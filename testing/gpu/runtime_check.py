@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from testing.gpu.runtime_cases import Case, build_servers
 from testing.gpu.servers import GpuServer, start_all, stop_all, wait_ready
 from testing.gpu.stages import Check
 from testing.recall import MODELS
+from testing.server import machine_lock
 
 LARGEST_SHARE = 1.6
 """Most time of a wave, in even shares of what is left."""
@@ -138,7 +140,6 @@ def main() -> int:
     parser.add_argument("--without-stock", action="store_true", help="compare with the same server unsharded")
     parser.add_argument("--gpu-each", dest="one_gpu", action="store_false", help="one GPU per instance instead of one for all")
     args = parser.parse_args()
-    end = time.monotonic() + args.limit
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers, which have sessions of their own, end with this process
     args.out.mkdir(parents=True, exist_ok=True)
     waves = [[Case.parse(name) for name in wave.split(",")] for wave in args.only.split("/")]
@@ -146,7 +147,8 @@ def main() -> int:
     one_gpu = args.one_gpu and args.device == "cuda"
     pairs = build_servers(cases, write_models(cases, args.device), args.device, one_gpu=one_gpu, with_stock=not args.without_stock)
     only_stages = [name for name in args.stages.split(",") if name]
-    report = Waves(waves, pairs, args.out, only_stages).run(end)
+    with machine_lock() if args.device == "cpu" else nullcontext():
+        report = Waves(waves, pairs, args.out, only_stages).run(time.monotonic() + args.limit)
     held = {case.name: case_holds(report["checks"].get(case.name, {})) for case in cases}
     print("result", all(held.values()), held, os.fspath(args.out))
     return 0 if all(held.values()) else 1
