@@ -275,7 +275,9 @@ class Participant:
                 continue
             pages = self.pool.take_pages(segment.num_pages)
             if pages is None:
-                raise ProtocolError(f"rank {self.rank}: {segment.num_pages} pages were granted but the pool is short; its column was wrong")
+                told, left = self._own_columns[col.FREE_PAGES], self.pool.num_givable_pages()
+                where = f"rank {self.rank}, step {self.step}"
+                raise ProtocolError(f"{where}: {segment.num_pages} pages were granted and cannot be had; {told} were told, {left} are free")
             granted = Granted(grant.home, grant.handle, segment.first_index, tuple(pages))
             if request is not None:
                 self.homes.fill(self.rank, granted)

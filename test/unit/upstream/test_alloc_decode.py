@@ -8,8 +8,9 @@ import torch
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.page_ids import Page
-from sglang_dcp.ledger.participant import Participant
+from sglang_dcp.ledger.participant import Participant, ProtocolError
 from sglang_dcp.ledger.positions import token_id, token_ids
+from sglang_dcp.ledger.reservations import Grant, GrantedSegment
 from sglang_dcp.upstream.disaggregation.preallocation import allocate
 from sglang_dcp.upstream.pool.kv_pool import PAGES_AHEAD, LedgerAllocator
 from sglang_dcp.upstream.step import attached
@@ -142,6 +143,15 @@ def test_claimed_pages_are_left_to_stock(runtime: Runtime) -> None:
     assert pool.take_pages(NUM_PAGES - ROOMY) is not None
     assert all(pool.claim_decode_page() for _ in range(ROOMY - 1))
     assert pool.take_pages(2) is None and len(pool.take_pages(1) or ()) == 1 and pool.take_pages(1) is None
+
+
+def test_a_grant_that_the_pool_cannot_give_tells_what_was_said_and_what_is_there(runtime: Runtime) -> None:
+    """A page set aside for nobody is counted as free: the others' books would go apart, so the instance ends."""
+    participant, pool = runtime.participant, runtime.pool
+    assert pool.take_pages(NUM_PAGES - 3) is not None and pool.claim_decode_page()
+    participant.build_columns([], pool.num_givable_pages(), 0, 0)
+    with pytest.raises(ProtocolError, match=r"rank 0, step 0: 3 pages were granted and cannot be had; 3 were told, 3 are free"):
+        participant._apply_grant(Grant(1, 1, (GrantedSegment(0, 0, 3),)))
 
 
 def test_a_page_that_is_given_and_given_back_between_two_steps_is_free(runtime: Runtime) -> None:
