@@ -15,7 +15,7 @@ import pytest
 from benchmark.serving.kill import EXIT_SECONDS, kill_instance, lose, wait_until_gone
 from benchmark.serving.leftovers import Possessions
 from benchmark.serving.mixed import Outcome, mixed_server
-from testing.hook_report import raising_by
+from testing.hook_report import raising_by, tell
 from testing.recall import recall_prompt
 from testing.server import Server, ServerPool
 
@@ -68,16 +68,9 @@ def test_stopped(pool: ServerPool) -> None:
     assert_ended(server, possessions)
 
 
-def tell_to_raise(file: Path) -> None:
-    """In one go: an instance that finds the file empty would pass it by."""
-    partial = file.with_suffix(".partial")
-    partial.write_text("1")
-    partial.replace(file)
-
-
 def test_raised(pool: ServerPool, tmp_path: Path) -> None:
     told = tmp_path / "raise"
     server = pool.get(raising_by(mixed_server(), told))
-    seconds, outcomes, possessions = lose(server, lambda had: tell_to_raise(told))
+    seconds, outcomes, possessions = lose(server, lambda had: tell(told, "1"))
     assert_clear(outcomes, seconds, BOUND_S, "instance 1 raised in step", "RuntimeError: told to raise by a test")
     assert_ended(server, possessions)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmark.serving.kill import EXIT_SECONDS, wait_until_gone
+from benchmark.serving.leftovers import Possessions
+from testing.client import RequestFailed
 from testing.comparison import assert_same_until_tie, compare
 from testing.drained import assert_drained
 from testing.dyncp_grid import CHECK, GROWING, PROMPTS
+from testing.hook_report import going_apart_by, tell
 from testing.recall import recall_prompt
 from testing.server import Server, ServerConfig
 from testing.stock_answers import FOREVER, StockAnswers
@@ -18,8 +25,12 @@ from testing.stock_answers import FOREVER, StockAnswers
 Serve = Callable[[ServerConfig], Server]
 
 INSTANCES, SLICES, POOL = 2, 2, 512
-CONFIG = ServerConfig(
-    "qwen3moe", INSTANCES, pool_tokens=POOL, chunk_tokens=64, dyncp=True, flags=("--enable-metrics",), environment=CHECK, slices=SLICES
+APART = Path(tempfile.gettempdir()) / f"dyncp_apart_{os.getpid()}"
+CONFIG = going_apart_by(
+    ServerConfig(
+        "qwen3moe", INSTANCES, pool_tokens=POOL, chunk_tokens=64, dyncp=True, flags=("--enable-metrics",), environment=CHECK, slices=SLICES
+    ),
+    APART,
 )
 CHOSEN = [i for i, p in enumerate(PROMPTS) if p.degree <= INSTANCES and len(p.text) + p.max_new_tokens < p.degree * (POOL - 32)]
 """Of the prompts of the exactness tests, what these pools hold at the degree that is asked for."""
@@ -65,3 +76,19 @@ def test_an_aborted_request_gives_the_pages_of_every_slice_back(serve: Serve) ->
     next(stream.events())
     stream.close()
     assert_drained(server)
+
+
+def test_a_slice_whose_books_go_apart_ends_the_server_by_name(serve: Serve) -> None:
+    """The last test on this server: the client is told which slice of which instance, in what step, and what differs."""
+    server = serve(CONFIG)
+    possessions = Possessions.of(server.process.pid, server.port)
+    tell(APART, "1.1")
+    told = r"instance 1, slice 1 raised in step (\d+): ProtocolError: instance 1, slice 1, step \1: went apart from slice 0 in decisions"
+    try:
+        with pytest.raises(RequestFailed, match=told) as failed:
+            server.client.generate(recall_prompt(300, 0.5, 9).ids, max_new_tokens=600, sampling=FOREVER)
+        assert failed.value.status == 503
+        assert server.process.wait(EXIT_SECONDS) == 75, server.last_words()
+        assert wait_until_gone(possessions) == []
+    finally:
+        APART.unlink()

@@ -1,5 +1,5 @@
-"""A plugin of the tests alone: writes which SGLang targets are patched in this process, for as long as that changes; and makes an instance
-raise when a test says so, by a file.
+"""A plugin of the tests alone: writes which SGLang targets are patched in this process, for as long as that changes; and makes a process
+raise, or go apart from its peers, when a test says so, by a file.
 
 Found by SGLang through the folder beside this file when a test puts this folder on PYTHONPATH.
 """
@@ -13,23 +13,43 @@ from pathlib import Path
 
 FOLDER_VARIABLE = "DYNCP_HOOK_PROBE"
 RAISE_VARIABLE = "DYNCP_RAISE_FILE"
-"""Names a file; the instance whose rank it holds raises in its next forward pass."""
+APART_VARIABLE = "DYNCP_APART_FILE"
+"""Both name a file. The process that it holds ("1": instance 1, "1.0": its first slice, where it has several) raises in its next forward
+pass, or has books from then on that say something else than those of all others."""
 
 
 def register():
-    if RAISE_VARIABLE in os.environ:
-        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-        HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.run_batch", _raise_when_told, HookType.BEFORE)
+    for variable, handler in ((RAISE_VARIABLE, _raise_when_told), (APART_VARIABLE, _go_apart_when_told)):
+        if variable in os.environ:
+            HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.run_batch", handler, HookType.BEFORE)
     if FOLDER_VARIABLE not in os.environ:
         return
     threading.Thread(target=_report, args=(Path(os.environ[FOLDER_VARIABLE]),), daemon=True).start()
 
 
 def _raise_when_told(scheduler, *args, **kwargs):
-    path = Path(os.environ[RAISE_VARIABLE])
-    if path.exists() and path.read_text() == str(scheduler.load_snapshot_writer.dp_rank):
+    if _is_meant(RAISE_VARIABLE):
         raise RuntimeError("told to raise by a test")
+
+
+def _go_apart_when_told(scheduler, *args, **kwargs):
+    if _is_meant(APART_VARIABLE):
+        from sglang_dcp.upstream.step.attached import current
+
+        current().participant.decisions.value += 1
+
+
+def _is_meant(variable):
+    path = Path(os.environ[variable])
+    if not path.exists():
+        return False
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    part = f".{parallel.attn_tp_rank}" if parallel.attn_tp_size > 1 else ""
+    return path.read_text() == f"{parallel.attn_dp_rank}{part}"
 
 
 def _report(folder):
