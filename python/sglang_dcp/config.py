@@ -66,6 +66,8 @@ class DynCpConfig:
             raise ConfigError("--dyncp-policy fixed needs --dyncp-degree K")
         if self.policy != "fixed" and self.degree is not None:
             raise ConfigError(f"--dyncp-degree {self.degree} works with --dyncp-policy fixed only, not with {self.policy!r}")
+        if self.policy == "local":
+            self._refuse_shards()
         counts = {"--dyncp-degree": self.degree, "--dyncp-max-degree": self.max_degree, "--dyncp-node-size": self.node_size}
         for flag, value in (*counts.items(), ("--dyncp-max-rows", self.max_rows)):
             if value is not None and value < 1:
@@ -82,6 +84,17 @@ class DynCpConfig:
         if self.cost_model is not None and self.cost_model not in available_cost_models() and not os.path.isfile(self.cost_model):
             known = ", ".join(available_cost_models())
             raise ConfigError(f"--dyncp-cost-model {self.cost_model!r} is not a file, and none of those that ship: {known}")
+
+    def _refuse_shards(self) -> None:
+        """What says how far requests are sharded would be passed over by a policy that shards none. Its own degree is 1 (`resolve`)."""
+        said = (
+            ("--dyncp-max-degree", self.max_degree, (None, 1)),
+            ("--dyncp-max-guest-fraction", self.max_guest_fraction, (1.0,)),
+            ("--dyncp-scope", self.scope, ("node",)),
+        )
+        for flag, value, silent in said:
+            if value not in silent:
+                raise ConfigError(f"{flag} {value} has no effect with --dyncp-policy local, which shards no request")
 
     def resolve(self, num_instances: int) -> DynCpConfig:
         """Fills in what depends on the number of instances, and checks it."""
@@ -144,6 +157,8 @@ class DynCpConfig:
             if given:
                 raise ConfigError(f"--dyncp-{next(iter(given)).replace('_', '-')} has no effect without --enable-dyncp")
             return None
+        if "cache_min_tokens" in given and "cache_fraction" not in given:
+            raise ConfigError(f"--dyncp-cache-min-tokens {given['cache_min_tokens']} has no effect without --dyncp-cache-fraction")
         return cls(**given, num_nodes=getattr(args, "nnodes", 1))
 
 

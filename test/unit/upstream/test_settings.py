@@ -265,6 +265,12 @@ LINES: list[tuple[str, list[int] | str]] = [
     ("--tp 4 --dyncp-cost-model README.md", "sglang_dcp: --dyncp-cost-model 'README.md' does not work: cost model README.md: not JSON"),
     ("--tp 4 --dyncp-cost-model docs/examples/load.json", "sglang_dcp: --dyncp-cost-model 'docs/examples/load.json' does not work: cost"),
     ("--tp 4 --dyncp-degree 3", "sglang_dcp: --dyncp-degree 3 works with --dyncp-policy fixed only"),
+    ("--tp 4 --dyncp-policy local --dyncp-max-degree 2", "sglang_dcp: --dyncp-max-degree 2 has no effect with --dyncp-policy local"),
+    ("--tp 4 --dyncp-policy local --dyncp-max-guest-fraction 0.5", "sglang_dcp: --dyncp-max-guest-fraction 0.5 has no effect with"),
+    ("--tp 4 --dyncp-policy local --dyncp-scope cluster", "sglang_dcp: --dyncp-scope cluster has no effect with --dyncp-policy local"),
+    ("--tp 4 --dyncp-policy local --dyncp-max-degree 1", [4, 4, 1, 16]),
+    ("--tp 4 --dyncp-cache-min-tokens 128", "sglang_dcp: --dyncp-cache-min-tokens 128 has no effect without --dyncp-cache-fraction"),
+    ("--tp 4 --dyncp-cache-min-tokens 128 --dyncp-cache-fraction 0.5", [4, 4, 1, 16]),
 ]
 """Flags as launch lines have them, and the widths (attention, experts, replicas) and page size that come of them, or our own refusal."""
 
