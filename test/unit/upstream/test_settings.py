@@ -14,7 +14,7 @@ import pytest
 
 from sglang_dcp.cli.serve import plan_launch, split_restart
 from sglang_dcp.upstream.attach.disaggregation_settings import complete_decode, find_decode_refusal
-from sglang_dcp.upstream.attach.page_sizes import complete_chunk_size, complete_page_size
+from sglang_dcp.upstream.attach.page_sizes import complete_chunk_size, complete_page_size, find_chunk_refusal
 from sglang_dcp.upstream.attach.refusals import REFUSALS, find_refusal
 from sglang_dcp.upstream.attach.settings import find_front_refusal
 from sglang_dcp.upstream.attach.widths import GIVEN, SettingError, complete_widths, find_slices_refusal, note_given_widths
@@ -202,9 +202,18 @@ def test_a_chunk_is_whole_pages(given: int | None, chunk: int | None, changes: d
 def test_a_chunk_below_a_page_is_refused(given: int, chunk: int) -> None:
     values = WORKING | {"chunked_prefill_size": chunk, "attn_dp_size": 3}
     with pytest.raises(
-        SettingError, match=f"--chunked-prefill-size {given} .*: {chunk} tokens for each of 3 instances .*at least 48, or -1"
+        SettingError, match=f"--chunked-prefill-size {given} .*: {chunk} tokens for each of 3 instances .*at least 48$"
     ):
         complete_chunk_size(given, values.get)
+
+
+def test_whole_prompts_in_one_step_are_refused() -> None:
+    """One longer than a pool ended the server: SGLang's buffers of a step hold a pool's tokens, or a chunk's."""
+    for chunk in (-1, 0, None):
+        message = find_chunk_refusal((WORKING | {"chunked_prefill_size": chunk}).get)
+        assert str(message).startswith(f"--chunked-prefill-size {chunk} does not work with --enable-dyncp: a prompt longer than one")
+        assert find_chunk_refusal({"chunked_prefill_size": chunk, "disaggregation_mode": "decode"}.get) is None, "it prefills nothing"
+    assert find_chunk_refusal((WORKING | {"chunked_prefill_size": 4096}).get) is None
 
 
 RESOLVE = """
@@ -234,6 +243,7 @@ LINES: list[tuple[str, list[int] | str]] = [
     ("--tp 3", [3, 3, 1, 16]),
     ("--tp 4 --chunked-prefill-size 5000", [4, 4, 1, 16]),
     ("--tp 4 --chunked-prefill-size 50", "sglang_dcp: --chunked-prefill-size 50 does not work with --enable-dyncp: 12 tokens"),
+    ("--tp 4 --chunked-prefill-size -1", "sglang_dcp: --chunked-prefill-size -1 does not work with --enable-dyncp: a prompt longer than"),
     ("--tp 4 --attn-dp-size 4", [4, 4, 1, 16]),
     ("--tp 4 --dp-size 4 --enable-dp-attention", [4, 4, 1, 16]),
     ("--tp-size 4 --dp 4 --enable-dp-attention --ep 4", [4, 4, 1, 16]),

@@ -37,7 +37,21 @@ def complete_chunk_size(given: int | None, values: Callable[[str], Any]) -> dict
     if not whole:
         raise SettingError(
             f"--chunked-prefill-size {given} does not work with --enable-dyncp: {chunk} tokens for each of {instances} instances are less "
-            f"than a page (--page-size {page_size}); give at least {instances * page_size}, or -1 for whole prompts"
+            f"than a page (--page-size {page_size}); give at least {instances * page_size}"
         )
     logger.info("dyncp: --chunked-prefill-size %d (%d tokens for each instance, whole pages of %d)", whole * instances, whole, page_size)
     return {"chunked_prefill_size": whole}
+
+
+def find_chunk_refusal(values: Callable[[str], Any]) -> str | None:
+    """The message for a server that would prefill whole prompts in one step, or None. `values(field)`: as resolved.
+
+    SGLang sizes a step's input buffers by the pool where no chunk bounds them: a prompt that lies in several pools would not fit them.
+    """
+    chunk = values("chunked_prefill_size")
+    if values("disaggregation_mode") == "decode" or (chunk is not None and chunk > 0):
+        return None
+    return (
+        f"--chunked-prefill-size {chunk} does not work with --enable-dyncp: a prompt longer than one KV pool is prefilled in chunks; give "
+        "those of all instances together, in tokens"
+    )

@@ -19,7 +19,7 @@ from sglang_dcp.upstream.attach.cuda_settings import (
 )
 from sglang_dcp.upstream.attach.disaggregation_settings import complete_decode, find_decode_refusal
 from sglang_dcp.upstream.attach.model_sizes import learn_served_model
-from sglang_dcp.upstream.attach.page_sizes import complete_chunk_size, complete_page_size
+from sglang_dcp.upstream.attach.page_sizes import complete_chunk_size, complete_page_size, find_chunk_refusal
 from sglang_dcp.upstream.attach.refusals import PAST_THE_CHECKS, find_refusal
 from sglang_dcp.upstream.attach.widths import SettingError, complete_widths, find_slices_refusal
 from sglang_dcp.upstream.front.tokenizer_workers import find_app_refusal
@@ -147,7 +147,8 @@ def judge_resolved(server_args: Any, view: Any) -> None:
 
     message = read_front_refusal(view) or find_refusal(values) or read_decode_refusal(server_args, view)
     message = message or find_slices_refusal(values) or find_layout_refusal(config, view.attn_dp_size) or find_rebalance_refusal(values)
-    message = message or find_transport_refusal(config.transport, view.device) or find_quantised_kv_refusal(values)
+    message = message or find_chunk_refusal(values) or find_transport_refusal(config.transport, view.device)
+    message = message or find_quantised_kv_refusal(values)
     if message is None and view.device == "cuda":
         message = find_card_refusal(get_device_sm()) or find_cuda_refusal(values, latent=use_mla_backend(server_args))
     if message is not None:
