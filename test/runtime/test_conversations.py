@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from testing.client import RequestFailed
+from sglang_dcp.observe.report_client import LOAD_ROUTE
 from testing.comparison import first_tie
 from testing.conversations import OUTPUT_TOKENS, ask, words
 from testing.dyncp_grid import INSTANCES, POOL_TOKENS, grid_server
@@ -131,16 +131,92 @@ def test_ten_conversations_over_pools_for_three(serve, conversations, point):
     assert server.is_alive
 
 
-def test_an_abort_in_a_later_turn_gives_everything_back(serve, point):
-    client, ids = serve(retaining_server(*point)).client, words(700, 55)
-    first = ask(client, ids, 2)
-    longer = [*ids, *first.ids, *words(200, 56)]
-    with ThreadPoolExecutor(1) as pool:
-        pin = {"custom_params": {"dyncp": {"degree": 2, "home": 0}}, "ignore_eos": True}
-        running = pool.submit(client.generate, longer, max_new_tokens=300, sampling=pin, rid="to be ended")
-        time.sleep(1.0)
-        client.abort("to be ended")
-        with contextlib.suppress(RequestFailed):
-            running.result()
-    assert ask(client, longer, 2).meta["completion_tokens"] == OUTPUT_TOKENS
+def wait_until(is_so, otherwise, limit_s=60.0):
+    deadline = time.monotonic() + limit_s
+    while not is_so():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.05)
+
+
+def loads(client):
+    return client.json("GET", LOAD_ROUTE)["instances"]
+
+
+def states(client):
+    return [(entry["rid"], entry["state"]) for entry in client.json("GET", LOAD_ROUTE)["longest"]]
+
+
+def assert_all_is_free_or_retained(client):
+    def is_quiet():
+        told = loads(client)
+        return not any(load["home_requests"] or load["guest_tokens"] for load in told) and all(
+            load["kv_tokens"] == load["retained_tokens"] for load in told
+        )
+
+    wait_until(is_quiet, "some pages are neither free nor retained")
+
+
+@contextlib.contextmanager
+def crowded(client, *sizes, num_tokens=400):
+    """Others hold pages on all instances, and decode."""
+    with contextlib.ExitStack() as streams:
+        for number, size in enumerate(sizes):
+            sampling = {"ignore_eos": True, "custom_params": {"dyncp": {"degree": INSTANCES, "home": INSTANCES - 1 - number}}}
+            stream = streams.enter_context(client.stream(words(size, 200 + number), max_new_tokens=num_tokens, sampling=sampling))
+            next(stream.events())
+        yield
+
+
+def test_a_turn_that_is_aborted_while_it_decodes_gives_everything_back(serve, conversations, point):
+    (ids, _), (longer, stock), (last, last_stock), _ = conversations(point[0])[1].turns
+    client = serve(retaining_server(*point)).client
     assert client.flush_cache()
+    first, pin = ask(client, ids, 2), {"ignore_eos": True, "custom_params": {"dyncp": {"degree": 2, "home": 0}}}
+    with client.stream(longer, max_new_tokens=900, sampling=pin, rid="to be ended") as stream:
+        events = stream.events()
+        assert next(events)["meta_info"]["cached_tokens"] == whole_pages(ids, first, longer, point[1]) > 0
+        client.abort("to be ended")
+        assert list(events)[-1]["meta_info"]["finish_reason"]["type"] == "abort"
+    assert_all_is_free_or_retained(client)
+    again = ask(client, longer, 2)
+    assert_equal(stock, again)
+    answer = ask(client, last, 2)
+    assert_equal(last_stock, answer)
+    assert (again.meta["cached_tokens"], answer.meta["cached_tokens"]) == (0, whole_pages(longer, again, last, point[1]))
+
+
+def test_a_turn_that_is_aborted_while_it_waits_leaves_the_last_one_as_it_was(serve, conversations, point):
+    (ids, _), (longer, stock), *_ = conversations(point[0])[1].turns
+    client = serve(retaining_server(*point)).client
+    assert client.flush_cache()
+    first = ask(client, ids, 2)
+    assert_all_is_free_or_retained(client)
+    retained = [load["retained_tokens"] for load in loads(client)]
+    with crowded(client, 1200, 1200), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, client, [*longer, *words(700, 56)], 2, rid="to be ended")
+        wait_until(lambda: ("to be ended", "waiting") in states(client), "it does not wait")
+        client.abort("to be ended")
+        ended = waiting.result().meta
+        assert (ended["finish_reason"]["type"], ended["completion_tokens"]) == ("abort", 0)
+    assert_all_is_free_or_retained(client)
+    assert [load["retained_tokens"] for load in loads(client)] == retained
+    answer = ask(client, longer, 2)
+    assert_equal(stock, answer)
+    assert answer.meta["cached_tokens"] == whole_pages(ids, first, longer, point[1]) > 0
+
+
+def test_a_turn_that_is_retracted_starts_over_and_leaves_its_answer_to_the_next(serve, conversations, point):
+    """The older request and the turn grow until no page is left: the younger one yields."""
+    (ids, _), (longer, stock), (last, last_stock), _ = conversations(point[0])[2].turns
+    client, page_size = serve(retaining_server(*point)).client, point[1]
+    assert client.flush_cache()
+    ask(client, ids, INSTANCES)
+    left = INSTANCES * POOL_TOKENS - len(longer) - 4 * page_size
+    with crowded(client, left, num_tokens=4 * page_size):
+        answer = ask(client, longer, INSTANCES, num_tokens=4 * page_size)
+    assert answer.meta["num_retractions"] == 1
+    assert_equal(stock, answer)
+    assert_all_is_free_or_retained(client)
+    later = ask(client, last, INSTANCES)
+    assert_equal(last_stock, later)
+    assert later.meta["cached_tokens"] == whole_pages(longer, answer, last, page_size)
