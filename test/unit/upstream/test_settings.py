@@ -201,9 +201,7 @@ def test_a_chunk_is_whole_pages(given: int | None, chunk: int | None, changes: d
 @pytest.mark.parametrize(("given", "chunk"), [(47, 15), (2, 0)])
 def test_a_chunk_below_a_page_is_refused(given: int, chunk: int) -> None:
     values = WORKING | {"chunked_prefill_size": chunk, "attn_dp_size": 3}
-    with pytest.raises(
-        SettingError, match=f"--chunked-prefill-size {given} .*: {chunk} tokens for each of 3 instances .*at least 48$"
-    ):
+    with pytest.raises(SettingError, match=f"--chunked-prefill-size {given} .*: {chunk} tokens for each of 3 instances .*at least 48$"):
         complete_chunk_size(given, values.get)
 
 
