@@ -3,6 +3,7 @@ other."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,8 +33,9 @@ def pool() -> Iterator[ServerPool]:
 
 @pytest.fixture(scope="session")
 def serve(pool: ServerPool) -> Callable[[ServerConfig], Server]:
-    """serve(config) -> running server. A server of another configuration is stopped first."""
-    return pool.get
+    """serve(config) -> running server, its processes preloaded. A server of another configuration is stopped first. `pool.get` starts one
+    as users do."""
+    return lambda config: pool.get(dataclasses.replace(config, preloaded=True))
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ def prefill_server(model: str) -> ServerConfig:
     # Idle it would keep a core busy, which the decode server's start and steps need.
     flags = (*BACKEND, "--disaggregation-mode", "prefill", "--page-size", str(ServerConfig.page_size), "--sleep-on-idle")
     environment = (*LOOPBACK, ("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", str(PREFILL_WAITS_S)))
-    return ServerConfig(model, pool_tokens=8192, chunk_tokens=256, flags=flags, environment=environment)
+    return ServerConfig(model, pool_tokens=8192, chunk_tokens=256, flags=flags, environment=environment, preloaded=True)
 
 
 def decode_server(model: str, instances: int, pool_tokens: int, *flags: str) -> ServerConfig:
@@ -45,7 +45,7 @@ def decode_server(model: str, instances: int, pool_tokens: int, *flags: str) -> 
         ("SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT", "5"),  # a killed prefill server cannot say that it writes no more
     )
     environment = (*LOOPBACK, ("SGLANG_DYNCP_CHECK_EVERY_STEP", "1"), *limits)
-    return ServerConfig(model, instances, pool_tokens=pool_tokens, dyncp=True, flags=flags, environment=environment)
+    return ServerConfig(model, instances, pool_tokens=pool_tokens, dyncp=True, flags=flags, environment=environment, preloaded=True)
 
 
 @dataclass

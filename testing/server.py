@@ -40,8 +40,9 @@ class ServerConfig:
 
     model: a name of testing.recall.MODEL_NAMES. pool_tokens: KV pool of each instance. chunk_tokens: most prefill tokens of one instance in
     one step (SGLang's flag counts all instances). flags: further flags, as they stand on the command line. nodes: process trees that share
-    the instances, as on so many hosts. slices: processes of an instance (attention tensor parallelism). dyncp=False is *stock*: the hook
-    sets `flags` and `cpu` alone.
+    the instances, as on so many hosts. slices: processes of an instance (attention tensor parallelism). preloaded: whether its processes
+    are forked from one that has imported SGLang (startup/preloaded_processes.py). dyncp=False is *stock*: the hook sets `flags` and `cpu`
+    alone.
     """
 
     model: str
@@ -54,6 +55,7 @@ class ServerConfig:
     environment: tuple[tuple[str, str], ...] = field(default=())
     nodes: int = 1
     slices: int = 1
+    preloaded: bool = False
 
     def command(self, port: int, node: int = 0) -> list[str]:
         """`sglang-dcp serve ...` of one node. Stock MLA on the CPU runs with page size 1 and without the overlap schedule only."""
@@ -199,7 +201,8 @@ def server_environment(config: ServerConfig) -> dict[str, str]:
     """That of the server's processes."""
     environment = clean_environment(os.environ) | dict(config.environment)
     folders = filter(None, (str(STARTUP_FOLDER), environment.get("PYTHONPATH")))
-    return environment | {"PYTHONPATH": os.pathsep.join(folders)}
+    preload = {"DYNCP_TEST_PRELOAD": "1"} if config.preloaded else {}
+    return environment | preload | {"PYTHONPATH": os.pathsep.join(folders)}
 
 
 @contextmanager

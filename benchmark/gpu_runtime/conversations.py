@@ -5,6 +5,9 @@
 Two servers of two instances, one after the other: the same flags but --dyncp-cache-fraction. Each answers a long prompt, then the same with
 2,000 tokens more, at degree 2; then a closed loop of conversations, one request of each at a time; then decodes of which nobody is sharded
 and nothing is retained. Writes OUT_DIR/conversations.json after every part. --dry: the tiny test model on a CPU, lengths divided.
+
+--loop-degree pins the loop's conversations, homes in turns: then all are of the kind that SGLang's own tree cannot keep. Unpinned, the
+router may leave them whole, and the server without retained sequences finds them in that tree.
 """
 
 from __future__ import annotations
@@ -55,20 +58,21 @@ def second_turn(server: GpuServer, tokens: int, more: int) -> dict[str, Any]:
     return {"tokens": tokens, "more": more, "ttft_s": times, "cached_tokens": cached, "ratio": round(times[1] / times[0], 4)}
 
 
-def converse(server: GpuServer, number: int, first: int, more: int) -> list[Streamed]:
-    """One conversation, a turn after the other; each turn sends all of the turn before and more. The router chooses homes and degrees."""
+def converse(server: GpuServer, number: int, first: int, more: int, degree: int | None) -> list[Streamed]:
+    """One conversation, a turn after the other; each turn sends all of the turn before and more. degree: None leaves it, and the home, to
+    the router."""
     answers, ids = [], prompt(first, 100 + number)
     for turn in range(TURNS):
-        answers.append(stream(server.client, ids, OUTPUT, {}))
+        answers.append(stream(server.client, ids, OUTPUT, pinned(degree, number % INSTANCES) if degree else {}))
         ids = ids + prompt(more, 1000 * (turn + 1) + number)
     return answers
 
 
-def closed_loop(server: GpuServer, first: int, more: int) -> dict[str, Any]:
+def closed_loop(server: GpuServer, first: int, more: int, degree: int | None) -> dict[str, Any]:
     """CONVERSATIONS at once, of lengths that differ, and all their turns' seconds to the first token."""
     lengths = [first * (6 + number) // 12 for number in range(CONVERSATIONS)]
     with ThreadPoolExecutor(CONVERSATIONS) as pool:
-        done = list(pool.map(lambda number: converse(server, number, lengths[number], more), range(CONVERSATIONS)))
+        done = list(pool.map(lambda number: converse(server, number, lengths[number], more, degree), range(CONVERSATIONS)))
     later = [answer for answers in done for answer in answers[1:]]
     every = [answer for answers in done for answer in answers]
     asked, cached = (sum(values) for values in zip(*((a.prompt_tokens, a.meta.get("cached_tokens", 0)) for a in every), strict=True))
@@ -76,6 +80,7 @@ def closed_loop(server: GpuServer, first: int, more: int) -> dict[str, Any]:
         "first_prompts": lengths,
         "more": more,
         "turns": TURNS,
+        "degree": degree,
         "ttft_median_s": statistics.median(answer.first_token_s for answer in every),
         "ttft_later_median_s": statistics.median(answer.first_token_s for answer in later),
         "hit_share": round(cached / asked, 4),
@@ -91,7 +96,7 @@ def measure(server: GpuServer, args: argparse.Namespace) -> dict[str, Any]:
     ]
     scale = 64 if args.dry else 1
     found["second_turn"] = second_turn(server, args.tokens // scale, 2000 // scale)
-    found["closed_loop"] = closed_loop(server, 30_000 // scale, 2000 // scale)
+    found["closed_loop"] = closed_loop(server, 30_000 // scale, 2000 // scale, args.loop_degree)
     return found
 
 
@@ -113,6 +118,7 @@ def main() -> None:
     parser.add_argument("--model", default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--loop-degree", type=int, help="of every conversation of the loop (default: the router chooses)")
     parser.add_argument("--pool", type=int, default=600_000, help="KV tokens of an instance")
     parser.add_argument("--start-seconds", type=float, default=240.0)
     parser.add_argument("--commit", help="what is measured, where git cannot tell")

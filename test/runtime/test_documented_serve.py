@@ -10,7 +10,7 @@ import pytest
 
 from testing.documentation import serve_lines
 from testing.recall import model_path
-from testing.server import ServerConfig
+from testing.server import ServerConfig, ServerPool
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ ALONE = [line for line in serve_lines() if "--disaggregation-mode" not in line a
 
 
 @pytest.mark.parametrize("line", ALONE)
-def test_a_documented_line_serves(serve, line: str) -> None:
-    server = serve(DocumentedServe("qwen3moe", instances=2, pool_tokens=2048, dyncp=True, line=line))
+def test_a_documented_line_serves(pool: ServerPool, line: str) -> None:
+    server = pool.get(DocumentedServe("qwen3moe", instances=2, pool_tokens=2048, dyncp=True, line=line))
     answer = server.client.generate([1 + place % 90 for place in range(600)], max_new_tokens=4, sampling={"ignore_eos": True})
     assert len(answer.ids) == 4 and "dyncp" in answer.meta
     assert server.client.chat("hello", max_tokens=4)["choices"][0]["finish_reason"] in ("length", "stop")

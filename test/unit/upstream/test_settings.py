@@ -16,7 +16,7 @@ from sglang_dcp.cli.serve import plan_launch, split_restart
 from sglang_dcp.upstream.attach.disaggregation_settings import complete_decode, find_decode_refusal
 from sglang_dcp.upstream.attach.page_sizes import complete_chunk_size, complete_page_size, find_chunk_refusal
 from sglang_dcp.upstream.attach.refusals import REFUSALS, find_refusal
-from sglang_dcp.upstream.attach.settings import find_front_refusal
+from sglang_dcp.upstream.attach.settings import find_cache_refusal, find_front_refusal
 from sglang_dcp.upstream.attach.widths import GIVEN, SettingError, complete_widths, find_slices_refusal, note_given_widths
 from testing.documentation import manifest_line, serve_lines
 from testing.recall import model_path
@@ -208,10 +208,19 @@ def test_a_chunk_below_a_page_is_refused(given: int, chunk: int) -> None:
 def test_whole_prompts_in_one_step_are_refused() -> None:
     """One longer than a pool ended the server: SGLang's buffers of a step hold a pool's tokens, or a chunk's."""
     for chunk in (-1, 0, None):
-        message = find_chunk_refusal((WORKING | {"chunked_prefill_size": chunk}).get)
-        assert str(message).startswith(f"--chunked-prefill-size {chunk} does not work with --enable-dyncp: a prompt longer than one")
-        assert find_chunk_refusal({"chunked_prefill_size": chunk, "disaggregation_mode": "decode"}.get) is None, "it prefills nothing"
-    assert find_chunk_refusal((WORKING | {"chunked_prefill_size": 4096}).get) is None
+        values = WORKING | {"chunked_prefill_size": chunk}
+        message = find_chunk_refusal(values.get, sharded=True)
+        assert str(message).startswith(f"--chunked-prefill-size {chunk} works with --dyncp-policy local only: a prompt longer than one")
+        assert find_chunk_refusal(values.get, sharded=False) is None, "no prompt is longer than its pool"
+        assert find_chunk_refusal((values | {"disaggregation_mode": "decode"}).get, sharded=True) is None, "it prefills nothing"
+    assert find_chunk_refusal((WORKING | {"chunked_prefill_size": 4096}).get, sharded=True) is None
+
+
+def test_prompts_are_not_retained_where_none_may_be_reused() -> None:
+    off = WORKING | {"disable_radix_cache": True}
+    assert str(find_cache_refusal(off.get, 0.8)).startswith("--dyncp-cache-fraction 0.8 does not work with --disable-radix-cache")
+    assert find_cache_refusal(off.get, 0.0) is None
+    assert find_cache_refusal((WORKING | {"disable_radix_cache": False}).get, 0.8) is None
 
 
 RESOLVE = """
@@ -241,7 +250,9 @@ LINES: list[tuple[str, list[int] | str]] = [
     ("--tp 3", [3, 3, 1, 16]),
     ("--tp 4 --chunked-prefill-size 5000", [4, 4, 1, 16]),
     ("--tp 4 --chunked-prefill-size 50", "sglang_dcp: --chunked-prefill-size 50 does not work with --enable-dyncp: 12 tokens"),
-    ("--tp 4 --chunked-prefill-size -1", "sglang_dcp: --chunked-prefill-size -1 does not work with --enable-dyncp: a prompt longer than"),
+    ("--tp 4 --chunked-prefill-size -1", "sglang_dcp: --chunked-prefill-size -1 works with --dyncp-policy local only: a prompt"),
+    ("--tp 4 --chunked-prefill-size -1 --dyncp-policy local", [4, 4, 1, 16]),
+    ("--tp 4 --dyncp-cache-fraction 0.5 --disable-radix-cache", "sglang_dcp: --dyncp-cache-fraction 0.5 does not work with"),
     ("--tp 4 --attn-dp-size 4", [4, 4, 1, 16]),
     ("--tp 4 --dp-size 4 --enable-dp-attention", [4, 4, 1, 16]),
     ("--tp-size 4 --dp 4 --enable-dp-attention --ep 4", [4, 4, 1, 16]),

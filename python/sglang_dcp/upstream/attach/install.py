@@ -76,12 +76,25 @@ def install(hooks: Iterable[Hook]) -> None:
             handler.dyncp_added = True  # type: ignore[attr-defined]
             setattr(parent, name, handler)
         elif hook.kind == "refuse":
-            # Not through the registry: it would search every module for copies of a method, which has none, for each of them.
             parent, name = _parent_and_name(hook.target)
             setattr(parent, name, handler(getattr(parent, name)))
+        elif isinstance((place := _parent_and_name(hook.target))[0], type):
+            _wrap_method(*place, hook.kind, handler)
         else:
             HookRegistry._apply_target(hook.target, [(HookType(hook.kind), handler, HookSource("sglang_dcp", "sglang-dcp"))])
         _installed.append(hook)
+
+
+def _wrap_method(parent: type, name: str, kind: str, handler: Callable[..., Any]) -> None:
+    """As the registry wraps it, but for its search of every module for copies of the function: a method has none, and to search for each
+    of ours takes a process three seconds."""
+    from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
+
+    held = vars(parent).get(name)
+    if isinstance(held, (classmethod, staticmethod)):
+        setattr(parent, name, type(held)(_wrap_fn(held.__func__, handler, HookType(kind))))
+    else:
+        setattr(parent, name, _wrap_fn(getattr(parent, name), handler, HookType(kind)))
 
 
 def in_place() -> set[str]:

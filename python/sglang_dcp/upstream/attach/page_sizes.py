@@ -43,15 +43,16 @@ def complete_chunk_size(given: int | None, values: Callable[[str], Any]) -> dict
     return {"chunked_prefill_size": whole}
 
 
-def find_chunk_refusal(values: Callable[[str], Any]) -> str | None:
+def find_chunk_refusal(values: Callable[[str], Any], *, sharded: bool) -> str | None:
     """The message for a server that would prefill whole prompts in one step, or None. `values(field)`: as resolved.
 
     SGLang sizes a step's input buffers by the pool where no chunk bounds them: a prompt that lies in several pools would not fit them.
+    sharded: whether one may; no policy but `local` keeps every request in one pool.
     """
     chunk = values("chunked_prefill_size")
-    if values("disaggregation_mode") == "decode" or (chunk is not None and chunk > 0):
+    if not sharded or values("disaggregation_mode") == "decode" or (chunk is not None and chunk > 0):
         return None
     return (
-        f"--chunked-prefill-size {chunk} does not work with --enable-dyncp: a prompt longer than one KV pool is prefilled in chunks; give "
-        "those of all instances together, in tokens"
+        f"--chunked-prefill-size {chunk} works with --dyncp-policy local only: a prompt longer than one KV pool is prefilled in chunks; "
+        "give those of all instances together, in tokens"
     )

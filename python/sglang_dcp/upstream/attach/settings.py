@@ -38,6 +38,13 @@ def find_layout_refusal(config: DynCpConfig, num_instances: int) -> str | None:
     return None
 
 
+def find_cache_refusal(values: Callable[[str], Any], cache_fraction: float) -> str | None:
+    """The message for retained prompts that nobody may read, or None. `values(field)`: as resolved."""
+    if not cache_fraction or not values("disable_radix_cache"):
+        return None
+    return f"--dyncp-cache-fraction {cache_fraction} does not work with --disable-radix-cache: what shall not be reused is not retained"
+
+
 def find_rebalance_refusal(values: Callable[[str], Any]) -> str | None:
     """The message for a CPU server whose first rebalance of experts would end it, or None. `values(field)`: as resolved."""
     if values("device") != "cpu" or not values("enable_eplb") or values("eplb_rebalance_layers_per_chunk") is not None:
@@ -147,8 +154,8 @@ def judge_resolved(server_args: Any, view: Any) -> None:
 
     message = read_front_refusal(view) or find_refusal(values) or read_decode_refusal(server_args, view)
     message = message or find_slices_refusal(values) or find_layout_refusal(config, view.attn_dp_size) or find_rebalance_refusal(values)
-    message = message or find_chunk_refusal(values) or find_transport_refusal(config.transport, view.device)
-    message = message or find_quantised_kv_refusal(values)
+    message = message or find_chunk_refusal(values, sharded=config.policy != "local") or find_cache_refusal(values, config.cache_fraction)
+    message = message or find_transport_refusal(config.transport, view.device) or find_quantised_kv_refusal(values)
     if message is None and view.device == "cuda":
         message = find_card_refusal(get_device_sm()) or find_cuda_refusal(values, latent=use_mla_backend(server_args))
     if message is not None:
