@@ -31,7 +31,7 @@ from testing.gpu.answers import pinned, prompt
 from testing.gpu.servers import port_range
 from testing.ports import find_free_port
 
-INSTANCES, CONVERSATIONS, TURNS, OUTPUT = 2, 12, 3, 16
+INSTANCES, CONVERSATIONS, OUTPUT = 2, 12, 16
 FRACTIONS = {"off": "0", "on": "0.9"}
 
 
@@ -58,28 +58,28 @@ def second_turn(server: GpuServer, tokens: int, more: int) -> dict[str, Any]:
     return {"tokens": tokens, "more": more, "ttft_s": times, "cached_tokens": cached, "ratio": round(times[1] / times[0], 4)}
 
 
-def converse(server: GpuServer, number: int, first: int, more: int, degree: int | None) -> list[Streamed]:
+def converse(server: GpuServer, number: int, first: int, more: int, turns: int, degree: int | None) -> list[Streamed]:
     """One conversation, a turn after the other; each turn sends all of the turn before and more. degree: None leaves it, and the home, to
     the router."""
     answers, ids = [], prompt(first, 100 + number)
-    for turn in range(TURNS):
+    for turn in range(turns):
         answers.append(stream(server.client, ids, OUTPUT, pinned(degree, number % INSTANCES) if degree else {}))
         ids = ids + prompt(more, 1000 * (turn + 1) + number)
     return answers
 
 
-def closed_loop(server: GpuServer, first: int, more: int, degree: int | None) -> dict[str, Any]:
+def closed_loop(server: GpuServer, first: int, more: int, turns: int, degree: int | None) -> dict[str, Any]:
     """CONVERSATIONS at once, of lengths that differ, and all their turns' seconds to the first token."""
     lengths = [first * (6 + number) // 12 for number in range(CONVERSATIONS)]
     with ThreadPoolExecutor(CONVERSATIONS) as pool:
-        done = list(pool.map(lambda number: converse(server, number, lengths[number], more, degree), range(CONVERSATIONS)))
+        done = list(pool.map(lambda number: converse(server, number, lengths[number], more, turns, degree), range(CONVERSATIONS)))
     later = [answer for answers in done for answer in answers[1:]]
     every = [answer for answers in done for answer in answers]
     asked, cached = (sum(values) for values in zip(*((a.prompt_tokens, a.meta.get("cached_tokens", 0)) for a in every), strict=True))
     return {
         "first_prompts": lengths,
         "more": more,
-        "turns": TURNS,
+        "turns": turns,
         "degree": degree,
         "ttft_median_s": statistics.median(answer.first_token_s for answer in every),
         "ttft_later_median_s": statistics.median(answer.first_token_s for answer in later),
@@ -90,24 +90,29 @@ def closed_loop(server: GpuServer, first: int, more: int, degree: int | None) ->
 def measure(server: GpuServer, args: argparse.Namespace) -> dict[str, Any]:
     """All parts on one server; the decodes first, while nothing is retained."""
     found: dict[str, Any] = {"ready_s": server.ready_s}
+    scale = 64 if args.dry else 1
+    if args.only_loop:
+        found["closed_loop"] = closed_loop(server, 30_000 // scale, 2000 // scale, args.turns, args.loop_degree)
+        return found
     load = Load(4, 0, 64, 24) if args.dry else Load(16, 0, 1024, 400)
     found["unsharded_step_ms"] = [
         run_load(server.client, load, INSTANCES, seed, dyncp=True)["step_ms"] for seed in range(1 if args.dry else 4)
     ]
-    scale = 64 if args.dry else 1
     found["second_turn"] = second_turn(server, args.tokens // scale, 2000 // scale)
-    found["closed_loop"] = closed_loop(server, 30_000 // scale, 2000 // scale, args.loop_degree)
+    found["closed_loop"] = closed_loop(server, 30_000 // scale, 2000 // scale, args.turns, args.loop_degree)
     return found
 
 
 def summary(servers: dict[str, Any]) -> dict[str, Any]:
     on, off = servers["on"], servers["off"]
-    return {
-        "ttft_second_over_first": on["second_turn"]["ratio"],
+    found = {
         "ttft_median_over_off": round(on["closed_loop"]["ttft_median_s"] / off["closed_loop"]["ttft_median_s"], 4),
         "ttft_later_median_over_off": round(on["closed_loop"]["ttft_later_median_s"] / off["closed_loop"]["ttft_later_median_s"], 4),
-        "idle_step_ratio": round(statistics.median(on["unsharded_step_ms"]) / statistics.median(off["unsharded_step_ms"]), 4),
     }
+    if "second_turn" in on:
+        found["ttft_second_over_first"] = on["second_turn"]["ratio"]
+        found["idle_step_ratio"] = round(statistics.median(on["unsharded_step_ms"]) / statistics.median(off["unsharded_step_ms"]), 4)
+    return found
 
 
 def main() -> None:
@@ -119,6 +124,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--loop-degree", type=int, help="of every conversation of the loop (default: the router chooses)")
+    parser.add_argument("--turns", type=int, default=3, help="of every conversation of the loop")
+    parser.add_argument("--only-loop", action="store_true", help="nothing but the loop")
     parser.add_argument("--pool", type=int, default=600_000, help="KV tokens of an instance")
     parser.add_argument("--start-seconds", type=float, default=240.0)
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
