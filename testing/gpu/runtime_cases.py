@@ -66,7 +66,7 @@ then differ from one's by 0.08 on average and 0.55 at most (H200, four layers of
 FLOAT32_BOUNDS: dict[str, float] = {"mean": 2e-5, "max": 2e-4, "tie_gap": 1e-3}
 """float32: of every log-probability, whatever the unsharded server does. This model in float32 differs from itself in float64 by 4.6e-6 on
 average and 2.5e-5 at most over 1,500 tokens (transformers, CPU); two servers may differ by twice that, and sum in other orders."""
-PLUGINS = {"fp8": ("kv_scales",), "tp2": ("attention_tp",)}
+PLUGINS = {"fp8": ("kv_scales",)}
 """On a GPU, by kind of case."""
 PLAIN_TORCH = {"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
 import sys
@@ -17,7 +16,6 @@ from benchmark.gpu_runtime import nodes
 from sglang_dcp.policy.cost_model import load_cost_model
 from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.types import InstanceLoad
-from sglang_dcp.upstream.attach import settings
 from sglang_dcp.upstream.router.placement_request import describe_request
 from testing.client import Answer, Token
 from testing.gpu import random_models, runtime_check, stages
@@ -58,7 +56,7 @@ def test_servers_of_a_case() -> None:
     two_slices, of_one = pairs["gqa_tp2"]
     assert [value_of(two_slices, flag) for flag in ("--tp", "--attn-dp-size", "--ep")] == ["4", "2", "4"] and two_slices.uses_peer_memory
     assert of_one is not None and value_of(of_one, "--tp") == "1" and "--attn-dp-size" not in of_one.command()
-    assert two_slices.plugins == ("attention_tp",)
+    assert not two_slices.plugins
     for server in pairs["gqa_f32"]:
         assert server is not None and not server.uses_peer_memory
         assert (value_of(server, "--dtype"), value_of(server, "--attention-backend")) == ("float32", "torch_native")
@@ -68,15 +66,6 @@ def test_servers_of_a_case() -> None:
     for server in build_servers([Case.parse("gqa_fa3")], {"gqa_fa3": Path()}, "cuda", one_gpu=True, with_stock=True)["gqa_fa3"]:
         assert server is not None and value_of(server, "--attention-backend") == "fa3" and not server.plugins
     assert all(not server.plugins and value_of(server, "--dtype") == "bfloat16" for server in pairs["gqa4"] if server)
-
-
-def test_the_check_of_attention_tp_lifts_its_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    slices = {"tp_size": 4, "attn_dp_size": 2, "device": "cuda", "disaggregation_mode": "null", "nnodes": 1}
-    monkeypatch.setattr(settings, "find_slices_refusal", settings.find_slices_refusal)
-    assert settings.find_slices_refusal(slices.get) is not None
-    monkeypatch.syspath_prepend(str(Path(stages.__file__).parent / "attention_tp"))
-    importlib.import_module("attention_tp").register()
-    assert settings.find_slices_refusal(slices.get) is None
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -15,6 +15,7 @@ from sglang_dcp.upstream.attach.cuda_settings import (
     find_cuda_refusal,
     find_kv_type_refusal,
     find_quantised_kv_refusal,
+    find_sliced_kv_refusal,
     find_transport_refusal,
     find_untried,
 )
@@ -55,6 +56,23 @@ def test_sglangs_own_default_stands_where_it_was_run() -> None:
     message = find_cuda_refusal((WORKING | {"attention_backend": "fa3"}).get, latent=True)
     assert message is not None and message.startswith("--attention-backend fa3 does not work with --enable-dyncp for a model with latent")
     assert find_cuda_refusal(WORKING.get, latent=True) is None
+
+
+def test_slices_run_flashinfer_where_nobody_names_a_backend() -> None:
+    """Nothing else was run under them; one that is named is judged with the other settings (test_settings.py)."""
+    sliced: dict[str, Any] = {"tp_size": 4, "attn_dp_size": 2}
+    assert complete_attention_backend(sliced.get, latent=False) == {"attention_backend": "flashinfer"}
+    assert complete_attention_backend((sliced | {"attention_backend": "fa3"}).get, latent=False) == {}
+    assert complete_attention_backend((sliced | {"attn_dp_size": 4}).get, latent=False) == {}
+    assert str(find_untried((WORKING | sliced).get)).startswith("attention TP 2: what ran are two slices of each of two instances")
+    assert find_untried((WORKING | sliced | {"attn_dp_size": 4}).get) is None
+
+
+def test_a_checkpoint_of_quantised_kv_is_refused_for_slices() -> None:
+    message = find_sliced_kv_refusal(torch.float8_e4m3fn, 2)
+    assert str(message).startswith("a KV pool of float8_e4m3fn (by --kv-cache-dtype, or by auto and this checkpoint) does not work with")
+    assert str(message).endswith("attention TP 2: it was not run with it on a GPU yet; give --kv-cache-dtype bfloat16")
+    assert find_sliced_kv_refusal(torch.float8_e4m3fn, 1) is None and find_sliced_kv_refusal(torch.bfloat16, 2) is None
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.graph.static_tables import guests_per_instance
 from sglang_dcp.dataflow.step_mode import STOCK, Graph, GraphStep
 from sglang_dcp.ledger.routes import MOST_INSTANCES, route_word, shard_mask, travelling_tail
 from sglang_dcp.policy.split_limits import Layout
 from sglang_dcp.upstream.layers import graph_variants
 from sglang_dcp.upstream.layers import graphs as graph_modules
-from sglang_dcp.upstream.layers.graphs import GraphEngine, guest_row_grid
+from sglang_dcp.upstream.layers.graphs import GraphEngine, GraphError, guest_row_grid
 from sglang_dcp.upstream.layers.peers import Place, find_obstacle, num_sharing
 from sglang_dcp.upstream.step import attached
 
@@ -136,6 +137,35 @@ def test_hosts_meet_at_the_border_of_a_group() -> None:
     assert find_obstacle(places, Layout(4, 2, crosses=True).groups) == "instances 0 and 2 run on different hosts"
     places[3] = dataclasses.replace(places[3], has_kernels=False)
     assert find_obstacle(places, Layout(4, 2).groups) == "sgl-kernel-dcp is not installed where instance 3 runs"
+
+
+@pytest.mark.parametrize(
+    ("transport", "slices", "ended"),
+    [
+        ("auto", 1, None),
+        ("peer", 1, "^--dyncp-transport peer: sgl-kernel-dcp is not"),
+        ("auto", 2, "^--dyncp-transport auto with attention TP 2, which needs peer memory: sgl-kernel-dcp is not"),
+    ],
+)
+def test_without_peer_memory_steps_are_eager_or_the_start_ends(
+    monkeypatch: pytest.MonkeyPatch, transport: str, slices: int, ended: str | None
+) -> None:
+    """On a GPU slices ran with graphs over peer memory alone."""
+    from sglang.srt import runtime_context
+
+    parallel = SimpleNamespace(tp_group=SimpleNamespace(cpu_group=None), num_dp_ranks=2, attn_tp_size=slices, tp_rank=0)
+    place = dataclasses.replace(PLACES[0], has_kernels=False)
+    monkeypatch.setattr(runtime_context, "get_parallel", lambda: parallel)
+    monkeypatch.setattr(graph_variants.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(graph_variants.DynCpConfig, "from_environment", lambda: DynCpConfig(transport=transport))
+    monkeypatch.setattr(graph_variants, "own_place", lambda: place)
+    monkeypatch.setattr(graph_variants, "tell_everybody", lambda own, group: [own] * 2 * slices)
+    make = graph_variants.process_graphs.__wrapped__
+    if ended is None:
+        assert make() is None
+        return
+    with pytest.raises(GraphError, match=ended):
+        make()
 
 
 def test_too_many_peers() -> None:

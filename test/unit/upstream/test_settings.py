@@ -8,11 +8,13 @@ import os
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sglang_dcp.cli.serve import plan_launch, split_restart
+from sglang_dcp.config import DynCpConfig
 from sglang_dcp.upstream.attach.disaggregation_settings import complete_decode, find_decode_refusal
 from sglang_dcp.upstream.attach.page_sizes import complete_chunk_size, complete_page_size, find_chunk_refusal
 from sglang_dcp.upstream.attach.refusals import REFUSALS, find_refusal
@@ -130,15 +132,61 @@ def test_fewer_instances_than_ranks_have_slices() -> None:
     assert complete_widths(8, 2, 1, 1, ("attn_dp_size",)) == {"attn_dp_size": 2, "ep_size": 8}
 
 
-def test_slices_are_refused_where_they_were_not_run() -> None:
-    run = {"tp_size": 4, "attn_dp_size": 2, "device": "cpu", "disaggregation_mode": "null", "nnodes": 1}
-    assert find_slices_refusal(run.get) is None
-    assert find_slices_refusal((run | {"attn_dp_size": 4, "device": "cuda", "nnodes": 2}).get) is None
-    assert find_slices_refusal((run | {"device": "cuda"}).get) == (
-        "--attn-dp-size 2 with --tp 4 does not work with --enable-dyncp and --device cuda: attention TP 2 was not run on a GPU yet"
-    )
-    for field, value, flag in (("disaggregation_mode", "decode", "--disaggregation-mode decode"), ("nnodes", 2, "--nnodes 2")):
-        assert f"and {flag}: attention TP 2 was not run on such a server yet" in str(find_slices_refusal((run | {field: value}).get))
+SLICED: dict[str, Any] = {"tp_size": 4, "attn_dp_size": 2, "device": "cpu", "disaggregation_mode": "null", "nnodes": 1}
+SLICED_ON_GPU = SLICED | {
+    "device": "cuda",
+    "attention_backend": "flashinfer",
+    "kv_cache_dtype": "auto",
+    "moe_a2a_backend": "none",
+    "cuda_graph_config": SimpleNamespace(decode=SimpleNamespace(backend="full")),
+}
+BESIDE_SLICES = [
+    ("disaggregation_mode", "decode", "--disaggregation-mode decode"),
+    ("nnodes", 2, "--nnodes 2"),
+]
+BESIDE_SLICES_ON_GPU = [
+    ("attention_backend", "fa3", "--attention-backend fa3"),
+    ("attention_backend", "flashmla", "--attention-backend flashmla"),
+    ("attention_backend", "torch_native", "--attention-backend torch_native"),
+    ("decode_attention_backend", "fa3", "--decode-attention-backend fa3"),
+    ("kv_cache_dtype", "fp8_e4m3", "--kv-cache-dtype fp8_e4m3"),
+    ("kv_cache_dtype", "float16", "--kv-cache-dtype float16"),
+    ("moe_a2a_backend", "deepep", "--moe-a2a-backend deepep"),
+    ("cuda_graph_config", SimpleNamespace(decode=SimpleNamespace(backend="disabled")), "--cuda-graph-backend-decode disabled"),
+]
+
+
+def test_slices_are_served_where_they_were_run() -> None:
+    for run in (SLICED, SLICED_ON_GPU, SLICED_ON_GPU | {"kv_cache_dtype": "bfloat16", "moe_a2a_backend": None}):
+        assert find_slices_refusal(run.get, DynCpConfig()) is None
+    assert find_slices_refusal(SLICED_ON_GPU.get, DynCpConfig(transport="peer", node_size=2)) is None
+
+
+@pytest.mark.parametrize(("field", "value", "flag"), BESIDE_SLICES)
+def test_no_device_ran_slices_on_such_a_server(field: str, value: Any, flag: str) -> None:
+    for run in (SLICED, SLICED_ON_GPU):
+        assert find_slices_refusal((run | {field: value}).get, DynCpConfig()) == (
+            f"--attn-dp-size 2 with --tp 4 does not work with --enable-dyncp and {flag}: attention TP 2 was not run with it yet"
+        )
+        assert find_slices_refusal((run | {field: value, "attn_dp_size": 4}).get, DynCpConfig()) is None, "one slice is the instance"
+
+
+@pytest.mark.parametrize(("field", "value", "flag"), BESIDE_SLICES_ON_GPU)
+def test_a_gpu_refuses_by_name_what_slices_were_not_run_with(field: str, value: Any, flag: str) -> None:
+    message = f"and {flag}: attention TP 2 was not run with it on a GPU yet"
+    assert message in str(find_slices_refusal((SLICED_ON_GPU | {field: value}).get, DynCpConfig()))
+    for run in (SLICED | {field: value}, SLICED_ON_GPU | {field: value, "attn_dp_size": 4}):
+        assert find_slices_refusal(run.get, DynCpConfig()) is None, "a CPU, and instances of one slice, are not asked"
+
+
+def test_slices_on_a_gpu_need_peer_memory_and_one_node() -> None:
+    for config, flag in (
+        (DynCpConfig(transport="nccl"), "--dyncp-transport nccl"),
+        (DynCpConfig(transport="gloo"), "--dyncp-transport gloo"),
+        (DynCpConfig(node_size=1), "--dyncp-node-size 1"),
+    ):
+        assert f"and {flag}: attention TP 2 was not run with it on a GPU yet" in str(find_slices_refusal(SLICED_ON_GPU.get, config))
+        assert find_slices_refusal(SLICED.get, config) is None
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,17 @@ def test_every_backend_refuses_quantised_pools_that_are_not_exchanged(create: st
             getattr(backends, create)(SimpleNamespace(kv_cache_dtype=dtype, use_mla_backend=latent))
 
 
+def test_slices_have_no_quantised_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt import runtime_context
+
+    runner, parallel = SimpleNamespace(kv_cache_dtype=torch.float8_e4m3fn, use_mla_backend=False), SimpleNamespace(attn_tp_size=1)
+    monkeypatch.setattr(runtime_context, "get_parallel", lambda: parallel)
+    backends.check_kv_type(runner, "flashinfer")
+    parallel.attn_tp_size = 2
+    with pytest.raises(ValueError, match="a KV pool of float8_e4m3fn .* attention TP 2"):
+        backends.check_kv_type(runner, "flashinfer")
+
+
 @pytest.mark.parametrize("name", ["flashinfer", "flashmla"])
 def test_latent_attention_is_absorbed_where_rows_are_sharded(bound: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     handlers = pytest.importorskip("sglang.srt.models.deepseek_common.attention_backend_handler").AttentionBackendRegistry

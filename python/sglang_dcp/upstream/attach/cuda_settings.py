@@ -25,12 +25,18 @@ CUDA_TRANSPORTS = ("auto", "peer", "nccl", "gloo")
 CPU_TRANSPORTS = ("auto", "gloo")
 
 
+def has_slices(values: Callable[[str], Any]) -> bool:
+    """Whether an instance is several processes (attention TP), by the resolved widths."""
+    return bool(values("tp_size") != values("attn_dp_size"))
+
+
 def complete_attention_backend(values: Callable[[str], Any], *, latent: bool) -> dict[str, str]:
-    """FlashInfer where the user named no backend and SGLang's own default was not run beside sharded steps: MLA, and quantised K/V. Else
-    the default stands, and steps in which nobody is sharded run what they would run without --enable-dyncp."""
+    """FlashInfer where the user named no backend and SGLang's own default was not run beside sharded steps: MLA, quantised K/V, and
+    instances of several slices. Else the default stands, and steps in which nobody is sharded run what they would run without
+    --enable-dyncp."""
     if any(values(field) is not None for field in BACKEND_FIELDS):
         return {}
-    if not latent and values("kv_cache_dtype") != QUANTISED_KV:
+    if not latent and values("kv_cache_dtype") != QUANTISED_KV and not has_slices(values):
         return {}
     logger.info("dyncp: --attention-backend %s (sharded steps run its kernels)", BACKEND)
     return {"attention_backend": BACKEND}
@@ -89,6 +95,17 @@ def find_kv_type_refusal(kv_cache_dtype: Any, backend: str, *, latent: bool) -> 
     )
 
 
+def find_sliced_kv_refusal(kv_cache_dtype: Any, slices: int) -> str | None:
+    """The message for a quantised KV pool of instances of several slices, which a checkpoint may decide, or None."""
+    name = str(kv_cache_dtype).removeprefix("torch.")
+    if slices == 1 or not name.startswith("float8"):
+        return None
+    return (
+        f"a KV pool of {name} (by --kv-cache-dtype, or by auto and this checkpoint) does not work with --enable-dyncp and attention TP "
+        f"{slices}: it was not run with it on a GPU yet; give --kv-cache-dtype bfloat16"
+    )
+
+
 def find_cuda_refusal(values: Callable[[str], Any], *, latent: bool = False) -> str | None:
     """The message for the first thing of a GPU server that is not served, or None. `values(field)` reads a resolved setting. latent: the
     model's attention is MLA."""
@@ -125,7 +142,10 @@ def _find_experts_refusal(values: Callable[[str], Any]) -> str | None:
 
 
 def find_untried(values: Callable[[str], Any]) -> str | None:
-    """What is served on a GPU and was not run on one, or None: settings whose decisions are tested without."""
+    """What is served on a GPU and was not run on one, or not so, or None."""
+    if has_slices(values):
+        size = values("tp_size") // values("attn_dp_size")
+        return f"attention TP {size}: what ran are two slices of each of two instances, all on one GPU (docs/gpu.md)"
     backend = values("moe_a2a_backend")
     if backend in (None, "none") or values("moe_dense_tp_size") != 1 or not values("enable_dp_lm_head"):
         return None

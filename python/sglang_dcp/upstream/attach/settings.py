@@ -153,11 +153,12 @@ def judge_resolved(server_args: Any, view: Any) -> None:
         return getattr(view, field)
 
     message = read_front_refusal(view) or find_refusal(values) or read_decode_refusal(server_args, view)
-    message = message or find_slices_refusal(values) or find_layout_refusal(config, view.attn_dp_size) or find_rebalance_refusal(values)
+    message = message or find_layout_refusal(config, view.attn_dp_size) or find_rebalance_refusal(values)
     message = message or find_chunk_refusal(values, sharded=config.policy != "local") or find_cache_refusal(values, config.cache_fraction)
     message = message or find_transport_refusal(config.transport, view.device) or find_quantised_kv_refusal(values)
     if message is None and view.device == "cuda":
         message = find_card_refusal(get_device_sm()) or find_cuda_refusal(values, latent=use_mla_backend(server_args))
+    message = message or find_slices_refusal(values, config)
     if message is not None:
         raise SystemExit(f"sglang_dcp: {message}")
     if view.device == "cuda" and (untried := find_untried(values)) is not None:

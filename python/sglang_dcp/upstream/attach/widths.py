@@ -7,8 +7,13 @@ import logging
 from collections.abc import Callable, Collection
 from typing import Any
 
+from sglang_dcp.config import DynCpConfig
+from sglang_dcp.upstream.attach.cuda_settings import BACKEND, BACKEND_FIELDS, has_slices
+
 logger = logging.getLogger(__name__)
 
+SLICED_KV = ("auto", "bf16", "bfloat16")
+"""K/V that instances of several slices had on a GPU. What a checkpoint decides under auto is judged with the pool (layers/backends.py)."""
 WIDTHS = ("attn_dp_size", "ep_size", "dp_size")
 GIVEN = "dyncp_given_widths"
 """Name on the parsed arguments: the widths that the command line names. Their values alone do not tell, 1 is SGLang's default of each."""
@@ -62,21 +67,35 @@ def complete_widths(tp_size: int, attn_dp_size: int, ep_size: int, dp_size: int,
     return {"attn_dp_size": instances, "ep_size": tp_size}
 
 
-def find_slices_refusal(values: Callable[[str], Any]) -> str | None:
-    """The message for instances of several slices where they were not run, or None. `values(field)`: as resolved."""
-    tp_size, instances = values("tp_size"), values("attn_dp_size")
-    if tp_size == instances:
+def find_slices_refusal(values: Callable[[str], Any], config: DynCpConfig) -> str | None:
+    """The message for instances of several slices beside what they were not run with, or None. `values(field)`: as resolved."""
+    if not has_slices(values):
         return None
+    tp_size, instances = values("tp_size"), values("attn_dp_size")
     server = {
-        f"--device {values('device')}": values("device") != "cpu",
         "--disaggregation-mode decode": values("disaggregation_mode") == "decode",
         f"--nnodes {values('nnodes')}": values("nnodes") > 1,
     }
-    refused = next((name for name, is_so in server.items() if is_so), None)
-    if refused is None:
-        return None
-    where = "a GPU" if refused.startswith("--device") else "such a server"
-    return (
-        f"--attn-dp-size {instances} with --tp {tp_size} does not work with --enable-dyncp and {refused}: "
-        f"attention TP {tp_size // instances} was not run on {where} yet"
-    )
+    judged = [(server, "")] + ([(_beside_on_gpu(values, config), " on a GPU")] if values("device") == "cuda" else [])
+    for flags, where in judged:
+        for flag in (flag for flag, is_given in flags.items() if is_given):
+            return (
+                f"--attn-dp-size {instances} with --tp {tp_size} does not work with --enable-dyncp and {flag}: "
+                f"attention TP {tp_size // instances} was not run with it{where} yet"
+            )
+    return None
+
+
+def _beside_on_gpu(values: Callable[[str], Any], config: DynCpConfig) -> dict[str, bool]:
+    """Flags that slices were not run with on a GPU, and whether they are given: they ran FlashInfer over bfloat16 K/V, decode graphs over
+    peer memory, one node, no expert all-to-all. Behind find_cuda_refusal."""
+    backends = {f"--{field.replace('_', '-')} {values(field)}": values(field) not in (None, BACKEND) for field in BACKEND_FIELDS}
+    graphs = values("cuda_graph_config")
+    decode = "full" if graphs is None else graphs.decode.backend
+    return backends | {
+        f"--kv-cache-dtype {values('kv_cache_dtype')}": values("kv_cache_dtype") not in SLICED_KV,
+        f"--cuda-graph-backend-decode {decode}": decode != "full",
+        f"--moe-a2a-backend {values('moe_a2a_backend')}": values("moe_a2a_backend") not in (None, "none"),
+        f"--dyncp-transport {config.transport}": config.transport not in ("auto", "peer"),
+        f"--dyncp-node-size {config.node_size}": config.node_size not in (None, values("attn_dp_size")),
+    }

@@ -8,7 +8,7 @@ import torch
 
 from sglang_dcp.dataflow.attention.split_budget import with_split_budget
 from sglang_dcp.dataflow.copy_guard import CopyGuard
-from sglang_dcp.upstream.attach.cuda_settings import find_kv_type_refusal
+from sglang_dcp.upstream.attach.cuda_settings import QUANTISED_KV_TYPE, find_kv_type_refusal, find_sliced_kv_refusal
 from sglang_dcp.upstream.layers.attention_backend import make_backend_class
 from sglang_dcp.upstream.layers.graphs import splits_long_rows
 
@@ -78,6 +78,10 @@ def check_kv_type(runner: Any, backend: str) -> None:
     """Raises ValueError where the pool is quantised as we do not serve it, which the checkpoint may have asked for: ahead of the first
     capture."""
     message = find_kv_type_refusal(runner.kv_cache_dtype, backend, latent=runner.use_mla_backend)
+    if message is None and str(runner.kv_cache_dtype).endswith(QUANTISED_KV_TYPE):
+        from sglang.srt.runtime_context import get_parallel
+
+        message = find_sliced_kv_refusal(runner.kv_cache_dtype, get_parallel().attn_tp_size)
     if message is not None:
         raise ValueError(message)
 

@@ -62,8 +62,9 @@ def process_graphs() -> GraphEngine | None:
     places = tell_everybody(own_place(), group)
     obstacle = find_obstacle(places, slices.exchange_groups)
     if obstacle is not None:
-        if config.transport == "peer":
-            raise GraphError(f"--dyncp-transport peer: {obstacle}")
+        if config.transport == "peer" or slices.per_instance > 1:
+            with_slices = f" with attention TP {slices.per_instance}, which needs peer memory" if slices.per_instance > 1 else ""
+            raise GraphError(f"--dyncp-transport {config.transport}{with_slices}: {obstacle}")
         logger.info("dyncp: --dyncp-transport auto is nccl, steps with sharded rows run without graphs: %s", obstacle)
         return None
     logger.info("dyncp: --dyncp-transport %s: decode graphs over peer memory, other sharded steps over nccl", config.transport)
