@@ -38,7 +38,7 @@ def render() -> str:
         source("pd.json", gpu),
         "The same instances, pools and arrivals twice: as a decode server whose K/V are there, and prefilling themselves.",
         table(
-            ["server", "requests", "P50, ms", "P99, ms", "longest, ms", "P99 over aggregated", "sharded steps as graphs"],
+            ["server", "requests", "sharded", "P50, ms", "P99, ms", "longest, ms", "P99 over aggregated", "sharded steps as graphs"],
             _times(gpu),
         ),
         "\n".join(f"- {note}" for note in gpu["notes"]),
@@ -48,7 +48,8 @@ def render() -> str:
 def _times(gpu: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
     for name, found in gpu["servers"].items():
         ours = (gpu["itl_p99_over_aggregated"], gpu["sharded_graph_share"]) if name == "decode" else (None, None)
-        yield name, found["requests"], *(found["itl_ms"][key] for key in ("p50", "p99", "max")), *ours
+        sharded = sum(count for degree, count in found["degrees"].items() if int(degree) > 1)
+        yield name, found["requests"], sharded, *(found["itl_ms"][key] for key in ("p50", "p99", "max")), *ours
 
 
 def _rows(cases: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
