@@ -92,6 +92,7 @@ def _served_part() -> list[str]:
     ]
     return [
         "## Served",
+        "What a later turn gains on a GPU: [conversations and FP8 K/V, measured](memory.md).",
         source(SERVED, served),
         "Four instances on a CPU, sessions of the same trace with shorter prompts. `on`, ours with retained sequences, was sent its turns "
         "in a closed loop; the others, and the simulator, were sent the same turns at the same times, or when a session's last answer was "

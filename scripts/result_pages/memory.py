@@ -13,11 +13,14 @@ def render() -> str:
     return page(
         "Conversations and FP8 K/V, measured",
         "## Retained conversations",
-        source("conversations.json", conversations),
+        *(source("conversations.json", run) for run in _runs(conversations)),
+        "Seconds to the first token. Turns: of a prompt of 100,000 tokens, and of the same and 2,000 more. Loop: the median of twelve "
+        "conversations at once, without and with retained sequences. Idle step: one in which nobody is sharded, with over without.",
+        table(
+            ["run", "first and second turn, ratio", "loop, ratio", "later turns alone", "prompts found in the loop", "idle step"],
+            [_turns(run) for run in _runs(conversations)],
+        ),
         _notes(conversations),
-        "Seconds to the first token, by `--dyncp-cache-fraction`: a prompt of 100,000 tokens, the same and 2,000 more, a closed loop of "
-        "twelve conversations.",
-        table(["server", "first turn", "second turn", "median of the loop", "hit share of the loop"], _turns(conversations["servers"])),
         "## FP8 K/V",
         source("fp8.json", fp8),
         _notes(fp8),
@@ -34,13 +37,24 @@ def _notes(result: dict[str, Any]) -> str:
     return "\n".join(f"- {note}" for note in result["notes"])
 
 
-def _turns(servers: dict[str, Any]) -> list[tuple[Any, ...]]:
-    rows = []
-    for name, found in servers.items():
-        first, second = (f"{seconds:.2f}" for seconds in found["second_turn"]["ttft_s"])
-        loop = found["closed_loop"]
-        rows.append((name, first, second, f"{loop['ttft_median_s']:.2f}", f"{loop['hit_share']:.2f}"))
-    return rows
+def _runs(conversations: dict[str, Any]) -> list[dict[str, Any]]:
+    return [conversations, conversations["loop_of_five_turns"], conversations["earlier"]]
+
+
+def _turns(run: dict[str, Any]) -> tuple[Any, ...]:
+    """A run in a line: of seconds, with retained sequences beside those without."""
+    on, off = run["servers"]["on"], run["servers"]["off"]
+    both = [server["closed_loop"] for server in (off, on)]
+    turns = None
+    if "second_turn" in on:
+        turns = f"{_pair(on['second_turn']['ttft_s'])}: {run['ttft_second_over_first']}"
+    loop = f"{_pair([found['ttft_median_s'] for found in both])}: {run['ttft_median_over_off']}"
+    name = f"{run['machine'].replace('NVIDIA ', '')}, {both[0]['turns']} turns"
+    return name, turns, loop, run["ttft_later_median_over_off"], _pair([found["hit_share"] for found in both]), run.get("idle_step_ratio")
+
+
+def _pair(values: list[float]) -> str:
+    return ", ".join(f"{value:.2f}" for value in values)
 
 
 def _attention(shapes: dict[str, Any]) -> list[tuple[Any, ...]]:
