@@ -7,7 +7,9 @@ fourth step a request of each instance leaves and another joins. What runs is th
 a graph reads; SGLang's objects, FlashInfer's planner and the launches are stand-ins, and so is the exchange. So times are ours alone.
 
 It finds where time goes; it does not stand for a GPU server (benchmark/gpu_runtime --only-host). Of what it showed as a ratio of 0.65 at
-1a29037, two H200 showed `secure` at 0.4, `tables` at 0.8 and `columns` at 1.0 of 775b857, and new tables that took longer, which is open.
+1a29037, two H200 showed `secure` at 0.4, `tables` at 0.8 and `columns` at 1.0 of 775b857, and new tables that took longer. One H200 showed
+a steady step of 293869c at 0.81 of 775b857, and longer new tables again. This benchmark cannot show those: FlashInfer's planner is a
+stand-in. Its own budget splits no row of so many and needs no new plan, ours plans when rows join or leave (read, not measured).
 """
 
 from __future__ import annotations
