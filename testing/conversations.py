@@ -46,3 +46,11 @@ def hold_all(client: Client) -> list[Conversation]:
     return [hold(client, length, seed) for length, seed in ((430, 1), (450, 2), (1100, 4))] + [
         hold(client, 600 + 37 * index, 10 + index, num_turns=2) for index in range(10)
     ]
+
+
+def whole_pages(earlier: list[int], answer: Answer, ids: list[int], page_size: int) -> int:
+    """Tokens of the match with an earlier turn, by its prompt and answer: the last token of an answer is never stored, that of a prompt is
+    computed."""
+    stored = [*earlier, *answer.ids[:-1]]
+    same = next((i for i, (a, b) in enumerate(zip(stored, ids, strict=False)) if a != b), min(len(stored), len(ids)))
+    return min(same, len(ids) - 1) // page_size * page_size

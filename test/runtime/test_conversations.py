@@ -11,7 +11,7 @@ import pytest
 
 from sglang_dcp.observe.report_client import LOAD_ROUTE
 from testing.comparison import first_tie
-from testing.conversations import OUTPUT_TOKENS, ask, words
+from testing.conversations import OUTPUT_TOKENS, ask, whole_pages, words
 from testing.dyncp_grid import INSTANCES, POOL_TOKENS, grid_server
 
 POINTS = [("qwen3moe", 64, 256), ("deepseek_v2", 16, 64)]
@@ -22,13 +22,6 @@ def retaining_server(*point):
     """One of the grid that keeps what its tests leave behind."""
     server = grid_server(*point)
     return dataclasses.replace(server, flags=(*server.flags, *RETAINING))
-
-
-def whole_pages(earlier_ids, answer, ids, page_size):
-    """Tokens of the match with an earlier turn: the last token of an answer is never stored, that of a prompt must be computed."""
-    stored = [*earlier_ids, *answer.ids[:-1]]
-    same = next((i for i, (a, b) in enumerate(zip(stored, ids, strict=False)) if a != b), min(len(stored), len(ids)))
-    return min(same, len(ids) - 1) // page_size * page_size
 
 
 def assert_equal(stock, ours):

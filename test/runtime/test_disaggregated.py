@@ -14,6 +14,7 @@ import pytest
 from sglang_dcp.observe.report_client import LOAD_ROUTE
 from testing.client import Answer, RequestFailed
 from testing.comparison import compare_output
+from testing.conversations import OUTPUT_TOKENS, whole_pages
 from testing.disaggregation import DECODE_WAITS_S, PREFILL_WAITS_S, Pair, decode_server, prefill_server, running_pair, running_router
 from testing.dyncp_grid import GROWING, PROMPTS, PinnedPrompt
 from testing.recall import random_ids, recall_prompt
@@ -22,7 +23,8 @@ from testing.stock_answers import FOREVER, StockAnswers
 from testing.transfers import hold_transfers, is_held, pages_sent, probed
 
 MODEL, POOL = "qwen3moe", 512
-DECODE = decode_server(MODEL, 2, POOL)
+RETAINING = ("--dyncp-cache-fraction", "0.8", "--dyncp-cache-min-tokens", "64")
+DECODE = decode_server(MODEL, 2, POOL, *RETAINING)
 pytestmark = pytest.mark.on_server(DECODE)
 TOLERANCE = 1e-4
 LONGEST = 2 * POOL - 64
@@ -71,6 +73,26 @@ def test_answers_are_those_of_one_large_pool(pair: Pair, stock_answers: StockAns
     assert max(answer.meta["prompt_tokens"] for _, answer in answers) > 1.5 * POOL
     assert pages_sent(transfers) - before == sum(-(-answer.meta["prompt_tokens"] // DECODE.page_size) for _, answer in answers)
     assert sum(len(answer.output_tokens) for _, answer in answers) - sum(one.num_skipped for one in compared) > len(jobs)
+
+
+@pytest.mark.parametrize("degree", [2, None])
+def test_a_later_turn_is_sent_its_new_pages_alone(pair: Pair, stock_answers: StockAnswers, transfers: Path, degree: int | None) -> None:
+    """Four turns, the later ones beyond a decode pool; pinned, and as the router has them. Its prefill server computes what it has not."""
+    wait_until(pair.decode.client.flush_cache, "the decode server never fell idle")
+    pin = {} if degree is None else {"custom_params": {"dyncp": {"degree": degree}}}
+    earlier: tuple[list[int], Answer] | None = None
+    for ids, stock in stock_answers.of(MODEL).conversations[0].turns:
+        before = pages_sent(transfers)
+        answer = pair.generate(
+            ids, max_new_tokens=OUTPUT_TOKENS, return_logprob=True, top_logprobs_num=2, sampling={"ignore_eos": True} | pin
+        )
+        assert compare_output(stock, answer).worst < TOLERANCE
+        was_sharded = earlier is not None and len(earlier[1].meta["dyncp"]["shards"]) > 1
+        kept = whole_pages(*earlier, ids, DECODE.page_size) if earlier is not None and was_sharded else 0
+        assert pages_sent(transfers) - before == -(-len(ids) // DECODE.page_size) - kept // DECODE.page_size
+        assert answer.meta["cached_tokens"] >= kept
+        earlier = ids, answer
+    assert earlier is not None and len(earlier[0]) > POOL and len(earlier[1].meta["dyncp"]["shards"]) == 2
 
 
 def test_behind_sglang_s_own_router(pair: Pair, stock_answers: StockAnswers) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ from sglang.srt.disaggregation.decode import DecodePreallocQueue, DecodeRequest
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.participant import Participant
+from sglang_dcp.ledger.prefix_index import page_digests
 from sglang_dcp.policy.types import Placement
 from sglang_dcp.upstream.disaggregation import preallocation
 from sglang_dcp.upstream.step import attached
@@ -34,8 +35,10 @@ class Kv:
 class Request:
     """SGLang's request, as far as the queue looks at it."""
 
-    lora_id = bootstrap_room = None
+    lora_id = bootstrap_room = cache_salt = dyncp_extra_key = None
+    input_embeds = positional_embed_overrides = multimodal_inputs = session = None
     pd_rebootstrap_in_progress = False
+    prefix_len = 0
 
     def __init__(self, rid: str, prompt: int, placement: Placement | None, new: int = 200, *, flexible: bool = True) -> None:
         self.rid, self.origin_input_ids, self.output_ids = rid, [1] * prompt, []
@@ -47,6 +50,9 @@ class Request:
 
     def finished(self) -> bool:
         return self.finished_reason is not None
+
+    def _compute_max_prefix_len(self, num_tokens: int) -> int:
+        return num_tokens - 1
 
 
 class Receiver:
@@ -79,6 +85,7 @@ class Queue(DecodePreallocQueue):
         self.kv_manager = SimpleNamespace(kv_args=SimpleNamespace(state_types=[]))
         self.req_to_metadata_buffer_idx_allocator = SimpleNamespace(available_size=lambda: 99)
         self.begun: list[str] = []
+        self.told: dict[str, tuple[int, int]] = {}
         self.token_to_kv_pool_allocator = SimpleNamespace(
             page_size=PAGE,
             prealloc_fits_assumes_reclaim=lambda: False,
@@ -117,8 +124,8 @@ class Queue(DecodePreallocQueue):
         self.begun.append(req.rid)
         return [0] * tokens
 
-    def _send_kv_metadata(self, *_: Any, **__: Any) -> None:
-        pass
+    def _send_kv_metadata(self, entry: Any, ids: Any, *_: Any, decode_prefix_len: int) -> None:
+        self.told[entry.req.rid] = len(ids), decode_prefix_len
 
     def _mamba_payload(self) -> None:
         pass
@@ -162,8 +169,8 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    made = Cluster()
+def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    made = Cluster(**getattr(request, "param", {}))
     settings = SimpleNamespace(disaggregation_decode_host_receive_threshold=1, disaggregation_decode_enable_radix_cache=False)
     monkeypatch.setattr(decode, "get_disagg", lambda: settings)
     monkeypatch.setattr(decode, "poll_and_all_reduce", lambda receivers, group: [receiver.poll() for receiver in receivers])
@@ -187,6 +194,57 @@ def test_a_sharded_request_begins_when_its_pages_are_there(cluster: Cluster) -> 
     assert long.dyncp.shards == (1, 0) and long.kv.kv_allocated_len == 30 * PAGE
     assert not cluster.queue.queue and not cluster.runtime.queues.waiting
     assert [entry.req for entry in cluster.scheduler.disagg_decode_transfer_queue.queue] == [long]
+
+
+RETAINING = pytest.mark.parametrize("cluster", [{"cache_fraction": 1.0, "cache_min_tokens": PAGE}], indirect=True, ids=["retaining"])
+
+
+def leave_behind(cluster: Cluster, placed: Callable[..., Request], pages: int) -> Request:
+    """A request of so many whole pages has run and ended by itself."""
+    first = cluster.queue.arrive(placed("first", pages * PAGE))
+    assert cluster.run(5) == ["first"]
+    cluster.scheduler.disagg_decode_transfer_queue.queue.clear()
+    tokens, digests = first.origin_input_ids, page_digests([1] * pages * PAGE, PAGE, (None, None))
+    assert len(tokens) == pages * PAGE
+    cluster.participants[0].finish(first.dyncp, digests, pages)
+    first.dyncp = None
+    cluster.run(2)
+    return first
+
+
+@RETAINING
+@pytest.mark.parametrize("later", ["sharded", "local"])
+def test_a_later_turn_is_sent_what_lies_behind_the_earlier_one(cluster: Cluster, later: str) -> None:
+    """Wherever the router would have it: the prefill server is told how many tokens are here."""
+    leave_behind(cluster, sharded, 12)
+    cluster.queue.arrive({"sharded": sharded, "local": local}[later]("second", 14 * PAGE + 3))
+    assert cluster.run(5) == ["second"]
+    assert cluster.queue.told == {"first": (12 * PAGE, 0), "second": (2 * PAGE + 3, 12 * PAGE)}
+    (entry,) = cluster.scheduler.disagg_decode_transfer_queue.queue
+    assert entry.req.prefix_len == 12 * PAGE and entry.req.kv.kv_allocated_len == 14 * PAGE + 3
+    assert entry.req.dyncp.shards == (1, 0), "the pages that it has taken over stay where they are"
+
+
+@RETAINING
+def test_what_is_prefilled_again_is_sent_whole(cluster: Cluster) -> None:
+    leave_behind(cluster, sharded, 12)
+    cluster.queue.arrive(sharded("second", 14 * PAGE))
+    cluster.queue.queue[-1].is_rebootstrap = True
+    assert cluster.run(5) == ["second"]
+    assert cluster.queue.told["second"] == (14 * PAGE, 0)
+
+
+@RETAINING
+def test_a_request_that_ends_before_its_transfer_leaves_the_earlier_turn_as_it_was(cluster: Cluster) -> None:
+    leave_behind(cluster, sharded, 12)
+    second = cluster.queue.arrive(sharded("second", 14 * PAGE))
+    cluster.step()
+    second.finished_reason = "abort"
+    cluster.queue.queue.clear()
+    cluster.run(4)
+    assert second.dyncp is None and cluster.participants[0].table.retained.pages == cluster.participants[1].table.retained.pages
+    assert sum(cluster.participants[0].table.retained.pages) == 12
+    assert not cluster.runtime.queues.waiting
 
 
 def test_nobody_waits_behind_it(cluster: Cluster) -> None:

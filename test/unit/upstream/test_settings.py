@@ -89,19 +89,18 @@ DECODE: dict[str, Any] = {"disaggregation_mode": "decode", "disaggregation_trans
     ],
 )
 def test_a_decode_server_refuses_by_name_what_it_cannot_do(field: str, value: Any) -> None:
-    message = find_decode_refusal((DECODE | {field: value}).get, 0.0)
+    message = find_decode_refusal((DECODE | {field: value}).get)
     assert str(message).startswith(f"--{field.replace('_', '-')} {value} does not work with --enable-dyncp")
     other = {field: value, "disaggregation_mode": "null"}
-    assert find_decode_refusal(other.get, 0.0) is None, "nothing of it matters on another server"
+    assert find_decode_refusal(other.get) is None, "nothing of it matters on another server"
 
 
 def test_a_decode_server_is_served_and_copies_no_retracted_request() -> None:
-    assert find_refusal((WORKING | DECODE).get) is None and find_decode_refusal(DECODE.get, 0.0) is None
+    assert find_refusal((WORKING | DECODE).get) is None and find_decode_refusal(DECODE.get) is None
     assert complete_decode(DECODE.get) == {"disaggregation_decode_retraction_backup": "cpu_tensor"}
     assert complete_decode((DECODE | {"disaggregation_decode_retraction_backup": "host_pool"}).get) == {}
     assert complete_decode(WORKING.get) == {}
-    assert "--dyncp-cache-fraction 0.5 does not work with --disaggregation-mode decode" in str(find_decode_refusal(DECODE.get, 0.5))
-    assert "SGLANG_DISAGG_STAGING_BUFFER=1" in str(find_decode_refusal(DECODE.get, 0.0, staging=True))
+    assert "SGLANG_DISAGG_STAGING_BUFFER=1" in str(find_decode_refusal(DECODE.get, staging=True))
 
 
 def test_a_front_that_checks_no_requests_is_refused() -> None:
@@ -301,6 +300,11 @@ LINES: list[tuple[str, list[int] | str]] = [
     ("--tp 4 --chunked-prefill-size -1", "sglang_dcp: --chunked-prefill-size -1 works with --dyncp-policy local only: a prompt"),
     ("--tp 4 --chunked-prefill-size -1 --dyncp-policy local", [4, 4, 1, 16]),
     ("--tp 4 --dyncp-cache-fraction 0.5 --disable-radix-cache", "sglang_dcp: --dyncp-cache-fraction 0.5 does not work with"),
+    ("--tp 4 --dyncp-cache-fraction 0.5 --disaggregation-mode decode --disaggregation-transfer-backend fake", [4, 4, 1, 16]),
+    (
+        "--tp 4 --dyncp-cache-fraction 0.5 --disable-radix-cache --disaggregation-mode decode --disaggregation-transfer-backend fake",
+        "sglang_dcp: --dyncp-cache-fraction 0.5 does not work with",
+    ),
     ("--tp 4 --attn-dp-size 4", [4, 4, 1, 16]),
     ("--tp 4 --dp-size 4 --enable-dp-attention", [4, 4, 1, 16]),
     ("--tp-size 4 --dp 4 --enable-dp-attention --ep 4", [4, 4, 1, 16]),

@@ -12,7 +12,7 @@ BACKENDS = ("fake", "mooncake", "mooncake_tcp")
 """Of --disaggregation-transfer-backend. SGLang resolves the last to the one before it."""
 
 NEEDED: tuple[tuple[str, Any, str], ...] = (
-    ("disaggregation_decode_enable_radix_cache", False, "sharded requests stay out of the prefix tree"),
+    ("disaggregation_decode_enable_radix_cache", False, "sharded requests stay out of that tree; --dyncp-cache-fraction keeps their pages"),
     ("disaggregation_decode_enable_offload_kvcache", False, "host copies of remote pages do not exist"),
     ("disaggregation_decode_retraction_backup", "cpu_tensor", "a retracted request is prefilled again, its remote pages have no host copy"),
     ("disaggregation_decode_host_receive_threshold", 1, "K/V is received where it is attended, not on the host"),
@@ -23,7 +23,7 @@ NEEDED: tuple[tuple[str, Any, str], ...] = (
 """(field, the one value that works on a decode server, why)."""
 
 
-def find_decode_refusal(values: Callable[[str], Any], cache_fraction: float, *, staging: bool = False) -> str | None:
+def find_decode_refusal(values: Callable[[str], Any], *, staging: bool = False) -> str | None:
     """The message for a setting of a decode server that does not work with --enable-dyncp, or None, as for any other server.
 
     staging: SGLANG_DISAGG_STAGING_BUFFER. A field that SGLang has yet to decide is None.
@@ -32,9 +32,6 @@ def find_decode_refusal(values: Callable[[str], Any], cache_fraction: float, *, 
         return None
     if staging:
         return "SGLANG_DISAGG_STAGING_BUFFER=1 does not work with --enable-dyncp: staged K/V is spread over the pool of one instance"
-    if cache_fraction:
-        what = "requests whose prompts a prefill server sends do not begin with retained pages yet"
-        return f"--dyncp-cache-fraction {cache_fraction} does not work with --disaggregation-mode decode: {what}"
     backend = values("disaggregation_transfer_backend")
     if backend is not None and backend not in BACKENDS:
         what = f"those that carry a request to several instances are {', '.join(BACKENDS)}"

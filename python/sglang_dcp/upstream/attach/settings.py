@@ -39,7 +39,8 @@ def find_layout_refusal(config: DynCpConfig, num_instances: int) -> str | None:
 
 
 def find_cache_refusal(values: Callable[[str], Any], cache_fraction: float) -> str | None:
-    """The message for retained prompts that nobody may read, or None. `values(field)`: as resolved."""
+    """The message for retained prompts that nobody may read, or None. `values(field)`: of a decode server as given, for SGLang sets that
+    flag there by itself."""
     if not cache_fraction or not values("disable_radix_cache"):
         return None
     return f"--dyncp-cache-fraction {cache_fraction} does not work with --disable-radix-cache: what shall not be reused is not retained"
@@ -70,12 +71,11 @@ def read_front_refusal(view: Any) -> str | None:
     return find_front_refusal(envs.SGLANG_RUST_SERVER.get(), view.tokenizer_worker_num, envs.SGLANG_HTTP_SERVER_APP_PATH.get())
 
 
-def read_decode_refusal(server_args: Any, view: Any) -> str | None:
+def read_decode_refusal(view: Any) -> str | None:
     """find_decode_refusal of this server."""
     from sglang.srt.environ import envs
 
-    fraction, staging = server_args._dyncp.cache_fraction, bool(envs.SGLANG_DISAGG_STAGING_BUFFER.get())
-    return find_decode_refusal(lambda field: getattr(view, field), fraction, staging=staging)
+    return find_decode_refusal(lambda field: getattr(view, field), staging=bool(envs.SGLANG_DISAGG_STAGING_BUFFER.get()))
 
 
 def register_resolution() -> None:
@@ -95,7 +95,8 @@ def register_resolution() -> None:
             declare_resolution(server_args, SOURCE, **widths, **complete_decode(lambda field: getattr(view, field)))
         message = read_front_refusal(view)
         message = message or find_refusal(lambda field: getattr(view, field), resolved=False)
-        message = message or read_decode_refusal(server_args, view)
+        message = message or read_decode_refusal(view)
+        message = message or find_cache_refusal(lambda field: getattr(view, field), server_args._dyncp.cache_fraction)
         if message is not None:
             raise SystemExit(f"sglang_dcp: {message}")
 
@@ -152,9 +153,11 @@ def judge_resolved(server_args: Any, view: Any) -> None:
     def values(field: str) -> Any:
         return getattr(view, field)
 
-    message = read_front_refusal(view) or find_refusal(values) or read_decode_refusal(server_args, view)
+    message = read_front_refusal(view) or find_refusal(values) or read_decode_refusal(view)
     message = message or find_layout_refusal(config, view.attn_dp_size) or find_rebalance_refusal(values)
-    message = message or find_chunk_refusal(values, sharded=config.policy != "local") or find_cache_refusal(values, config.cache_fraction)
+    message = message or find_chunk_refusal(values, sharded=config.policy != "local")
+    if view.disaggregation_mode != "decode":
+        message = message or find_cache_refusal(values, config.cache_fraction)
     message = message or find_transport_refusal(config.transport, view.device) or find_quantised_kv_refusal(values)
     if message is None and view.device == "cuda":
         message = find_card_refusal(get_device_sm()) or find_cuda_refusal(values, latent=use_mla_backend(server_args))

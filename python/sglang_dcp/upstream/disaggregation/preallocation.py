@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from sglang_dcp.ledger.positions import token_ids
-from sglang_dcp.upstream.step.admission import note_blocked, reserved
+from sglang_dcp.upstream.step.admission import note_blocked, reserved, takes_over
 from sglang_dcp.upstream.step.attached import after, around
 from sglang_dcp.upstream.step.managed import is_managed
 from sglang_dcp.upstream.step.queued import with_pages
+from sglang_dcp.upstream.step.retention import prefix_tokens
 from sglang_dcp.upstream.step.runtime import Runtime
 
 
@@ -42,7 +43,7 @@ def exceeds_capacity(runtime: Runtime, original: Callable[..., bool], queue: Any
 def take_ready(runtime: Runtime, result: None, queue: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER DecodePreallocQueue._update_handshake_waiters: who has met its prefill server and is the ledger's leaves SGLang's loop, which
     follows. Those whose pages are there begin their transfer."""
-    ready = [entry for entry in queue.queue if entry.waiting_for_input and is_of_ledger(entry.req)]
+    ready = [entry for entry in queue.queue if entry.waiting_for_input and (is_of_ledger(entry.req) or takes_over(runtime, entry.req))]
     begun = []
     for entry in ready:
         # The next poll says so again.
@@ -61,14 +62,16 @@ def is_of_ledger(req: Any) -> bool:
 
 
 def begin_transfer(queue: Any, entry: Any) -> bool:
-    """Gives the request a row of its pages' token ids and tells the prefill server where to write. False: no row, or no slot for the
-    first token, is free."""
+    """Gives the request a row of its pages' token ids and tells the prefill server where to write: behind the pages of an earlier turn that
+    it has taken over. False: no row, or no slot for the first token, is free."""
     if not has_row_and_slot(queue):
         return False
-    ids = queue._pre_alloc(entry.req)
-    entry.req.kv.cache_protected_len = 0
-    sent = ids[: queue._rebootstrap_prefill_len(entry.req)]
-    queue._send_kv_metadata(entry, sent, queue.token_to_kv_pool_allocator.page_size, None, decode_prefix_len=0)
+    req, page_size = entry.req, queue.token_to_kv_pool_allocator.page_size
+    ids, num_tokens = queue._pre_alloc(req), queue._rebootstrap_prefill_len(req)
+    # What has decoded before is computed and sent whole, as by SGLang with a prefix cache of its own.
+    kept = 0 if entry.is_rebootstrap else prefix_tokens(req, page_size)
+    req.prefix_len, req.kv.cache_protected_len = kept, 0
+    queue._send_kv_metadata(entry, ids[kept:num_tokens], page_size, None, decode_prefix_len=kept)
     return True
 
 

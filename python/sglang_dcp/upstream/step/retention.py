@@ -18,7 +18,7 @@ from sglang_dcp.policy.split import num_pages
 from sglang_dcp.policy.split_limits import Split, SplitLimits
 from sglang_dcp.upstream.step.attached import around
 from sglang_dcp.upstream.step.managed import is_managed
-from sglang_dcp.upstream.step.queued import is_without_pages
+from sglang_dcp.upstream.step.queued import behind_prefill_servers, is_without_pages
 from sglang_dcp.upstream.step.runtime import Runtime
 
 LOW_WATER_PAGES = 64
@@ -29,8 +29,11 @@ FLUSH_SECONDS = 5.0
 
 
 def is_on(runtime: Runtime) -> bool:
-    """--disable-radix-cache is SGLang's word for no prefix cache at all."""
-    return runtime.participant.most_retained > 0 and not getattr(runtime.scheduler.tree_cache, "disable", False)
+    """--disable-radix-cache is SGLang's word for no prefix cache at all. On a decode server it says so itself, of its tree alone."""
+    scheduler = runtime.scheduler
+    return runtime.participant.most_retained > 0 and (
+        behind_prefill_servers(scheduler) or not getattr(scheduler.tree_cache, "disable", False)
+    )
 
 
 def namespace_of(req: Any) -> tuple[str | None, str | None]:
@@ -114,10 +117,14 @@ def segments_behind(req: Any, match: Match, pages: int, limits: SplitLimits) -> 
     return tuple((rank, count - kept.get(rank, 0)) for rank, count in whole if count > kept.get(rank, 0))
 
 
+def prefix_tokens(req: Any, page_size: int) -> int:
+    """Of the sequence that a managed request has taken over."""
+    return req.dyncp_prefix_pages * page_size if req.dyncp.num_kept else 0
+
+
 def begin_behind_prefix(req: Any, page_size: int) -> None:
     """SGLang computes the prompt from here on. Its own match found nothing: the request has a key of its own."""
-    pages = req.dyncp_prefix_pages if req.dyncp.num_kept else 0
-    req.prefix_len = req.num_matched_prefix_tokens = pages * page_size
+    req.prefix_len = req.num_matched_prefix_tokens = prefix_tokens(req, page_size)
     req.kv.cache_protected_len = 0
 
 
