@@ -221,7 +221,9 @@ def test_a_later_turn_is_sent_what_lies_behind_the_earlier_one(cluster: Cluster,
     assert cluster.run(5) == ["second"]
     assert cluster.queue.told == {"first": (12 * PAGE, 0), "second": (2 * PAGE + 3, 12 * PAGE)}
     (entry,) = cluster.scheduler.disagg_decode_transfer_queue.queue
-    assert entry.req.prefix_len == 12 * PAGE and entry.req.kv.kv_allocated_len == 14 * PAGE + 3
+    assert entry.req.prefix_len == 0 and entry.req.kv.kv_allocated_len == 14 * PAGE + 3
+    preallocation.begin_behind_prefix(SimpleNamespace(reqs=[entry.req, local("unmanaged", PAGE)]))
+    assert entry.req.prefix_len == 12 * PAGE, "what SGLang reports as cached"
     assert entry.req.dyncp.shards == (1, 0), "the pages that it has taken over stay where they are"
 
 

@@ -135,6 +135,16 @@ DISAGGREGATION_HOOKS: tuple[Hook, ...] = (
         parameters=("req", "allocated_tokens", "prefix_len", "retractable_tokens"),
     ),
     Hook(
+        target="sglang.srt.disaggregation.decode_schedule_batch_mixin.ScheduleBatchDisaggregationDecodeMixin.prepare_for_prebuilt",
+        kind="before",
+        hook_set="dyncp",
+        handler=f"{_ROOM}.preallocation:begin_behind_prefix",
+        why="cached_tokens counts what a request has taken over, where its prefill server found less",
+        upstream="a match of the tree that another cache can answer",
+        remove_when="the prefix of a transferred request is kept from its preallocation on",
+        parameters=(),
+    ),
+    Hook(
         target=f"{_RECEIVER}._register_kv_args",
         kind="after",
         hook_set="dyncp",
