@@ -52,7 +52,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "stop regex, long": {"stop_regex": "[aeiou]", "max_new_tokens": 40},
     "schema, long": {"json_schema": json.dumps(SCHEMA), "max_new_tokens": 48, "ignore_eos": False},
     "drawn from one": {"temperature": 0.8, "top_k": 1},
-    "drawn from one by a regex": {"temperature": 0.8, "regex": "abc"},
+    "drawn from one by a regex": {"temperature": 0.8, "regex": "a{40}"},
     "regex, n": {"regex": "[0-9]{4}", "n": 2},
     "bias, penalties": {"logit_bias": {"70": 1000}, "frequency_penalty": 2, "max_new_tokens": 12},
 }
