@@ -43,6 +43,14 @@ def test_what_is_overlooked() -> None:
     assert "status 200 -> 400" in (differ(ANSWER, ANSWER, status=400) or "")
 
 
+def test_where_a_beginning_was_found_is_overlooked_and_how_much_was_asked_is_not() -> None:
+    """As Anthropic's door counts: which instance had answered the same before is chance."""
+    usage = ({"input_tokens": 19}, {"input_tokens": 3, "cache_read_input_tokens": 16}, {"input_tokens": 4, "cache_read_input_tokens": 16})
+    computed, found, more = (json.dumps({"usage": {"output_tokens": 8} | one}) for one in usage)
+    assert difference(read_outcome(200, computed), read_outcome(200, found)) is None
+    assert difference(read_outcome(200, computed), read_outcome(200, more)) == "said.usage.input_tokens: 19 -> 20"
+
+
 def test_scores_are_compared_within_a_tolerance() -> None:
     scores = {"meta_info": {"output_token_logprobs": [[-0.5, 7, None]]}}
     assert differ(scores, {"meta_info": {"output_token_logprobs": [[-0.5001, 7, None]]}}) is None

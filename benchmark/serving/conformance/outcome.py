@@ -82,6 +82,8 @@ def shape_of(value: Any) -> Any:
 def said_in(value: Any, ignored: set[str]) -> Any:
     """The parts of a JSON value under keys of SAID, None where there is nothing."""
     if isinstance(value, dict):
+        if FOUND_IN_CACHE in value:  # Anthropic's input tokens are those that were not found
+            value = value | {"input_tokens": value["input_tokens"] + value[FOUND_IN_CACHE]}
         chosen = {key: item if key in SAID and not isinstance(item, dict) else said_in(item, ignored) for key, item in value.items()}
         kept = {key: item for key, item in chosen.items() if key not in ignored and OURS not in key}
         return {key: item for key, item in kept.items() if item is not None and (key in SAID or item != {})} or None
