@@ -365,6 +365,7 @@ def resolved() -> list[Any]:
     return found
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("index", range(len(LINES)), ids=[flags or "no flag" for flags, _ in LINES])
 def test_a_launch_line_gets_its_widths_or_our_refusal(resolved: list[Any], index: int) -> None:
     expected = LINES[index][1]
@@ -374,6 +375,7 @@ def test_a_launch_line_gets_its_widths_or_our_refusal(resolved: list[Any], index
         assert resolved[index] == expected
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("index", range(len(DOCUMENTED)), ids=DOCUMENTED)
 def test_a_documented_line_resolves_as_it_is_written(resolved: list[Any], index: int) -> None:
     words = DOCUMENTED[index].split()
