@@ -58,8 +58,8 @@ def test_turns_go_on_where_the_last_one_ended(serve, conversations, point):
 
 
 def test_branches_page_ends_and_repeats(serve, conversations, point):
-    page_size, client = point[1], serve(retaining_server(*point)).client
-    ids, _ = conversations(point[0])[1].turns[1]
+    page_size, (ids, _) = point[1], conversations(point[0])[1].turns[1]  # stock's server ends before this one starts
+    client = serve(retaining_server(*point)).client
     ids = ids[: 6 * page_size + 1 - OUTPUT_TOKENS] if len(ids) > 6 * page_size else ids
     first = ask(client, ids, 2)
     cached = []
