@@ -91,14 +91,12 @@ def measure(server: GpuServer, args: argparse.Namespace) -> dict[str, Any]:
     """All parts on one server; the decodes first, while nothing is retained."""
     found: dict[str, Any] = {"ready_s": server.ready_s}
     scale = 64 if args.dry else 1
-    if args.only_loop:
-        found["closed_loop"] = closed_loop(server, 30_000 // scale, 2000 // scale, args.turns, args.loop_degree)
-        return found
-    load = Load(4, 0, 64, 24) if args.dry else Load(16, 0, 1024, 400)
-    found["unsharded_step_ms"] = [
-        run_load(server.client, load, INSTANCES, seed, dyncp=True)["step_ms"] for seed in range(1 if args.dry else 4)
-    ]
-    found["second_turn"] = second_turn(server, args.tokens // scale, 2000 // scale)
+    if not args.only_loop:
+        load = Load(4, 0, 64, 24) if args.dry else Load(16, 0, 1024, 400)
+        found["unsharded_step_ms"] = [
+            run_load(server.client, load, INSTANCES, seed, dyncp=True)["step_ms"] for seed in range(1 if args.dry else 4)
+        ]
+        found["second_turn"] = second_turn(server, args.tokens // scale, 2000 // scale)
     found["closed_loop"] = closed_loop(server, 30_000 // scale, 2000 // scale, args.turns, args.loop_degree)
     return found
 
