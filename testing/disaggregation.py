@@ -14,8 +14,8 @@ from http.client import HTTPException
 from typing import Any
 
 from testing.client import Answer, Client, RequestFailed
-from testing.ports import find_free_port
-from testing.server import Server, ServerConfig, ServerPool, ServerStartError, start_server
+from testing.ports import find_free_ports
+from testing.server import Server, ServerConfig, ServerPool, ServerStartError
 
 HOST = "127.0.0.1"
 LOOPBACK = (("SGLANG_HOST_IP", HOST), ("MC_TCP_BIND_ADDRESS", HOST))
@@ -100,7 +100,7 @@ class Pair:
 @contextmanager
 def running_router(pair: Pair, limit_s: float = 300.0) -> Iterator[Client]:
     """SGLang's own router in front of the pair, once it can answer: its /health is green before."""
-    port, metrics = find_free_port(21_000, 22_000), find_free_port(22_000, 23_000)
+    port, metrics = find_free_ports(2)
     addresses = ("--host", HOST, "--port", str(port), "--prometheus-host", HOST, "--prometheus-port", str(metrics))
     servers = ("--prefill", f"http://{HOST}:{pair.prefill.port}", str(pair.bootstrap_port), "--decode", f"http://{HOST}:{pair.decode.port}")
     command = [sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation", *servers, "--policy", "round_robin", *addresses]
@@ -134,20 +134,17 @@ def running_pair(pool: ServerPool, prefill: ServerConfig, decode: ServerConfig) 
 
 @contextmanager
 def running_pairs(pool: ServerPool, prefills: Sequence[ServerConfig], decode: ServerConfig) -> Iterator[list[Pair]]:
-    """One pair per prefill server (at most four), all with the same decode server. All start at once, and are stopped in the end.
+    """One pair per prefill server, all with the same decode server. All start at once, and are stopped in the end.
 
     pool: holds the machine's lock.
     """
     pool.stop(at_once=True)
-    configs, ports, bootstraps = [decode], [find_free_port(17_000, 19_000)], []
-    for first, prefill in enumerate(prefills):
-        bootstraps.append(find_free_port(19_000 + 500 * first, 19_500 + 500 * first) + 100)
-        ports.append(find_free_port(15_000 + 500 * first, 15_500 + 500 * first))
-        configs.append(replace(prefill, flags=(*prefill.flags, "--disaggregation-bootstrap-port", str(bootstraps[-1]))))
+    own, *others = find_free_ports(1 + 2 * len(prefills))
+    configs, ports, bootstraps = [decode], [own, *others[: len(prefills)]], others[len(prefills) :]
+    for prefill, bootstrap in zip(prefills, bootstraps, strict=True):
+        configs.append(replace(prefill, flags=(*prefill.flags, "--disaggregation-bootstrap-port", str(bootstrap))))
     with ThreadPoolExecutor(len(configs)) as starts:
-        started = [
-            starts.submit(start_server, config, log_folder=pool.log_folder, port=port) for config, port in zip(configs, ports, strict=True)
-        ]
+        started = [starts.submit(pool.start, config, port=port) for config, port in zip(configs, ports, strict=True)]
     servers = [future.result() for future in started if future.exception() is None]
     try:
         for future in started:

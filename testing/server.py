@@ -9,13 +9,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from sglang_dcp.cli.serve import plan_launch
+from sglang_dcp.cpu.environment import count_cuda_devices
 from testing.client import Client
+from testing.forked import ForkedProcess, ForkHosts
 from testing.ports import FOLLOWER_OFFSET, RENDEZVOUS_OFFSET, find_free_port
 from testing.processes import creation_time, end_process_tree, kill_process_tree
 from testing.recall import model_path
@@ -30,6 +33,9 @@ LONGEST_LINE = 400
 LOCK_FILE = Path(tempfile.gettempdir()) / "sglang_dcp_server.lock"
 
 
+Process = subprocess.Popen[bytes] | ForkedProcess
+
+
 class ServerStartError(RuntimeError):
     """The server ended or stayed unhealthy; the message ends with the last lines of its log."""
 
@@ -41,7 +47,7 @@ class ServerConfig:
     model: a name of testing.recall.MODEL_NAMES. pool_tokens: KV pool of each instance. chunk_tokens: most prefill tokens of one instance in
     one step (SGLang's flag counts all instances). flags: further flags, as they stand on the command line. nodes: process trees that share
     the instances, as on so many hosts. slices: processes of an instance (attention tensor parallelism). preloaded: whether its processes
-    are forked from one that has imported SGLang (startup/preloaded_processes.py). dyncp=False is *stock*: the hook sets `flags` and `cpu`
+    are forked from one that has imported SGLang (startup/forking.py). dyncp=False is *stock*: the hook sets `flags` and `cpu`
     alone.
     """
 
@@ -93,11 +99,11 @@ class Server:
     """A running server. `client` talks to it; `log` is its output so far. followers: the process trees of the other nodes."""
 
     config: ServerConfig
-    process: subprocess.Popen[bytes]
+    process: Process
     port: int
     log_path: Path
     start_s: float = 0.0
-    followers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    followers: list[Process] = field(default_factory=list)
 
     @property
     def client(self) -> Client:
@@ -132,18 +138,24 @@ class Server:
 
 
 def start_server(
-    config: ServerConfig, log_folder: Path, limit_s: float = START_LIMIT_S, started: Callable[[Server], None] | None = None, port: int = 0
+    config: ServerConfig,
+    log_folder: Path,
+    limit_s: float = START_LIMIT_S,
+    started: Callable[[Server], None] | None = None,
+    port: int = 0,
+    hosts: ForkHosts | None = None,
 ) -> Server:
     """Starts a server and waits until it is healthy. ServerStartError if it ends or is not healthy within `limit_s`.
 
     started: called with the server once its process exists, so that a run that is killed meanwhile leaves a record. port: 0 for a free one.
+    hosts: fork the processes of a server that is to be preloaded.
     """
     port = port or find_free_port()
     log_folder.mkdir(parents=True, exist_ok=True)
     log_path = log_folder / f"server_{port}_{int(time.time())}.log"
     began = time.monotonic()
-    followers = [_start_follower(config, port, node, log_path.with_suffix(f".node{node}.log")) for node in range(1, config.nodes)]
-    server = Server(config, _start_node(config, port, 0, log_path), port, log_path, followers=followers)
+    followers = [_start_follower(config, port, node, log_path.with_suffix(f".node{node}.log"), hosts) for node in range(1, config.nodes)]
+    server = Server(config, _start_node(config, port, 0, log_path, hosts), port, log_path, followers=followers)
     try:
         if started is not None:
             started(server)
@@ -155,19 +167,29 @@ def start_server(
     return server
 
 
-def _start_node(config: ServerConfig, port: int, node: int, log_path: Path) -> subprocess.Popen[bytes]:
+def _start_node(config: ServerConfig, port: int, node: int, log_path: Path, hosts: ForkHosts | None) -> Process:
     environment, command = server_environment(config), config.command(port, node)
     with log_path.open("wb") as log:
         log.write((" ".join(command) + "\n").encode())
         log.flush()
+        if config.preloaded:
+            if hosts is None:
+                raise ValueError("a server whose processes are preloaded is started by a ServerPool")
+            return hosts.of(_read_while_importing(command, environment)).fork(command, environment, log)
         return subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
         )
 
 
-def _start_follower(config: ServerConfig, port: int, node: int, log_path: Path) -> subprocess.Popen[bytes]:
+def _read_while_importing(command: Sequence[str], environment: Mapping[str, str]) -> Mapping[str, str]:
+    """The environment in which the server imports SGLang. Cores are bound later, by the number of ranks."""
+    additions = plan_launch(command[command.index("serve") + 1 :], environment, cuda_devices=count_cuda_devices()).additions
+    return {**environment, **additions, "SGLANG_CPU_OMP_THREADS_BIND": ""}
+
+
+def _start_follower(config: ServerConfig, port: int, node: int, log_path: Path, hosts: ForkHosts | None) -> Process:
     """Started ahead of the first node, past its look at the ports: on one machine it would find those that the first one has taken."""
-    process, deadline = _start_node(config, port, node, log_path), time.monotonic() + FOLLOWER_LIMIT_S
+    process, deadline = _start_node(config, port, node, log_path, hosts), time.monotonic() + FOLLOWER_LIMIT_S
     while "server_args=" not in log_path.read_text(errors="replace"):
         if process.poll() is not None or time.monotonic() > deadline:
             kill_process_tree(process.pid)
@@ -201,8 +223,7 @@ def server_environment(config: ServerConfig) -> dict[str, str]:
     """That of the server's processes."""
     environment = clean_environment(os.environ) | dict(config.environment)
     folders = filter(None, (str(STARTUP_FOLDER), environment.get("PYTHONPATH")))
-    preload = {"DYNCP_TEST_PRELOAD": "1"} if config.preloaded else {}
-    return environment | preload | {"PYTHONPATH": os.pathsep.join(folders)}
+    return environment | {"PYTHONPATH": os.pathsep.join(folders)}
 
 
 @contextmanager
@@ -251,14 +272,19 @@ class ServerPool:
     def __init__(self, lock: IO[str], log_folder: Path) -> None:
         self._lock = lock
         self.log_folder = log_folder
+        self._hosts = ForkHosts(log_folder)
         self._current: Server | None = None
 
     def get(self, config: ServerConfig) -> Server:
         if self._current is not None and self._current.is_alive and self._current.config == config:
             return self._current
         self.stop(at_once=True)
-        self._current = start_server(config, log_folder=self.log_folder, started=lambda server: _record(self._lock, server))
+        self._current = self.start(config, started=lambda server: _record(self._lock, server))
         return self._current
+
+    def start(self, config: ServerConfig, *, started: Callable[[Server], None] | None = None, port: int = 0) -> Server:
+        """A server that the caller ends, beside those that are there."""
+        return start_server(config, log_folder=self.log_folder, started=started, port=port, hosts=self._hosts)
 
     def dead_server(self) -> Server | None:
         """The server that tests use, if it ended by itself."""
@@ -274,6 +300,10 @@ class ServerPool:
             self._current = None
             _record(self._lock, None)
 
+    def close(self) -> None:
+        self.stop()
+        self._hosts.close()
+
 
 @contextmanager
 def server_pool(log_folder: Path) -> Iterator[ServerPool]:
@@ -283,7 +313,7 @@ def server_pool(log_folder: Path) -> Iterator[ServerPool]:
         try:
             yield pool
         finally:
-            pool.stop()
+            pool.close()
 
 
 @contextmanager

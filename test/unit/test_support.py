@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +22,7 @@ from testing.demo import typed
 from testing.disaggregation import decode_server, prefill_server
 from testing.documentation import serve_lines
 from testing.metrics import Sample, format_loads, parse_metrics
-from testing.ports import find_free_port
+from testing.ports import PORT_OFFSETS, find_free_port, find_free_ports
 from testing.processes import end_process_tree, kill_process_tree
 from testing.recall import VOCABULARY_SIZE, depth_at, encode, recall_prompt
 from testing.server import Server, ServerConfig, ServerStartError, clean_environment, machine_lock, server_environment, start_server
@@ -129,6 +131,23 @@ def test_environment_of_an_outer_run_does_not_leak() -> None:
 
 def test_free_port_is_free() -> None:
     assert find_free_port() >= 15000
+
+
+def test_a_port_counts_as_taken_while_its_server_listens_and_no_longer() -> None:
+    """A connection that the server closed first lingers for a minute under the server's port."""
+    first = find_free_port()
+    with socket.create_server(("127.0.0.1", first)) as server, socket.create_connection(("127.0.0.1", first)) as client:
+        assert find_free_port() != first
+        server.accept()[0].close()
+        assert client.recv(1) == b""
+    assert find_free_port() == first
+
+
+def test_free_ports_of_servers_that_start_together_are_far_apart() -> None:
+    ports = sorted(find_free_ports(5))
+    assert min(later - earlier for earlier, later in itertools.pairwise(ports)) > max(PORT_OFFSETS)
+    with pytest.raises(RuntimeError, match="no 3 free ports between 15000 and 15500"):
+        find_free_ports(3, 15000, 15500)
 
 
 def test_a_server_that_ends_is_reported_with_its_log(tmp_path) -> None:

@@ -5,7 +5,6 @@ looks rarely until most of them are there, then as ever.
 """
 
 import gc
-import os
 
 WHILE_IMPORTING, NUM_COLLECTIONS = 100_000, 10
 DEFAULT = gc.get_threshold()
@@ -24,8 +23,3 @@ def _count(phase, _info):
 
 gc.set_threshold(WHILE_IMPORTING, 50, 50)
 gc.callbacks.append(_count)
-
-if os.environ.get("DYNCP_TEST_PRELOAD"):
-    import preloaded_processes
-
-    preloaded_processes.install()
