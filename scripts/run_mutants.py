@@ -22,6 +22,7 @@ CHUNK = "test/unit/dataflow/test_attention_step.py::test_first_token_and_chunk_t
 SESSION = "test/unit/test_decode_session.py::test_session_of_random_requests[2-8-4-False]"
 WALK = "test/unit/test_protocol.py::test_random_walk_checked_after_every_step"
 CONVERSATIONS = "test/unit/test_protocol_conversations.py::test_a_walk_of_conversations"
+READERS = "test/unit/test_protocol_sharing.py::test_a_walk_of_readers"
 
 TESTS: dict[str, tuple[str, ...]] = {
     "shard-dropped": (LAYER, SESSION),
@@ -39,6 +40,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "live-handle-evicted": (CONVERSATIONS,),
     "partial-page-kept": (CONVERSATIONS,),
     "retained-counted-as-free": (CONVERSATIONS,),
+    "read-pages-evicted": (READERS,),
+    "reader-frees-what-it-reads": (READERS,),
 }
 """Fault -> tests meant to notice, cheapest first; the run stops at the first that does."""
 

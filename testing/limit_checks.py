@@ -70,9 +70,9 @@ class LimitChecks:
         guests = Counter(dict(self._taken_over(ask, grant)))
         guests.update({segment.rank: segment.num_pages for segment in grant.segments if segment.rank != grant.home})
         assert all(pages <= guest_room[rank] for rank, pages in guests.items()), f"{guest_room} pages do not hold {guests} of {grant}"
-        fits_the_node = sum(pages for _, pages in ask.segments) <= self.reach(self.node_size)
+        fits_the_node = sum(pages for _, pages in ask.whole) <= self.reach(self.node_size)
         if ask.flexible and fits_the_node:
-            assert {segment.rank for segment in grant.segments} <= set(self.members(grant.home)), (
+            assert {segment.rank for segment in grant.segments} <= {*self.members(grant.home), *(rank for rank, _ in ask.kept)}, (
                 f"{grant} leaves the node of its home, which could hold it"
             )
 
@@ -88,5 +88,5 @@ class LimitChecks:
 
     def _taken_over(self, ask: AskAdmission | AskGrowth, grant: Grant) -> list[tuple[int, int]]:
         """(instance, pages) of a retained sequence that become guests' again, where guests may have a part of a pool."""
-        kept = ask.kept if isinstance(ask, AskAdmission) and grant.previous and self.guest_pages < self.num_pages else ()
-        return [(rank, pages) for rank, pages in kept if rank != grant.home]
+        taken = ask.taken if isinstance(ask, AskAdmission) and grant.previous and self.guest_pages < self.num_pages else ()
+        return [(rank, pages) for rank, pages in taken if rank != grant.home]

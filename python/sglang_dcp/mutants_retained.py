@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from sglang_dcp.ledger.guests import GuestBook
 from sglang_dcp.ledger.participant import Participant
+from sglang_dcp.ledger.readers import Readers
+from sglang_dcp.ledger.retained import RetainedTable
 from sglang_dcp.ledger.retention import Match, Retention
 
 
@@ -39,14 +42,14 @@ def _evicted_taken_over() -> None:
 
 def _live_handle_evicted() -> None:
     """A sequence that was taken over can still be evicted, under its new handle."""
-    take_over = Retention.take_over
+    begin = Retention.begin
 
     def broken(retention: Any, grant: Any) -> None:
-        take_over(retention, grant)
+        begin(retention, grant)
         if grant.previous and (grant.home, grant.handle) not in retention.table:
             retention.table.put(grant.home, grant.handle, [(rank, 1) for rank in range(len(retention.table.pages))], 0)
 
-    _set(Retention, "take_over", broken)
+    _set(Retention, "begin", broken)
     _set(Retention, "evict", _evict_where_known)
 
 
@@ -73,9 +76,24 @@ def _retained_counted_as_free() -> None:
     _set(Participant, "build_columns", broken)
 
 
+def _read_pages_evicted() -> None:
+    """What a running request reads of a retained sequence may be evicted."""
+    _set(Readers, "is_read_by_running", lambda _readers, _key: False)
+    _set(Readers, "go", lambda readers, key: readers._base.pop(key, None))
+    _set(RetainedTable, "_free", lambda _table, _keys, _sign: None)
+    _set(Retention, "evict", _evict_where_known)
+
+
+def _reader_frees_what_it_reads() -> None:
+    """A shard takes a reader's borrowed pages for its own."""
+    _set(GuestBook, "_own", lambda _book, entries, _home, _handle: entries)
+
+
 RETAINED_MUTANTS: dict[str, Callable[[], None]] = {
     "evicted-taken-over": _evicted_taken_over,
     "live-handle-evicted": _live_handle_evicted,
     "partial-page-kept": _partial_page_kept,
     "retained-counted-as-free": _retained_counted_as_free,
+    "read-pages-evicted": _read_pages_evicted,
+    "reader-frees-what-it-reads": _reader_frees_what_it_reads,
 }

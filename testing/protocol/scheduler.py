@@ -122,7 +122,7 @@ class ModelScheduler:
         else:
             self.pool.return_pages(req.pages)
         req.dyncp, req.pages = None, []
-        req.kv.kv_allocated_len = 0
+        req.kv.kv_allocated_len = req.kv.cache_protected_len = 0
 
     def _retract(self) -> None:
         for request in self.participant.victims:

@@ -16,7 +16,7 @@ class DecisionDigest:
         """open_asks: their digest, before the decision."""
         words = [self.value, open_asks, len(decision.grants), len(decision.victims)]
         for grant in decision.grants:
-            words += (grant.home, grant.handle, grant.previous, grant.num_kept, len(grant.segments))
+            words += (grant.home, grant.handle, grant.previous, grant.num_kept, int(grant.borrows), len(grant.segments))
             for segment in grant.segments:
                 words += (segment.rank, segment.first_index, segment.num_pages)
         words += decision.promised

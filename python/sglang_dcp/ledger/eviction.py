@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from sglang_dcp.ledger.columns import FREE_PAGES, WANTED_PAGES
 from sglang_dcp.ledger.messages import AskAdmission
 from sglang_dcp.ledger.retained import Key, RetainedTable
 from sglang_dcp.ledger.room import Room
@@ -12,6 +13,14 @@ from sglang_dcp.policy.split_limits import Split
 
 REASONS = ("growth", "admission", "local", "share")
 """A running request grows, one is admitted, an instance's local requests need room, a pool retains more than its share."""
+
+
+def is_due(retained: RetainedTable, columns: Sequence[Sequence[int]], most_retained: int) -> bool:
+    """Whether a pool wants room that retained sequences could make, or retains more than its share. columns: of every instance."""
+    return len(retained) > 0 and any(
+        evictable and (pages > most_retained or row[FREE_PAGES] < row[WANTED_PAGES])
+        for evictable, pages, row in zip(retained.evictable, retained.pages, columns, strict=True)
+    )
 
 
 class Eviction(NamedTuple):
@@ -30,11 +39,9 @@ class Evictions:
         self.chosen: list[Eviction] = []
 
     def free_with_all(self, spare: Key | None = None) -> list[int]:
-        """Free pages of every instance if all sequences but `spare` were evicted."""
-        free = [free + pages for free, pages in zip(self.room.free, self.retained.pages, strict=True)]
-        for rank, pages in self.retained.pages_of(spare) if spare is not None else ():
-            free[rank] -= pages
-        return free
+        """Free pages of every instance if all sequences that can be were evicted, `spare` excepted."""
+        evictable = self.retained.evictable_beside(spare)
+        return [free + pages for free, pages in zip(self.room.free, evictable, strict=True)]
 
     def make_room(self, needed: Mapping[int, int], reason: str, spare: Key | None = None) -> bool:
         """Evicts until instance r has needed[r] free pages. False when that cannot be; then nothing is evicted."""
@@ -42,7 +49,7 @@ class Evictions:
         return self._evict(self.retained.choose({rank: pages - free[rank] for rank, pages in needed.items()}, spare), reason)
 
     def for_admission(self, home: int, ask: AskAdmission) -> Split | None:
-        """The split of an ask that has no room now and would have some. The sequence that it takes over stays."""
+        """The split of an ask that has no room now and would have some. The sequence that it goes on from stays."""
         spare = (home, ask.previous) if ask.previous else None
         split = Room(self.room.limits, self.free_with_all(spare), self.room.guests).split(home, ask)
         return split if split is not None and self.make_room(dict(split), "admission", spare) else None
@@ -54,10 +61,10 @@ class Evictions:
                 self.make_room({rank: pages}, "local")
 
     def keep_shares(self, most_pages: int) -> None:
-        """No pool retains more than this."""
+        """No pool retains more than this, but for what running requests read."""
         for rank, pages in enumerate(self.retained.pages):
             if pages > most_pages:
-                self._evict(self.retained.choose({rank: pages - most_pages}), "share")
+                self._evict(self.retained.choose({rank: min(pages - most_pages, self.retained.evictable[rank])}), "share")
 
     def _evict(self, keys: list[Key] | None, reason: str) -> bool:
         for key in keys or ():

@@ -14,6 +14,7 @@ from sglang_dcp.ledger.messages import Granted
 from sglang_dcp.ledger.page_ids import Page, PageIds
 from sglang_dcp.ledger.reservations import Grant
 from sglang_dcp.ledger.retained_book import RetainedBook
+from sglang_dcp.policy.prefix_digests import DIGEST_BYTES
 
 
 @dataclass
@@ -25,7 +26,8 @@ class HomeRequest:
     starts: of every owner, the sequence index of its first page. page_counts: of every owner, its pages. own_pages: (index, number) of
     the pages at home, ascending. num_missing: the Nones in pages. The four follow from `pages`; a step must not walk a long request's.
     granted_pages: of every owner, its pages and those whose numbers have not arrived.
-    previous: handle of the retained sequence that its ask would take over, 0 for none. num_kept: pages that it took over.
+    previous: handle of the retained sequence that its ask would go on from, 0 for none. num_kept: pages that it took over or borrowed.
+    base: handle of the retained sequence that it reads, 0 for none; num_borrowed: leading pages that are that one's.
     route_at: the page index of a row's last token and the row's route, as found last (positions.py).
     owner: whoever opened it keeps here what it needs when the request is over.
     """
@@ -46,9 +48,16 @@ class HomeRequest:
     granted_pages: dict[int, int] = field(default_factory=dict)
     previous: int = 0
     num_kept: int = 0
+    base: int = 0
+    num_borrowed: int = 0
     owner: Any = field(default=None, compare=False, repr=False)
     route_at: tuple[int, int | None] = field(default=(-1, None), compare=False, repr=False)
     _arrays: tuple[np.ndarray, np.ndarray] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def first_own(self) -> int:
+        """Index of the first page that is its own."""
+        return max(self.num_tree_pages, self.num_borrowed)
 
     @property
     def ready(self) -> bool:
@@ -93,7 +102,8 @@ class HomeRequest:
 class HomeBook:
     """Managed requests of one home, by handle, and the way back from a page id to the handle.
 
-    granted_pages: of every instance, the pages that were granted to them there; those that the prefix cache owns count too.
+    granted_pages: of every instance, the pages of theirs there, also those that the prefix cache owns or that they borrowed.
+    borrowed_here: pages of the own pool that they read of retained sequences, counted once per reader.
     retained: sequences whose request is over; their pages are in none of the other books.
     """
 
@@ -102,6 +112,7 @@ class HomeBook:
         self.requests: dict[int, HomeRequest] = {}
         self.retained = RetainedBook(ids.home)
         self.granted_pages: Counter[int] = Counter()
+        self.borrowed_here = 0
         self._handle_of_page: dict[int, int] = {}
         self.closed_pages: set[int] = set()
         self._next_handle = 1
@@ -168,33 +179,73 @@ class HomeBook:
 
     def retain(self, handle: int, digests: bytes, num_pages: int) -> list[int]:
         """The request is over, its first pages stay. digests: of these (prefix_index.py). Returns the numbers of the local pages behind
-        them. ValueError where the prefix cache owns some of its pages, or some are not there."""
+        them. ValueError where the prefix cache owns some of its pages, none is its own, or some are not there."""
         request = self.requests[handle]
-        if request.num_tree_pages or num_pages > len(request.pages) or None in request.pages[:num_pages]:
-            raise ValueError(f"handle {handle} cannot keep {num_pages} pages of {request.pages}, {request.num_tree_pages} in the tree")
+        kept = self._own_below(request, num_pages)
         self._close(handle)
-        kept = [page for page in request.pages[:num_pages] if page is not None]
-        self.retained.put(handle, kept, digests)
+        first = request.num_borrowed
+        self.retained.put(handle, kept, digests[first * DIGEST_BYTES :], request.base, first)
         return self._local(request.pages[num_pages:])
 
     def take_over(self, request: HomeRequest, previous: int, num_kept: int) -> list[int]:
         """The request begins with the first pages of a retained sequence. Returns the numbers of the local pages behind them."""
-        pages = self.retained.take(previous)
-        request.pages = list(pages[:num_kept])
-        request.num_kept, request.previous = num_kept, 0
-        for page_index, page in enumerate(pages[:num_kept]):
+        base, first = self.retained.borrowed(previous)
+        pages = self.retained.pages(previous, self.retained.num_pages(previous))
+        self.retained.take(previous)
+        for page in pages[first:num_kept]:
             self._note(request, page)
+        self._begin_with(request, pages[:num_kept], base, first)
+        return self._local(pages[num_kept:])
+
+    def borrow(self, request: HomeRequest, base: int, num_kept: int) -> None:
+        """The request reads the first pages of a retained sequence."""
+        self._begin_with(request, self.retained.pages(base, num_kept), base, num_kept)
+
+    def share(self, request: HomeRequest, digests: bytes, num_pages: int) -> int:
+        """The request's first pages, digests of which are given, become a retained sequence, which it reads from now on. Returns its
+        handle. ValueError as for `retain`."""
+        shared, first, handle = self._own_below(request, num_pages), request.num_borrowed, self._next_handle
+        self._next_handle += 1
+        for page in shared:
+            del self._handle_of_page[self.ids.encode(page)]
+        self.retained.put(handle, shared, digests[first * DIGEST_BYTES : num_pages * DIGEST_BYTES], request.base, first)
+        self._end_reading(request)
+        self._read(request, handle, num_pages)
+        return handle
+
+    def _own_below(self, request: HomeRequest, num_pages: int) -> list[Page]:
+        pages = request.pages[request.num_borrowed : num_pages]
+        if request.num_tree_pages or not pages or num_pages > len(request.pages) or None in pages:
+            raise ValueError(f"handle {request.handle} cannot keep {num_pages} pages of {request.pages}, its own from {request.first_own}")
+        return [page for page in pages if page is not None]
+
+    def _begin_with(self, request: HomeRequest, pages: list[Page], base: int, num_borrowed: int) -> None:
+        self.retained.unname(request.previous, request.handle)
+        request.pages = list(pages)
+        request.num_kept, request.previous = len(pages), 0
+        for page_index, page in enumerate(pages):
             self._index(request, page_index, page)
         for owner, count in request.page_counts.items():
             self._count(request, owner, count)
-        return self._local(pages[num_kept:])
+        if base:
+            self._read(request, base, num_borrowed)
+
+    def _read(self, request: HomeRequest, base: int, num_pages: int) -> None:
+        request.base, request.num_borrowed = base, num_pages
+        self.retained.begin_reading(base, request.handle)
+        self.borrowed_here += len(self._local(request.pages[:num_pages]))
+
+    def _end_reading(self, request: HomeRequest) -> None:
+        self.retained.end_reading(request.base, request.handle)
+        self.borrowed_here -= len(self._local(request.pages[: request.num_borrowed]))
 
     def _close(self, handle: int) -> list[Page]:
-        """Forgets the request, and returns its pages that are not the prefix cache's."""
+        """Forgets the request, and returns its own pages."""
         request = self.requests.pop(handle)
-        self.retained.names.pop(request.previous, None)
+        self.retained.unname(request.previous, handle)
+        self._end_reading(request)
         self.granted_pages.subtract(request.granted_pages)
-        own = [page for page in request.pages[request.num_tree_pages :] if page is not None]
+        own = [page for page in request.pages[request.first_own :] if page is not None]
         for page in own:
             page_id = self.ids.encode(page)
             del self._handle_of_page[page_id]
@@ -222,7 +273,7 @@ class HomeBook:
     def local_pages(self) -> Iterator[int]:
         """Numbers of the pages of the own pool that managed requests own."""
         for request in self.requests.values():
-            for page in request.pages[request.num_tree_pages :]:
+            for page in request.pages[request.first_own :]:
                 if page is not None and page.owner == self.ids.home:
                     yield page.number
 

@@ -23,7 +23,8 @@ class AskAdmission:
     split otherwise when its own split does not fit; one for a single instance may go to another, whole.
 
     `previous` is the handle of a retained sequence that the request takes over at the grant, 0 for none: its first pages, `kept` of
-    (instance, pages), become the request's own, and the segments are those behind them.
+    (instance, pages), become the request's own, and the segments are those behind them. One that `borrows` reads them: others do too, and
+    the sequence stays.
     """
 
     KIND: ClassVar[int] = 1
@@ -33,10 +34,16 @@ class AskAdmission:
     segments: tuple[tuple[int, int], ...]
     previous: int = 0
     kept: tuple[tuple[int, int], ...] = ()
+    borrows: bool = False
+
+    @property
+    def taken(self) -> tuple[tuple[int, int], ...]:
+        """(instance, pages) that become the request's own."""
+        return () if self.borrows else self.kept
 
     @property
     def num_kept(self) -> int:
-        """Pages taken over."""
+        """Pages taken over, or borrowed."""
         return sum(pages for _, pages in self.kept)
 
     @property
@@ -51,15 +58,15 @@ class AskAdmission:
 
     def words(self) -> list[int]:
         pairs = (word for pair in (*self.kept, *self.segments) for word in pair)
-        return [self.handle, self.born, int(self.flexible), self.previous, len(self.kept), *pairs]
+        return [self.handle, self.born, int(self.flexible), self.previous, int(self.borrows), len(self.kept), *pairs]
 
     @classmethod
     def parse(cls, words: Sequence[int]) -> AskAdmission:
-        handle, born, flexible, previous, num_kept, *rest = words
+        handle, born, flexible, previous, borrows, num_kept, *rest = words
         pairs = tuple(zip(rest[::2], rest[1::2], strict=True))
         if num_kept > len(pairs):
             raise MessageError(f"handle {handle} keeps pages on {num_kept} instances, {len(pairs)} pairs are there")
-        return cls(handle, born, bool(flexible), pairs[num_kept:], previous, pairs[:num_kept])
+        return cls(handle, born, bool(flexible), pairs[num_kept:], previous, pairs[:num_kept], bool(borrows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +129,7 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Retain:
-    """A home's request is over and its first pages stay for a later one: `pages` of (instance, pages). All behind them are free."""
+    """A home's request is over and its first own pages stay for a later one: `pages` of (instance, pages). All behind them are free."""
 
     KIND: ClassVar[int] = 6
     handle: int
@@ -139,6 +146,29 @@ class Retain:
     def parse(cls, words: Sequence[int]) -> Retain:
         handle, *rest = words
         return cls(handle, tuple(zip(rest[::2], rest[1::2], strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The first own pages of a home's running request, `pages` of (instance, pages), become the retained sequence `base`, for others to
+    read. The request goes on and reads them too."""
+
+    KIND: ClassVar[int] = 7
+    handle: int
+    base: int
+    pages: tuple[tuple[int, int], ...]
+
+    @property
+    def num_pages(self) -> int:
+        return sum(pages for _, pages in self.pages)
+
+    def words(self) -> list[int]:
+        return [self.handle, self.base, *(word for pair in self.pages for word in pair)]
+
+    @classmethod
+    def parse(cls, words: Sequence[int]) -> Share:
+        handle, base, *rest = words
+        return cls(handle, base, tuple(zip(rest[::2], rest[1::2], strict=True)))
 
 
 @dataclass(slots=True, unsafe_hash=True)
@@ -172,8 +202,8 @@ class Rows:
         return cls(tuple(map(Row, words[0::4], words[1::4], words[2::4], words[3::4])))
 
 
-Message = AskAdmission | AskGrowth | Granted | Release | Rows | Retain
-_KINDS: dict[int, type[Message]] = {kind.KIND: kind for kind in (AskAdmission, AskGrowth, Granted, Release, Rows, Retain)}
+Message = AskAdmission | AskGrowth | Granted | Release | Rows | Retain | Share
+_KINDS: dict[int, type[Message]] = {kind.KIND: kind for kind in (AskAdmission, AskGrowth, Granted, Release, Rows, Retain, Share)}
 
 
 def encode(messages: Iterable[Message]) -> list[int]:

@@ -16,9 +16,10 @@ from sglang_dcp.ledger.cluster import Cluster
 from sglang_dcp.ledger.columns import DECISIONS, ROWS_CHECKSUM, STEP, WORDS
 from sglang_dcp.ledger.counters import LedgerCounters
 from sglang_dcp.ledger.decision_digest import DecisionDigest
+from sglang_dcp.ledger.eviction import is_due
 from sglang_dcp.ledger.guests import GuestBook
 from sglang_dcp.ledger.homes import HomeBook, HomeRequest
-from sglang_dcp.ledger.messages import AskAdmission, AskGrowth, Granted, Message, Release, Retain, Row, Rows
+from sglang_dcp.ledger.messages import AskAdmission, AskGrowth, Granted, Message, Release, Retain, Row, Rows, Share
 from sglang_dcp.ledger.page_ids import Page, PageIds
 from sglang_dcp.ledger.reservations import Decision, Grant, Key, ReservationTable
 from sglang_dcp.ledger.retention import Match, Retention
@@ -87,14 +88,14 @@ class Participant:
     def ask_admission(
         self, request: HomeRequest, segments: Sequence[tuple[int, int]], *, flexible: bool, match: Match | None = None
     ) -> None:
-        """Asks for all pages of a request: (instance, pages) in sequence order, the tail last. match: a retained sequence that it takes
-        over at the grant; then for those behind it."""
+        """Asks for all pages of a request: (instance, pages) in sequence order, the tail last. match: a retained sequence that it goes on
+        from at the grant; then for those behind it."""
         request.asked_admission = True
         self._asked_at[request.handle] = time.monotonic()
         if match is not None:
             self.retention.name(request, match)
-        previous, kept = (0, ()) if match is None else (match.handle, match.kept)
-        self.outbox.append(AskAdmission(request.handle, request.born, flexible, tuple(segments), previous, kept))
+        previous, kept, borrows = (0, (), False) if match is None else (match.handle, match.kept, match.borrows)
+        self.outbox.append(AskAdmission(request.handle, request.born, flexible, tuple(segments), previous, kept, borrows))
 
     def ask_growth(self, request: HomeRequest, *, stuck: bool) -> None:
         """Asks for the next tail page, once; again when the request gets stuck for it. A page on its way comes first: until its number
@@ -126,9 +127,16 @@ class Participant:
         self.outbox.append(Release(request.handle))
 
     def finish(self, request: HomeRequest, digests: bytes, num_pages: int) -> None:
-        """The request is over and its first pages stay for a later one. digests: of these pages (prefix_index.py)."""
-        self._asked_at.pop(request.handle, None)
-        self.outbox.append(self.retention.finish(request, digests, num_pages))
+        """The request is over and its first pages stay for a later one, where some are its own. digests: of these pages."""
+        if num_pages > request.num_borrowed:
+            self._asked_at.pop(request.handle, None)
+            self.outbox.append(self.retention.finish(request, digests, num_pages))
+        else:
+            self.release(request)
+
+    def share(self, request: HomeRequest, digests: bytes, num_pages: int) -> None:
+        """Offers the first pages of a running request to others. digests: of these."""
+        self.outbox.append(self.retention.share(request, digests, num_pages))
 
     def release_retained(self) -> None:
         """Gives up all retained sequences of this home."""
@@ -137,8 +145,8 @@ class Participant:
     def room_for_guests(self, rank: int) -> int:
         """Pages that instance `rank` could lend by the columns of the last step, beyond what is promised there."""
         row = self._columns[rank]
-        free = row[col.FREE_PAGES] + self.table.retained.pages[rank]
-        return min(free - self.promised[rank], self.limits.guest_pages - row[col.GUEST_PAGES])
+        free = row[col.FREE_PAGES] + self.table.retained.evictable[rank] - self.promised[rank]
+        return min(free, self.limits.guest_pages - row[col.GUEST_PAGES])
 
     def busy(self) -> bool:
         """Guests or managed requests are here, or something is to be told: the pool must not be flushed. Retained sequences are apart."""
@@ -160,9 +168,8 @@ class Participant:
         self.own_words = messages.encode(self.outbox) if self.outbox else []
         self.outbox = []
         words, decided, num_guests = len(self.own_words), self.decisions.value, self.guests.num_pages - self.guests.num_retained
-        own = [words, decided, rows_checksum, free_pages, num_guests, kv_tokens, num_requests, wanted_pages, self.step]
-        self._own_columns = own
-        return own
+        self._own_columns = [words, decided, rows_checksum, free_pages, num_guests, kv_tokens, num_requests, wanted_pages, self.step]
+        return self._own_columns
 
     def read_columns(self, columns: list[list[int]]) -> int:
         """Takes in all instances' columns, of slice 0 each. Returns the most message words of any instance (0: no second exchange)."""
@@ -190,11 +197,11 @@ class Participant:
         """Processes every instance's messages (None: there are none), then decides grants. Same inputs, same outcome everywhere."""
         self._advance_rows(self._take_all(words) if words else ())
         decision, self.victims = self._nothing_decided, []
-        if not self.table.is_empty and (len(self.table) or self._must_evict()):
+        if not self.table.is_empty and (len(self.table) or is_due(self.table.retained, self._columns, self.most_retained)):
             decision = self._decide(anybody_runs)
             self.retention.evict(decision.evicted)
             for grant in decision.grants:
-                self.retention.take_over(grant)
+                self.retention.begin(grant)
             for grant in decision.grants:
                 self._apply_grant(grant)
             self.victims = [self.homes.requests[handle] for home, handle in decision.victims if home == self.rank]
@@ -241,23 +248,17 @@ class Participant:
         self.decisions.add(decision, open_asks)
         return decision
 
-    def _must_evict(self) -> bool:
-        """Whether a pool wants room that retained sequences could make, or retains more than its share."""
-        retained = self.table.retained
-        return len(retained) > 0 and any(
-            pages > self.most_retained or (pages and row[col.FREE_PAGES] < row[col.WANTED_PAGES])
-            for pages, row in zip(retained.pages, self._columns, strict=True)
-        )
-
     def _take(self, home: int, message: Message) -> None:
         if isinstance(message, Release):
             self.table.withdraw(home, message.handle)
-            self.table.retained.take((home, message.handle))
+            self.table.retained.end((home, message.handle))
             if home != self.rank:
                 self.pool.return_pages(self.guests.take_back(home, message.handle))
         elif isinstance(message, Retain):
             self.table.withdraw(home, message.handle)
             self.retention.take(home, message, self.step)
+        elif isinstance(message, Share):
+            self.retention.take_shared(home, message, self.step)
         elif isinstance(message, Granted):
             if message.home == self.rank:
                 self.homes.fill(home, message)

@@ -45,22 +45,26 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self._digests: dict[int, bytes] = {}
+        self._first: dict[int, int] = {}
         self._of_beginning: dict[bytes, tuple[int, ...]] = {}
         self._lengths: Counter[int] = Counter()
 
     def __len__(self) -> int:
         return len(self._digests)
 
-    def put(self, handle: int, digests: bytes) -> None:
+    def put(self, handle: int, digests: bytes, first: int = 0) -> None:
+        """digests: of the sequence's pages from the first-th on. Those before it are another sequence's: a prompt must go beyond them."""
         self._digests[handle] = digests
-        length, beginning = _beginning(digests)
+        if first:
+            self._first[handle] = first
+        length, beginning = _beginning(digests, first)
         self._of_beginning[beginning] = (*self._of_beginning.get(beginning, ()), handle)
         self._lengths[length] += 1
 
     def take(self, handle: int) -> bytes:
         """Removes a handle and returns its digests. KeyError when it is not there."""
         digests = self._digests.pop(handle)
-        length, beginning = _beginning(digests)
+        length, beginning = _beginning(digests, self._first.pop(handle, 0))
         others = tuple(other for other in self._of_beginning[beginning] if other != handle)
         if others:
             self._of_beginning[beginning] = others
@@ -74,13 +78,17 @@ class PrefixIndex:
     def matches(self, digests: bytes) -> list[tuple[int, int]]:
         """(handle, leading pages in common) of all with enough of theirs, the longest match first, then the newest."""
         same = [handle for length in self._lengths for handle in self._of_beginning.get(_page(digests, length), ())]
-        return sorted(((handle, common_pages(self._digests[handle], digests)) for handle in same), key=lambda match: (-match[1], -match[0]))
+        return sorted(((handle, self._common(handle, digests)) for handle in same), key=lambda match: (-match[1], -match[0]))
+
+    def _common(self, handle: int, digests: bytes) -> int:
+        first = self._first.get(handle, 0)
+        return first + common_pages(self._digests[handle], digests[first * DIGEST_BYTES :])
 
 
-def _beginning(digests: bytes) -> tuple[int, bytes]:
-    """(pages, digest) of what a prompt must have in common with a sequence of these pages."""
-    length = least_pages(len(digests) // DIGEST_BYTES)
-    return length, _page(digests, length)
+def _beginning(digests: bytes, first: int) -> tuple[int, bytes]:
+    """(pages, digest) of what a prompt must have in common with a sequence of `first` pages and these."""
+    length = max(first + 1, least_pages(first + len(digests) // DIGEST_BYTES))
+    return length, _page(digests, length - first)
 
 
 def _page(digests: bytes, number: int) -> bytes:

@@ -44,13 +44,14 @@ class GrantedSegment:
 @dataclass(frozen=True, slots=True)
 class Grant:
     """The pages of a request from the first segment's index on; those before it, num_kept, are the first of the retained sequence
-    `previous` (0: of none)."""
+    `previous` (0: of none), which it takes over, or borrows."""
 
     home: int
     handle: int
     segments: tuple[GrantedSegment, ...]
     previous: int = 0
     num_kept: int = 0
+    borrows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class ReservationTable:
         self._stuck_pages = [0] * self.num_instances
         self._turns = PromiseTurns()
         self.retained = RetainedTable(self.num_instances)
-        self._asks_of_retained: dict[Key, Key] = {}
+        self._asks_of_retained: dict[Key, list[Key]] = {}
         self._digest = OpenDigest()
 
     def __len__(self) -> int:
@@ -106,7 +107,7 @@ class ReservationTable:
                 if (home, ask.previous) not in self.retained:
                     raise ValueError(f"home {home}, handle {ask.handle}: handle {ask.previous} is not retained")
                 self.retained.name((home, ask.previous))
-                self._asks_of_retained[home, ask.previous] = home, ask.handle
+                self._asks_of_retained.setdefault((home, ask.previous), []).append((home, ask.handle))
         else:
             self._close(self._growths, (home, ask.handle))
             self._growths.put(home, ask)
@@ -125,8 +126,11 @@ class ReservationTable:
             return
         self._digest.take((ask.KIND, *key))
         if isinstance(ask, AskAdmission) and ask.previous:
-            self.retained.unname((key[0], ask.previous))
-            del self._asks_of_retained[key[0], ask.previous]
+            previous = key[0], ask.previous
+            self.retained.unname(previous)
+            self._asks_of_retained[previous].remove(key)
+            if not self._asks_of_retained[previous]:
+                del self._asks_of_retained[previous]
         if isinstance(ask, AskGrowth) and self._stuck_growths.take(key) is not None:
             self._promise_growth(key[0], ask, -1)
 
@@ -167,8 +171,7 @@ class ReservationTable:
     def _close_evicted(self, evicted: Sequence[Eviction]) -> None:
         """Asks for what is gone are over: their homes know, and ask for everything."""
         for eviction in evicted:
-            key = self._asks_of_retained.get(eviction[:2])
-            if key is not None:
+            for key in tuple(self._asks_of_retained.get(eviction[:2], ())):
                 self._close(self._admissions, key)
 
     def _decide_growth(self, evictions: Evictions, levels: Sequence[float]) -> tuple[list[Grant], list[Order]]:
@@ -223,13 +226,13 @@ class ReservationTable:
             if split is None and len(self.retained):
                 split = evictions.for_admission(order[1], ask)
             if split is not None:
-                room.take(order[1], split, ask.kept)
+                room.take(order[1], split, ask.taken)
                 grants.append(self._grant_admission(order[1:], ask, split))
                 continue
             if not num_refused and self._turns.is_promised(order):
                 for rank, pages in ask.segments:
                     promised[rank] += pages
-                room.take(order[1], ask.segments, ask.kept)
+                room.take(order[1], ask.segments, ask.taken)
             num_refused += 1
             if num_refused > MOST_REFUSED:
                 break
@@ -238,13 +241,14 @@ class ReservationTable:
     def _grant_admission(self, key: tuple[int, ...], ask: AskAdmission, split: Split) -> Grant:
         self._close(self._admissions, (key[0], ask.handle))
         if ask.previous:
-            self.retained.take((key[0], ask.previous))
-        return _grant(key, split, ask.num_kept, ask.previous)
+            begin = self.retained.borrow if ask.borrows else self.retained.take_over
+            begin((key[0], ask.previous), (key[0], ask.handle))
+        return _grant(key, split, ask.num_kept, ask.previous, ask.borrows)
 
 
-def _grant(key: tuple[int, ...], split: Split, first_index: int, previous: int = 0) -> Grant:
+def _grant(key: tuple[int, ...], split: Split, first_index: int, previous: int = 0, borrows: bool = False) -> Grant:
     segments, num_kept = [], first_index if previous else 0
     for rank, pages in split:
         segments.append(GrantedSegment(rank, first_index, pages))
         first_index += pages
-    return Grant(key[0], key[1], tuple(segments), previous, num_kept)
+    return Grant(key[0], key[1], tuple(segments), previous, num_kept, borrows)

@@ -47,7 +47,7 @@ class Room:
     def split(self, home: int, ask: AskAdmission) -> Split | None:
         """The ask's own split where that has room; for a flexible one else any that has, None when none has. What asks for one instance
         moves whole or waits: in pieces it would cost an exchange in each of its steps."""
-        for_guests = self._beside(home, ask.kept) if ask.kept and self._lends_a_part else self._for_guests
+        for_guests = self._beside(home, ask.taken) if ask.taken and self._lends_a_part else self._for_guests
         if for_guests is None:
             return None
         at_home, pages, fits = max(0, self.free[home]), 0, True

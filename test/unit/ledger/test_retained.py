@@ -166,7 +166,7 @@ def test_a_named_sequence_is_not_offered_twice(homes):
     homes.retain(first.handle, page_digests(range(8), 4), 2)
     waiting = homes.open(born=2)
     waiting.previous = first.handle
-    homes.retained.names[first.handle] = waiting.handle
+    homes.retained.name(first.handle, waiting.handle, takes=True)
     assert homes.retained.matches(page_digests(range(8), 4)) == []
     homes.close(waiting.handle)
     assert homes.retained.matches(page_digests(range(8), 4)) == [(first.handle, 2)]

@@ -34,7 +34,7 @@ def adder_with(new_chunked_req: object | None = None) -> SimpleNamespace:
 
 def reserved_request(*, ready: bool = True) -> SimpleNamespace:
     return SimpleNamespace(
-        dyncp=SimpleNamespace(ready=ready, num_kept=0), dyncp_placement=Placement(0, (1, 0), (64, 64)), kv=SimpleNamespace()
+        dyncp=SimpleNamespace(ready=ready, num_kept=0, num_borrowed=0), dyncp_placement=Placement(0, (1, 0), (64, 64)), kv=SimpleNamespace()
     )
 
 

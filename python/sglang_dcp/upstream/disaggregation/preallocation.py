@@ -70,7 +70,7 @@ def begin_transfer(queue: Any, entry: Any) -> bool:
     ids, num_tokens = queue._pre_alloc(req), queue._rebootstrap_prefill_len(req)
     # What has decoded before is computed and sent whole, as by SGLang with a prefix cache of its own.
     kept = 0 if entry.is_rebootstrap else prefix_tokens(req, page_size)
-    req.kv.cache_protected_len = 0
+    req.kv.cache_protected_len = req.dyncp.num_borrowed * page_size
     queue._send_kv_metadata(entry, ids[kept:num_tokens], page_size, None, decode_prefix_len=kept)
     return True
 

@@ -47,13 +47,15 @@ def add_report(runtime: Runtime, result: Any, inquirer: Any) -> Any:
 def build_report(runtime: Runtime, used_tokens: int) -> HomeReport:
     """used_tokens: of the own pool, guests included, retained sequences not: they give way.
 
-    A managed request counts where its pages are from the moment of the grant, when its shards take them; until then, as every request that
-    waits, where its placement puts it. Both change in one step of this scheduler, so no token is in the report twice or missing.
+    A managed request counts where its pages are from the moment of the grant, when its shards take them; borrowed pages once per reader.
+    Until then, as every request that waits, it counts where its placement puts it. Both change in one step of this scheduler, so no token
+    is in the report twice or missing.
     """
     participant, scheduler = runtime.participant, runtime.scheduler
     granted = participant.homes.granted_pages.items()
     tokens = {owner: pages * participant.page_size for owner, pages in granted if owner != participant.rank and pages}
-    tokens[participant.rank] = used_tokens - (participant.guests.num_pages - participant.guests.num_retained) * participant.page_size
+    guests = participant.guests.num_pages - participant.guests.num_retained
+    tokens[participant.rank] = used_tokens - (guests - participant.homes.borrowed_here) * participant.page_size
     queued = [*without_pages(scheduler), *scheduler.grammar_manager.grammar_queue]
     for req in queued:
         if is_managed(req) and req.dyncp.admitted:

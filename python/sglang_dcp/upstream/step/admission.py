@@ -17,6 +17,7 @@ from sglang_dcp.upstream.step.attached import around, current
 from sglang_dcp.upstream.step.managed import is_managed
 from sglang_dcp.upstream.step.queued import without_pages
 from sglang_dcp.upstream.step.runtime import Runtime
+from sglang_dcp.upstream.step.sharing import waits_for_another
 
 
 def attach_placement(req: Any, scheduler: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
@@ -142,12 +143,18 @@ def reserved(runtime: Runtime, req: Any) -> bool:
     request: HomeRequest | None = req.dyncp
     if request is not None:
         return request.ready
+    if not waits_for_another(runtime, req):
+        ask_reservation(runtime, req)
+    return False
+
+
+def ask_reservation(runtime: Runtime, req: Any) -> None:
+    """The request is the ledger's from now on."""
     req.dyncp = request = runtime.participant.open_request()
     request.owner = req
     keep_place_in_order(req)
     runtime.queues.waiting[request.handle] = req
-    ask_pages(runtime, req, retention.find(runtime, req))
-    return False
+    ask_pages(runtime, req, retention.find(runtime, req, shares=True))
 
 
 def ask_pages(runtime: Runtime, req: Any, match: Match | None) -> None:

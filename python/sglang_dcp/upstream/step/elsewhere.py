@@ -6,7 +6,7 @@ from typing import Any
 
 from sglang_dcp.policy.split import num_pages
 from sglang_dcp.policy.types import Placement
-from sglang_dcp.upstream.step.admission import keep_out_of_prefix_cache, reserved
+from sglang_dcp.upstream.step.admission import ask_reservation, keep_out_of_prefix_cache
 from sglang_dcp.upstream.step.queued import is_without_pages
 from sglang_dcp.upstream.step.runtime import Runtime
 
@@ -39,7 +39,7 @@ def ask_elsewhere(runtime: Runtime) -> None:
     rank = max(others, key=lambda rank: (participant.room_for_guests(rank), -rank))
     req.dyncp_placement = Placement(participant.rank, (rank,), (num_tokens,))
     keep_out_of_prefix_cache(req)
-    reserved(runtime, req)
+    ask_reservation(runtime, req)
     runtime.queues.asked_elsewhere = req.dyncp.handle
 
 

@@ -18,32 +18,16 @@ from sglang_dcp.policy.split import num_pages
 from sglang_dcp.policy.split_limits import Split, SplitLimits
 from sglang_dcp.upstream.step.attached import around
 from sglang_dcp.upstream.step.managed import is_managed
-from sglang_dcp.upstream.step.queued import behind_prefill_servers, is_without_pages
+from sglang_dcp.upstream.step.prefixes import digests_of, is_on, is_plain, namespace_of
+from sglang_dcp.upstream.step.queued import is_without_pages
 from sglang_dcp.upstream.step.runtime import Runtime
+from sglang_dcp.upstream.step.sharing import share_with
 
 LOW_WATER_PAGES = 64
 """Most pages that stay free beside retained ones: two for every local request that runs, so that its next token need not wait for an
 eviction (growth of managed ones evicts in its own step). Of a small pool at most one part in 32: a few free pages cost a whole sequence."""
 FLUSH_SECONDS = 5.0
 """Longest wait of /flush_cache for the pages that other instances hold for this one, which are free a step later."""
-
-
-def is_on(runtime: Runtime) -> bool:
-    """--disable-radix-cache is SGLang's word for no prefix cache at all. On a decode server it says so itself, of its tree alone."""
-    scheduler = runtime.scheduler
-    return runtime.participant.most_retained > 0 and (
-        behind_prefill_servers(scheduler) or not getattr(scheduler.tree_cache, "disable", False)
-    )
-
-
-def namespace_of(req: Any) -> tuple[str | None, str | None]:
-    """The client's own; `extra_key` is replaced when a request is kept out of SGLang's tree."""
-    return req.dyncp_extra_key, req.cache_salt
-
-
-def is_plain(req: Any) -> bool:
-    """Whether token ids tell all that the K/V of a request follow from."""
-    return req.input_embeds is None and req.positional_embed_overrides is None and req.multimodal_inputs is None and req.session is None
 
 
 # ---- the end of a request
@@ -84,20 +68,21 @@ def end_waiting(runtime: Runtime, req: Any) -> None:
 # ---- the beginning of one
 
 
-def find(runtime: Runtime, req: Any) -> Match | None:
-    """The retained sequence that a request may take over instead of computing its beginning. Asked before its reservation."""
+def find(runtime: Runtime, req: Any, *, shares: bool = False) -> Match | None:
+    """The retained sequence that a request may go on from instead of computing its beginning. Asked before its reservation. shares: what a
+    running request has is made one if nothing as long is retained."""
     participant = runtime.participant
-    if not len(participant.homes.retained) or not is_on(runtime) or not is_plain(req):
+    if not (shares or len(participant.homes.retained)) or not is_on(runtime) or not is_plain(req):
         return None
     page_size, num_tokens = participant.page_size, len(req.origin_input_ids) + len(req.output_ids)
-    # Asked again in every round while the request waits: its tokens are gone through once.
-    if getattr(req, "dyncp_digested_tokens", None) != num_tokens:
-        tokens = req.origin_input_ids + req.output_ids
-        req.dyncp_digests, req.dyncp_digested_tokens = page_digests(tokens, page_size, namespace_of(req)), num_tokens
+    digests = digests_of(runtime, req, num_tokens)
     # Which shards a pinned degree gets is the router's choice of the moment; here they are those of the sequence.
     degree = None if req.dyncp_placement_flexible else req.dyncp_placement.degree
-    most_pages = req._compute_max_prefix_len(num_tokens) // page_size
-    return participant.retention.find(req.dyncp_digests, most_pages, num_pages(num_tokens, page_size) + 1, degree)
+    most_pages, total_pages = req._compute_max_prefix_len(num_tokens) // page_size, num_pages(num_tokens, page_size) + 1
+    match = participant.retention.find(digests, most_pages, total_pages, degree)
+    if shares and share_with(runtime, req, 0 if match is None else match.num_pages, most_pages, degree):
+        match = participant.retention.find(digests, most_pages, total_pages, degree)
+    return match
 
 
 def segments_behind(req: Any, match: Match, pages: int, limits: SplitLimits) -> Split | None:
@@ -125,7 +110,7 @@ def prefix_tokens(req: Any, page_size: int) -> int:
 def begin_behind_prefix(req: Any, page_size: int) -> None:
     """SGLang computes the prompt from here on. Its own match found nothing: the request has a key of its own."""
     req.prefix_len = req.num_matched_prefix_tokens = prefix_tokens(req, page_size)
-    req.kv.cache_protected_len = 0
+    req.kv.cache_protected_len = req.dyncp.num_borrowed * page_size
 
 
 @around
