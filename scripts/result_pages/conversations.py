@@ -24,10 +24,11 @@ def render() -> str:
         table(["pool", "stock", "sticky", "ours", "pooled"], _hit_shares(simulated["rows"])),
         "## What is not built",
         "Shares of all prompt tokens. Promotion: found by the simulator, computed anew by a server, because a whole turn left it and a "
-        "split one wants it. A home that moves: another home kept more. Several readers: a running or waiting turn has more.",
-        table(["pool", "promotion", "a home that moves", "several readers"], _not_built(simulated["rows"])),
-        "Documents are another load: a question that comes while another reads the document computes it anew, and leaves a second copy. "
-        "`shared`: one tree over all pools; `sticky` has many readers of one tree per instance. No server was tried with this load.",
+        "split one wants it. A home that moves: another home kept more.",
+        table(["pool", "promotion", "a home that moves"], _not_built(simulated["rows"])),
+        "## Documents",
+        "Questions to the same long documents read one copy of each, also while others read it. `shared`: one tree over all pools; "
+        "`sticky`: one per instance. Simulated: `ours` has at once what a request that runs is still to compute.",
         source(DOCUMENTS, documents),
         table(["documents of 200,000 tokens", "sticky", "ours", "shared"], _documents(documents["rows"])),
         "## On the ledger alone",
@@ -49,7 +50,7 @@ def _hit_shares(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 def _not_built(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    names = ("promoted_share", "elsewhere_share", "in_use_share")
+    names = ("promoted_share", "elsewhere_share")
     return [(f"{row['pool_tokens']:,}", *(f"{100 * row[name]:.2f} %" for name in names)) for row in rows if row["column"] == "ours"]
 
 

@@ -214,3 +214,34 @@ def test_a_turn_that_is_retracted_starts_over_and_leaves_its_answer_to_the_next(
     later = ask(client, last, INSTANCES)
     assert_equal(last_stock, later)
     assert later.meta["cached_tokens"] == whole_pages(longer, answer, last, page_size)
+
+
+def test_questions_to_one_document_are_answered_at_once_from_one_copy(serve, point):
+    """The second while the first decodes, the third and the fourth together while the second does: each computes its own tokens alone."""
+    client, document, page_size = serve(retaining_server(*point)).client, words(500, 94), point[1]
+    assert client.flush_cache()
+    questions = [[*document, *words(30 + 7 * number, 300 + number)] for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        asked = []
+        for number, num_tokens in enumerate((150, 90, OUTPUT_TOKENS, OUTPUT_TOKENS)):
+            asked.append(pool.submit(ask, client, questions[number], 2, num_tokens=num_tokens, rid=f"question {number}"))
+            if number < 2:
+                wait_until(lambda: (f"question {number}", "running") in states(client), "it does not decode")  # noqa: B023
+        answers = [waiting.result() for waiting in asked]
+    assert [answer.meta["cached_tokens"] for answer in answers] == [0, *[len(document) // page_size * page_size] * 3]
+    assert_all_is_free_or_retained(client)
+    assert sum(load["retained_tokens"] for load in loads(client)) < 2 * len(document), "more than one copy is kept"
+    for question, warm, num_tokens in zip(questions, answers, (150, 90, OUTPUT_TOKENS, OUTPUT_TOKENS), strict=True):
+        cold = ask(client, question, 2, num_tokens=num_tokens, extra_key="nobody else")
+        assert_equal(cold, warm)
+        assert client.flush_cache()
+
+
+def test_a_question_to_a_document_that_is_being_computed_waits_for_it(serve, point):
+    client, document, page_size = serve(retaining_server(*point)).client, words(1_500, 95), point[1]
+    assert client.flush_cache()
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(ask, client, [*document, *words(20, 400 + number)], 4, num_tokens=20) for number in range(3)]
+        cached = sorted(waiting.result().meta["cached_tokens"] for waiting in asked)
+    assert cached == [0, *[len(document) // page_size * page_size] * 2]
+    assert_all_is_free_or_retained(client)

@@ -1,9 +1,9 @@
-"""Many questions to the same long documents: what it would be worth that several read one prefix at once.
+"""Many questions to the same long documents, of which several read one prefix at once.
 
     python -m benchmark.simulate.conversations.documents --out benchmark/results/documents_simulated.json
 
-A retained sequence has one reader at a time: a question that comes while another reads the document computes it anew, and leaves a second
-copy. `shared` is the bound, one tree over all pools.
+`ours` keeps one copy of a document at its home, which later questions and those of the same time read; `shared` is the bound, one tree over
+all pools.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class PromptSequence:
     """A turn's pages, in order (instance, pages).
 
     cached: tokens of its prompt that an earlier turn left. whole: neither it nor what it took over was ever split: a server leaves it to
-    SGLang's tree.
+    SGLang's tree. base: the sequence that it reads; borrowed: leading pages that are that one's.
     """
 
     turn: Turn
@@ -31,13 +32,20 @@ class PromptSequence:
     pages: tuple[tuple[int, int], ...] = ()
     cached: int = 0
     whole: bool = False
+    base: Key | None = None
+    borrowed: int = 0
+
+    def own(self, count: int) -> Split:
+        """Of its first pages, those that are its own, by instance."""
+        return _by_rank(_behind(_first(self.pages, count), self.borrowed))
 
 
 class RetainedSequences:
-    """All turns are managed: a prompt that fits one instance leaves a sequence on one. Pages are blocks of the trace.
+    """All turns are managed: a prompt that fits one instance leaves a sequence on one. Pages are blocks of the trace. What a turn that runs
+    has is there at once for others to read.
 
     tokens: of prompts. promoted: found here, left by a whole turn and wanted by a split one, which a server computes anew. Not found
-    here either: elsewhere, what another home kept; in_use, what a running or waiting turn of this home has.
+    here either: elsewhere, what another home kept; in_use, what a turn of this home has.
     """
 
     def __init__(self, router: Router, limits: SplitLimits, cache_fraction: float = 1.0) -> None:
@@ -49,6 +57,7 @@ class RetainedSequences:
         self._running: dict[int, tuple[Key, PromptSequence]] = {}
         self._kept: dict[Key, PromptSequence] = {}
         self._names: dict[Key, Key | None] = {}
+        self._taken: set[Key] = set()
         self._of: dict[tuple[int, int], list[Key]] = {}
         self._step = 0
         self.tokens: Counter[str] = Counter()
@@ -79,33 +88,47 @@ class RetainedSequences:
     def finish(self, turn: Turn) -> None:
         key, sequence = self._running.pop(id(turn))
         self.router.finish(turn)
-        for rank, count in sequence.pages:
-            self._live[rank] -= count
-        whole = _first(sequence.pages, len(turn.blocks))
-        if whole:
-            self._step += 1
-            sequence.pages = whole
-            self.table.retained.put(*key, _by_rank(whole), self._step)
-            self._kept[key] = sequence
-            self._of.setdefault((sequence.home, turn.conversation), []).append(key)
+        self._live_pages(sequence, -1)
+        own = sequence.own(len(turn.blocks))
+        self._step += 1
+        if own:
+            sequence.pages = _first(sequence.pages, len(turn.blocks))
+            self.table.retained.put(*key, own, self._step)
+            self._keep(key, sequence)
+        else:
+            self.table.retained.end(key)
+
+    def _keep(self, key: Key, sequence: PromptSequence) -> None:
+        self._kept[key] = sequence
+        self._of.setdefault((sequence.home, sequence.turn.conversation), []).append(key)
+
+    def _live_pages(self, sequence: PromptSequence, sign: int) -> None:
+        """Its own pages come or go."""
+        for rank, count in _behind(sequence.pages, sequence.borrowed):
+            self._live[rank] += sign * count
 
     def _ask(self, key: Key, sequence: PromptSequence, *, with_match: bool) -> None:
         turn = sequence.turn
         total = -(-(turn.prompt_tokens + turn.output_tokens) // BLOCK_TOKENS)
         previous, matched = self._match(sequence, turn) if with_match else (None, 0)
+        if with_match and (shared := self._share(sequence, turn, matched)) is not None:
+            previous, matched = shared
+        borrows = previous is not None and self._is_shared(previous)
         self._count(sequence, previous, matched, with_match=with_match)
-        kept = _by_rank(_first(self._kept[previous].pages, total)) if previous is not None else ()
+        kept = _by_rank(_first(self._kept[previous].pages, matched if borrows else total)) if previous is not None else ()
         missing = total - sum(count for _, count in kept)
         segments = self.limits.split(key[0], missing, [self.limits.pool_pages] * len(self._live), kept) if kept else None
         if segments is None:
-            kept, matched, previous = (), 0, None
+            kept, matched, previous, borrows = (), 0, None, False
             segments = self.limits.complete(key[0], sequence.placed, total)
             if segments is None:
                 raise ValueError(f"a turn of {turn.prompt_tokens + turn.output_tokens} tokens fits no split of {self.limits}")
         sequence.cached = min(matched * BLOCK_TOKENS, turn.prompt_tokens - 1)
         self._asked[key] = sequence
-        self.table.ask(key[0], AskAdmission(key[1], sequence.born, True, segments, previous[1] if previous else 0, kept))
+        self.table.ask(key[0], AskAdmission(key[1], sequence.born, True, segments, previous[1] if previous else 0, kept, borrows))
         self._names[key] = previous
+        if previous is not None and not borrows:
+            self._taken.add(previous)
 
     def _count(self, sequence: PromptSequence, previous: Key | None, matched: int, *, with_match: bool) -> None:
         was_whole = previous is None or self._kept[previous].whole
@@ -131,32 +154,60 @@ class RetainedSequences:
 
     def _match(self, sequence: PromptSequence, turn: Turn) -> tuple[Key | None, int]:
         """As Retention.find: the longest that no waiting turn would take over and of which not too much would be lost."""
-        named = set(self._names.values())
-        able = [key for key in self._of.get((sequence.home, turn.conversation), ()) if key not in named]
+        able = [key for key in self._of.get((sequence.home, turn.conversation), ()) if key not in self._taken]
         matches = sorted(((common_blocks(self._kept[key].turn.blocks, turn.blocks), key) for key in able), reverse=True)
         for common, key in matches:
             held = len(self._kept[key].turn.blocks)
-            if common and held - common <= MOST_LOST * held:
+            if common > self._kept[key].borrowed and held - common <= MOST_LOST * held:
                 return key, common
         return None, 0
+
+    def _is_shared(self, key: Key) -> bool:
+        readers = self.table.retained.readers
+        return readers.num_retained(key) > 0 or readers.is_read_by_running(key) or key in self._names.values()
+
+    def _share(self, sequence: PromptSequence, turn: Turn, beyond: int) -> tuple[Key, int] | None:
+        """As share_with of upstream/step/sharing.py: what the running turn with most in common has becomes a sequence that both read."""
+        same = [
+            (min(common_blocks(other.turn.blocks, turn.blocks), max(0, turn.prompt_tokens - 1) // BLOCK_TOKENS), key[1], other)
+            for key, other in self._running.values()
+            if other.home == sequence.home and other.turn.conversation == turn.conversation
+        ]
+        common, handle, leader = max(same, key=lambda pair: pair[:2], default=(0, 0, sequence))
+        if common <= max(beyond, leader.borrowed):
+            return None
+        self._step += 1
+        base = leader.home, self._step
+        self._live_pages(leader, -1)
+        self.table.retained.share(leader.home, handle, base[1], leader.own(common), self._step)
+        part = dataclasses.replace(leader.turn, blocks=leader.turn.blocks[:common])
+        self._keep(base, dataclasses.replace(leader, turn=part, pages=_first(leader.pages, common)))
+        leader.base, leader.borrowed = base, common
+        self._live_pages(leader, 1)
+        return base, common
 
     def _take(self, grant: Grant) -> tuple[Turn, int]:
         key = grant.home, grant.handle
         sequence = self._asked.pop(key)
         previous = self._names.pop(key)
         kept: Split = ()
+        sequence.base, sequence.borrowed = None, 0
         if previous is not None:
             kept = _first(self._kept[previous].pages, grant.num_kept)
-            self._forget(previous)
+            if grant.borrows:
+                sequence.base, sequence.borrowed = previous, grant.num_kept
+            else:
+                sequence.base, sequence.borrowed = self._kept[previous].base, self._kept[previous].borrowed
+                self._forget(previous)
         sequence.pages = (*kept, *((segment.rank, segment.num_pages) for segment in grant.segments))
-        for rank, count in sequence.pages:
-            self._live[rank] += count
+        self._live_pages(sequence, 1)
         self._running[id(sequence.turn)] = key, sequence
         return sequence.turn, sequence.cached
 
     def _forget(self, key: Key) -> None:
         """A sequence is gone: taken over or evicted."""
         sequence = self._kept.pop(key)
+        self._taken.discard(key)
         of = self._of[sequence.home, sequence.turn.conversation]
         of.remove(key)
         if not of:
@@ -171,6 +222,16 @@ def _first(pages: Split, count: int) -> Split:
             kept.append((rank, min(here, count)))
         count -= here
     return tuple(kept)
+
+
+def _behind(pages: Split, count: int) -> Split:
+    """Those behind the first pages."""
+    behind = []
+    for rank, here in pages:
+        if here > count:
+            behind.append((rank, here - max(0, count)))
+        count -= here
+    return tuple(behind)
 
 
 def _by_rank(pages: Split) -> Split:

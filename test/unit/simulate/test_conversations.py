@@ -42,10 +42,10 @@ def test_what_one_pool_cannot_keep_all_pools_can():
     assert sum(cached("ours", turns)) <= sum(cached("pooled", turns))
 
 
-def test_a_turn_that_finds_the_earlier_one_running_computes_everything():
-    turns = [turn(0, 1, 64, service=50), turn(10, 1, 64), turn(70, 1, 64)]
-    assert cached("pooled", turns)[:2] == [0, 0]
-    assert cached("sticky", turns)[1] == 64 * 64, "a tree is read by many"
+@pytest.mark.parametrize("column", ["sticky", "ours", "pooled"])
+def test_a_turn_that_finds_the_earlier_one_running_reads_what_that_has(column):
+    turns = [turn(0, 1, 64, service=50), turn(10, 1, 80, service=50), turn(20, 1, 80), turn(70, 1, 100)]
+    assert cached(column, turns) == [0, 64 * 64, 80 * 64, 80 * 64]
 
 
 class AtHome:
@@ -63,7 +63,7 @@ class AtHome:
 
 
 def test_what_more_of_the_design_would_find_is_counted():
-    """A prefix that a whole turn left to a split one; one that lies at another home; one that somebody reads."""
+    """A prefix that a whole turn left to a split one; one that lies at another home; of one that somebody reads, nothing."""
     cache = make_cache("ours", COST, 2, 64 * 400, 1)
     longer = turn(10, 1, 500)
     assert [tokens for _, tokens, _ in replay(cache, [turn(0, 1, 64), longer, turn(20, 1, 510)])] == [0, 64 * 64, 64 * 500]
@@ -74,7 +74,7 @@ def test_what_more_of_the_design_would_find_is_counted():
     assert dict(cache.tokens) == {"elsewhere": 64 * 64 + 64 * 6, "in_use": 0}
     cache = RetainedSequences(AtHome(0, 0), limits)
     replay(cache, [turn(0, 1, 64, service=50), turn(10, 1, 80)])
-    assert dict(cache.tokens) == {"elsewhere": 0, "in_use": 64 * 64}
+    assert dict(cache.tokens) == {"elsewhere": 0, "in_use": 0}, "what runs is shared"
 
 
 def test_questions_to_documents_share_them_and_nothing_else():
