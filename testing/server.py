@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -30,6 +30,18 @@ FOLLOWER_LIMIT_S = 120.0
 STARTUP_FOLDER = Path(__file__).parent / "startup"
 LONGEST_LINE = 400
 """A server prints its arguments in one line of thousands of characters."""
+READ_LATER = (
+    "DYNCP_",
+    "MC_",
+    "PYTHONPATH",  # of plugins
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS",
+    "SGLANG_CPU_OMP_THREADS_BIND",
+    "SGLANG_DISAGGREGATION_",
+    "SGLANG_DYNCP_",
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY",
+    "SGLANG_PLUGINS",
+)
+"""Variables that nothing reads while SGLang is imported: servers that differ in these are forks of one process."""
 LOCK_FILE = Path(tempfile.gettempdir()) / "sglang_dcp_server.lock"
 
 
@@ -175,16 +187,18 @@ def _start_node(config: ServerConfig, port: int, node: int, log_path: Path, host
         if config.preloaded:
             if hosts is None:
                 raise ValueError("a server whose processes are preloaded is started by a ServerPool")
-            return hosts.of(_read_while_importing(command, environment)).fork(command, environment, log)
+            return hosts.of(_read_while_importing(config, command)).fork(command, environment, log)
         return subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
         )
 
 
-def _read_while_importing(command: Sequence[str], environment: Mapping[str, str]) -> Mapping[str, str]:
-    """The environment in which the server imports SGLang. Cores are bound later, by the number of ranks."""
+def _read_while_importing(config: ServerConfig, command: Sequence[str]) -> Mapping[str, str]:
+    """The environment in which the server imports SGLang."""
+    early = tuple(pair for pair in config.environment if not pair[0].startswith(READ_LATER))
+    environment = server_environment(replace(config, environment=early))
     additions = plan_launch(command[command.index("serve") + 1 :], environment, cuda_devices=count_cuda_devices()).additions
-    return {**environment, **additions, "SGLANG_CPU_OMP_THREADS_BIND": ""}
+    return {**environment, **{name: value for name, value in additions.items() if not name.startswith(READ_LATER) or name == "PYTHONPATH"}}
 
 
 def _start_follower(config: ServerConfig, port: int, node: int, log_path: Path, hosts: ForkHosts | None) -> Process:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,7 @@ from benchmark.serving.leftovers import Possessions
 from benchmark.serving.mixed import Outcome, mixed_server
 from testing.hook_report import raising_by, tell
 from testing.recall import recall_prompt
-from testing.server import Server, ServerPool
+from testing.server import Server, ServerConfig, ServerPool
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 
@@ -68,9 +69,9 @@ def test_stopped(pool: ServerPool) -> None:
     assert_ended(server, possessions)
 
 
-def test_raised(pool: ServerPool, tmp_path: Path) -> None:
+def test_raised(serve: Callable[[ServerConfig], Server], tmp_path: Path) -> None:
     told = tmp_path / "raise"
-    server = pool.get(raising_by(mixed_server(), told))
+    server = serve(raising_by(mixed_server(), told))
     seconds, outcomes, possessions = lose(server, lambda had: tell(told, "1"))
     assert_clear(outcomes, seconds, BOUND_S, "instance 1 raised in step", "RuntimeError: told to raise by a test")
     assert_ended(server, possessions)

@@ -11,7 +11,7 @@ from testing.recall import MODEL_NAMES
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("model", [pytest.param(m, marks=pytest.mark.on_server(grid_server(m, 16, 256))) for m in MODEL_NAMES])
 def test_nothing_lost_nothing_leaked(serve, model):
-    load = scaled_load(200, longest=3500, per_second=4.0, leaving=0.1, seed=11)
+    load = scaled_load(120, longest=3500, per_second=4.0, leaving=0.1, seed=11)
     result = soak(serve(grid_server(model, 16, 256)), "dual-balance", load, 3500)
     assert result.unexpected == []
     assert result.drained

@@ -192,16 +192,16 @@ def test_a_walk_of_readers():
         model = ProtocolModel(seed, *shape, chunk_tokens=32, **settings)
         # Two of them begin alike.
         documents = [[9_000] * 30, [9_000] * 16 + [9_001] * 30, [9_002] * 41]
-        for _ in range(1_500):
+        for _ in range(900):
             if model.random.random() < 0.25 and sum(len(home.waiting_queue) for home in model.homes) < 6:
                 read_at_random(model, documents)
             if model.random.random() < 0.02:
                 model.abort_at_random()
             model.step()
         model.drain(20_000)
-        assert borrows(model) > 60
-        assert sum(c.hits - c.borrows for c in counters(model)) > 20
-        assert sum(sum(c.evictions.values()) for c in counters(model)) > 30
+        assert borrows(model) > 30
+        assert sum(c.hits - c.borrows for c in counters(model)) > 3
+        assert sum(sum(c.evictions.values()) for c in counters(model)) > 15
         for home in model.homes:
             retained = home.participant.table.retained
             assert not retained.readers._base and not retained.readers._retained and not +retained.readers._running

@@ -93,6 +93,8 @@ def _begin(log):
 def run(command, environment):
     """Goes on as `python -m MODULE ...`."""
     _set_environment(environment)
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[1:1] = [folder for folder in folders if folder and folder not in sys.path]
     _python, _flag, module, *arguments = command
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
