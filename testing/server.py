@@ -40,6 +40,8 @@ READ_LATER = (
     "SGLANG_DYNCP_",
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY",
     "SGLANG_PLUGINS",
+    "SGLANG_TIMEOUT_KEEP_ALIVE",
+    "SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT",
 )
 """Variables that nothing reads while SGLang is imported: servers that differ in these are forks of one process."""
 LOCK_FILE = Path(tempfile.gettempdir()) / "sglang_dcp_server.lock"

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 from testing.recall import model_path
-from testing.server import ServerConfig, ServerPool, ServerStartError, start_server
+from testing.server import ServerConfig, ServerPool, ServerStartError
 
 CONFIG = ServerConfig("qwen3moe", 2, pool_tokens=1024, page_size=16, chunk_tokens=256, dyncp=True)
 
 
-def start_and_fail(pool: ServerPool, folder: Path, config: ServerConfig) -> str:
+def start_and_fail(pool: ServerPool, config: ServerConfig) -> str:
     """The end of the log of a server that must not come up."""
-    pool.stop()
+    pool.stop(at_once=True)
     with pytest.raises(ServerStartError) as failure:
-        start_server(config, log_folder=folder).stop()
+        pool.start(config).stop()
     return str(failure.value)
 
 
@@ -30,8 +30,8 @@ def start_and_fail(pool: ServerPool, folder: Path, config: ServerConfig) -> str:
         (("--dyncp-max-degree", "0"), "--dyncp-max-degree must be at least 1, got 0"),
     ],
 )
-def test_settings_are_refused_by_name(pool: ServerPool, tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
-    assert message in start_and_fail(pool, tmp_path, dataclasses.replace(CONFIG, flags=flags))
+def test_settings_are_refused_by_name(pool: ServerPool, flags: tuple[str, ...], message: str) -> None:
+    assert message in start_and_fail(pool, dataclasses.replace(CONFIG, flags=flags))
 
 
 def test_model_outside_the_allow_list_is_refused_by_its_layer(pool: ServerPool, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_model_outside_the_allow_list_is_refused_by_its_layer(pool: ServerPool, 
     settings = json.loads((model / "config.json").read_text())
     settings |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
     (model / "config.json").write_text(json.dumps(settings))
-    config = dataclasses.replace(CONFIG, flags=("--model-path", str(model), "--load-format", "dummy"))
-    message = start_and_fail(pool, tmp_path, config)
+    config = dataclasses.replace(CONFIG, flags=("--model-path", str(model), "--load-format", "dummy"), preloaded=True)
+    message = start_and_fail(pool, config)
     assert "does not serve this model: layer model.layers.0.self_attn" in message
     assert "(Qwen3Attention): not tested; served are Qwen2MoeAttention" in message

@@ -61,10 +61,10 @@ def test_answers_are_those_of_one_large_pool(serve: Serve, stock_answers: StockA
     assert {(PROMPTS[index].degree, PROMPTS[index].home % INSTANCES) for index in CHOSEN} == {(1, 0), (1, 1), (2, 0), (2, 1)}
 
 
-@EACH
-def test_requests_that_outgrow_their_pools_together(serve: Serve, stock_answers: StockAnswers, config: ServerConfig) -> None:
+@pytest.mark.on_server(GQA)
+def test_requests_that_outgrow_their_pools_together(serve: Serve, stock_answers: StockAnswers) -> None:
     """They need more than both pools hold: whoever must sits out or starts over, in both slices alike."""
-    stock, client = stock_answers.of(config.model).growing, serve(config).client
+    stock, client = stock_answers.of(GQA.model).growing, serve(GQA).client
 
     def ask(item: Any) -> Any:
         return client.generate(item[0].text, max_new_tokens=item[1], logprobs=True, sampling=FOREVER)
