@@ -60,6 +60,7 @@ def test_turns_go_on_where_the_last_one_ended(serve, conversations, point):
 def test_branches_page_ends_and_repeats(serve, conversations, point):
     page_size, (ids, _) = point[1], conversations(point[0])[1].turns[1]  # stock's server ends before this one starts
     client = serve(retaining_server(*point)).client
+    assert client.flush_cache()
     ids = ids[: 6 * page_size + 1 - OUTPUT_TOKENS] if len(ids) > 6 * page_size else ids
     first = ask(client, ids, 2)
     cached = []
@@ -77,6 +78,7 @@ def test_branches_page_ends_and_repeats(serve, conversations, point):
 
 def test_a_namespace_and_a_flush_keep_a_prefix_from_being_found(serve, point):
     client, ids = serve(retaining_server(*point)).client, words(500, 77)
+    assert client.flush_cache()  # so that nothing has to go while both are kept
     ask(client, ids, 2)
     assert ask(client, ids, 2, extra_key="tenant").meta["cached_tokens"] == 0
     assert ask(client, ids, 2).meta["cached_tokens"] > 0
@@ -86,7 +88,7 @@ def test_a_namespace_and_a_flush_keep_a_prefix_from_being_found(serve, point):
 
 def test_a_salt_is_a_namespace_of_its_own(serve, point):
     client, ids = serve(retaining_server(*point)).client, words(500, 78)
-    assert client.flush_cache()  # so that nothing has to go while both are kept
+    assert client.flush_cache()
     ask(client, ids, 2)
     assert ask(client, ids, 2, cache_salt="tenant").meta["cached_tokens"] == 0
     assert ask(client, ids, 2, cache_salt="tenant").meta["cached_tokens"] > 0
