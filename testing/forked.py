@@ -15,8 +15,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from sglang_dcp.cli.serve import plan_launch
+from sglang_dcp.cpu.environment import count_cuda_devices
+
 START_LIMIT_S = 240.0
 """The first fork waits until SGLang is imported."""
+
+
+READ_LATER = (
+    "DYNCP_",
+    "MC_",
+    "PYTHONPATH",  # of plugins
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS",
+    "SGLANG_CPU_OMP_THREADS_BIND",
+    "SGLANG_DISAGGREGATION_",
+    "SGLANG_DYNCP_",
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY",
+    "SGLANG_PLUGINS",
+    "SGLANG_TIMEOUT_KEEP_ALIVE",
+    "SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT",
+)
+"""Variables that nothing reads while SGLang is imported: servers that differ in these are forks of one process."""
+
+
+def while_importing(environment: Mapping[str, str], command: Sequence[str], startup: Path) -> dict[str, str]:
+    """The part of a server's environment in which its processes import SGLang. command: `sglang-dcp serve ...`."""
+    early = {name: value for name, value in environment.items() if not name.startswith(READ_LATER)}
+    early["PYTHONPATH"] = os.pathsep.join(filter(None, (str(startup), os.environ.get("PYTHONPATH"))))
+    additions = plan_launch(command[command.index("serve") + 1 :], early, cuda_devices=count_cuda_devices()).additions
+    return early | {name: value for name, value in additions.items() if name == "PYTHONPATH" or not name.startswith(READ_LATER)}
 
 
 class ForkedProcess:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from sglang_dcp.cli.serve import plan_launch
-from sglang_dcp.cpu.environment import count_cuda_devices
 from testing.client import Client
-from testing.forked import ForkedProcess, ForkHosts
+from testing.forked import ForkedProcess, ForkHosts, while_importing
+from testing.machine_lock import machine_lock, record
 from testing.ports import FOLLOWER_OFFSET, RENDEZVOUS_OFFSET, find_free_port
-from testing.processes import creation_time, end_process_tree, kill_process_tree
+from testing.processes import end_process_tree, kill_process_tree
 from testing.recall import model_path
 
 START_LIMIT_S = 480.0
@@ -30,21 +26,6 @@ FOLLOWER_LIMIT_S = 120.0
 STARTUP_FOLDER = Path(__file__).parent / "startup"
 LONGEST_LINE = 400
 """A server prints its arguments in one line of thousands of characters."""
-READ_LATER = (
-    "DYNCP_",
-    "MC_",
-    "PYTHONPATH",  # of plugins
-    "SGLANG_CHECK_KV_PAGE_INVARIANTS",
-    "SGLANG_CPU_OMP_THREADS_BIND",
-    "SGLANG_DISAGGREGATION_",
-    "SGLANG_DYNCP_",
-    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY",
-    "SGLANG_PLUGINS",
-    "SGLANG_TIMEOUT_KEEP_ALIVE",
-    "SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT",
-)
-"""Variables that nothing reads while SGLang is imported: servers that differ in these are forks of one process."""
-LOCK_FILE = Path(tempfile.gettempdir()) / "sglang_dcp_server.lock"
 
 
 Process = subprocess.Popen[bytes] | ForkedProcess
@@ -189,18 +170,10 @@ def _start_node(config: ServerConfig, port: int, node: int, log_path: Path, host
         if config.preloaded:
             if hosts is None:
                 raise ValueError("a server whose processes are preloaded is started by a ServerPool")
-            return hosts.of(_read_while_importing(config, command)).fork(command, environment, log)
+            return hosts.of(while_importing(environment, command, STARTUP_FOLDER)).fork(command, environment, log)
         return subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
         )
-
-
-def _read_while_importing(config: ServerConfig, command: Sequence[str]) -> Mapping[str, str]:
-    """The environment in which the server imports SGLang."""
-    early = tuple(pair for pair in config.environment if not pair[0].startswith(READ_LATER))
-    environment = server_environment(replace(config, environment=early))
-    additions = plan_launch(command[command.index("serve") + 1 :], environment, cuda_devices=count_cuda_devices()).additions
-    return {**environment, **{name: value for name, value in additions.items() if not name.startswith(READ_LATER) or name == "PYTHONPATH"}}
 
 
 def _start_follower(config: ServerConfig, port: int, node: int, log_path: Path, hosts: ForkHosts | None) -> Process:
@@ -242,46 +215,6 @@ def server_environment(config: ServerConfig) -> dict[str, str]:
     return environment | {"PYTHONPATH": os.pathsep.join(folders)}
 
 
-@contextmanager
-def machine_lock(*, wait_s: float = 3600.0) -> Iterator[IO[str]]:
-    """Held while a server of ours lives; a second test run on this machine waits here instead of sharing the cores."""
-    with LOCK_FILE.open("a+") as lock:
-        _wait_for_lock(lock, wait_s)
-        _end_recorded_leftover(lock)
-        yield lock
-
-
-def _wait_for_lock(lock: IO[str], wait_s: float) -> None:
-    """Asleep in the kernel, which wakes those who wait in the order in which they came: who looks now and then may wait for ever."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
-    except BlockingIOError:
-        print(f"waiting: another test run or demo on this machine has a server ({LOCK_FILE})", file=sys.stderr, flush=True)
-    waiter = threading.Thread(target=fcntl.flock, args=(lock.fileno(), fcntl.LOCK_EX), daemon=True)
-    waiter.start()
-    waiter.join(wait_s)
-    if waiter.is_alive():  # once the file is closed, what the thread may still get is let go at once
-        raise TimeoutError(f"{LOCK_FILE} is held by another run for more than {wait_s:.0f} s")
-
-
-def _end_recorded_leftover(lock: IO[str]) -> None:
-    """Ends the server that a killed run left behind: who holds the lock knows that nobody uses it."""
-    lock.seek(0)
-    record = lock.read().split()
-    if len(record) == 2 and creation_time(int(record[0])) == float(record[1]):
-        end_process_tree(int(record[0]))
-    _record(lock, None)
-
-
-def _record(lock: IO[str], server: Server | None) -> None:
-    lock.seek(0)
-    lock.truncate()
-    if server is not None and (made := creation_time(server.process.pid)) is not None:
-        lock.write(f"{server.process.pid} {made!r}")
-    lock.flush()
-
-
 class ServerPool:
     """At most one live server. `get` returns it if it has the wanted configuration, else stops it and starts the wanted one."""
 
@@ -295,7 +228,7 @@ class ServerPool:
         if self._current is not None and self._current.is_alive and self._current.config == config:
             return self._current
         self.stop(at_once=True)
-        self._current = self.start(config, started=lambda server: _record(self._lock, server))
+        self._current = self.start(config, started=lambda server: record(self._lock, server.process.pid))
         return self._current
 
     def start(self, config: ServerConfig, *, started: Callable[[Server], None] | None = None, port: int = 0) -> Server:
@@ -314,7 +247,7 @@ class ServerPool:
             else:
                 self._current.stop()
             self._current = None
-            _record(self._lock, None)
+            record(self._lock, None)
 
     def close(self) -> None:
         self.stop()

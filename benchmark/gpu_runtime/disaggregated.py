@@ -32,8 +32,8 @@ from benchmark.multi_gpu.settings import read_device_facts, set_environment
 from benchmark.serving.provenance import provenance
 from testing.gpu.answers import step_counts
 from testing.gpu.servers import port_range
+from testing.machine_lock import machine_lock
 from testing.ports import find_free_port
-from testing.server import machine_lock
 
 INSTANCES, GRAPH_SIZES = 2, (1, 2, 4, 8, 16, 32, 64)
 MOST_RATIO = 1 / 3

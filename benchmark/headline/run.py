@@ -29,8 +29,8 @@ from benchmark.multi_gpu.model_shapes import LONGEST_CONTEXT, model_flags, write
 from benchmark.multi_gpu.servers import ROOT, GpuServer, running
 from benchmark.multi_gpu.settings import read_device_facts, set_environment
 from benchmark.serving.provenance import provenance
+from testing.machine_lock import machine_lock
 from testing.ports import find_free_port
-from testing.server import machine_lock
 
 PAGE, GRAPH_SIZES = 64, (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 WARM_UP = [Arrival(0.0, 300, 40), Arrival(0.1, 9000, 40), Arrival(0.2, 70_000, 40), Arrival(0.3, 200, 40)]

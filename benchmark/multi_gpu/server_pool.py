@@ -25,8 +25,8 @@ from testing.gpu import random_models
 from testing.gpu.answers import pinned, prompt, step_counts
 from testing.gpu.runtime_cases import SIZES
 from testing.gpu.servers import port_range
+from testing.machine_lock import machine_lock
 from testing.ports import find_free_port
-from testing.server import machine_lock
 
 STOCK, SYNTHETIC, DYNCP = "stock", "dyncp_synthetic", "dyncp"
 """The servers with real layers: stock data parallelism; ours without prefill, for (d) and (e1); ours as users start it, for (e2)."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmark.multi_gpu.model_shapes import LONGEST_CONTEXT, model_flags, write_shape
 from benchmark.multi_gpu.settings import ROOT, Settings
 from testing.gpu.servers import GpuServer, start_all, stop_all, wait_ready
-from testing.server import machine_lock
+from testing.machine_lock import machine_lock
 
 START_LIMIT_S = 400.0
 WITHOUT_PREFILL = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "fake")

@@ -189,12 +189,13 @@ def path_edits(tree: ast.AST) -> list[int]:
 
 
 def test_nothing_edits_the_path_of_modules() -> None:
-    """The root is on it: by pytest's `pythonpath`, by `python -m` from the root, by scripts/as_module.py for what is started as a file."""
+    """The root is on it: by pytest's `pythonpath`, by `python -m` from the root, by scripts/as_module.py for what is started as a file.
+    A forked server gets its PYTHONPATH when Python has read another one."""
     folders = ("python", "test", "testing", "benchmark", "scripts", "sgl-kernel-dcp")
     sources = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")]
     assert len(sources) > 400
     edits = {path.relative_to(REPOSITORY).as_posix(): path_edits(ast.parse(path.read_text())) for path in sources}
-    assert {path: lines for path, lines in edits.items() if lines} == {}
+    assert [path for path, lines in edits.items() if lines] == ["testing/startup/forking.py"]
 
 
 def test_a_script_starts_as_a_file() -> None:

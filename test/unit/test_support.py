@@ -21,11 +21,12 @@ from testing.client import Client, RequestFailed, checked_ids
 from testing.demo import typed
 from testing.disaggregation import decode_server, prefill_server
 from testing.documentation import serve_lines
+from testing.machine_lock import machine_lock
 from testing.metrics import Sample, format_loads, parse_metrics
 from testing.ports import PORT_OFFSETS, find_free_port, find_free_ports
 from testing.processes import end_process_tree, kill_process_tree
 from testing.recall import VOCABULARY_SIZE, depth_at, encode, recall_prompt
-from testing.server import Server, ServerConfig, ServerStartError, clean_environment, machine_lock, server_environment, start_server
+from testing.server import Server, ServerConfig, ServerStartError, clean_environment, server_environment, start_server
 
 
 @pytest.mark.parametrize("position", [2, 100, 1023, 1024, 1025, 3400])
@@ -54,7 +55,7 @@ def test_a_servers_processes_look_for_garbage_rarely_until_they_are_imported() -
 
 
 def test_who_waits_for_the_machine_gets_it_or_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("testing.server.LOCK_FILE", tmp_path / "lock")
+    monkeypatch.setattr("testing.machine_lock.LOCK_FILE", tmp_path / "lock")
     came: list[str] = []
 
     def come() -> None:

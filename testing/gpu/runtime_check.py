@@ -27,8 +27,8 @@ from testing.gpu.random_models import write_model
 from testing.gpu.runtime_cases import Case, build_servers
 from testing.gpu.servers import GpuServer, start_all, stop_all, wait_ready
 from testing.gpu.stages import Check
+from testing.machine_lock import machine_lock
 from testing.recall import MODELS
-from testing.server import machine_lock
 
 LARGEST_SHARE = 1.6
 """Most time of a wave, in even shares of what is left."""

@@ -58,7 +58,7 @@ class StepMetrics:
         self.eager_steps = counter("eager_steps_total", "Forward passes of this instance that ran without a graph.")
         self.crossing_steps = counter("crossing_steps_total", CROSSING_TEXT)
         self.retained_tokens = gauge("retained_tokens", "KV tokens in this instance's pool that requests left to later ones.")
-        self.prefix_hits = counter("prefix_hits_total", "Requests of this home that took over what an earlier one left, or read it with others.")
+        self.prefix_hits = counter("prefix_hits_total", "Requests of this home that took over what an earlier one left, or read it.")
         evictions = counter("evictions_total", EVICTIONS_TEXT, "reason")
         self.evictions = {reason: evictions.labels(**labels, reason=reason) for reason in REASONS}
         self.exchange = histogram("exchange_seconds", EXCHANGE_TEXT, EXCHANGE_BUCKETS)
