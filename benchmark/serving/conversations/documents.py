@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmark.serving.conversations.run import INSTANCES, KEEPS
-from benchmark.serving.conversations.sessions import PAGE_TOKENS, VOCABULARY
+from benchmark.serving.conversations.run import INSTANCES, KEEPS, server_with
+from benchmark.serving.conversations.sessions import VOCABULARY
 from benchmark.serving.provenance import ROOT, provenance
 from testing.client import Answer, Client
-from testing.server import ServerConfig, ServerPool, server_pool
+from testing.server import ServerPool, server_pool
 
 SERVERS: dict[str, tuple[str, ...] | None] = {"on": KEEPS, "off": ("--dyncp-cache-fraction", "0"), "stock": None}
 QUESTION_TOKENS, ANSWER_TOKENS = 40, 24
@@ -67,16 +67,7 @@ def ask_all(client: Client, questions: list[Question]) -> list[Answer]:
 
 def serve(pool: ServerPool, name: str, questions: list[Question], pool_tokens: int) -> dict[str, Any]:
     flags = SERVERS[name]
-    config = ServerConfig(
-        "qwen3moe",
-        INSTANCES,
-        pool_tokens=pool_tokens,
-        page_size=PAGE_TOKENS,
-        chunk_tokens=256,
-        dyncp=flags is not None,
-        flags=("--enable-metrics", *(flags or ())),
-    )
-    client = pool.get(config).client
+    client = pool.get(server_with(flags, pool_tokens)).client
     started = time.monotonic()
     answers = ask_all(client, questions)
     seconds = time.monotonic() - started

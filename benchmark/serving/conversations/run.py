@@ -39,12 +39,9 @@ SETTINGS = ("fits", "divide", "hurry", "sessions", "turns", "at_once", "seed")
 """Rows of a file belong to one set of them."""
 
 
-def serve(
-    pool: ServerPool, name: str, sessions: Sequence[Session], pool_tokens: int, at_once: int, times: Times | None
-) -> tuple[dict[str, Any], list[ServedTurn]]:
-    """Has all sessions served by a server of this name. times: those of `on`, None for itself."""
-    flags = SERVERS[name]
-    config = ServerConfig(
+def server_with(flags: tuple[str, ...] | None, pool_tokens: int) -> ServerConfig:
+    """flags: as in SERVERS."""
+    return ServerConfig(
         "qwen3moe",
         INSTANCES,
         pool_tokens=pool_tokens,
@@ -53,7 +50,14 @@ def serve(
         dyncp=flags is not None,
         flags=("--enable-metrics", *(flags or ())),
     )
-    server = pool.get(config)
+
+
+def serve(
+    pool: ServerPool, name: str, sessions: Sequence[Session], pool_tokens: int, at_once: int, times: Times | None
+) -> tuple[dict[str, Any], list[ServedTurn]]:
+    """Has all sessions served by a server of this name. times: those of `on`, None for itself."""
+    flags = SERVERS[name]
+    server = pool.get(server_with(flags, pool_tokens))
     started = time.monotonic()
     if times is None:
         served = converse(server.client, sessions, at_once)
