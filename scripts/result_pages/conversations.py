@@ -8,7 +8,7 @@ from typing import Any
 from scripts.result_pages.markdown import RESULTS, load, page, source, table
 
 SIMULATED, DOCUMENTS, SERVED = "conversations_simulated.json", "documents_simulated.json", "conversations_served.json"
-LEDGER, MEMORY, DOCUMENTS_SERVED = "conversations_ledger.json", "ledger_memory.json", "documents_served.json"
+LEDGER, MEMORY = "conversations_ledger.json", "ledger_memory.json"
 
 
 def render() -> str:
@@ -31,7 +31,6 @@ def render() -> str:
         "`sticky`: one per instance. Simulated: `ours` has at once what a request that runs is still to compute.",
         source(DOCUMENTS, documents),
         table(["documents of 200,000 tokens", "sticky", "ours", "shared"], _documents(documents["rows"])),
-        *_documents_served_part(),
         "## On the ledger alone",
         source(LEDGER, ledger),
         "The protocol's own participants, admission and retention, without a model: four instances, sessions of the trace with shorter "
@@ -58,23 +57,6 @@ def _not_built(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 def _documents(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     counts = groupby(rows, key=lambda row: row["documents"])
     return [(count, *(f"{row['hit_share']:.3f} ({row['prefill_s_mean']:.1f} s)" for row in of)) for count, of in counts]
-
-
-def _documents_served_part() -> list[str]:
-    """Of real servers, once they were run."""
-    if not (RESULTS / DOCUMENTS_SERVED).exists():
-        return []
-    served = load(DOCUMENTS_SERVED)
-    keys = ("hit_share", "sharded", "ttft_median_s", "latency_median_s")
-    return [
-        source(DOCUMENTS_SERVED, served),
-        f"Four instances on a CPU with pools of {served['pool_tokens']:,} tokens, {served['questions']} questions to {served['documents']} "
-        f"documents of {served['document_tokens']:,}, sent to each server at the same times.",
-        table(
-            ["server", "found", "sharded", "median TTFT, s", "median latency, s"],
-            [(name, *(server.get(key) for key in keys)) for name, server in served["servers"].items()],
-        ),
-    ]
 
 
 def _on_ledger(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:

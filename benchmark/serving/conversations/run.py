@@ -39,9 +39,12 @@ SETTINGS = ("fits", "divide", "hurry", "sessions", "turns", "at_once", "seed")
 """Rows of a file belong to one set of them."""
 
 
-def server_with(flags: tuple[str, ...] | None, pool_tokens: int) -> ServerConfig:
-    """flags: as in SERVERS."""
-    return ServerConfig(
+def serve(
+    pool: ServerPool, name: str, sessions: Sequence[Session], pool_tokens: int, at_once: int, times: Times | None
+) -> tuple[dict[str, Any], list[ServedTurn]]:
+    """Has all sessions served by a server of this name. times: those of `on`, None for itself."""
+    flags = SERVERS[name]
+    config = ServerConfig(
         "qwen3moe",
         INSTANCES,
         pool_tokens=pool_tokens,
@@ -50,14 +53,7 @@ def server_with(flags: tuple[str, ...] | None, pool_tokens: int) -> ServerConfig
         dyncp=flags is not None,
         flags=("--enable-metrics", *(flags or ())),
     )
-
-
-def serve(
-    pool: ServerPool, name: str, sessions: Sequence[Session], pool_tokens: int, at_once: int, times: Times | None
-) -> tuple[dict[str, Any], list[ServedTurn]]:
-    """Has all sessions served by a server of this name. times: those of `on`, None for itself."""
-    flags = SERVERS[name]
-    server = pool.get(server_with(flags, pool_tokens))
+    server = pool.get(config)
     started = time.monotonic()
     if times is None:
         served = converse(server.client, sessions, at_once)
