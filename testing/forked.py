@@ -38,10 +38,15 @@ READ_LATER = (
 """Variables that nothing reads while SGLang is imported: servers that differ in these are forks of one process."""
 
 
+def python_path(folder: Path, environment: Mapping[str, str]) -> str:
+    """The environment's PYTHONPATH with a folder ahead of all others."""
+    return os.pathsep.join(filter(None, (str(folder), environment.get("PYTHONPATH"))))
+
+
 def while_importing(environment: Mapping[str, str], command: Sequence[str], startup: Path) -> dict[str, str]:
     """The part of a server's environment in which its processes import SGLang. command: `sglang-dcp serve ...`."""
     early = {name: value for name, value in environment.items() if not name.startswith(READ_LATER)}
-    early["PYTHONPATH"] = os.pathsep.join(filter(None, (str(startup), os.environ.get("PYTHONPATH"))))
+    early["PYTHONPATH"] = python_path(startup, os.environ)
     additions = plan_launch(command[command.index("serve") + 1 :], early, cuda_devices=count_cuda_devices()).additions
     return early | {name: value for name, value in additions.items() if name == "PYTHONPATH" or not name.startswith(READ_LATER)}
 

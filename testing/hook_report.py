@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+from testing.forked import python_path
 from testing.hook_probe.dyncp_hook_probe import APART_VARIABLE, FOLDER_VARIABLE, RAISE_VARIABLE
 from testing.server import ServerConfig
 
@@ -30,8 +31,7 @@ def going_apart_by(config: ServerConfig, file: Path) -> ServerConfig:
 
 def _with_plugin(config: ServerConfig, variable: str, path: Path) -> ServerConfig:
     """The plugin's folder comes before what this run itself has on its path."""
-    folders = os.pathsep.join(filter(None, (str(_PLUGIN_FOLDER), os.environ.get("PYTHONPATH"))))
-    added = (("PYTHONPATH", folders), (variable, str(path)))
+    added = (("PYTHONPATH", python_path(_PLUGIN_FOLDER, os.environ)), (variable, str(path)))
     return dataclasses.replace(config, environment=config.environment + added)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from testing.client import Client
-from testing.forked import ForkedProcess, ForkHosts, while_importing
+from testing.forked import ForkedProcess, ForkHosts, python_path, while_importing
 from testing.machine_lock import machine_lock, record
 from testing.ports import FOLLOWER_OFFSET, RENDEZVOUS_OFFSET, find_free_port
 from testing.processes import end_process_tree, kill_process_tree
@@ -211,8 +211,7 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
 def server_environment(config: ServerConfig) -> dict[str, str]:
     """That of the server's processes."""
     environment = clean_environment(os.environ) | dict(config.environment)
-    folders = filter(None, (str(STARTUP_FOLDER), environment.get("PYTHONPATH")))
-    return environment | {"PYTHONPATH": os.pathsep.join(folders)}
+    return environment | {"PYTHONPATH": python_path(STARTUP_FOLDER, environment)}
 
 
 class ServerPool:

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from testing.forked import python_path
 from testing.server import ServerConfig
 from testing.transfer_probe.dyncp_transfer_probe import FOLDER_VARIABLE, HELD, HOLD, NAME, SENT
 
@@ -14,7 +15,7 @@ _PLUGIN_FOLDER = Path(__file__).parent / "transfer_probe"
 
 def probed(prefill: ServerConfig, folder: Path, *, stock: bool = False) -> ServerConfig:
     """The same prefill server with the probe, which looks at `folder`. stock: without this package but for what a CPU needs."""
-    path = os.pathsep.join(filter(None, (str(_PLUGIN_FOLDER), os.environ.get("PYTHONPATH"))))
+    path = python_path(_PLUGIN_FOLDER, os.environ)
     plugins = (("SGLANG_PLUGINS", NAME),) if stock else ()
     return replace(prefill, environment=(*prefill.environment, ("PYTHONPATH", path), (FOLDER_VARIABLE, str(folder)), *plugins))
 

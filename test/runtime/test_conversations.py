@@ -126,6 +126,7 @@ def test_ten_conversations_over_pools_for_three(serve, conversations, point):
     (first, _), (second, _), *_ = talks[0].turns  # alone, for who comes between two turns of a crowd is up to time
     ask(server.client, first, 2)
     assert ask(server.client, second, 2).meta["cached_tokens"] >= len(first) // point[1] * point[1] > 0
+    assert server.is_alive
 
 
 def wait_until(is_so, otherwise, limit_s=60.0):

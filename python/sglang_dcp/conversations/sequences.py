@@ -22,7 +22,7 @@ class PromptSequence:
     """A turn's pages, in order (instance, pages).
 
     cached: tokens of its prompt that an earlier turn left. whole: neither it nor what it took over was ever split: a server leaves it to
-    SGLang's tree. base: the sequence that it reads; borrowed: leading pages that are that one's.
+    SGLang's tree. borrowed: leading pages that are another sequence's, which it reads.
     """
 
     turn: Turn
@@ -32,7 +32,6 @@ class PromptSequence:
     pages: tuple[tuple[int, int], ...] = ()
     cached: int = 0
     whole: bool = False
-    base: Key | None = None
     borrowed: int = 0
 
     def own(self, count: int) -> Split:
@@ -182,7 +181,7 @@ class RetainedSequences:
         self.table.retained.share(leader.home, handle, base[1], leader.own(common), self._step)
         part = dataclasses.replace(leader.turn, blocks=leader.turn.blocks[:common])
         self._keep(base, dataclasses.replace(leader, turn=part, pages=_first(leader.pages, common)))
-        leader.base, leader.borrowed = base, common
+        leader.borrowed = common
         self._live_pages(leader, 1)
         return base, common
 
@@ -191,13 +190,11 @@ class RetainedSequences:
         sequence = self._asked.pop(key)
         previous = self._names.pop(key)
         kept: Split = ()
-        sequence.base, sequence.borrowed = None, 0
+        sequence.borrowed = 0
         if previous is not None:
             kept = _first(self._kept[previous].pages, grant.num_kept)
-            if grant.borrows:
-                sequence.base, sequence.borrowed = previous, grant.num_kept
-            else:
-                sequence.base, sequence.borrowed = self._kept[previous].base, self._kept[previous].borrowed
+            sequence.borrowed = grant.num_kept if grant.borrows else self._kept[previous].borrowed
+            if not grant.borrows:
                 self._forget(previous)
         sequence.pages = (*kept, *((segment.rank, segment.num_pages) for segment in grant.segments))
         self._live_pages(sequence, 1)

@@ -57,13 +57,13 @@ class AskAdmission:
         return tuple(pages.items())
 
     def words(self) -> list[int]:
-        pairs = (word for pair in (*self.kept, *self.segments) for word in pair)
+        pairs = _words((*self.kept, *self.segments))
         return [self.handle, self.born, int(self.flexible), self.previous, int(self.borrows), len(self.kept), *pairs]
 
     @classmethod
     def parse(cls, words: Sequence[int]) -> AskAdmission:
         handle, born, flexible, previous, borrows, num_kept, *rest = words
-        pairs = tuple(zip(rest[::2], rest[1::2], strict=True))
+        pairs = _pairs(rest)
         if num_kept > len(pairs):
             raise MessageError(f"handle {handle} keeps pages on {num_kept} instances, {len(pairs)} pairs are there")
         return cls(handle, born, bool(flexible), pairs[num_kept:], previous, pairs[:num_kept], bool(borrows))
@@ -140,12 +140,12 @@ class Retain:
         return sum(pages for _, pages in self.pages)
 
     def words(self) -> list[int]:
-        return [self.handle, *(word for pair in self.pages for word in pair)]
+        return [self.handle, *_words(self.pages)]
 
     @classmethod
     def parse(cls, words: Sequence[int]) -> Retain:
         handle, *rest = words
-        return cls(handle, tuple(zip(rest[::2], rest[1::2], strict=True)))
+        return cls(handle, _pairs(rest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +163,12 @@ class Share:
         return sum(pages for _, pages in self.pages)
 
     def words(self) -> list[int]:
-        return [self.handle, self.base, *(word for pair in self.pages for word in pair)]
+        return [self.handle, self.base, *_words(self.pages)]
 
     @classmethod
     def parse(cls, words: Sequence[int]) -> Share:
         handle, base, *rest = words
-        return cls(handle, base, tuple(zip(rest[::2], rest[1::2], strict=True)))
+        return cls(handle, base, _pairs(rest))
 
 
 @dataclass(slots=True, unsafe_hash=True)
@@ -204,6 +204,15 @@ class Rows:
 
 Message = AskAdmission | AskGrowth | Granted | Release | Rows | Retain | Share
 _KINDS: dict[int, type[Message]] = {kind.KIND: kind for kind in (AskAdmission, AskGrowth, Granted, Release, Rows, Retain, Share)}
+
+
+def _words(pairs: Iterable[tuple[int, int]]) -> Iterator[int]:
+    return (word for pair in pairs for word in pair)
+
+
+def _pairs(words: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """ValueError for a word without its other half."""
+    return tuple(zip(words[::2], words[1::2], strict=True))
 
 
 def encode(messages: Iterable[Message]) -> list[int]:

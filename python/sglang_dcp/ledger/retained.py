@@ -87,11 +87,6 @@ class RetainedTable:
         if self.take(key) is None:
             self._free(self.readers.end(key), 1)
 
-    def pages_of(self, key: Key) -> tuple[tuple[int, int], ...]:
-        """(instance, pages) of a sequence, none when it is not there."""
-        sequence = self.sequences.get(key)
-        return () if sequence is None else sequence.pages
-
     def name(self, key: Key) -> None:
         """An open ask would take the sequence over: it is evicted last."""
         self._named[key] += 1
