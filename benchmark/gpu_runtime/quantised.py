@@ -8,51 +8,75 @@ Writes OUT_DIR/fp8.json. Servers (two instances on the GPU, one server after the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmark.kernels.default_kernel import run_default
 from benchmark.multi_gpu.model_shapes import model_flags, write_shape
 from benchmark.multi_gpu.servers import GpuServer, running
 from benchmark.multi_gpu.settings import set_environment
 from benchmark.serving.provenance import provenance
+from sglang_dcp.dataflow.measure.decode_rows import NODES, PAGE, REPEATS, Case, DecodeShape, Pages, measure
 from sglang_dcp.dataflow.measure.timing import graph_microseconds
 from testing.gpu.servers import port_range
 from testing.ports import find_free_port
 
-INSTANCES, PAGE, HEAD_DIM = 2, 64, 128
+INSTANCES, HEAD_DIM = 2, 128
 ROWS, TOKENS, ROUNDS = 32, 131_072, 5
-SHAPES = {"qwen3-235b": (64, 4), "qwen3-30b": (32, 4), "64 heads, 8 K/V heads": (64, 8)}
+CASE = Case(ROWS, TOKENS, padding=0)
+GROUPED = {"qwen3-235b": DecodeShape(64, 4), "qwen3-30b": DecodeShape(32, 4), "64 heads, 8 K/V heads": DecodeShape(64, 8)}
+LATENT = {f"{heads} heads": DecodeShape(heads, latent=True, flash_mla=True) for heads in (16, 64, 128)}
 FP8 = torch.float8_e4m3fn
 UNBOUNDED_TOKENS = 1 << 30
 POOL = re.compile(r"max_total_num_tokens=(\d+)")
 
 
-def attention(heads: tuple[int, int]) -> dict[str, Any]:
-    """Microseconds of a layer's decode of ROWS rows of TOKENS tokens, by element type of the pool; rounds take turns."""
-    from sglang_dcp.dataflow.attention.flashinfer_graph import FlashInferDecode
+Timer = Callable[[DecodeShape], float]
 
-    pages = ROWS * TOKENS // PAGE
-    indptr = torch.arange(0, pages + 1, TOKENS // PAGE, dtype=torch.int32)
-    last = torch.full((ROWS,), PAGE, dtype=torch.int32)
-    indices = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).to(torch.int32).cuda()
-    queries = torch.randn(ROWS, heads[0], HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+
+def in_turns(shape: DecodeShape, time_of: Timer) -> dict[str, Any]:
+    """Microseconds of a layer's decode of ROWS rows of TOKENS tokens, by element type of the pool; rounds take turns."""
     times: dict[str, list[float]] = {"bfloat16": [], "float8_e4m3fn": []}
     for _ in range(ROUNDS):
-        for dtype in (torch.bfloat16, FP8):
-            decode = FlashInferDecode(*heads, HEAD_DIM, PAGE, HEAD_DIM**-0.5, indptr.cuda(), indices, last.cuda(), kv_dtype=dtype)
-            decode.mark_empty_rows(last.cuda())
-            decode.plan(indptr, last)
-            cache = [torch.randn(pages, PAGE, heads[1], HEAD_DIM, dtype=torch.bfloat16, device="cuda").to(dtype) for _ in range(2)]
-            run = lambda decode=decode, cache=cache: decode.run(queries, *cache)  # noqa: E731
-            times[str(dtype).removeprefix("torch.")].append(graph_microseconds([run], nodes=4, repeats=9))
+        for name, quantised in (("bfloat16", False), ("float8_e4m3fn", True)):
+            times[name].append(time_of(dataclasses.replace(shape, quantised=quantised)))
+            torch.cuda.empty_cache()
     ratios = sorted(quantised / plain for plain, quantised in zip(*times.values(), strict=True))
     return {"us": times, "ratio": round(ratios[len(ratios) // 2], 4)}
+
+
+def sharded(shape: DecodeShape) -> float:
+    """By the kernel of graphs with sharded rows."""
+    return next(measure(shape, math.inf, [CASE]))[1]
+
+
+def default(shape: DecodeShape) -> float:
+    """By SGLang's default on Hopper, fa3, as it is run where nobody is sharded: over an FP8 pool its queries are FP8 too."""
+    pages, dtype = Pages(CASE.lengths()), FP8 if shape.quantised else torch.bfloat16
+    caches = [torch.randn(pages.total, PAGE, shape.kv_heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda").to(dtype) for _ in "kv"]
+    queries = torch.randn(ROWS, shape.num_heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda").to(dtype)
+    return graph_microseconds([run_default(pages, queries, caches)], nodes=NODES, repeats=REPEATS)
+
+
+def attention(result: dict[str, Any]) -> None:
+    """`attention_ratio`: the largest of sharded GQA steps. The others: of unsharded ones, and of MLA."""
+    for key, ratio, time_of, shapes in (
+        ("attention", "attention_ratio", sharded, GROUPED),
+        ("default_attention", "default_attention_ratio", default, GROUPED),
+        ("latent_attention", "latent_attention_ratio", sharded, LATENT),
+    ):
+        result[key] = {name: in_turns(shape, time_of) for name, shape in shapes.items()}
+        result[ratio] = max(part["ratio"] for part in result[key].values())
+        print(ratio, result[ratio], flush=True)
 
 
 def pools(args: argparse.Namespace) -> dict[str, Any]:
@@ -77,7 +101,8 @@ def exchange() -> dict[str, Any]:
     sizes = GraphSizes(INSTANCES, 8, (4, 16), PAGE, 64, 100)
     rows = {}
     for name, quantised in (("bfloat16", None), ("float8_e4m3fn", FP8)):
-        shape = AttentionShape(*SHAPES["qwen3-235b"], HEAD_DIM, HEAD_DIM, torch.bfloat16, HEAD_DIM**-0.5, False, quantised=quantised)
+        heads = GROUPED["qwen3-235b"].num_heads, GROUPED["qwen3-235b"].kv_heads
+        shape = AttentionShape(*heads, HEAD_DIM, HEAD_DIM, torch.bfloat16, HEAD_DIM**-0.5, False, quantised=quantised)
         rows[name] = sizes.exchange(shape).kv_row_elements * shape.dtype.itemsize
     return {"bytes": rows, "ratio": rows["float8_e4m3fn"] / rows["bfloat16"]}
 
@@ -95,8 +120,7 @@ def main() -> None:
     result = provenance(" ".join(["python", "-m", "benchmark.gpu_runtime.quantised", *sys.argv[1:]]))
     result |= {"commit": args.commit or result["commit"], "machine": f"1 x {torch.cuda.get_device_name()}"}
     result["exchange"] = exchange()
-    result["attention"] = {name: attention(heads) for name, heads in SHAPES.items()}
-    result["attention_ratio"] = max(part["ratio"] for part in result["attention"].values())
+    attention(result)
     torch.cuda.empty_cache()
     (args.out / "fp8.json").write_text(json.dumps(result, indent=1) + "\n")
     if not args.without_servers:

@@ -23,7 +23,14 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("no Hopper GPU on this machine", allow_module_level=True)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-WAVES = (("gqa", "mla", "gqa_gloo"), ("gqa4", "mla4"), ("gqa_tp2",), ("gqa_f32", "mla_flashmla"), ("gqa_fp8", "gqa_fa3"))
+WAVES = (
+    ("gqa", "mla", "gqa_gloo"),
+    ("gqa4", "mla4"),
+    ("gqa_tp2",),
+    ("gqa_f32", "mla_flashmla"),
+    ("gqa_fp8", "gqa_fa3"),
+    ("gqa_fa3_fp8", "mla_flashmla_fp8"),
+)
 CASES = [case for wave in WAVES for case in wave]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from testing.gpu.servers import GpuServer
 
-CASE_NAME = re.compile(r"(gqa|mla)([48]?)(?:_(nccl|gloo|f32|flashmla|fa3|fp8|nodes|tp2))?")
+CASE_NAME = re.compile(r"(gqa|mla)([48]?)(?:_(nccl|gloo|f32|flashmla_fp8|flashmla|fa3_fp8|fa3|fp8|nodes|tp2))?")
 PAGE_SIZE, FLASH_MLA_PAGE_SIZE = 16, 64
 NEW_TOKENS = 24
 COST_MODEL = "cpu"
@@ -66,8 +66,8 @@ then differ from one's by 0.08 on average and 0.55 at most (H200, four layers of
 FLOAT32_BOUNDS: dict[str, float] = {"mean": 2e-5, "max": 2e-4, "tie_gap": 1e-3}
 """float32: of every log-probability, whatever the unsharded server does. This model in float32 differs from itself in float64 by 4.6e-6 on
 average and 2.5e-5 at most over 1,500 tokens (transformers, CPU); two servers may differ by twice that, and sum in other orders."""
-PLUGINS = {"fp8": ("kv_scales",)}
-"""On a GPU, by kind of case."""
+PLUGINS = {"fp8": ("kv_scales",), "fa3_fp8": ("kv_scales",)}
+"""On a GPU, by kind of case. Latent attention is served with scales of 1."""
 PLAIN_TORCH = {"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"}
 
 
@@ -75,8 +75,9 @@ PLAIN_TORCH = {"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"}
 class Case:
     """A pair of servers, by name: gqa or mla (two instances over peer memory), gqa4 or mla4 (four), gqa8 or mla8 (eight), with _nccl or
     _gloo (that transport) or _f32 (float32 in plain torch over NCCL, GQA alone) or _flashmla (that backend, MLA alone), _fa3 (SGLang's
-    default under unsharded steps, GQA alone) or _fp8 (quantised K/V with scales that are not 1, GQA alone) or _nodes (nodes of two, on one
-    host; of four instances alone) or _tp2 (attention TP: two slices of each of two instances)."""
+    default under unsharded steps, GQA alone) or _fp8 (quantised K/V under FlashInfer, GQA alone) or _fa3_fp8 or _flashmla_fp8 (under these
+    backends; GQA with scales that are not 1) or _nodes (nodes of two, on one host; of four instances alone) or _tp2 (attention TP: two
+    slices of each of two instances)."""
 
     name: str
     model: str
@@ -89,13 +90,14 @@ class Case:
         found = CASE_NAME.fullmatch(name)
         if found is None:
             raise ValueError(
-                f"{name!r} is no case: gqa or mla, 4 or 8 for so many instances, _nccl, _gloo, _f32, _flashmla, _fa3, _fp8, _nodes or _tp2"
+                f"{name!r} is no case: gqa or mla, 4 or 8 for so many instances, _nccl, _gloo, _f32, _flashmla, _flashmla_fp8, _fa3, "
+                "_fa3_fp8, _fp8, _nodes or _tp2"
             )
         model, instances, kind = found.groups()
-        if kind in ("f32", "fa3", "fp8") and model == "mla":
+        if kind in ("f32", "fa3", "fa3_fp8", "fp8") and model == "mla":
             raise ValueError(f"mla_{kind}: served for GQA alone")
-        if kind == "flashmla" and model == "gqa":
-            raise ValueError("gqa_flashmla: FlashMLA serves MLA alone")
+        if kind in ("flashmla", "flashmla_fp8") and model == "gqa":
+            raise ValueError(f"gqa_{kind}: FlashMLA serves MLA alone")
         if kind == "nodes" and instances != "4":
             raise ValueError(f"{name}: two nodes of two are four instances, {model}4_nodes")
         if kind == "tp2" and instances:
@@ -105,6 +107,18 @@ class Case:
     @property
     def is_float32(self) -> bool:
         return self.kind == "f32"
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.kind in ("fp8", "fa3_fp8", "flashmla_fp8")
+
+    @property
+    def backend(self) -> str | None:
+        """The attention backend that is named on a GPU, ours and stock's alike where stock is of this case alone."""
+        kind = self.kind or ""
+        if self.is_float32:
+            return "torch_native"
+        return "flashinfer" if kind == "fp8" else next((name for name in ("flashmla", "fa3") if kind.startswith(name)), None)
 
     @property
     def node_size(self) -> int:
@@ -133,19 +147,19 @@ class Case:
 
     @property
     def page_size(self) -> int:
-        return FLASH_MLA_PAGE_SIZE if self.kind == "flashmla" else PAGE_SIZE
+        return FLASH_MLA_PAGE_SIZE if self.backend == "flashmla" else PAGE_SIZE
 
     def sizes(self, device: str) -> Sizes:
         if self.kind in ("nodes", "tp2"):
             return NODE_SIZES[device]
         if self.instances > 2:
             return (FOUR_SIZES if self.instances == 4 else EIGHT_SIZES)[device]
-        if self.kind == "flashmla":  # every prompt has a page for each shard
+        if self.backend == "flashmla":  # every prompt has a page for each shard
             return replace(SIZES[device], lengths=tuple(length for length in SIZES[device].lengths if length > self.page_size))
         return FLOAT32_SIZES if self.is_float32 and device == "cuda" else SIZES[device]
 
     def bounds(self, device: str) -> Mapping[str, float]:
-        if device == "cuda" and self.kind == "fp8":
+        if device == "cuda" and self.is_quantised:
             return FP8_BOUNDS
         return FLOAT32_BOUNDS if self.is_float32 and device == "cuda" else BOUNDS
 
@@ -154,16 +168,16 @@ class Case:
         if self.model == "mla" and device == "cuda":
             flags += ("--flashinfer-mla-disable-ragged",)
         if self.is_float32 and device == "cuda":
-            flags += ("--dtype", "float32", "--attention-backend", "torch_native")
-        if self.kind == "fp8" and device == "cuda":
+            flags += ("--dtype", "float32")
+        if self.is_quantised and device == "cuda":
             flags += ("--kv-cache-dtype", "fp8_e4m3")
-        if self.kind == "fa3" and device == "cuda":
-            flags += ("--attention-backend", "fa3")
+        if self.backend is not None and device == "cuda" and (dyncp or self.kind != "flashmla"):
+            flags += ("--attention-backend", self.backend)
+            if self.backend == "flashmla":
+                flags += ("--page-size", str(self.page_size))
         if not dyncp:
             return flags
         flags += ("--dyncp-cost-model", COST_MODEL)
-        if self.kind == "flashmla" and device == "cuda":
-            flags += ("--attention-backend", "flashmla", "--page-size", str(self.page_size))
         if self.kind in ("nccl", "gloo"):
             flags += ("--dyncp-transport", self.kind)
         elif self.is_float32:

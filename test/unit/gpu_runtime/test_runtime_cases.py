@@ -36,7 +36,21 @@ def test_names() -> None:
     assert Case.parse("mla4_nccl") == Case("mla4_nccl", "mla", 4, "nccl")
     assert Case.parse("gqa8").shape == ("gqa", 2, 8)
     assert Case.parse("gqa_f32").is_float32 and Case.parse("gqa").instances == 2
-    for name in ("gqa3", "mla_f32", "mla_fa3", "mla_fp8", "gqa_flashmla", "gqa_", "moe", "gqa,mla", "gqa_nodes", "gqa8_nodes", "gqa4_tp2"):
+    for name in (
+        "gqa3",
+        "mla_f32",
+        "mla_fa3",
+        "mla_fp8",
+        "mla_fa3_fp8",
+        "gqa_flashmla",
+        "gqa_flashmla_fp8",
+        "gqa_",
+        "moe",
+        "gqa,mla",
+        "gqa_nodes",
+        "gqa8_nodes",
+        "gqa4_tp2",
+    ):
         with pytest.raises(ValueError, match=name):
             Case.parse(name)
 
@@ -63,6 +77,11 @@ def test_servers_of_a_case() -> None:
         assert server.environment == {"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"} and server.plugins == ("plain_ops",)
     for server in build_servers([Case.parse("gqa_fp8")], {"gqa_fp8": Path()}, "cuda", one_gpu=True, with_stock=True)["gqa_fp8"]:
         assert server is not None and value_of(server, "--kv-cache-dtype") == "fp8_e4m3" and server.plugins == ("kv_scales",)
+    for name, backend, plugins in (("gqa_fa3_fp8", "fa3", ("kv_scales",)), ("mla_flashmla_fp8", "flashmla", ())):
+        for server in build_servers([Case.parse(name)], {name: Path()}, "cuda", one_gpu=True, with_stock=True)[name]:
+            assert server is not None and server.plugins == plugins
+            assert (value_of(server, "--attention-backend"), value_of(server, "--kv-cache-dtype")) == (backend, "fp8_e4m3")
+            assert value_of(server, "--page-size") == ("64" if backend == "flashmla" else "16")
     for server in build_servers([Case.parse("gqa_fa3")], {"gqa_fa3": Path()}, "cuda", one_gpu=True, with_stock=True)["gqa_fa3"]:
         assert server is not None and value_of(server, "--attention-backend") == "fa3" and not server.plugins
     assert all(not server.plugins and value_of(server, "--dtype") == "bfloat16" for server in pairs["gqa4"] if server)

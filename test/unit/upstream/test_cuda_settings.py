@@ -50,9 +50,9 @@ def test_what_was_run_is_served() -> None:
 def test_sglangs_own_default_stands_where_it_was_run() -> None:
     """Turning dynamic context parallelism on changes no kernel of a step in which nobody is sharded."""
     assert complete_attention_backend({}.get, latent=False) == {}
-    ours = {"attention_backend": "flashinfer"}
-    assert complete_attention_backend({}.get, latent=True) == ours
-    assert complete_attention_backend({"kv_cache_dtype": "fp8_e4m3"}.get, latent=False) == ours
+    assert complete_attention_backend({"kv_cache_dtype": "fp8_e4m3"}.get, latent=False) == {}
+    assert complete_attention_backend({}.get, latent=True) == {"attention_backend": "flashinfer"}
+    assert complete_attention_backend({"kv_cache_dtype": "fp8_e4m3"}.get, latent=True) == {"attention_backend": "flashmla"}
     message = find_cuda_refusal((WORKING | {"attention_backend": "fa3"}).get, latent=True)
     assert message is not None and message.startswith("--attention-backend fa3 does not work with --enable-dyncp for a model with latent")
     assert find_cuda_refusal(WORKING.get, latent=True) is None
@@ -173,29 +173,32 @@ def test_other_cards_than_hopper_are_refused_by_their_capability(sm: int) -> Non
 @pytest.mark.parametrize(
     ("name", "backend", "latent", "why"),
     [
-        ("float8_e5m2", "flashinfer", False, "of quantised types, float8_e4m3fn alone is exchanged"),
-        ("uint8", "flashinfer", False, "of quantised types, float8_e4m3fn alone is exchanged"),
-        ("float8_e4m3fn", "torch_native", False, "--attention-backend flashinfer alone takes it, this is torch_native"),
-        ("float8_e4m3fn", "flashinfer", True, "latent attention (MLA) has none"),
-        ("float8_e4m3fn", "flashmla", True, "latent attention (MLA) has none"),
+        ("float8_e5m2", "flashinfer", False, ": of quantised types, float8_e4m3fn alone is exchanged"),
+        ("uint8", "flashmla", True, ": of quantised types, float8_e4m3fn alone is exchanged"),
+        ("float8_e4m3fn", "torch_native", False, " and --attention-backend torch_native: this model is served with fa3 or flashinfer"),
+        ("float8_e4m3fn", "flashinfer", True, " and --attention-backend flashinfer: latent attention (MLA) is served with flashmla"),
     ],
 )
 def test_a_quantised_pool_that_is_not_served_is_refused_by_name(name: str, backend: str, latent: bool, why: str) -> None:
     """A checkpoint may ask for it, which no flag shows."""
     message = str(find_kv_type_refusal(getattr(torch, name), backend, latent=latent))
     assert message.startswith(f"a KV pool of {name} (by --kv-cache-dtype, or by auto and this checkpoint) does not work with")
-    assert f"--enable-dyncp: {why}" in message
+    assert f"--enable-dyncp{why}" in message
     assert message.endswith("give --kv-cache-dtype bfloat16")
     for served in ("bfloat16", "float16", "float32"):
         assert find_kv_type_refusal(getattr(torch, served), backend, latent=latent) is None
-    assert find_kv_type_refusal(torch.float8_e4m3fn, "flashinfer", latent=False) is None
+    for backend, latent in (("flashinfer", False), ("fa3", False), ("flashmla", True)):
+        assert find_kv_type_refusal(torch.float8_e4m3fn, backend, latent=latent) is None
 
 
-def test_quantised_kv_is_for_a_gpu_and_flashinfer() -> None:
+def test_quantised_kv_is_for_a_gpu_and_its_backends() -> None:
     asked = {"kv_cache_dtype": "fp8_e4m3", "device": "cuda"}
     assert find_quantised_kv_refusal((asked | {"attention_backend": "flashinfer"}).get) is None
     assert find_quantised_kv_refusal({"kv_cache_dtype": "auto", "device": "cpu"}.get) is None
     message = str(find_quantised_kv_refusal((asked | {"device": "cpu"}).get))
     assert message == "--kv-cache-dtype fp8_e4m3 does not work with --enable-dyncp on --device cpu: it is served on a GPU alone"
     message = str(find_quantised_kv_refusal((asked | {"decode_attention_backend": "flashmla"}).get))
-    assert "--attention-backend flashmla: sharded steps take it with flashinfer" in message
+    assert "--attention-backend flashmla: this model is served with fa3 or flashinfer" in message
+    assert find_quantised_kv_refusal((asked | {"attention_backend": "flashmla"}).get, latent=True) is None
+    message = str(find_quantised_kv_refusal((asked | {"attention_backend": "flashinfer"}).get, latent=True))
+    assert "--attention-backend flashinfer: latent attention (MLA) is served with flashmla" in message

@@ -62,7 +62,7 @@ def test_a_sharded_step_keeps_stock_out(bound: Any, monkeypatch: pytest.MonkeyPa
     backend.init_forward_metadata(None)
     assert backend.forward_metadata is None
     seen: list[Any] = []
-    monkeypatch.setattr(attention_backend, "forward_sharded", lambda *args: seen.append(args))
+    monkeypatch.setattr(attention_backend, "forward_sharded", lambda *args, **_: seen.append(args))
     q, k, v = torch.zeros(1, 4), torch.zeros(1, 2), torch.zeros(1, 2)
     backend.forward(q, k, v, "layer", "batch")
     assert seen[0][1:] == (None, q, k, v, "layer")
@@ -128,9 +128,22 @@ def test_fa3_is_for_models_without_latent_attention() -> None:
 @pytest.mark.parametrize("create", ["create_torch_native", "create_flashinfer", "create_fa3", "create_flashmla"])
 def test_every_backend_refuses_quantised_pools_that_are_not_exchanged(create: str) -> None:
     """Ahead of anything else: a checkpoint decides it, so no flag could be refused at start."""
-    for latent, dtype in ((False, torch.float8_e5m2), (True, torch.float8_e4m3fn)):
+    wrong = torch.float8_e4m3fn if create == "create_flashinfer" else torch.float8_e5m2  # the one casts pools of latents, whole
+    for latent, dtype in ((False, torch.float8_e5m2), (True, wrong)):
         with pytest.raises(ValueError, match=f"a KV pool of {str(dtype)[6:]}"):
             getattr(backends, create)(SimpleNamespace(kv_cache_dtype=dtype, use_mla_backend=latent))
+
+
+def test_scaled_latents_are_refused_by_their_layer() -> None:
+    """SGLang casts them without a scale and reads them with one."""
+    layers = [SimpleNamespace(layer_id=0, k_scale_float=1.0), SimpleNamespace(layer_id=1, k_scale_float=0.5), object()]
+    runner = SimpleNamespace(kv_cache_dtype=torch.float8_e4m3fn, model=SimpleNamespace(modules=lambda: layers))
+    with pytest.raises(ValueError, match=r"attention layer 1 has k_scale 0.5, and latent attention \(MLA\) is served with 1"):
+        backends.check_latent_scales(runner)
+    layers[1].k_scale_float = None
+    backends.check_latent_scales(runner)
+    layers[1].k_scale_float, runner.kv_cache_dtype = 0.5, torch.bfloat16
+    backends.check_latent_scales(runner)
 
 
 def test_slices_have_no_quantised_pool(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +323,20 @@ def test_a_quantised_layer_stores_bytes_of_its_own() -> None:
     assert keys.equal(before) and new_kv.keys.flatten(1).equal(keys)
     for wanted, stored in zip(((keys / 0.5), (values / 2.0)), written[0][2:4], strict=True):
         assert stored.dtype == torch.float8_e4m3fn and stored.flatten(1).float().equal(wanted.to(stored.dtype).float())
+    read_back = attention_backend.PoolLayer(pool, layer, latent=False, attend_stored=True).new_kv(keys, values)
+    assert read_back.keys.equal(read_back.stored.keys.to(keys.dtype) * 0.5) and not read_back.keys.equal(new_kv.keys)
     captured = cache.stored(keys, values)
     assert all(
         one.view(torch.uint8).equal(other.flatten(1).view(torch.uint8)) for one, other in zip(captured, written[0][2:4], strict=True)
     )
+
+
+def test_a_quantised_latent_layer_stores_its_keys_alone() -> None:
+    layer: Any = SimpleNamespace(tp_k_head_num=1, qk_head_dim=6, v_head_dim=4)
+    pool: Any = SimpleNamespace(dtype=torch.float8_e4m3fn)
+    cache, joined = attention_backend.PoolLayer(pool, layer, latent=True), torch.randn(3, 1, 6).bfloat16()
+    new_kv = cache.new_kv(joined, joined[..., :4])
+    (travels,) = new_kv.stored.travelling
+    assert travels.dtype == torch.float8_e4m3fn and travels.float().equal(joined.to(travels.dtype).float()) and new_kv.keys.equal(joined)
+    keys, values = cache.stored(joined, joined[..., :4])
+    assert keys.float().equal(travels.float()) and values.data_ptr() == keys.data_ptr() and values.shape == (3, 1, 4)

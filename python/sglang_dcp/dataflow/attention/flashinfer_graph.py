@@ -23,7 +23,7 @@ WORKSPACE_BYTES = 256 << 20
 MLA_LATENT_DIM = 512
 MLA_ROPE_DIM = 64
 QUANTISED = torch.float8_e4m3fn
-"""The element type of quantised pools that its GQA kernels take beside bfloat16 queries."""
+"""The element type of quantised pools: its kernels take them beside bfloat16 queries."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""FlashInfer kernels for a step's rows, planned with host arrays, so that planning does not wait for the device. bfloat16; GQA takes pools
-of float8_e4m3fn too."""
+"""FlashInfer kernels for a step's rows, planned with host arrays, so that planning does not wait for the device. bfloat16, over pools of
+float8_e4m3fn too."""
 
 from __future__ import annotations
 
@@ -47,6 +47,10 @@ class FlashInferMlaRows:
         self._shape, self._page_size = shape, page_size
         self._wrapper: Any = BatchMLAPagedAttentionWrapper(torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device), backend="fa3")
         self._guard = CopyGuard(device)
+        # Latents are cast without a scale; the kernel wants to be told so.
+        is_quantised = shape.quantised is not None
+        self._plan_scales = {"scale_mode": "kv-per-tensor"} if is_quantised else {}
+        self._run_scales = {"ckv_scale": 1.0, "kpe_scale": 1.0} if is_quantised else {}
 
     def plan(self, table: KernelTable, page_indices: torch.Tensor, *, causal: bool) -> None:
         from flashinfer.mla import MLAPlanMetadata
@@ -66,15 +70,17 @@ class FlashInferMlaRows:
                 causal=causal,
                 sm_scale=self._shape.scale,
                 q_data_type=self._shape.dtype,
-                kv_data_type=self._shape.dtype,
+                kv_data_type=self._shape.kv_dtype,
                 lse_mode="basee",
+                **self._plan_scales,
             )
 
     def run(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: PartialState | None, kv_scales: KVScales
     ) -> PartialState:
-        given = {} if out is None else {"out": out.output, "lse": out.lse}
-        output, lse = self._wrapper.run(query=queries, kv_cache=keys.squeeze(2), return_lse=True, return_lse_base_on_e=True, **given)
+        given: dict[str, Any] = {} if out is None else {"out": out.output, "lse": out.lse}
+        given |= {"return_lse": True, "return_lse_base_on_e": True, **self._run_scales}
+        output, lse = self._wrapper.run(query=queries, kv_cache=keys.squeeze(2), **given)
         return PartialState(output, lse)
 
 
@@ -82,9 +88,8 @@ def flashinfer_kernel(shape: AttentionShape, page_size: int, device: torch.devic
     """The kernel for a model's layers. ValueError names what it does not serve."""
     if shape.dtype != torch.bfloat16:
         raise ValueError(f"sharded attention on a GPU serves bfloat16, this model has {shape.dtype} (--dtype bfloat16)")
-    if shape.quantised not in (None, QUANTISED) or shape.latent and shape.quantised is not None:
-        kind = "MLA" if shape.latent else "GQA"
-        raise ValueError(f"sharded {kind} on a GPU serves no pool of {shape.quantised} (--kv-cache-dtype)")
+    if shape.quantised not in (None, QUANTISED):
+        raise ValueError(f"sharded attention on a GPU serves no pool of {shape.quantised} (--kv-cache-dtype)")
     if not shape.latent:
         return FlashInferGqaRows(shape, page_size, device)
     dims = (shape.v_head_dim, shape.qk_head_dim - shape.v_head_dim)

@@ -1,4 +1,4 @@
-"""Partial attention of MLA decodes through FlashMLA's dense Hopper kernel (the sgl-flash-mla wheel that SGLang installs).
+"""Partial attention of MLA decodes through FlashMLA's dense Hopper kernels (the sgl-flash-mla wheel that SGLang installs).
 
 Lengths and block tables are the static buffers of the step's tables, and the kernel's schedule is made from them on the device: a step
 needs nothing of the host. The library is imported when an adapter is built.
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sglang_dcp.dataflow.attention.flashinfer_graph import MLA_LATENT_DIM, MLA_ROPE_DIM
+from sglang_dcp.dataflow.attention.flashinfer_graph import MLA_LATENT_DIM, MLA_ROPE_DIM, QUANTISED
 from sglang_dcp.dataflow.contracts import PartialState
 
 FLASH_MLA_PAGE_SIZE = 64
@@ -29,7 +29,7 @@ def check_flash_mla(num_heads: int, page_size: int) -> None:
 
 
 class FlashMLADecode:
-    """One query token per attention row, bfloat16, pages of 64 tokens.
+    """One query token per attention row, pages of 64 tokens; queries and latents of kv_dtype, bfloat16 or float8_e4m3fn, outputs bfloat16.
 
     block_table [S, width] and kv_length [S]: int32 device buffers of the step's tables.
     `plan` runs once per step ahead of the first layer, `run` in every layer; both may be captured.
@@ -40,16 +40,30 @@ class FlashMLADecode:
     few blocks per row.
     """
 
-    def __init__(self, num_heads: int, scale: float, block_table: torch.Tensor, kv_length: torch.Tensor, *, num_parts: int = 1) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        scale: float,
+        block_table: torch.Tensor,
+        kv_length: torch.Tensor,
+        *,
+        num_parts: int = 1,
+        kv_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         import flash_mla
 
         check_flash_mla(num_heads, FLASH_MLA_PAGE_SIZE)
         self.num_heads, self.scale, self.num_parts = num_heads, scale, num_parts
         self._block_table, self._kv_length = block_table, kv_length
         self._library: Any = flash_mla
+        self._quantised: dict[str, Any] = {}
+        if kv_dtype == QUANTISED:
+            # Elements are what they say: SGLang's latent pools are cast without a scale, and the queries like them.
+            one = torch.ones(1, dtype=torch.float32, device=kv_length.device)
+            self._quantised = {"is_fp8_kvcache": True, "descale_q": one, "descale_k": one}
         self._parts: _RowParts | None = None
         if num_parts > 1:
-            self._parts = _RowParts(num_heads, block_table, kv_length, num_parts)
+            self._parts = _RowParts(num_heads, block_table, kv_length, num_parts, kv_dtype)
             self._block_table, self._kv_length = self._parts.block_table, self._parts.kv_length
         self._schedule = self._make_schedule()
 
@@ -62,7 +76,9 @@ class FlashMLADecode:
 
     def _make_schedule(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What each multiprocessor does [parts, 8], and the first split of each row [S + 1]."""
-        metadata, splits = self._library.get_mla_decoding_metadata(self._kv_length, self.num_heads, 1, use_legacy=True)
+        metadata, splits = self._library.get_mla_decoding_metadata(
+            self._kv_length, self.num_heads, 1, is_fp8_kvcache=bool(self._quantised), use_legacy=True
+        )
         return metadata, splits
 
     def run(self, queries: torch.Tensor, latent_cache: torch.Tensor, *, mark_neutral: bool = True) -> PartialState:
@@ -84,6 +100,7 @@ class FlashMLADecode:
             softmax_scale=self.scale,
             causal=False,
             use_legacy=True,
+            **self._quantised,
         )
         output, lse = output.squeeze(1), lse.squeeze(-1)
         if self._parts is not None:
@@ -96,7 +113,7 @@ class FlashMLADecode:
 class _RowParts:
     """Rows cut into parts along their block tables; part-major, as the merge of stacked partials wants them."""
 
-    def __init__(self, num_heads: int, block_table: torch.Tensor, kv_length: torch.Tensor, num_parts: int) -> None:
+    def __init__(self, num_heads: int, block_table: torch.Tensor, kv_length: torch.Tensor, num_parts: int, dtype: torch.dtype) -> None:
         from sgl_kernel_dcp import merge_stacked
 
         rows, width = block_table.shape
@@ -108,7 +125,7 @@ class _RowParts:
         self._begin = torch.arange(num_parts, dtype=torch.int32, device=device).unsqueeze(1) * (width // num_parts * FLASH_MLA_PAGE_SIZE)
         self.block_table = torch.zeros(num_parts * rows, width // num_parts, dtype=torch.int32, device=device)
         self.kv_length = torch.zeros(num_parts * rows, dtype=torch.int32, device=device)
-        self._queries = torch.zeros(num_parts, rows, num_heads, MLA_LATENT_DIM + MLA_ROPE_DIM, dtype=torch.bfloat16, device=device)
+        self._queries = torch.zeros(num_parts, rows, num_heads, MLA_LATENT_DIM + MLA_ROPE_DIM, dtype=dtype, device=device)
         self._output = torch.zeros(rows, num_heads, MLA_LATENT_DIM, dtype=torch.bfloat16, device=device)
         self._lse = torch.zeros(rows, num_heads, dtype=torch.float32, device=device)
         self.fill()

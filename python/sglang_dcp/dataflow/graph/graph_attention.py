@@ -56,8 +56,14 @@ class GraphSizes:
         # In elements of the queries' type, whatever lies in the row.
         kv_row = shape.qk_head_dim if shape.latent else shape.num_kv_heads * (shape.qk_head_dim + shape.v_head_dim)
         kv_row = kv_row * shape.kv_dtype.itemsize // shape.dtype.itemsize
+        query = shape.qk_head_dim * query_dtype(shape).itemsize // shape.dtype.itemsize
         most_returns = min(self.max_home_rows, self.guest_rows[-1]) * (self.num_instances - 1)
-        return ExchangeShape(shape.num_heads, shape.qk_head_dim, shape.v_head_dim, kv_row, most_returns)
+        return ExchangeShape(shape.num_heads, query, shape.v_head_dim, kv_row, most_returns)
+
+
+def query_dtype(shape: AttentionShape) -> torch.dtype:
+    """What queries travel as: with a quantised latent pool in its type, for FlashMLA's kernel takes both alike, as it does in SGLang."""
+    return shape.kv_dtype if shape.latent else shape.dtype
 
 
 class GraphAttention:
@@ -84,6 +90,8 @@ class GraphAttention:
     ) -> None:
         if flash_mla:
             check_flash_mla(shape.num_heads, sizes.page_size)
+        elif shape.latent and shape.quantised is not None:
+            raise ValueError(f"decode graphs over latent pools of {shape.quantised} need --attention-backend flashmla")
         self.rank, self.sizes, self.shape, self.wait_seconds = rank, sizes, shape, wait_seconds
         self.flash_mla, self.own_split, self.first_rank = flash_mla, own_split, first_rank
         exchange_shape = sizes.exchange(shape)
@@ -122,7 +130,8 @@ class GraphAttention:
     def _build_kernel(self, rows: int) -> FlashInferDecode | FlashInferMLA | FlashMLADecode:
         shape, section, page_size = self.shape, self.tables.section, self.sizes.page_size
         if self._buffers is None:
-            return FlashMLADecode(shape.num_heads, shape.scale, section("block_table")[:rows], section("kv_length")[:rows])
+            rows_of = section("block_table")[:rows], section("kv_length")[:rows]
+            return FlashMLADecode(shape.num_heads, shape.scale, *rows_of, kv_dtype=shape.kv_dtype)
         indptr, indices, buffers = section("page_indptr")[: rows + 1], section("page_indices"), self._buffers.first(rows)
         if shape.latent:
             return FlashInferMLA(shape.num_heads, page_size, shape.scale, indptr, indices, section("kv_length")[:rows], buffers)
@@ -232,9 +241,10 @@ class GraphAttention:
         key_pool, value_pool = pools
         targets = self._targets(key_pool, value_pool)
         key_words, value_words = (part.view(self.shape.dtype) for part in (keys, values))
+        asked, rotary = (None if part is None else part.to(query_dtype(self.shape)).view(self.shape.dtype) for part in queries)
         received = self.exchange.dispatch(
-            queries[0], query_rope=queries[1], key=key_words, value=value_words, key_pool=targets[0], value_pool=targets[1]
-        )[:rows]
+            asked, query_rope=rotary, key=key_words, value=value_words, key_pool=targets[0], value_pool=targets[1]
+        )[:rows].view(query_dtype(self.shape))
         kernel = self._kernels[home_rows, guest_rows]
         state: PartialState
         if isinstance(kernel, FlashMLADecode):
@@ -250,6 +260,7 @@ class GraphAttention:
     def _targets(self, key_pool: torch.Tensor, value_pool: torch.Tensor) -> tuple[Any, Any]:
         """Where arriving K/V rows go: [slots, elements of the queries' type] views of the pools."""
         if self.shape.latent:
-            joined = key_pool.flatten(1)
-            return joined[:, :MLA_LATENT_DIM], joined[:, MLA_LATENT_DIM:]
+            joined = key_pool.flatten(1).view(self.shape.dtype)
+            latent = MLA_LATENT_DIM * self.shape.kv_dtype.itemsize // self.shape.dtype.itemsize
+            return joined[:, :latent], joined[:, latent:]
         return key_pool.flatten(1).view(self.shape.dtype), value_pool.flatten(1).view(self.shape.dtype)

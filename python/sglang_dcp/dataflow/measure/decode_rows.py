@@ -128,14 +128,17 @@ def _grouped_runner(shape: DecodeShape, most_pages: int, most_rows: int) -> Buil
 
 def _latent_runner(shape: DecodeShape, most_pages: int) -> Builder:
     width = MLA_LATENT_DIM + MLA_ROPE_DIM
-    cache = torch.randn(most_pages, PAGE, width, dtype=torch.bfloat16, device="cuda")
+    dtype = QUANTISED if shape.quantised else torch.bfloat16
+    if shape.quantised and not shape.flash_mla:
+        raise ValueError("quantised latents are served with --attention-backend flashmla")
+    cache = torch.randn(most_pages, PAGE, width, dtype=torch.bfloat16, device="cuda").to(dtype)
     scale = (128 + MLA_ROPE_DIM) ** -0.5
 
     def build(pages: Pages) -> Callable[[], object]:
-        queries = torch.randn(len(pages.lengths), shape.num_heads, width, dtype=torch.bfloat16, device="cuda")
+        queries = torch.randn(len(pages.lengths), shape.num_heads, width, dtype=torch.bfloat16, device="cuda").to(dtype)
         lengths, latents = pages.lengths.cuda(), cache[: pages.total]
         if shape.flash_mla:
-            flash = FlashMLADecode(shape.num_heads, scale, pages.block_table(), lengths)
+            flash = FlashMLADecode(shape.num_heads, scale, pages.block_table(), lengths, kv_dtype=dtype)
             flash.plan()
             return lambda: flash.run(queries, latents, mark_neutral=False)
         decode = FlashInferMLA(shape.num_heads, PAGE, scale, pages.indptr.cuda(), pages.indices, lengths)

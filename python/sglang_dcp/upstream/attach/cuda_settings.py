@@ -14,13 +14,16 @@ PLAIN_BACKEND = "torch_native"
 DEFAULT_BACKEND = "fa3"
 """SGLang's own default on a Hopper GPU. It runs the steps in which nobody is sharded; the others run FlashInfer's kernels, over the same
 pool."""
-BACKENDS = (BACKEND, DEFAULT_BACKEND, "flashmla", PLAIN_BACKEND)
+LATENT_BACKEND = "flashmla"
+BACKENDS = (BACKEND, DEFAULT_BACKEND, LATENT_BACKEND, PLAIN_BACKEND)
 BACKEND_FIELDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 EXPERT_BACKENDS = ("none", "deepep")
 """Expert all-to-all backends that take an instance's own rows and no others: ours changes attention, and rows stay at their home for it."""
 HOPPER_SM = 90
 QUANTISED_KV, QUANTISED_KV_TYPE = "fp8_e4m3", "float8_e4m3fn"
 """The one quantised K/V that is exchanged: SGLang's name of the setting, torch's of the type."""
+QUANTISED_BACKENDS = {False: (DEFAULT_BACKEND, BACKEND), True: (LATENT_BACKEND,)}
+"""What runs over such pools, by whether attention is latent (MLA): there SGLang's FlashInfer casts a whole pool in every layer and step."""
 CUDA_TRANSPORTS = ("auto", "peer", "nccl", "gloo")
 CPU_TRANSPORTS = ("auto", "gloo")
 
@@ -31,15 +34,14 @@ def has_slices(values: Callable[[str], Any]) -> bool:
 
 
 def complete_attention_backend(values: Callable[[str], Any], *, latent: bool) -> dict[str, str]:
-    """FlashInfer where the user named no backend and SGLang's own default was not run beside sharded steps: MLA, quantised K/V, and
-    instances of several slices. Else the default stands, and steps in which nobody is sharded run what they would run without
-    --enable-dyncp."""
-    if any(values(field) is not None for field in BACKEND_FIELDS):
+    """FlashInfer (FlashMLA over quantised latents) where the user named no backend and SGLang's own default was not run beside sharded
+    steps: MLA, and instances of several slices. Else the default stands, and steps in which nobody is sharded run what they would run
+    without --enable-dyncp."""
+    if any(values(field) is not None for field in BACKEND_FIELDS) or not latent and not has_slices(values):
         return {}
-    if not latent and values("kv_cache_dtype") != QUANTISED_KV and not has_slices(values):
-        return {}
-    logger.info("dyncp: --attention-backend %s (sharded steps run its kernels)", BACKEND)
-    return {"attention_backend": BACKEND}
+    backend = LATENT_BACKEND if latent and values("kv_cache_dtype") == QUANTISED_KV else BACKEND
+    logger.info("dyncp: --attention-backend %s (sharded steps run its kernels)", backend)
+    return {"attention_backend": backend}
 
 
 def complete_prefill_graph(values: Callable[[str], Any]) -> dict[str, bool]:
@@ -60,16 +62,19 @@ def find_card_refusal(sm: int) -> str | None:
     )
 
 
-def find_quantised_kv_refusal(values: Callable[[str], Any]) -> str | None:
-    """The message for a server whose K/V the user asks to be quantised and that cannot have it, or None. `values(field)`: as resolved."""
+def find_quantised_kv_refusal(values: Callable[[str], Any], *, latent: bool = False) -> str | None:
+    """The message for a server whose K/V the user asks to be quantised and that cannot have it, or None. `values(field)`: as resolved.
+    latent: the model's attention is MLA."""
     if values("kv_cache_dtype") != QUANTISED_KV:
         return None
     refused = f"--kv-cache-dtype {QUANTISED_KV} does not work with --enable-dyncp"
     if values("device") != "cuda":
         return f"{refused} on --device {values('device')}: it is served on a GPU alone"
-    backends = {values(field) for field in BACKEND_FIELDS} - {None, BACKEND}
+    served = QUANTISED_BACKENDS[latent]
+    backends = {values(field) for field in BACKEND_FIELDS} - {None, *served}
     if backends:
-        return f"{refused} and --attention-backend {min(backends)}: sharded steps take it with {BACKEND}"
+        kind = "latent attention (MLA)" if latent else "this model"
+        return f"{refused} and --attention-backend {min(backends)}: {kind} is served with {' or '.join(served)}"
     return None
 
 
@@ -81,18 +86,14 @@ def find_kv_type_refusal(kv_cache_dtype: Any, backend: str, *, latent: bool) -> 
     name = str(kv_cache_dtype).removeprefix("torch.")
     if name in ("bfloat16", "float16", "float32"):
         return None
-    if name == QUANTISED_KV_TYPE and backend == BACKEND and not latent:
+    served = QUANTISED_BACKENDS[latent]
+    refused = f"a KV pool of {name} (by --kv-cache-dtype, or by auto and this checkpoint) does not work with --enable-dyncp"
+    if name != QUANTISED_KV_TYPE:
+        return f"{refused}: of quantised types, {QUANTISED_KV_TYPE} alone is exchanged; give --kv-cache-dtype bfloat16"
+    if backend in served:
         return None
-    if name == QUANTISED_KV_TYPE and latent:
-        why = "latent attention (MLA) has none: FlashInfer would cast a whole pool in every layer and step"
-    elif name == QUANTISED_KV_TYPE:
-        why = f"--attention-backend {BACKEND} alone takes it, this is {backend}"
-    else:
-        why = f"of quantised types, {QUANTISED_KV_TYPE} alone is exchanged"
-    return (
-        f"a KV pool of {name} (by --kv-cache-dtype, or by auto and this checkpoint) does not work with --enable-dyncp: {why}; "
-        "give --kv-cache-dtype bfloat16"
-    )
+    kind = "latent attention (MLA)" if latent else "this model"
+    return f"{refused} and --attention-backend {backend}: {kind} is served with {' or '.join(served)}, or give --kv-cache-dtype bfloat16"
 
 
 def find_sliced_kv_refusal(kv_cache_dtype: Any, slices: int) -> str | None:

@@ -158,9 +158,10 @@ def judge_resolved(server_args: Any, view: Any) -> None:
     message = message or find_chunk_refusal(values, sharded=config.policy != "local")
     if view.disaggregation_mode != "decode":
         message = message or find_cache_refusal(values, config.cache_fraction)
-    message = message or find_transport_refusal(config.transport, view.device) or find_quantised_kv_refusal(values)
+    latent = use_mla_backend(server_args)
+    message = message or find_transport_refusal(config.transport, view.device) or find_quantised_kv_refusal(values, latent=latent)
     if message is None and view.device == "cuda":
-        message = find_card_refusal(get_device_sm()) or find_cuda_refusal(values, latent=use_mla_backend(server_args))
+        message = find_card_refusal(get_device_sm()) or find_cuda_refusal(values, latent=latent)
     message = message or find_slices_refusal(values, config)
     if message is not None:
         raise SystemExit(f"sglang_dcp: {message}")

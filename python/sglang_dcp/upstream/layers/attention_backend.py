@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
@@ -24,27 +23,28 @@ from sglang_dcp.upstream.step.runtime import Runtime
 class PoolLayer:
     """One layer of SGLang's KV pool. MLA keeps the latent and the rotary part in one row, of which V is a view.
 
-    scales: of the layer's K/V, where the pool is quantised and the checkpoint has some.
+    scales: of the layer's K/V, where the pool is quantised and the checkpoint has some. attend_stored: a chunk attends its own tokens as a
+    quantised pool gives them back, else as they were.
     """
 
-    def __init__(self, pool: Any, layer: Any, latent: bool) -> None:
-        self._pool, self._layer, self.latent = pool, layer, latent
+    def __init__(self, pool: Any, layer: Any, latent: bool, *, attend_stored: bool = False) -> None:
+        self._pool, self._layer, self.latent, self._attend_stored = pool, layer, latent, attend_stored
         self.scales = KVScales(getattr(layer, "k_scale_float", None) or 1.0, getattr(layer, "v_scale_float", None) or 1.0)
         self._kv_heads, self._key_dim, self._value_dim = layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim
 
     def new_kv(self, keys: torch.Tensor, values: torch.Tensor) -> NewKV:
         """What the model hands to attention: K/V [T, kv_heads, dim] or flat, or views of a joined projection."""
         keys = keys.reshape(-1, self._kv_heads, self._key_dim).contiguous()
-        if self.latent:
-            return NewKV(keys, keys[..., : self._value_dim], latent=True)
-        new_kv = NewKV(keys, values.reshape(-1, self._kv_heads, self._value_dim).contiguous(), latent=False)
-        return with_quantised(new_kv, self.scales, self._pool.dtype, attend_stored=chunks_read_the_pool())
+        shape = -1, self._kv_heads, self._value_dim
+        values = keys[..., : self._value_dim] if self.latent else values.reshape(shape).contiguous()
+        return with_quantised(NewKV(keys, values, self.latent), self.scales, self._pool.dtype, attend_stored=self._attend_stored)
 
     def stored(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K/V in the pool's element type, in the shapes that they come in."""
+        """K/V in the pool's element type, in the shapes that they come in. A latent layer's values are a view of its keys."""
         if keys.dtype == self._pool.dtype:
             return keys, values
-        return quantised(keys, self.scales.key, self._pool.dtype), quantised(values, self.scales.value, self._pool.dtype)
+        stored = quantised(keys, self.scales.key, self._pool.dtype)
+        return stored, stored[..., : self._value_dim] if self.latent else quantised(values, self.scales.value, self._pool.dtype)
 
     def write(self, slots: torch.Tensor, new_kv: NewKV) -> None:
         self.write_tokens(slots, new_kv.keys, new_kv.values)
@@ -64,15 +64,6 @@ class PoolLayer:
         return KVWriteLoc(slots, physical=True)
 
 
-@functools.cache
-def chunks_read_the_pool() -> bool:
-    """Whether a prefill chunk in a step in which nobody is sharded reads its own K/V back from the pool; else it attends it as it was.
-    Every layer of a step wants to know, so the environment is read once."""
-    from sglang.srt.environ import envs
-
-    return bool(envs.SGLANG_FLASHINFER_USE_PAGED.get())
-
-
 _Stock: Any = object
 """Stands for the stock backend that `make_backend_class` puts behind a StepBackend."""
 
@@ -85,6 +76,8 @@ class StepBackend(_Stock):
     dyncp_graphs: GraphEngine | None = None
     dyncp_guard = CopyGuard(torch.device("cpu"))
     dyncp_flash_mla = False
+    dyncp_chunks_read_the_pool = False
+    """Whether stock's prefill chunk reads its own K/V back from the pool: ours then attends a quantised pool's elements too."""
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any, **kwargs: Any) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens, *args, **kwargs)
@@ -123,7 +116,8 @@ class StepBackend(_Stock):
         if runtime is None or not isinstance(runtime.mode, Eager):
             return super().forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         check_call(layer, k, save_kv_cache)
-        return forward_sharded(runtime, self.token_to_kv_pool, *with_rotary_part(q, k, v, **kwargs), layer)
+        parts = with_rotary_part(q, k, v, **kwargs)
+        return forward_sharded(runtime, self.token_to_kv_pool, *parts, layer, attend_stored=self.dyncp_chunks_read_the_pool)
 
     def _graphs(self) -> GraphEngine:
         assert self.dyncp_graphs is not None
@@ -169,11 +163,14 @@ def with_rotary_part(
     return joined_q, torch.cat([k, k_rope.reshape(tokens, 1, -1)], dim=-1), v
 
 
-def forward_sharded(runtime: Runtime, pool: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any) -> torch.Tensor:
+def forward_sharded(
+    runtime: Runtime, pool: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, *, attend_stored: bool = False
+) -> torch.Tensor:
     """Attention of a step with sharded rows. Returns [T, heads * v_head_dim]."""
     runtime.layer_roll.enter(layer.layer_id)
     plan = plan_of_step(runtime, q.shape[0])
-    cache = PoolLayer(pool, layer, latent=layer.tp_k_head_num == 1 and layer.qk_head_dim != layer.v_head_dim)
+    latent = layer.tp_k_head_num == 1 and layer.qk_head_dim != layer.v_head_dim
+    cache = PoolLayer(pool, layer, latent, attend_stored=attend_stored)
     queries = q.reshape(q.shape[0], layer.tp_q_head_num, layer.qk_head_dim).contiguous()
     output = attention_step(
         queries,
@@ -209,7 +206,7 @@ def forward_captured(
     if cache.latent:
         k = k.reshape(num_tokens, 1, -1)
         k = k if k_rope is None else torch.cat([k, k_rope.reshape(num_tokens, 1, -1)], dim=-1)
-        v = k[..., : layer.v_head_dim]
+        k, v = cache.stored(k, k[..., : layer.v_head_dim])
         new_kv = v, k[..., layer.v_head_dim :]
     else:
         k, v = cache.stored(k, v)

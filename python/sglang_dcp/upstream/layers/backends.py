@@ -8,7 +8,7 @@ import torch
 
 from sglang_dcp.dataflow.attention.split_budget import with_split_budget
 from sglang_dcp.dataflow.copy_guard import CopyGuard
-from sglang_dcp.upstream.attach.cuda_settings import QUANTISED_KV_TYPE, find_kv_type_refusal, find_sliced_kv_refusal
+from sglang_dcp.upstream.attach.cuda_settings import QUANTISED_KV, QUANTISED_KV_TYPE, find_kv_type_refusal, find_sliced_kv_refusal
 from sglang_dcp.upstream.layers.attention_backend import make_backend_class
 from sglang_dcp.upstream.layers.graphs import splits_long_rows
 
@@ -47,9 +47,12 @@ def create_flashinfer(runner: Any) -> Any:
     if splits_long_rows():
         # Its decode graphs too: a long row that lies whole in a pool meets the same limit in a step in which nobody is sharded.
         flashinfer_backend.BatchDecodeWithPagedKVCacheWrapper = with_split_budget(flashinfer_backend.BatchDecodeWithPagedKVCacheWrapper)
+    from sglang.srt.environ import envs
     from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 
-    return _for_runner(make_backend_class(FlashInferAttnBackend)(runner, init_new_workspace=runner.init_new_workspace), runner)
+    backend = make_backend_class(FlashInferAttnBackend)(runner, init_new_workspace=runner.init_new_workspace)
+    backend.dyncp_chunks_read_the_pool = bool(envs.SGLANG_FLASHINFER_USE_PAGED.get())
+    return _for_runner(backend, runner)
 
 
 def create_fa3(runner: Any) -> Any:
@@ -61,6 +64,7 @@ def create_fa3(runner: Any) -> Any:
 
     backend = make_backend_class(FlashAttentionBackend)(runner)
     backend.dyncp_runner = runner  # no guard: it plans nothing in pinned memory
+    backend.dyncp_chunks_read_the_pool = True
     return backend
 
 
@@ -69,9 +73,13 @@ def create_flashmla(runner: Any) -> Any:
     check_kv_type(runner, "flashmla")
     if not runner.use_mla_backend:
         raise ValueError("--attention-backend flashmla serves models with latent attention (MLA) alone; use flashinfer")
+    check_latent_scales(runner)
     from sglang.srt.layers.attention.flashmla_backend import FlashMLABackend
+    from sglang.srt.runtime_context import get_exec
 
-    return _for_runner(make_backend_class(FlashMLABackend, flash_mla=True)(runner), runner)
+    backend = make_backend_class(FlashMLABackend, flash_mla=True)(runner)
+    backend.dyncp_chunks_read_the_pool = bool(get_exec().kernel.flashinfer_mla_disable_ragged)
+    return _for_runner(backend, runner)
 
 
 def check_kv_type(runner: Any, backend: str) -> None:
@@ -84,6 +92,20 @@ def check_kv_type(runner: Any, backend: str) -> None:
         message = find_sliced_kv_refusal(runner.kv_cache_dtype, get_parallel().attn_tp_size)
     if message is not None:
         raise ValueError(message)
+
+
+def check_latent_scales(runner: Any) -> None:
+    """Raises ValueError for a latent layer (MLA) whose quantised K/V a checkpoint scales: SGLang's pool casts it unscaled, its FlashMLA
+    backend reads it as scaled, so there is nothing that sharded steps could agree with."""
+    if not str(runner.kv_cache_dtype).endswith(QUANTISED_KV_TYPE):
+        return
+    for module in runner.model.modules():
+        scale = getattr(module, "k_scale_float", None)
+        if scale not in (None, 1.0):
+            raise ValueError(
+                f"--kv-cache-dtype {QUANTISED_KV} does not work with --enable-dyncp for this checkpoint: attention layer {module.layer_id} "
+                f"has k_scale {scale}, and latent attention (MLA) is served with 1; give --kv-cache-dtype bfloat16"
+            )
 
 
 def _for_runner(backend: Any, runner: Any) -> Any:
