@@ -90,7 +90,12 @@ class _Wrapper:
         self._plan_info[OUTPUT_INDPTR_FIELD], self._plan_info[CHUNK_TOKENS_FIELD] = 64, 0
         self._pin_memory_int_workspace_buffer = torch.zeros(64 + 4 * (rows + 1), dtype=torch.uint8)
 
+    def plan_again(self, page_indptr: torch.Tensor, lengths: torch.Tensor) -> bool:
+        self.plan(page_indptr)
+        return True
+
     def plan(self, page_indptr: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """What other checkouts call."""
         counts = np.diff(page_indptr.numpy())
         chunk = max(2, -(-int(counts.sum()) // 66))
         words = self._pin_memory_int_workspace_buffer.numpy().view(np.int32)

@@ -108,6 +108,42 @@ def test_a_wrapper_plans_through_it_and_runs_the_module_itself(monkeypatch: pyte
     assert len(planned) == 2
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_plan_again_is_the_planner_s_call_alone(monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=MULTIPROCESSORS))
+    planned: list[Any] = []
+
+    def plan(*call: Any) -> int:
+        planned.append(call)
+        return len(planned)
+
+    class Wrapper:
+        device = "cuda:0"
+
+        def plan(self, call: list[Any]) -> None:
+            self._cached_module = SimpleNamespace(plan=plan)
+            self._plan_info = self._cached_module.plan(*call)
+
+    wrapper = with_split_budget(Wrapper, own=own)()
+    first, later = arguments([1, 1, 0]), arguments([3, 9000, 2])
+    lengths = torch.tensor([192, 575_990, 65], dtype=torch.int32)
+    rows = later[split_budget.PAGE_INDPTR], lengths
+    assert not wrapper.plan_again(*rows), "nothing was planned yet"
+    wrapper.plan(first)
+    assert wrapper.plan_again(*rows) and wrapper._plan_info == 2
+    wanted = replan(later, MULTIPROCESSORS) if own else later
+    assert planned[1][split_budget.PAGE_INDPTR].equal(wanted[split_budget.PAGE_INDPTR]) and planned[1][split_budget.LENGTHS] is lengths
+    others = [
+        place for place in range(split_budget.NUM_ARGUMENTS) if place not in (0, 1, 2, 3, split_budget.PAGE_INDPTR, split_budget.LENGTHS)
+    ]
+    assert [planned[1][place] for place in others] == [wanted[place] for place in others]
+    assert all(planned[1][place] is first[place] for place in range(4)), "workspaces and the queries' offsets"
+    assert not wrapper.plan_again(*arguments([1, 2])[split_budget.PAGE_INDPTR : split_budget.NUM_ROWS - 1]), "another number of rows"
+    wrapper.plan(list(range(15)))
+    assert not wrapper.plan_again(*rows), "another planner"
+    assert len(planned) == 3
+
+
 def test_flashinfer_still_takes_these_arguments_in_this_order() -> None:
     """The places are FlashInfer's: its source says them where it can be read."""
     import inspect
@@ -119,6 +155,7 @@ def test_flashinfer_still_takes_these_arguments_in_this_order() -> None:
         text = source[source.index(caller) :]
         text = text[text.index("args = [") :]
         listed = [line.split("#")[0].strip().rstrip(",") for line in text[: text.index("]")].splitlines()[1:] if line.strip()]
+        assert listed[split_budget.LENGTHS] == "kv_lens_arr_host"
         assert listed[split_budget.PAGE_INDPTR] == "indptr_host" and listed[split_budget.NUM_ROWS] == "batch_size"
         assert listed[split_budget.QUERY_HEADS : split_budget.IS_GRAPH + 1] == [
             "num_qo_heads",

@@ -92,8 +92,7 @@ class FlashInferDecode:
         buffers = buffers or KernelBuffers.allocate(rows, num_heads, head_dim, device)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.page_size, self.scale, self.kv_dtype, self._page_indices = page_size, scale, kv_dtype, page_indices
-        stock = flashinfer.BatchDecodeWithPagedKVCacheWrapper
-        self._wrapper = (with_split_budget(stock) if own_split else stock)(
+        self._wrapper = with_split_budget(flashinfer.BatchDecodeWithPagedKVCacheWrapper, own=own_split)(
             buffers.workspace,
             "NHD",
             use_cuda_graph=True,
@@ -119,20 +118,23 @@ class FlashInferDecode:
         return self._schedule.serves_longer(begun)
 
     def plan(self, page_indptr: torch.Tensor, last_page_length: torch.Tensor) -> None:
-        """Host copies of the two buffers (int32)."""
-        self._wrapper.plan(
-            page_indptr,
-            self._page_indices[: int(page_indptr[-1])],
-            last_page_length,
-            self.num_heads,
-            self.num_kv_heads,
-            self.head_dim,
-            self.page_size,
-            sm_scale=self.scale,
-            q_data_type=torch.bfloat16,
-            kv_data_type=self.kv_dtype,
-        )
-        self._schedule.read(self._wrapper, page_indptr.diff().numpy())
+        """Host copies of the two buffers (int32). The first plan also fills these, later ones leave them to the step's tables."""
+        counts = np.diff(page_indptr.numpy())
+        lengths = torch.from_numpy(np.maximum(counts - 1, 0) * self.page_size + last_page_length.numpy())
+        if not self._wrapper.plan_again(page_indptr, lengths):
+            self._wrapper.plan(
+                page_indptr,
+                self._page_indices[: int(page_indptr[-1])],
+                last_page_length,
+                self.num_heads,
+                self.num_kv_heads,
+                self.head_dim,
+                self.page_size,
+                sm_scale=self.scale,
+                q_data_type=torch.bfloat16,
+                kv_data_type=self.kv_dtype,
+            )
+        self._schedule.read(self._wrapper, counts)
 
     def run(
         self, queries: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, kv_scales: KVScales = NO_SCALES

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 BLOCKS_PER_SM = 2
 """FlashInfer's own: what it takes a multiprocessor to hold, whatever the kernel."""
@@ -28,7 +29,7 @@ MOST_GROUP = 64
 
 # Places of the planner's arguments (0.7.2, batch_prefill.cu, BatchPrefillWithKVCachePlan), and how many there are for fa2.
 NUM_ARGUMENTS = 20
-PAGE_INDPTR, NUM_ROWS, QUERY_HEADS, KV_HEADS, PAGE_SIZE, IS_GRAPH = 4, 7, 8, 9, 10, 11
+PAGE_INDPTR, LENGTHS, NUM_ROWS, QUERY_HEADS, KV_HEADS, PAGE_SIZE, IS_GRAPH = 4, 5, 7, 8, 9, 10, 11
 FIXED_SPLIT, DISABLE_SPLIT, COLOCATED_BLOCKS, UNIFORM_QUERIES = 16, 17, 18, 19
 
 
@@ -73,27 +74,43 @@ def replan(arguments: Sequence[Any], num_multiprocessors: int) -> list[Any]:
     changed[COLOCATED_BLOCKS] = BLOCKS_PER_SM * num_multiprocessors - blocks
     changed[FIXED_SPLIT] = pages = chunk_pages(page_counts, num_shares, changed[PAGE_SIZE])
     told = np.concatenate([[0], planning_counts(page_counts, pages).cumsum()])
-    changed[PAGE_INDPTR] = indptr.new_tensor(told)
+    changed[PAGE_INDPTR] = torch.from_numpy(told.astype(np.int32))
     return changed
 
 
 class _Planner:
-    """A FlashInfer module whose `plan` has our budget; all else is the module's."""
+    """A FlashInfer module whose `plan` has our budget (num_multiprocessors None: its own); all else is the module's."""
 
-    def __init__(self, module: Any, num_multiprocessors: int) -> None:
+    def __init__(self, module: Any, num_multiprocessors: int | None) -> None:
         self._module, self._num_multiprocessors = module, num_multiprocessors
+        self.arguments: tuple[Any, ...] = ()
 
     def plan(self, *arguments: Any) -> Any:
-        return self._module.plan(*replan(arguments, self._num_multiprocessors))
+        self.arguments = arguments
+        return self._module.plan(*arguments if self._num_multiprocessors is None else replan(arguments, self._num_multiprocessors))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
 
-def with_split_budget(wrapper_class: type) -> type:
-    """A subclass of FlashInfer's BatchDecodeWithPagedKVCacheWrapper whose plans, `fast_decode_plan` included, have our budget."""
+def with_split_budget(wrapper_class: type, *, own: bool = True) -> type:
+    """A subclass of FlashInfer's BatchDecodeWithPagedKVCacheWrapper whose plans, `fast_decode_plan` included, have our budget, or with
+    own=False FlashInfer's."""
 
     class SplitBudgetDecode(wrapper_class):
+        def plan_again(self, page_indptr: torch.Tensor, lengths: torch.Tensor) -> bool:
+            """The last plan's call of the planner with other rows: page_indptr [rows + 1], lengths [rows] in tokens, int32 on the host.
+
+            That is what of `plan` a captured decode needs whose page lists a kernel writes on the device: `plan` copies them there, and
+            looks at everything that a graph has fixed. False: there was no plan yet, or it takes other arguments.
+            """
+            arguments = [*getattr(getattr(self, "_cached_module", None), "arguments", ())]
+            if len(arguments) != NUM_ARGUMENTS or len(lengths) != arguments[NUM_ROWS]:
+                return False
+            arguments[PAGE_INDPTR], arguments[LENGTHS] = page_indptr, lengths
+            self._plan_info = self._cached_module.plan(*arguments)
+            return True
+
         @property
         def _cached_module(self) -> Any:
             try:
@@ -103,10 +120,8 @@ def with_split_budget(wrapper_class: type) -> type:
 
         @_cached_module.setter
         def _cached_module(self, module: Any) -> None:
-            import torch
-
             if not isinstance(module, _Planner):
-                module = _Planner(module, torch.cuda.get_device_properties(self.device).multi_processor_count)
+                module = _Planner(module, torch.cuda.get_device_properties(self.device).multi_processor_count if own else None)
             self.__dict__["_split_budget_module"] = module
 
     SplitBudgetDecode.__name__ = SplitBudgetDecode.__qualname__ = wrapper_class.__name__
