@@ -13,7 +13,7 @@ from aiohttp import web
 from benchmark.headline.client import Arrival, Served, send_all
 from benchmark.headline.contenders import contenders
 from benchmark.headline.judge import highest_rate, holds, percentile, point, ratios
-from benchmark.headline.run import arrivals
+from benchmark.headline.traffic import arrivals
 
 
 def served(tpot_ms: float, *, wait_s: float = 0.1, error: str | None = None) -> Served:

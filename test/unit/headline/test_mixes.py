@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmark.headline.run import Mix, parse_mixes
+from benchmark.headline.plan import MixRates as Mix, parse_mixes
 
 
 def test_every_share_has_its_rates() -> None:
