@@ -26,7 +26,7 @@ CLOSE_S = 2.0
 """How long aborted streams have for their last event, which says where they lived."""
 
 Fields = Mapping[str, Any] | Callable[[int], Mapping[str, Any]]
-"""Fields of a request beside its own; what is in `sampling_params` joins its own. A callable is asked with the prompt's length in tokens."""
+"""Fields of a request beside its own; what is in `sampling_params` joins its own. A callable is given the prompt's length in tokens."""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,11 @@ def mix_name(mix: Mix) -> str:
     return mix if isinstance(mix, str) else f"{mix:g}"
 
 
+def mix_title(name: str) -> str:
+    """For readers, of a name as in the keys of results."""
+    return "lengths of coding agents (Weka)" if name == WEKA else f"{100 * float(name):g} % long prompts"
+
+
 def workload(mix: Mix, longest: int) -> Workload:
     """No prompt above `longest` tokens."""
     return weka_lengths(longest) if isinstance(mix, str) else chat(mix, max_prompt=longest)

@@ -33,7 +33,8 @@ class GpuServer:
     """One server. flags: further flags. one_gpu: every rank on GPU 0. device cpu: the same check without a GPU, slowly.
 
     slices: processes of an instance, attention TP. chunk_tokens: most prefill tokens of one instance in one step; None: an eighth of the
-    pool, 0: SGLang's own default. environment: further variables, of this server alone. plugins: folders beside this file with SGLang plugins of the tests.
+    pool, 0: SGLang's own default. environment: further variables, of this server alone. plugins: folders beside this file with SGLang
+    plugins of the tests.
     """
 
     name: str
