@@ -116,6 +116,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--start-limit", type=float, default=300.0)
     parser.add_argument("--end", type=float, default=540.0, help="seconds for everything")
     parser.add_argument("--dry", action="store_true", help="the tiny test model on a CPU: shows that it runs, its times mean nothing")
+    parser.add_argument("--no-prediction", action="store_true", help="benchmark.headline.predict adds them where time is cheap")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     args = parser.parse_args(arguments)
     args.mixes, args.seeds = parse_mixes(args.long, args.rates), parse_seeds(args.seed)
@@ -155,7 +156,7 @@ def main() -> int:
     with machine_lock() if args.dry else nullcontext():
         for group in args.groups:
             run_group(group, args, found["cases"], lambda: path.write_text(json.dumps(found, indent=1)))
-    if not args.dry:
+    if not args.dry and not args.no_prediction:
         add_predictions(found)
         path.write_text(json.dumps(found, indent=1))
     return 0
