@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from benchmark.headline.client import Arrival
 from benchmark.headline.weka import weka_lengths
 from benchmark.simulate.workloads import SHORT_PROMPT, Workload, chat
 
 BEGINNING_S = 1.0
 """Requests that had begun before the window are sent in its first second."""
-DRAWN_BEYOND = 1.3
+DRAWN_BEYOND = 1.2
 """Exponential gaps may end early: so much longer a time is drawn, and what comes after the window left out."""
+MOST_RATE = 32.0
+"""Requests per second that a history is drawn at; a lower rate keeps part of them."""
 WEKA = "weka"
 
 Mix = float | str
@@ -51,14 +55,24 @@ def arrivals(
 
     history_ms: 0: they come from the start on. Else the time per token by which those that came before the start have aged: who would
     still run begins with what it had generated as part of the prompt (which may so exceed `longest`) and the rest, at least 2 tokens, as
-    output. Equal arguments, equal arrivals.
+    output. A window shows few of the long prompts, so another draw for every rate would say more of the draw than of the rate: a higher
+    rate has all requests of a lower one, at the same times, and more. ValueError for one above MOST_RATE.
+
+    Equal arguments, equal arrivals.
     """
     source = workload(mix, longest)
     if not history_ms:
         return [_arrival(*row, longest, longest_output) for row in source.requests(rate, seconds, seed)]
+    if not 0 < rate <= MOST_RATE:
+        raise ValueError(f"{rate:g} requests/s with a history: at most {MOST_RATE:g} (MOST_RATE)")
     history_s = longest_output * history_ms / 1000
-    rows = source.requests(rate, DRAWN_BEYOND * (history_s + seconds) + 20 / rate, seed)
-    drawn = [_arrival(at - history_s, prompt, output, longest, longest_output) for at, prompt, output in rows if at - history_s < seconds]
+    rows = source.requests(MOST_RATE, DRAWN_BEYOND * (history_s + seconds), seed)
+    kept = np.random.default_rng((seed, 9)).random(len(rows)) < rate / MOST_RATE
+    drawn = [
+        _arrival(at - history_s, prompt, output, longest, longest_output)
+        for (at, prompt, output), keep in zip(rows, kept.tolist(), strict=True)
+        if keep and at - history_s < seconds
+    ]
     aged = [_aged(one, history_ms) for one in drawn if one.at_s < 0]
     return sorted([*_spread([one for one in aged if one is not None]), *(one for one in drawn if one.at_s >= 0)], key=lambda one: one.at_s)
 

@@ -11,6 +11,7 @@ from benchmark.headline.contenders import FA3, contenders, pinned
 from benchmark.headline.plan import MixRates, Unit, is_left, parse_mixes, parse_seeds, units
 from benchmark.headline.run import load_or_begin, parse
 from benchmark.headline.traffic import mix_name, mix_title
+from testing.gpu.servers import GpuServer
 
 
 def test_every_mix_has_its_rates() -> None:
@@ -68,6 +69,16 @@ def test_real_prefill_drops_what_skips_it_and_nothing_else() -> None:
         kept = set(fake[name].flags) - {"--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "fake"}
         assert kept - {"--disaggregation-decode-retraction-backup", "cpu_tensor"} <= set(one.flags), name
     assert real["whole"].fields == pinned(1)
+
+
+def test_prompts_that_are_computed_come_in_sglangs_own_chunks() -> None:
+    def command(chunk_tokens: int | None) -> list[str]:
+        return GpuServer("x", Path("model"), 2, 8000, True, chunk_tokens=chunk_tokens).command()
+
+    assert "--chunked-prefill-size" not in command(0)
+    for chunk_tokens, expected in ((None, "2000"), (65_536, "131072")):
+        found = command(chunk_tokens)
+        assert found[found.index("--chunked-prefill-size") + 1] == expected
 
 
 def test_all_contenders_of_a_server_are_measured_at_a_rate_before_the_next() -> None:

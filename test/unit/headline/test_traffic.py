@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from benchmark.headline.client import Arrival, request_body
-from benchmark.headline.traffic import WEKA, arrivals, parse_mix, workload
+from benchmark.headline.traffic import MOST_RATE, WEKA, arrivals, parse_mix, workload
 from benchmark.headline.weka import OUTPUTS, PROMPTS, SHARES, weka_lengths
 
 MS, SECONDS, MOST = 20.0, 30.0, 4096
@@ -34,10 +35,13 @@ def test_no_history_is_as_ever() -> None:
 def test_nobody_is_lost_who_would_still_run() -> None:
     """Counted apart from the module: every drawn request has ended before 0, has begun, or comes within the window."""
     history_s = MOST * MS / 1000
-    rows = workload(0.05, 400_000).requests(8.0, 3 * (history_s + SECONDS), 1)
+    rows = workload(0.05, 400_000).requests(MOST_RATE, 3 * (history_s + SECONDS), 1)
+    marks = np.random.default_rng((1, 9)).random(len(rows))
     still, new = [], []
-    for at, prompt, output in rows:
+    for (at, prompt, output), mark in zip(rows, marks, strict=True):
         at -= history_s
+        if mark >= 8.0 / MOST_RATE:
+            continue
         generated = int(-at * 1000 / MS)
         if at < 0 and generated < max(2, output):
             still.append((prompt + generated, max(2, output - generated)))
@@ -48,11 +52,25 @@ def test_nobody_is_lost_who_would_still_run() -> None:
     assert [(one.at_s, one.prompt_tokens, one.output_tokens) for one in found if not one.begun] == new and len(new) > 200
 
 
+def test_a_higher_rate_has_all_requests_of_a_lower_one_at_the_same_times() -> None:
+    for mix in (0.05, WEKA):
+        counts = []
+        for rate in (2.0, 4.0, 8.0):
+            low, high = with_history(mix, rate), with_history(mix, 2 * rate)
+            lower, higher = ({(one.at_s * (not one.begun), one.prompt_tokens, one.output_tokens) for one in some} for some in (low, high))
+            assert lower < higher
+            counts.append(sum(not one.begun for one in low) / rate / SECONDS)
+        assert counts == pytest.approx([1.0] * 3, abs=0.25), "and about as many as it says"
+    for wrong in (0.0, MOST_RATE + 1):
+        with pytest.raises(ValueError, match="requests/s with a history"):
+            with_history(rate=wrong)
+
+
 def test_the_begun_come_evenly_in_the_first_second_the_long_ones_too() -> None:
     begun = [one for one in with_history(0.05, 12.0) if one.begun]
     for some in (begun, [one for one in begun if one.prompt_tokens > 20_000]):
         times = [one.at_s for one in some]
-        assert len(times) > 5 and max(times) < 1.0
+        assert len(times) >= 5 and max(times) < 1.0
         assert sum(at < 0.5 for at in times) == pytest.approx(len(times) / 2, abs=1.5)
     assert min(one.output_tokens for one in begun) >= 2 and max(one.output_tokens for one in begun) <= MOST
 
