@@ -34,7 +34,7 @@ from testing.ports import find_free_port
 STOP_TTFT_S = 30.0
 BETWEEN_WINDOWS_S = 10.0
 """To draw prompts, close streams and see the server empty."""
-FIXED = ("model", "layers", "pool_tokens", "longest", "longest_output", "prefill", "machine", "commit")
+FIXED = ("model", "layers", "pool_tokens", "longest", "longest_output", "prefill", "seconds", "history_ms", "machine", "commit")
 """What may not differ between the points of a file."""
 
 
@@ -133,7 +133,7 @@ def load_or_begin(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"cases": {}}
     facts = provenance(" ".join(["python", "-m", "benchmark.headline.run", *sys.argv[1:]]))
     facts |= {"model": args.model, "layers": args.layers, "pool_tokens": args.pool, "longest": args.longest}
-    facts |= {"longest_output": args.longest_output, "prefill": args.prefill}
+    facts |= {"longest_output": args.longest_output, "prefill": args.prefill, "seconds": args.seconds, "history_ms": args.history_ms}
     facts["commit"] = args.commit or facts["commit"]
     if not args.dry:
         facts["machine"] = f"{args.gpus} x {read_device_facts()['names'][0]}"

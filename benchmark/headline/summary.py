@@ -18,8 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark.headline.contenders import NO_PREFILL
+from benchmark.headline.contenders import NO_PREFILL, REAL_PREFILL
 from benchmark.headline.judge import Point, highest_rate, holds, ratios
+from benchmark.headline.predict import COMMAND
 
 LIMITS_MS = (20.0, 22.5, 25.0, 30.0, 40.0)
 MAIN_LIMIT_MS = 25.0
@@ -61,6 +62,10 @@ def merge(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                         raise ValueError(f"{case_name}, {name}, {point['requests_per_s']:g} requests/s: measured in two of the runs")
                     into["points"].append(point if len(commits) == 1 else {**point, "commit": run["commit"]})
                 into["points"].sort(key=lambda point: point["requests_per_s"])
+    for case_name, case in cases.items():
+        windows = {(point.get("seconds"), point.get("history_ms")) for points in points_of(case).values() for point in points}
+        if len(windows) > 1:
+            raise ValueError(f"{case_name}: points of different windows, (seconds, history_ms) {', '.join(map(str, windows))}")
     commands = [command for run in runs for command in (*run.get("earlier_commands", []), run["command"])]
     return {"command": "; ".join(dict.fromkeys(commands)), "commit": ", ".join(commits), **facts, "cases": cases}
 
@@ -168,10 +173,10 @@ def main() -> int:
     parser.add_argument("--note", action="append", default=[], help="what a reader must know, a line of the page")
     args = parser.parse_args()
     runs = [json.loads(path.read_text()) for path in args.runs]
-    result = summarise(runs)
-    result["notes"] = args.note
-    if all("predictions" in run for run in runs):
-        result["predictions"] = runs[0]["predictions"]
+    for path, run in zip(args.runs, runs, strict=True):
+        if run.get("prefill") != REAL_PREFILL and "predictions" not in run:
+            parser.error(f"{path} has no predictions: {COMMAND}")
+    result = summarise(runs) | {"notes": args.note, "predictions": COMMAND}
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: result.get(key) for key in ("lowest_ratio_any_mix", "lowest_ratio_is")}))
     return 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmark.headline.summary import SPLIT, lowest_ratios, merge, short_step, summarise
+from benchmark.headline.summary import SPLIT, lowest_ratios, main, merge, short_step, summarise
 from scripts.result_pages.headline import render_of
 
 CURVES = {"stock": {4: 18.0, 6: 32.0}, "whole": {6: 19.0, 8: 28.0}, "ours": {6: 15.0, 8: 19.0, 10: 27.0}}
@@ -43,6 +44,9 @@ def test_other_facts_and_points_measured_twice_are_refused() -> None:
     one = run({"0.03|1": case({"ours": {6: 15.0}})})
     with pytest.raises(ValueError, match=r"0.03\|1, ours, 6 requests/s: measured in two"):
         merge([one, one])
+    loaded = {"0.03|1": {"ours": {"what": "", "flags": [], "points": [at(8, 9.0, seconds=20.0, history_ms=20.0)]}}}
+    with pytest.raises(ValueError, match="points of different windows"):
+        merge([one, run(loaded)])
     with pytest.raises(ValueError, match="layers: 48 and 12"):
         merge([one, run({}, layers=12)])
     with pytest.raises(ValueError, match="four_gpus; the result needs one of two_gpus"):
@@ -89,3 +93,16 @@ def test_a_summary_has_the_figures_that_the_bars_name_and_a_page() -> None:
     text = render_of(found | {"notes": ["made up"]}, json.loads(SPLIT.read_text()))
     for part in ("## Other mixes and seeds", "Weka), seed 2:", "## Four gpus", "## Two gpus real prefill", "Lowest of ours", "| 22.5 |"):
         assert part in text
+
+
+def test_runs_without_predictions_are_not_summarised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output = tmp_path / "run.json", tmp_path / "headline.json"
+    path.write_text(json.dumps(run({"0.03|1": case(CURVES)})))
+    monkeypatch.setattr("sys.argv", ["summary", str(path), "--output", str(output), "--note", "made up"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "benchmark.headline.predict" in capsys.readouterr().err and not output.exists()
+    path.write_text(json.dumps(run({"0.03|1": case(CURVES)}, predictions="yes")))
+    assert main() == 0 and json.loads(output.read_text())["notes"] == ["made up"]
