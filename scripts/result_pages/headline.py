@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmark.headline.judge import rate_key, ratios
+from benchmark.headline.judge import LEAST_TOKENS, WARM_WINDOW_SHARE, rate_key, ratios
 from benchmark.headline.predict import as_measured
 from benchmark.headline.traffic import mix_title
 from scripts.result_pages.markdown import load, page, source, table
@@ -34,6 +34,7 @@ def render_of(result: dict[str, Any], split: dict[str, Any]) -> str:
         "\n".join(f"- {note}" for note in result["notes"]),
         "![P99 TPOT over the request rate](../figures/headline.png)",
         "*Simulated*: the same arrivals through the [simulator](../simulation.md), by a server's constants ([prices](prices.md)).",
+        *_windows(result["cases"][main]),
         table(HEADINGS, _points(result["cases"][main])),
         LIMIT_TEXT,
         _limits(judged["by_limit"], result["cases"][main]),
@@ -43,6 +44,18 @@ def render_of(result: dict[str, Any], split: dict[str, Any]) -> str:
         SPLIT_TEXT,
         table(["heads / KV heads", "split", "long row alone", "others alone", "together", "ratio"], _split(split)),
     )
+
+
+def _windows(case: dict[str, Any]) -> list[str]:
+    """How the points were measured, of windows that began loaded; the points of a case have equal ones."""
+    found = next(point for contender in case.values() for point in contender["points"])
+    if "history_ms" not in found:
+        return []
+    return [
+        f"Each point is a window of {found['seconds']:g} s, begun with the requests that would still run had others come long before, "
+        f"aged by {found['history_ms']:g} ms a token, and cuts off what streams at its end. Times per token are of what lies behind its "
+        f"first {100 * WARM_WINDOW_SHARE:g} %, of every request with {LEAST_TOKENS} tokens or more there."
+    ]
 
 
 def _second_seed(again: dict[str, Any]) -> list[str]:
