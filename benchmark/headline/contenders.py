@@ -1,12 +1,20 @@
-"""What is compared: one server each, on the same GPUs with the same pools, one at a time."""
+"""What is compared, on the same GPUs with the same pools, one server at a time. Contenders of equal flags share a server and differ in the
+fields of their requests."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
+
+from benchmark.headline.client import Fields
 
 FA3 = ("--attention-backend", "fa3")
 FAKE_PREFILL = {"bootstrap_host": "2.2.2.2"}
 """SGLang's name for a prefill server that is not there: K/V are what the pool holds."""
+DECODE_ONLY = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "fake")
+"""SGLang's own way to decode without prefills, for all of them."""
+NO_PREFILL, REAL_PREFILL = "none", "real"
 
 
 @dataclass(frozen=True)
@@ -17,30 +25,57 @@ class Contender:
     what: str
     dyncp: bool
     flags: tuple[str, ...] = ()
-    fields: dict[str, str] = field(default_factory=dict)
+    fields: Fields = field(default_factory=dict)
 
 
-def contenders(num_gpus: int) -> dict[str, Contender]:
-    """By name, for one instance per GPU."""
+def pinned(degree: int) -> dict[str, Any]:
+    """Fields that pin a request to this degree, or to its pages where it has fewer."""
+    return {"sampling_params": {"custom_params": {"dyncp": {"degree": degree, "at_most": True}}}}
+
+
+def _runtime(num_gpus: int) -> list[Contender]:
+    """Those on our runtime, without what all of them have."""
     whole = ("--dyncp-max-degree", "1")
-    n = str(num_gpus)
-    # SGLang's own way to decode without prefills, for all of them.
-    decode_only = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "fake")
-    # Its own default kernels on Hopper.
-    stock_only = (*decode_only, *FA3, "--disaggregation-decode-retraction-backup", "cpu_tensor")
-    data_parallel = ("--attn-dp-size", n, "--ep-size", n, "--load-balance-method", "total_tokens")
-    ours = [
+    every = f"every request over {num_gpus} instances, a prompt of fewer pages over those: static degree on our runtime"
+    return [
         Contender("local", "SGLang's balancing, our runtime", True, ("--dyncp-policy", "local")),
-        Contender("whole", "every request whole, placed by our policy", True, whole),
+        # Placed as with --dyncp-max-degree 1; a tail whose pool is full may go on in another, which that flag forbids.
+        Contender("whole", "every request whole (pinned on the server of `ours`), placed by our policy", True, (), pinned(1)),
+        Contender("whole-only", "every request whole: a server with --dyncp-max-degree 1, without graphs for guest rows", True, whole),
         Contender("whole-stock-split", "the same, FlashInfer's own split", True, (*whole, "--dyncp-split-budget", "stock")),
+        Contender(f"fixed-{num_gpus}", every, True, (), pinned(num_gpus)),
         Contender("length-buckets", "degree by prompt length, as NanoCP's release", True, ("--dyncp-policy", "length-buckets")),
         Contender("ours", "dual-balance, FlashInfer's kernels in every step", True),
         Contender("ours-fa3", "dual-balance as users start it: SGLang's default kernel where nobody is sharded", True, FA3),
     ]
+
+
+def contenders(num_gpus: int, prefill: str = NO_PREFILL) -> dict[str, Contender]:
+    """By name, for one instance per GPU. prefill: "none": K/V are what the pools hold, or "real": prompts are computed, all of them with
+    SGLang's default kernel on Hopper."""
+    n = str(num_gpus)
+    decode_only: tuple[str, ...] = ()
+    fake: dict[str, Any] = {}
+    stock_only = FA3
+    if prefill != REAL_PREFILL:
+        decode_only, fake = DECODE_ONLY, FAKE_PREFILL
+        stock_only = (*DECODE_ONLY, *FA3, "--disaggregation-decode-retraction-backup", "cpu_tensor")
+    data_parallel = ("--attn-dp-size", n, "--ep-size", n, "--load-balance-method", "total_tokens")
     static = ("--dcp-size", n, "--ep-size", n)
     found = [
-        Contender("stock", "SGLang's data parallelism with its defaults", False, (*data_parallel, *stock_only), FAKE_PREFILL),
-        Contender("static-dcp", "SGLang's static context parallelism", False, (*static, *stock_only), FAKE_PREFILL),
-        *(Contender(c.name, c.what, True, (*c.flags, *decode_only), FAKE_PREFILL) for c in ours),
+        Contender("stock", "SGLang's data parallelism with its defaults", False, (*data_parallel, *stock_only), fake),
+        Contender("static-dcp", "SGLang's static context parallelism", False, (*static, *stock_only), fake),
     ]
+    for one in _runtime(num_gpus):
+        kernel = FA3 if prefill == REAL_PREFILL and FA3[0] not in one.flags else ()
+        assert not callable(one.fields)
+        found.append(Contender(one.name, one.what, True, (*one.flags, *kernel, *decode_only), {**fake, **one.fields}))
     return {contender.name: contender for contender in found}
+
+
+def by_server(chosen: Iterable[Contender]) -> list[list[Contender]]:
+    """Contenders that one started server serves, in the order in which the servers are first needed."""
+    groups: dict[tuple[bool, tuple[str, ...]], list[Contender]] = {}
+    for one in chosen:
+        groups.setdefault((one.dyncp, one.flags), []).append(one)
+    return list(groups.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,11 @@ from benchmark.headline.client import Served
 
 WARM_SHARE = 0.1
 """The first arrivals load the cluster and are not measured."""
+WARM_WINDOW_SHARE = 0.15
+"""Of a window that begins loaded, this first part is not measured."""
+LEAST_TOKENS = 32
+"""A request with fewer in the measured part of a window says little of its time per token."""
+SILENT_S = 2.0
 MOST_TTFT_S = 10.0
 """A queue that grows shows here, not in TPOT."""
 
@@ -29,6 +35,48 @@ def point(served: Sequence[Served], rate: float, balances: Sequence[float]) -> P
     good = [one for one in measured if one.error is None]
     tpot = [one.tpot_ms for one in good if one.tpot_ms is not None]
     waits = [one.first_s - one.sent_s for one in good if one.first_s is not None]
+    return _point(served, rate, tpot, waits, balances, good)
+
+
+def window_point(served: Sequence[Served], rate: float, balances: Sequence[float], seconds: float) -> Point:
+    """The same of a window of `seconds` that began loaded and cut off what had not ended.
+
+    Times per token are of every request, begun or new, in the measured part alone. First tokens are those of new arrivals; who was sent
+    in the measured part and had none when the window ended counts with the time that it had waited. Silent: streams that had
+    begun and brought nothing in the last 2 s before they were cut off.
+    """
+    good = [one for one in served if one.error is None]
+    start = WARM_WINDOW_SHARE * seconds
+    tpot = [found for one in good if (found := tpot_between(one, start, seconds)) is not None]
+    new = [one for one in good if not one.arrival.begun and start <= one.arrival.at_s]
+    waits = [_end_of_wait(one, seconds) - one.sent_s for one in new]
+    return _point(served, rate, tpot, waits, balances, good) | {
+        "seconds": seconds,
+        "measured": len(tpot),
+        "begun": sum(one.arrival.begun for one in served),
+        "cut_off": sum(one.cut for one in served),
+        "silent": sum(one.cut and one.event_s != [] and one.event_s[-1] < seconds - SILENT_S for one in served),
+        "degrees_unknown": sum(one.degree is None for one in good),
+    }
+
+
+def tpot_between(one: Served, start_s: float, end_s: float) -> float | None:
+    """Mean ms per token between the first and the last event in start_s..end_s; None where fewer than LEAST_TOKENS came between them."""
+    first, behind = bisect_left(one.event_s, start_s), bisect_right(one.event_s, end_s)
+    if behind - first < 2:
+        return None
+    tokens = one.event_tokens[behind - 1] - one.event_tokens[first]
+    return (one.event_s[behind - 1] - one.event_s[first]) / tokens * 1000 if tokens >= LEAST_TOKENS else None
+
+
+def _end_of_wait(one: Served, end_s: float) -> float:
+    return end_s if one.first_s is None else min(one.first_s, end_s)
+
+
+def _point(
+    served: Sequence[Served], rate: float, tpot: Sequence[float], waits: Sequence[float], balances: Sequence[float], good: Sequence[Served]
+) -> Point:
+    """tpot in ms, waits for the first token in s, degrees of `good`."""
     failed = Counter(one.error for one in served if one.error is not None)
     return {
         "requests_per_s": rate,
@@ -38,7 +86,7 @@ def point(served: Sequence[Served], rate: float, balances: Sequence[float]) -> P
         "mean_tpot_ms": round(sum(tpot) / len(tpot), 3) if tpot else math.nan,
         "p99_ttft_s": round(percentile(waits, 0.99), 3),
         "kv_max_over_mean": round(sum(balances) / len(balances), 3) if balances else None,
-        "degrees": dict(sorted(Counter(one.degree for one in good).items())),
+        "degrees": dict(sorted(Counter(one.degree for one in good if one.degree is not None).items())),
         "longest_send_delay_s": round(max((one.sent_s - one.arrival.at_s for one in served), default=0.0), 3),
         "failed": dict(failed.most_common(3)),
     }
@@ -63,13 +111,25 @@ def highest_rate(points: Sequence[Point], limit_ms: float) -> float:
     return held
 
 
+RATE_KEYS = {
+    "stock": "rate_over_stock",
+    "whole": "rate_over_whole",
+    "whole-only": "rate_over_whole_only",
+    "length-buckets": "rate_over_length_buckets",
+    "static-dcp": "rate_over_static_dcp",
+}
+
+
+def rate_key(name: str) -> str | None:
+    """What ours over this contender's rate is called; None of those that nothing is said of."""
+    return "rate_over_fixed" if name.startswith("fixed-") else RATE_KEYS.get(name)
+
+
 def ratios(points: Mapping[str, Sequence[Point]], limit_ms: float) -> dict[str, Any]:
     """Our highest rate over the others', and stock's P99 over ours at the highest rate that stock was measured at and held."""
     rates = {name: highest_rate(found, limit_ms) for name, found in points.items()}
     ours = rates.get("ours", 0.0)
-    keys = {"stock": "rate_over_stock", "whole": "rate_over_whole", "length-buckets": "rate_over_length_buckets"}
-    keys["static-dcp"] = "rate_over_static_dcp"
-    result: dict[str, Any] = {key: round(ours / rates[name], 3) for name, key in keys.items() if rates.get(name)}
+    result: dict[str, Any] = {key: round(ours / rate, 3) for name, rate in rates.items() if (key := rate_key(name)) and rate}
     stock = [found for found in points.get("stock", ()) if holds(found, limit_ms)]
     if stock:
         top = max(stock, key=lambda found: found["requests_per_s"])

@@ -1,152 +1,111 @@
 """The comparison, in parts of some minutes, resumable: what a file has already is not measured again.
 
-    python -m benchmark.headline.run OUT_DIR --contenders stock,ours --long 0.03,0 --rates 4,6,8/8,12 [--seconds 45] [--end 540]
+    python -m benchmark.headline.run OUT_DIR --contenders stock,whole,ours --long 0.03,weka --rates 4,6,8/1,2 --seed 1,2 --history-ms 20
 
-Writes OUT_DIR/headline.json after every rate. One server at a time, so that nobody shares the GPUs, and one start of it for all mixes
-(--long), each with its own rates; equal arrivals for all.
+Writes OUT_DIR/headline.json after every rate. One server at a time, so that nobody shares the GPUs; contenders of equal flags share one,
+and for each mix, seed and rate all of them are measured one after the other, with equal arrivals.
+
+With --history-ms a window begins with the requests that would still run had the arrivals begun long before, and ends in time: what streams
+then is cut off. Without it, it begins empty and lasts until every answer has come.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import sys
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmark.headline.client import Arrival, send_all
-from benchmark.headline.contenders import Contender, contenders
-from benchmark.headline.judge import Point, point
+from benchmark.headline.contenders import NO_PREFILL, REAL_PREFILL, Contender, by_server, contenders
+from benchmark.headline.measure import build_server, measure, warm_up
+from benchmark.headline.plan import Unit, is_left, parse_mixes, parse_seeds, units
 from benchmark.headline.predict import add_predictions
-from benchmark.headline.traffic import arrivals
-from benchmark.multi_gpu.model_shapes import LONGEST_CONTEXT, model_flags, write_shape
-from benchmark.multi_gpu.servers import ROOT, GpuServer, running
+from benchmark.headline.traffic import mix_name
+from benchmark.multi_gpu.servers import GpuServer, running
 from benchmark.multi_gpu.settings import read_device_facts, set_environment
 from benchmark.serving.provenance import provenance
 from testing.machine_lock import machine_lock
 from testing.ports import find_free_port
 
-PAGE, GRAPH_SIZES = 64, (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
-WARM_UP = [Arrival(0.0, 300, 40), Arrival(0.1, 9000, 40), Arrival(0.2, 70_000, 40), Arrival(0.3, 200, 40)]
-DRY_WARM_UP = [Arrival(0.0, 100, 8), Arrival(0.1, 300, 8)]
+STOP_TTFT_S = 30.0
+BETWEEN_WINDOWS_S = 10.0
+"""To draw prompts, close streams and see the server empty."""
+FIXED = ("model", "layers", "pool_tokens", "longest", "longest_output", "prefill", "seconds", "history_ms", "machine", "commit")
+"""What may not differ between the points of a file."""
 
 
-@dataclass(frozen=True)
-class Mix:
-    """long_share: of long prompts. rates: requests per second, rising."""
-
-    long_share: float
-    rates: tuple[float, ...]
+def seconds_of_point(args: argparse.Namespace) -> float:
+    return args.seconds + BETWEEN_WINDOWS_S if args.history_ms else 1.6 * args.seconds
 
 
-def parse_mixes(shares: str, rates: str) -> list[Mix]:
-    """`0.03,0` and `4,6/8,12`: a list of rates for each share, or one for all. ValueError where they do not fit each other."""
-    lists = [tuple(sorted(float(rate) for rate in part.split(","))) for part in rates.split("/")]
-    values = [float(share) for share in shares.split(",")]
-    if len(lists) not in (1, len(values)):
-        raise ValueError(f"--rates {rates}: {len(lists)} lists for the {len(values)} shares of --long {shares}")
-    return [Mix(share, lists[index % len(lists)]) for index, share in enumerate(values)]
+def stop_ttft_s(args: argparse.Namespace) -> float:
+    """Nobody waits longer than a window that ends in time."""
+    return min(STOP_TTFT_S, args.seconds / 2) if args.history_ms else STOP_TTFT_S
 
 
-def build_server(contender: Contender, args: argparse.Namespace) -> GpuServer:
-    """The contender's server with the layers of a real model; in the dry form the tiny test model on a CPU."""
-    if args.dry:
-        flags = ("--page-size", "16", "--stream-interval", "4", *contender.flags)
-        flags = tuple("torch_native" if flag == "fa3" else flag for flag in flags)
-        return GpuServer(contender.name, ROOT / "testing/models/qwen3moe", args.gpus, args.pool, contender.dyncp, flags, device="cpu")
-    path = write_shape(args.model, args.layers, args.out / "models")
-    flags = ("--context-length", str(LONGEST_CONTEXT), "--page-size", str(PAGE), "--load-format", "dummy", "--mem-fraction-static", "0.9")
-    flags += ("--max-running-requests", str(GRAPH_SIZES[-1] * args.gpus), "--cuda-graph-max-bs-decode", str(GRAPH_SIZES[-1]))
-    flags += ("--cuda-graph-bs-decode", *map(str, GRAPH_SIZES), "--stream-interval", "8", *model_flags(args.model), *contender.flags)
-    server = GpuServer(contender.name, path, args.gpus, args.pool, contender.dyncp, flags)
-    server.chunk_tokens = 65_536
-    return server
-
-
-class BalanceProbe(threading.Thread):
-    """Asks for the instances' KV tokens every second, until it is stopped: maximum over mean, where anybody holds any."""
-
-    def __init__(self, server: GpuServer) -> None:
-        super().__init__(daemon=True)
-        self.server, self.stopped = server, threading.Event()
-        self.samples: list[float] = []
-
-    def run(self) -> None:
-        while not self.stopped.wait(1.0):
-            loads = self.server.client.json("GET", "/v1/loads")["loads"]
-            tokens = [float(load["num_used_tokens"]) for load in loads]
-            if sum(tokens):
-                self.samples.append(max(tokens) / (sum(tokens) / len(tokens)))
-
-
-def measure(server: GpuServer, contender: Contender, args: argparse.Namespace, long_share: float, rate: float) -> Point:
-    """One rate: arrivals, answers, balance; what the server counted of its steps."""
-    drawn = arrivals(long_share, rate, args.seconds, args.seed, args.longest, args.longest_output)
-    probe = BalanceProbe(server)
-    probe.start()
-    url = f"http://127.0.0.1:{server.port}"
-    limit_s = args.seconds * 2 + 60
-    served = asyncio.run(send_all(url, drawn, seed=args.seed, timeout_s=limit_s, fields=contender.fields))
-    probe.stopped.set()
-    return point(served, rate, probe.samples)
-
-
-def run_contender(contender: Contender, args: argparse.Namespace, cases: dict[str, Any], save: Callable[[], None]) -> None:
-    """What of the mixes is not in `cases` ("share|seed" -> contender -> case), on one server."""
-    left = []
-    for mix in args.mixes:
-        case = cases.setdefault(f"{mix.long_share:g}|{args.seed}", {}).setdefault(
-            contender.name, {"what": contender.what, "flags": list(contender.flags), "points": []}
-        )
-        done = {found["requests_per_s"] for found in case["points"]}
-        if rates := tuple(rate for rate in mix.rates if rate not in done):
-            left.append((Mix(mix.long_share, rates), case))
-    if not left or time.monotonic() > args.ends - args.seconds - 60:
+def run_group(group: Sequence[Contender], args: argparse.Namespace, cases: dict[str, Any], save: Callable[[], None]) -> None:
+    """What of these contenders is not in `cases` ("mix|seed" -> contender -> case), on one server."""
+    left = [unit for unit in units(group, args.mixes, args.seeds) if is_left(cases, unit, args.stop_ms, stop_ttft_s(args))]
+    if not left:
         return
-    server = build_server(contender, args)
+    if time.monotonic() > args.ends - seconds_of_point(args) - 60:
+        print(f"no time left for {', '.join(one.name for one in group)}", flush=True)
+        return
+    server = build_server(group[0], args)
     try:
         with running(server, args.out, find_free_port(), min(args.ends, time.monotonic() + args.start_limit)):
-            warm = DRY_WARM_UP if args.dry else WARM_UP
-            asyncio.run(send_all(f"http://127.0.0.1:{server.port}", warm, seed=7, timeout_s=300, fields=contender.fields))
-            for mix, case in left:
-                measure_rates(server, contender, args, mix, case, save)
+            print(server.name, f"ready after {server.ready_s:.0f} s", flush=True)
+            for contender in dict.fromkeys(unit.contender.name for unit in left):
+                warm_up(server, next(one for one in group if one.name == contender), args)
+            measure_units(server, left, args, cases, save)
     except (RuntimeError, OSError) as error:
-        left[0][1].setdefault("notes", []).append(f"{type(error).__name__}: {error}"[:1500])
-        print(contender.name, left[0][1]["notes"][-1], flush=True)
+        case_of(cases, left[0], server.name).setdefault("notes", []).append(f"{type(error).__name__}: {error}"[:1500])
+        print(server.name, f"{type(error).__name__}: {error}"[:1500], flush=True)
     finally:
         save()
 
 
-def measure_rates(
-    server: GpuServer, contender: Contender, args: argparse.Namespace, mix: Mix, case: dict[str, Any], save: Callable[[], None]
+def case_of(cases: dict[str, Any], unit: Unit, server_name: str) -> dict[str, Any]:
+    """The unit's case, begun where there is none."""
+    one = unit.contender
+    facts = {"what": one.what, "flags": list(one.flags), "fields": one.fields, "server": server_name}
+    return cases.setdefault(unit.case_key, {}).setdefault(one.name, {**facts, "points": []})
+
+
+def measure_units(
+    server: GpuServer, left: Sequence[Unit], args: argparse.Namespace, cases: dict[str, Any], save: Callable[[], None]
 ) -> None:
-    """One rate after the other, until one is too much or the time is over. Each is saved as it is found."""
-    for rate in mix.rates:
-        if time.monotonic() > args.ends - 1.6 * args.seconds:
-            case.setdefault("notes", []).append(f"no time left for {rate:g} requests/s")
+    """One point after the other, until the time is over; no higher rate of a contender for which one was too much. Each is saved as it
+    is found."""
+    for unit in left:
+        if not is_left(cases, unit, args.stop_ms, stop_ttft_s(args)):
+            continue
+        case = case_of(cases, unit, server.name)
+        if time.monotonic() > args.ends - seconds_of_point(args):
+            case.setdefault("notes", []).append(f"no time left for {unit.rate:g} requests/s")
+            print(unit.contender.name, unit.case_key, case["notes"][-1], flush=True)
             return
-        found = measure(server, contender, args, mix.long_share, rate)
+        began = time.monotonic()
+        found = measure(server, unit, args)
         case["points"].append(found)
-        print(contender.name, f"{mix.long_share:g} long", json.dumps(found), flush=True)
+        print(unit.contender.name, unit.case_key, f"{time.monotonic() - began:.1f} s", json.dumps(found), flush=True)
         save()
-        if found["failed"] or found["p99_ttft_s"] > 30 or found["p99_tpot_ms"] > args.stop_ms:
-            return
 
 
-def main() -> int:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--contenders", default="stock,whole,ours", help="in this order; names of contenders.py")
-    parser.add_argument("--long", default="0.03", help="shares of long prompts, one mix each")
+    parser.add_argument("--contenders", default="stock,whole,ours", help="names of contenders.py; servers start in this order")
+    parser.add_argument("--long", default="0.03", help="mixes: shares of long prompts, or weka for the lengths of coding agents")
     parser.add_argument("--rates", default="4,6,8,10,12", help="requests per second; between mixes a slash, or the same for all")
     parser.add_argument("--seconds", type=float, default=45.0, help="of arrivals at one rate")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--history-ms", type=float, default=0.0, help="per token, by which earlier requests have aged; 0: begin empty")
+    parser.add_argument("--seed", default="1", help="one or several, with commas")
+    parser.add_argument("--real-prefill", action="store_true", help="prompts are computed; without it K/V are what the pools hold")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--model", default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, default=48)
@@ -157,25 +116,47 @@ def main() -> int:
     parser.add_argument("--start-limit", type=float, default=300.0)
     parser.add_argument("--end", type=float, default=540.0, help="seconds for everything")
     parser.add_argument("--dry", action="store_true", help="the tiny test model on a CPU: shows that it runs, its times mean nothing")
+    parser.add_argument("--no-prediction", action="store_true", help="benchmark.headline.predict adds them where time is cheap")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
-    args = parser.parse_args()
-    args.mixes = parse_mixes(args.long, args.rates)
+    args = parser.parse_args(arguments)
+    args.mixes, args.seeds = parse_mixes(args.long, args.rates), parse_seeds(args.seed)
+    args.prefill = REAL_PREFILL if args.real_prefill else NO_PREFILL
+    known = contenders(args.gpus, args.prefill)
+    if unknown := [name for name in args.contenders.split(",") if name not in known]:
+        parser.error(f"--contenders {unknown[0]}: there are {', '.join(known)}")
+    args.groups = by_server(known[name] for name in args.contenders.split(","))
+    return args
+
+
+def load_or_begin(path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The file with this run's facts. ValueError where its points were measured under others."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"cases": {}}
+    facts = provenance(" ".join(["python", "-m", "benchmark.headline.run", *sys.argv[1:]]))
+    facts |= {"model": args.model, "layers": args.layers, "pool_tokens": args.pool, "longest": args.longest}
+    facts |= {"longest_output": args.longest_output, "prefill": args.prefill, "seconds": args.seconds, "history_ms": args.history_ms}
+    facts["commit"] = args.commit or facts["commit"]
+    if not args.dry:
+        facts["machine"] = f"{args.gpus} x {read_device_facts()['names'][0]}"
+    for key in FIXED:
+        if found["cases"] and found.get(key) != facts[key]:
+            raise ValueError(f"{path}: {key} is {found.get(key)} there, {facts[key]} now; take another folder")
+    earlier = [*found.get("earlier_commands", []), *(found[key] for key in ("command",) if key in found)]
+    return found | facts | ({"earlier_commands": earlier} if earlier else {})
+
+
+def main() -> int:
+    args = parse()
     args.ends = time.monotonic() + args.end
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "headline.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"cases": {}}
-    found |= provenance(" ".join(["python", "-m", "benchmark.headline.run", *sys.argv[1:]]))
-    found["commit"] = args.commit or found["commit"]
     if not args.dry:
         set_environment()
-        found["machine"] = f"{args.gpus} x {read_device_facts()['names'][0]}"
-    found |= {"model": args.model, "layers": args.layers, "pool_tokens": args.pool}
-    found |= {"longest": args.longest, "longest_output": args.longest_output}
-    known = contenders(args.gpus)
+    found = load_or_begin(path, args)
+    print("mixes", ", ".join(mix_name(some.mix) for some in args.mixes), "servers", [[one.name for one in some] for some in args.groups])
     with machine_lock() if args.dry else nullcontext():
-        for name in args.contenders.split(","):
-            run_contender(known[name], args, found["cases"], lambda: path.write_text(json.dumps(found, indent=1)))
-    if not args.dry:
+        for group in args.groups:
+            run_group(group, args, found["cases"], lambda: path.write_text(json.dumps(found, indent=1)))
+    if not args.dry and not args.no_prediction:
         add_predictions(found)
         path.write_text(json.dumps(found, indent=1))
     return 0

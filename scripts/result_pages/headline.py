@@ -1,39 +1,89 @@
-"""docs/results/headline.md: what it gains on real GPUs, measured."""
+"""docs/results/headline.md: what it gains on real GPUs, measured.
+
+A headline.json has the cases of one machine and, where benchmark.headline.summary made it, `by_case` and further parts (`four_gpus`, ...);
+an older one has another run under `second_seed`.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from benchmark.headline.judge import ratios
+from benchmark.headline.judge import LEAST_TOKENS, WARM_WINDOW_SHARE, rate_key, ratios
 from benchmark.headline.predict import as_measured
+from benchmark.headline.traffic import mix_title
 from scripts.result_pages.markdown import load, page, source, table
 
 HEADINGS = ["server", "requests/s", "P50 TPOT, ms", "simulated", "P99 TPOT, ms", "simulated", "KV max over mean", "degrees", "simulated"]
 RATIOS = ("rate_over_stock", "rate_over_whole", "p99_over_stock")
-LIMIT_HEADINGS = ["limit, ms", "stock", "whole", "ours", *(f"`{name}`" for name in RATIOS), "`rate_over_whole` simulated"]
+SIMULATED = "`rate_over_whole` simulated"
+FIRST = ("stock", "whole", "ours")
+SPLIT_TEXT = "One layer of a captured decode, microseconds: a row of 300,000 tokens, 128 of 1,000, both together, and both over their sum."
+LIMIT_TEXT = "Highest rate under a limit on P99 TPOT, requests/s, interpolated, and ours over the others:"
 
 
 def render() -> str:
-    result, split = load("headline.json"), load("split.json")
-    points, again = next(iter(result["cases"].values())), result["second_seed"]
+    return render_of(load("headline.json"), load("split.json"))
+
+
+def render_of(result: dict[str, Any], split: dict[str, Any]) -> str:
+    judged = result["two_gpus"]
+    main = judged.get("case", next(iter(result["cases"])))
     return page(
         "What it gains, measured",
         source("headline.json", result),
         "\n".join(f"- {note}" for note in result["notes"]),
         "![P99 TPOT over the request rate](../figures/headline.png)",
         "*Simulated*: the same arrivals through the [simulator](../simulation.md), by a server's constants ([prices](prices.md)).",
-        table(HEADINGS, _points(points)),
-        "Highest rate under a limit on P99 TPOT, requests/s, interpolated, and ours over the others:",
-        table(LIMIT_HEADINGS, _limits(result["two_gpus"]["by_limit"], points)),
-        "## Another seed, and no long prompts",
-        source("headline.json", again),
-        "\n".join(f"- {note}" for note in again["notes"]),
-        *(part for case, found in again["cases"].items() for part in (_mix(case), table(HEADINGS, _points(found)))),
+        *_windows(result["cases"][main]),
+        table(HEADINGS, _points(result["cases"][main])),
+        LIMIT_TEXT,
+        _limits(judged["by_limit"], result["cases"][main]),
+        *(_second_seed(result["second_seed"]) if "second_seed" in result else _other_cases(result, main)),
         "## A long row beside many",
         source("split.json", split),
-        "One layer of a captured decode, microseconds: a row of 300,000 tokens, 128 of 1,000, both together, and both over their sum.",
+        SPLIT_TEXT,
         table(["heads / KV heads", "split", "long row alone", "others alone", "together", "ratio"], _split(split)),
     )
+
+
+def _windows(case: dict[str, Any]) -> list[str]:
+    """How the points were measured, of windows that began loaded; the points of a case have equal ones."""
+    found = next(point for contender in case.values() for point in contender["points"])
+    if "history_ms" not in found:
+        return []
+    return [
+        f"Each point is a window of {found['seconds']:g} s, begun with the requests that would still run had others come long before, "
+        f"aged by {found['history_ms']:g} ms a token, and cuts off what streams at its end. Times per token are of what lies behind its "
+        f"first {100 * WARM_WINDOW_SHARE:g} %, of every request with {LEAST_TOKENS} tokens or more there."
+    ]
+
+
+def _second_seed(again: dict[str, Any]) -> list[str]:
+    parts = ["## Another seed, and no long prompts", source("headline.json", again), "\n".join(f"- {note}" for note in again["notes"])]
+    return parts + [part for case, found in again["cases"].items() for part in (_mix(case), table(HEADINGS, _points(found)))]
+
+
+def _other_cases(result: dict[str, Any], main: str) -> list[str]:
+    """Of a summary: the other cases, what is lowest, and the parts of other machines."""
+    parts = ["## Other mixes and seeds"]
+    parts += _cases(result["two_gpus"]["by_case"], {name: case for name, case in result["cases"].items() if name != main})
+    if "lowest_ratio_is" in result:
+        least = result["lowest_ratio_is"]
+        parts.append(
+            f"Lowest of ours against the best other: {least['ratio']}, {_mix(least['case'])[:-1]}, `{least['against']}`, {least['how']}."
+        )
+    for name, part in result.items():
+        if isinstance(part, dict) and "cases" in part:
+            parts += [f"## {name.replace('_', ' ').capitalize()}", source("headline.json", part)]
+            parts += _cases(part["by_case"], part["cases"])
+    return parts
+
+
+def _cases(by_case: dict[str, Any], cases: dict[str, Any]) -> list[str]:
+    parts = []
+    for name, case in cases.items():
+        parts += [_mix(name), table(HEADINGS, _points(case)), _limits(by_case[name], case)]
+    return parts
 
 
 def _points(cases: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -42,29 +92,35 @@ def _points(cases: dict[str, Any]) -> list[tuple[Any, ...]]:
         for found in case["points"]:
             simulated = found.get("predicted", {})
             times = [f"{side[key]:.1f}" if side else "" for key in ("p50_tpot_ms", "p99_tpot_ms") for side in (found, simulated)]
-            balance, degrees = f"{found['kv_max_over_mean']:.2f}", [_degrees(side.get("degrees", {})) for side in (found, simulated)]
+            balance = "" if found["kv_max_over_mean"] is None else f"{found['kv_max_over_mean']:.2f}"
+            degrees = [_degrees(side.get("degrees", {})) for side in (found, simulated)]
             rows.append((f"`{name}`", f"{found['requests_per_s']:g}", *times, balance, *degrees))
     return rows
 
 
 def _mix(case: str) -> str:
-    """Of a key of `cases`, "share|seed"."""
-    share, seed = case.split("|")
-    return f"{100 * float(share):g} % long prompts, seed {seed}:"
+    """Of a key of `cases`, "mix|seed"."""
+    mix, seed = case.split("|")
+    return f"{mix_title(mix)}, seed {seed}:"
 
 
 def _degrees(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} at {degree}" for degree, count in counts.items())
 
 
-def _limits(limits: dict[str, Any], cases: dict[str, Any]) -> list[tuple[Any, ...]]:
+def _limits(limits: dict[str, Any], cases: dict[str, Any]) -> str:
     predicted = {name: as_measured(case["points"]) for name, case in cases.items()}
+    measured = {name for found in limits.values() for name in found["rates"]}
+    names = [name for name in FIRST if name in measured] + sorted(measured - {*FIRST})
+    keys = [*RATIOS, *(key for name in names if (key := rate_key(name)) and key not in RATIOS)]
+    keys = [key for key in keys if any(key in found for found in limits.values())]
     rows = []
     for limit, found in limits.items():
-        rates = (f"{found['rates'][name]:.1f}" for name in ("stock", "whole", "ours"))
+        rates = (f"{found['rates'][name]:.1f}" for name in names)
         simulated = ratios(predicted, float(limit)).get("rate_over_whole")
-        rows.append((limit, *rates, *(found.get(name) for name in RATIOS), simulated))
-    return rows
+        rows.append((limit, *rates, *(found.get(key) for key in keys), simulated))
+    labels = [name if name in FIRST else f"`{name}`" for name in names]
+    return table(["limit, ms", *labels, *(f"`{key}`" for key in keys), SIMULATED], rows)
 
 
 def _split(result: dict[str, Any]) -> list[tuple[Any, ...]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmark.gpu_runtime.measured_steps import Step, steps
+from benchmark.headline.traffic import mix_title
 from benchmark.kernels.measured import Measured, Shape, by_shape, price_us
 from scripts.result_pages.markdown import load, page, source, table
 from sglang_dcp.policy.attention_table import STOCK_SPLIT
@@ -84,11 +85,11 @@ def _row(item: Measured) -> tuple[str, ...]:
 def _arrivals() -> list[tuple[str, ...]]:
     lines = []
     for case_name, contenders in load("headline.json")["cases"].items():
-        share, seed = case_name.split("|")
+        mix, seed = case_name.split("|")
         for name, case in contenders.items():
             for found in case["points"]:
                 measured, predicted = found["mean_tpot_ms"], found["predicted"]["mean_tpot_ms"]
-                label = f"`{name}`, {found['requests_per_s']:g} requests/s, {100 * float(share):g} % long, seed {seed}"
+                label = f"`{name}`, {found['requests_per_s']:g} requests/s, {mix_title(mix).removesuffix(' prompts')}, seed {seed}"
                 lines.append((label, f"{measured:.1f}", f"{predicted:.1f}", _percent(predicted / measured - 1)))
     return lines
 

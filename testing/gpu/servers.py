@@ -33,7 +33,8 @@ class GpuServer:
     """One server. flags: further flags. one_gpu: every rank on GPU 0. device cpu: the same check without a GPU, slowly.
 
     slices: processes of an instance, attention TP. chunk_tokens: most prefill tokens of one instance in one step; None: an eighth of the
-    pool. environment: further variables, of this server alone. plugins: folders beside this file with SGLang plugins of the tests.
+    pool, 0: SGLang's own default. environment: further variables, of this server alone. plugins: folders beside this file with SGLang
+    plugins of the tests.
     """
 
     name: str
@@ -64,9 +65,11 @@ class GpuServer:
             "--max-total-tokens",
             str(self.pool_tokens),
         ]
-        chunk = self.chunk_tokens or self.pool_tokens // 8
+        chunk = self.pool_tokens // 8 if self.chunk_tokens is None else self.chunk_tokens
         ranks = str(self.instances * self.slices)
-        command += ["--chunked-prefill-size", str(chunk * self.instances), "--tp", ranks]
+        command += ["--tp", ranks]
+        if chunk:
+            command += ["--chunked-prefill-size", str(chunk * self.instances)]
         if self.slices > 1:
             command += ["--attn-dp-size", str(self.instances), "--ep", ranks]
         if self.device == "cuda":

@@ -1,19 +1,16 @@
-"""The headline's judgements: which rate is held, where a limit is crossed, what is divided by what; and what the client measures."""
+"""The headline's judgements: which rate is held, where a limit is crossed, what is divided by what; what is measured of a window."""
 
 from __future__ import annotations
 
-import asyncio
-import json
 import math
 from typing import Any
 
 import pytest
-from aiohttp import web
 
-from benchmark.headline.client import Arrival, Served, send_all
+from benchmark.headline.client import Arrival, Served
 from benchmark.headline.contenders import contenders
-from benchmark.headline.judge import highest_rate, holds, percentile, point, ratios
-from benchmark.headline.run import arrivals
+from benchmark.headline.judge import highest_rate, holds, percentile, point, ratios, tpot_between, window_point
+from benchmark.headline.traffic import arrivals
 
 
 def served(tpot_ms: float, *, wait_s: float = 0.1, error: str | None = None) -> Served:
@@ -61,41 +58,44 @@ def test_all_contenders_get_equal_arrivals_and_a_faster_rate_the_same_requests_s
     assert max(a.prompt_tokens for a in slow) <= 50_000 and slow == arrivals(0.03, 4.0, 30.0, 1, 50_000)
 
 
+def stream(events: list[tuple[float, int]], *, output: int = 1000, at_s: float = 0.0, **changes: Any) -> Served:
+    """events: seconds, tokens until then."""
+    times, counts = [at for at, _ in events], [count for _, count in events]
+    one = Served(Arrival(at_s, 10, output, changes.pop("begun", False)), at_s, event_s=times, event_tokens=counts)
+    one.first_s, one.last_s = (times[0], times[-1]) if times else (None, None)
+    for name, value in changes.items():
+        setattr(one, name, value)
+    return one
+
+
+def test_tpot_is_between_the_first_and_last_event_inside() -> None:
+    one = stream([(0.5, 1), (2.0, 100), (3.0, 140), (4.0, 180), (5.5, 900)])
+    assert tpot_between(one, 1.0, 5.0) == pytest.approx(2.0 / 80 * 1000)
+    assert tpot_between(one, 2.0, 3.0) == pytest.approx(25.0), "events on the border are inside"
+    assert tpot_between(one, 2.1, 3.9) is None, "one event measures nothing"
+    assert (
+        tpot_between(stream([(2.0, 1), (3.0, 32)]), 1.0, 5.0) is None and tpot_between(stream([(2.0, 1), (3.0, 33)]), 1.0, 5.0) is not None
+    )
+    assert tpot_between(stream([]), 1.0, 5.0) is None
+
+
+def test_a_window_measures_begun_and_new_behind_its_first_part() -> None:
+    """10 s: what is measured begins at 1.5. Before it all is slow, and nobody is measured by that."""
+    begun = stream([(0.1, 1), (1.4, 10), (2.0, 20), (6.0, 220), (9.9, 400)], begun=True, cut=True, degree=2)
+    new = stream([(3.0, 1), (7.0, 101)], at_s=2.9, output=101)
+    early = stream([(1.0, 1), (1.4, 60)], at_s=0.2, output=60)
+    waiting = stream([], at_s=4.0, cut=True, degree=None)
+    stuck = stream([(2.0, 1), (3.0, 51)], at_s=1.9, cut=True, degree=None)
+    broken = stream([(2.0, 1)], at_s=1.6, error="no answer: x")
+    found = window_point([begun, new, early, waiting, stuck, broken], 4.0, [1.5], 10.0)
+    assert found["measured"] == 3 and found["begun"] == 1 and found["cut_off"] == 3 and found["silent"] == 1
+    assert found["p50_tpot_ms"] == pytest.approx(7.9 / 380 * 1000, abs=0.001) and found["p99_tpot_ms"] == 40.0
+    assert found["failed"] == {"no answer: x": 1} and found["degrees"] == {1: 2, 2: 1} and found["degrees_unknown"] == 2
+    assert found["p99_ttft_s"] == 6.0, "who still waits has waited until the end"
+    assert found["requests"] == 6 and found["seconds"] == 10.0 and found["kv_max_over_mean"] == 1.5
+
+
 def test_only_ours_runs_our_package_and_all_skip_prefills_in_the_same_way() -> None:
     known = contenders(2)
     assert {name for name, one in known.items() if not one.dyncp} == {"stock", "static-dcp"}
     assert all("fake" in one.flags and one.fields for one in known.values())
-
-
-def test_the_client_counts_what_comes_between_the_first_and_the_last_chunk() -> None:
-    async def generate(request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        if len(body["input_ids"]) == 13:
-            return web.Response(status=400, text="no")
-        response = web.StreamResponse()
-        await response.prepare(request)
-        total = body["sampling_params"]["max_new_tokens"] - (len(body["input_ids"]) == 7)
-        for count in (1, total):
-            await response.write(b"data: " + json.dumps({"meta_info": {"completion_tokens": count}}).encode() + b"\n\n")
-            await asyncio.sleep(0.05)
-        await response.write(b"data: [DONE]\n\n")
-        return response
-
-    async def run() -> list[Served]:
-        app = web.Application()
-        app.router.add_post("/generate", generate)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
-        try:
-            asked = [Arrival(0.0, 5, 6), Arrival(0.01, 7, 6), Arrival(0.02, 13, 6)]
-            return await send_all(f"http://127.0.0.1:{port}", asked, seed=1, timeout_s=10)
-        finally:
-            await runner.cleanup()
-
-    whole, short, refused = asyncio.run(run())
-    assert whole.error is None and whole.tokens == 5 and whole.tpot_ms is not None and whole.tpot_ms > 5
-    assert short.error is not None and short.error.startswith("5 of 6 tokens")
-    assert refused.error == "HTTP 400: no" and refused.tpot_ms is None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmark.gpu_runtime.measured_steps import steps
 from benchmark.headline.contenders import contenders
-from benchmark.headline.predict import PLACING, add_predictions, predicted
+from benchmark.headline.predict import PLACING, WindowClock, add_predictions, predicted
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmark" / "results"
 RESULT = json.loads((RESULTS / "headline.json").read_text())
@@ -18,7 +19,7 @@ FIRST_CASE = "0.03|1"
 
 
 def test_every_contender_has_a_placing() -> None:
-    assert set(PLACING) == set(contenders(2))
+    assert set(PLACING) == set(contenders(2)) | set(contenders(4)) | set(contenders(8))
 
 
 def test_the_results_hold_what_the_simulator_says() -> None:
@@ -61,3 +62,46 @@ def test_a_wall_is_predicted_where_long_rows_are_not_split() -> None:
         ours, stock = (predicted(RESULT, name, 0.03, 1, point)["p99_tpot_ms"] for name in ("whole", "whole-stock-split"))
         ratios.append(stock / ours)
     assert ratios[0] < 1.2 and ratios[1] > 4
+
+
+WINDOW = {"requests_per_s": 8.0, "requests": 300, "seconds": 20.0, "history_ms": 20.0}
+
+
+def test_a_window_that_begins_loaded_is_predicted_inside_alone() -> None:
+    """At 8 requests/s a run that begins empty has the same level at last; degrees come from the pins."""
+    found = {name: predicted(RESULT, name, 0.03, 1, WINDOW) for name in ("whole", "whole-only", "ours", "fixed-2")}
+    assert set(found["whole"]["degrees"]) == {"1"} and found["whole"] == found["whole-only"]
+    assert "2" in found["fixed-2"]["degrees"] and found["fixed-2"]["mean_tpot_ms"] > found["ours"]["mean_tpot_ms"]
+    empty = predicted(RESULT, "ours", 0.03, 1, {"requests_per_s": 8.0, "requests": 400})
+    assert found["ours"]["mean_tpot_ms"] == pytest.approx(empty["mean_tpot_ms"], rel=0.25)
+    weka = predicted(RESULT, "ours", "weka", 1, WINDOW | {"requests_per_s": 1.0})
+    assert 0 < weka["mean_tpot_ms"] <= weka["p99_tpot_ms"]
+
+
+class Steps:
+    """A simulation of one request whose steps last 0.5 s."""
+
+    def __init__(self, output: int, admitted: float = 0.0) -> None:
+        self.clock, self.step, self.output = 0.0, 0, output
+        self.requests = [SimpleNamespace(output=output, admitted=admitted, finish=-1.0, finish_step=output, decoded=0)]
+
+    def run(self, clock: WindowClock, until: float) -> list[float]:
+        one = self.requests[0]
+        while self.clock < until:
+            self.clock, self.step = self.clock + 0.5, self.step + 1
+            if self.step == self.output:
+                one.finish, one.finish_step = self.clock, -1
+            clock(self)  # type: ignore[arg-type]
+        clock.end(self)  # type: ignore[arg-type]
+        return clock.tpot_ms(self.requests)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("output", [60, 1000], ids=["ends inside", "goes on"])
+def test_the_window_clock_counts_steps_inside(output: int) -> None:
+    assert Steps(output).run(WindowClock(40.0), 50.0) == [pytest.approx(500.0)]
+
+
+def test_a_simulation_that_ends_inside_is_measured_until_then() -> None:
+    """At 30 s: 6 s are not measured, the rest is."""
+    assert Steps(60).run(WindowClock(40.0), 30.0) == [pytest.approx(500.0)]
+    assert Steps(60).run(WindowClock(400.0), 30.0) == [], "nothing ran in the measured part"
