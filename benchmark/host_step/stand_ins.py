@@ -107,7 +107,7 @@ class HostAttention(GraphAttention):
     """The host's half of a step's tables. What would be sent to the GPU goes nowhere."""
 
     def __init__(self, rank: int, num_instances: int, max_rows: int, page_size: int, num_pages: int) -> None:
-        self.rank, self.flash_mla = rank, False
+        self.rank, self.kernel = rank, "flashinfer"
         self.sizes = GraphSizes(num_instances, max_rows, (GUEST_ROWS,), page_size, num_pages, num_pages + 1)
         self.tables = host_tables(self.sizes.tables(), rank, 2 * self.sizes.max_rows)
         self.lines = PageLines(2 * self.sizes.max_rows, self.sizes.context_pages, page_size)

@@ -54,7 +54,7 @@ class Instance:
         sharing = session.devices.count(self.device)
         with torch.cuda.device(self.device):
             self.attention = GraphAttention(
-                rank, sizes, shape, self.device, num_sharing=sharing, wait_seconds=session.wait_seconds, flash_mla=session.flash_mla
+                rank, sizes, shape, self.device, num_sharing=sharing, wait_seconds=session.wait_seconds, kernel=session.graph_kernel
             )
             self.stream = torch.cuda.Stream()
         like = {"dtype": torch.bfloat16, "device": self.device}
@@ -84,15 +84,17 @@ class Instance:
 
 class GpuSession(Session):
     """A session in the kernels' sizes, bfloat16. kernel: gqa, gqa_fp8 (pools of float8_e4m3fn, scales that are not 1), mla (all
-    FlashInfer), flashmla or flashmla_fp8 (without scales). spread: a GPU per instance, else all on one."""
+    FlashInfer), fa3 or fa3_fp8 (GQA), flashmla or flashmla_fp8 (without scales). spread: a GPU per instance, else all on one."""
 
     wait_seconds = 20.0
 
     def __init__(self, seed: int, num_instances: int, num_pages: int, page_size: int, *, kernel: str, spread: bool) -> None:
-        latent, self.flash_mla, self.quantised = kernel.startswith(("mla", "flash")), kernel.startswith("flash"), kernel.endswith("fp8")
-        self.kv_dtype, self.kv_scales = FP8 if self.quantised else torch.bfloat16, KVScales(0.5, 2.0) if kernel == "gqa_fp8" else NO_SCALES
-        # FlashMLA's kernel over such pools works on queries and on weights of the keys with three bits behind the point.
-        self.query_dtype, self.tolerance = (FP8, 8e-2) if kernel == "flashmla_fp8" else (torch.bfloat16, 2e-2)
+        latent, self.quantised = kernel.startswith(("mla", "flash")), kernel.endswith("fp8")
+        self.graph_kernel = next((name for name in ("flashmla", "fa3") if kernel.startswith(name)), "flashinfer")
+        self.kv_dtype = FP8 if self.quantised else torch.bfloat16
+        self.kv_scales = KVScales(0.5, 2.0) if self.quantised and not latent else NO_SCALES
+        # These kernels over such pools work on queries and on weights of the keys with three bits behind the point.
+        self.query_dtype, self.tolerance = (FP8, 8e-2) if kernel in ("flashmla_fp8", "fa3_fp8") else (torch.bfloat16, 2e-2)
         super().__init__(seed, num_instances, num_pages, page_size, latent=latent)
         self.heads, self.kv_heads, self.qk_dim, self.v_dim = (16, 1, 576, 512) if latent else (8, 2, 128, 128)
         slots = (num_pages + 1) * page_size
@@ -218,7 +220,16 @@ class GpuSession(Session):
             torch.testing.assert_close(output[row : row + 1].float(), expected.float(), atol=self.tolerance, rtol=self.tolerance)
 
 
-CASES = [(2, 16, "gqa"), (4, 16, "gqa"), (2, 16, "gqa_fp8"), (2, 64, "mla"), (2, 64, "flashmla"), (2, 64, "flashmla_fp8")]
+CASES = [
+    (2, 16, "gqa"),
+    (4, 16, "gqa"),
+    (2, 16, "gqa_fp8"),
+    (2, 16, "fa3"),
+    (2, 64, "fa3_fp8"),
+    (2, 64, "mla"),
+    (2, 64, "flashmla"),
+    (2, 64, "flashmla_fp8"),
+]
 
 
 @pytest.mark.timeout(600)

@@ -62,6 +62,10 @@ class FakeFlashMla:
         schedule = arguments["tile_scheduler_metadata"].tile_scheduler_metadata
         assert torch.equal(schedule, lengths), "a schedule of another step"
         self.num_runs += 1
+        quantised = queries.dtype == cache.dtype == torch.float8_e4m3fn
+        assert bool(arguments.get("is_fp8_kvcache")) == quantised == ("descale_q" in arguments)
+        assert int(lengths.min()) > 0 or not quantised, "the kernel over quantised latents wants a key in every row"
+        queries, cache = (part.float().bfloat16() if quantised else part for part in (queries, cache))
         output, lse = torch.zeros(rows, 1, heads, 512, dtype=queries.dtype), torch.full((rows, heads, 1), float("inf"))
         for row, length in enumerate(lengths.tolist()):
             if length:

@@ -52,6 +52,23 @@ def test_empty_shards_stay_marked_by_infinity_on_request(library: FakeFlashMla) 
     assert bool((decode.run(queries, cache, mark_neutral=False).lse == float("inf")).all())
 
 
+def test_quantised_latents_have_a_key_in_every_row_and_empty_shards_stay_neutral(library: FakeFlashMla) -> None:
+    dtype = torch.float8_e4m3fn
+    lengths, table = torch.zeros(3, dtype=torch.int32), torch.zeros(3, WIDTH, dtype=torch.int32)
+    decode = FlashMLADecode(HEADS, SCALE, table, lengths, kv_dtype=dtype)
+    cache, queries = (torch.randn(*shape).to(dtype) for shape in ((9, PAGE_SIZE, 576), (3, HEADS, 576)))
+    for tokens in ((1, 130, 0), (0, 0, 0), (0, 64, 2)):
+        lengths.copy_(torch.tensor(tokens))
+        decode.plan()
+        state = decode.run(queries, cache)
+        assert state.output.dtype == torch.bfloat16
+        for row, length in enumerate(tokens):
+            keys = cache.view(torch.uint8)[table[row].long()].flatten(0, 1)[:length].view(dtype).float().bfloat16().unsqueeze(1)
+            expected = partial_attention(queries[row : row + 1].float().bfloat16(), keys, keys[..., :512], scale=SCALE)
+            assert torch.equal(state.lse[row], expected.lse[0])
+            assert not length or torch.equal(state.output[row], expected.output[0])
+
+
 @pytest.mark.parametrize("heads", [8, 144])
 def test_heads_that_were_not_run_are_refused(library: FakeFlashMla, heads: int) -> None:
     with pytest.raises(ValueError, match=f"flashmla serves 16 to 128 heads per instance, this model has {heads}"):
@@ -128,7 +145,7 @@ def build(heads: int, page_size: int) -> Any:
 
     shape = AttentionShape(heads, 1, 576, 512, torch.bfloat16, SCALE, latent=True)
     sizes = GraphSizes(num_instances=2, max_home_rows=3, guest_rows=(2,), page_size=page_size, context_pages=WIDTH, pool_pages=9)
-    return GraphAttention(0, sizes, shape, torch.device("cpu"), num_sharing=1, wait_seconds=1.0, flash_mla=True)
+    return GraphAttention(0, sizes, shape, torch.device("cpu"), num_sharing=1, wait_seconds=1.0, kernel="flashmla")
 
 
 def test_captured_steps_read_the_tables_alone(attention: Any, library: FakeFlashMla) -> None:

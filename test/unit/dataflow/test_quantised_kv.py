@@ -141,6 +141,7 @@ def test_a_graph_exchanges_half_the_elements_of_a_row() -> None:
     shapes = [AttentionShape(8, 2, 128, 128, torch.bfloat16, 0.1, False, quantised=quantised) for quantised in (None, FP8)]
     exchanges = [sizes.exchange(shape) for shape in shapes]
     assert [one.kv_row_elements for one in exchanges] == [512, 256] and [one.qk_head_dim for one in exchanges] == [128, 128]
+    assert [sizes.exchange(shape, "fa3").qk_head_dim for shape in shapes] == [128, 64], "fa3 takes queries of the pool's type"
     latent = [AttentionShape(16, 1, 576, 512, torch.bfloat16, 0.1, True, quantised=quantised) for quantised in (None, FP8)]
-    exchanges = [sizes.exchange(shape) for shape in latent]
+    exchanges = [sizes.exchange(shape, "flashmla") for shape in latent]
     assert [one.kv_row_elements for one in exchanges] == [576, 288] == [one.qk_head_dim for one in exchanges]

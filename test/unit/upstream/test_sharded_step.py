@@ -93,16 +93,16 @@ class CapturingStock(Stock):
         self.stock_calls.append("in_graph")
 
 
-@pytest.mark.parametrize("flash_mla", [False, True])
-def test_a_captured_step_begins_with_what_its_layers_share(monkeypatch: pytest.MonkeyPatch, flash_mla: bool) -> None:
+@pytest.mark.parametrize("kernel", ["flashinfer", "fa3", "flashmla"])
+def test_a_captured_step_begins_with_what_its_layers_share(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     """Stock's variant is stock's; what the layers of ours share is recorded once, ahead of them."""
     seen: list[Any] = []
     attention = SimpleNamespace(prepare=lambda *rows: seen.append(("prepare", *rows)), begin=lambda *rows: seen.append(("begin", *rows)))
     engine = graphs.GraphEngine((4,), [], 0, Layout(1, 1), None)
     engine.attention, engine._own_slots = attention, torch.zeros(8, dtype=torch.int64)
-    monkeypatch.setattr(engine, "build", lambda runner, max_bs, *, flash_mla=False: seen.append(("build", runner, max_bs, flash_mla)))
+    monkeypatch.setattr(engine, "build", lambda runner, max_bs, *, kernel: seen.append(("build", runner, max_bs, kernel)))
     monkeypatch.setattr(attention_backend, "process_graphs", lambda: engine)
-    backend: Any = attention_backend.make_backend_class(CapturingStock, flash_mla=flash_mla)()
+    backend: Any = attention_backend.make_backend_class(CapturingStock, kernel=kernel)()
     backend.dyncp_runner = runner = SimpleNamespace(req_to_token_pool=SimpleNamespace(req_to_token="token table"))
     backend.init_cuda_graph_state(8, 8)
     batch = SimpleNamespace(batch_size=3, out_cache_loc=torch.tensor([70, 191, 192]))
@@ -111,7 +111,7 @@ def test_a_captured_step_begins_with_what_its_layers_share(monkeypatch: pytest.M
         backend.init_forward_metadata_out_graph(batch, in_capture=True)
         backend.init_forward_metadata_in_graph(batch)
     assert backend.stock_calls == ["state", "out_graph", "in_graph"]
-    assert seen == [("build", runner, 8, flash_mla), ("prepare", 3, 4), ("begin", 3, 4, "token table")]
+    assert seen == [("build", runner, 8, kernel), ("prepare", 3, 4), ("begin", 3, 4, "token table")]
     assert engine.own_slots(3).tolist() == [70, 191, 0], "K/V that travels goes to the slot of padding here"
 
 

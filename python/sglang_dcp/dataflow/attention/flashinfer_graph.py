@@ -49,7 +49,7 @@ class KernelBuffers:
         return KernelBuffers(self.workspace, self.output[:rows], self.lse[:rows], self.natural_lse[:rows])
 
 
-class _EmptyRows:
+class EmptyRows:
     """What is added to the LSE of rows: 0 where the shard holds tokens, -inf where it is empty (FlashInfer writes a large finite number
     there)."""
 
@@ -102,7 +102,7 @@ class FlashInferDecode:
             paged_kv_last_page_len_buffer=last_page_length,
         )
         self._output, self._lse, self._natural_lse = buffers.output, buffers.lse, buffers.natural_lse
-        self._empty_rows = _EmptyRows(rows, device)
+        self._empty_rows = EmptyRows(rows, device)
         self._schedule = ChunkSchedule(page_size)
 
     def mark_empty_rows(self, lengths: torch.Tensor) -> None:
@@ -242,7 +242,7 @@ class FlashInferMLA:
             backend="fa3",
         )
         self._output, self._lse, self._natural_lse = buffers.output, buffers.lse, buffers.natural_lse
-        self._empty_rows = _EmptyRows(rows, device)
+        self._empty_rows = EmptyRows(rows, device)
 
     def mark_empty_rows(self, lengths: torch.Tensor) -> None:
         """As FlashInferDecode.mark_empty_rows."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sglang_dcp.dataflow.attention.flashinfer_graph import MLA_LATENT_DIM, MLA_ROPE_DIM, QUANTISED
+from sglang_dcp.dataflow.attention.flashinfer_graph import MLA_LATENT_DIM, MLA_ROPE_DIM, QUANTISED, EmptyRows
 from sglang_dcp.dataflow.contracts import PartialState
 
 FLASH_MLA_PAGE_SIZE = 64
@@ -65,19 +65,25 @@ class FlashMLADecode:
         if num_parts > 1:
             self._parts = _RowParts(num_heads, block_table, kv_length, num_parts, kv_dtype)
             self._block_table, self._kv_length = self._parts.block_table, self._parts.kv_length
+        self._empty_rows = EmptyRows(len(self._kv_length), kv_length.device) if self._quantised else None
+        self._attended = torch.ones_like(self._kv_length) if self._quantised else self._kv_length
         self._schedule = self._make_schedule()
 
     def plan(self) -> None:
         """Schedules from `kv_length` on the device, into buffers that stay."""
         if self._parts is not None:
             self._parts.fill()
+        if self._empty_rows is not None:
+            # The kernel over quantised latents wants a key in every row, as SGLang's padding has; what comes of it has no weight.
+            torch.clamp(self._kv_length, min=1, out=self._attended)
+            self._empty_rows.update(self._kv_length)
         for kept, made in zip(self._schedule, self._make_schedule(), strict=True):
             kept.copy_(made)
 
     def _make_schedule(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What each multiprocessor does [parts, 8], and the first split of each row [S + 1]."""
         metadata, splits = self._library.get_mla_decoding_metadata(
-            self._kv_length, self.num_heads, 1, is_fp8_kvcache=bool(self._quantised), use_legacy=True
+            self._attended, self.num_heads, 1, is_fp8_kvcache=bool(self._quantised), use_legacy=True
         )
         return metadata, splits
 
@@ -94,7 +100,7 @@ class FlashMLADecode:
             (queries if self._parts is None else self._parts.repeat(queries)).unsqueeze(1),
             latent_cache.unsqueeze(2),
             self._block_table,
-            self._kv_length,
+            self._attended,
             MLA_LATENT_DIM,
             FlashMLASchedMeta(tile_scheduler_metadata=self._schedule[0], num_splits=self._schedule[1]),
             softmax_scale=self.scale,
@@ -103,6 +109,8 @@ class FlashMLADecode:
             **self._quantised,
         )
         output, lse = output.squeeze(1), lse.squeeze(-1)
+        if self._empty_rows is not None:
+            lse = lse + self._empty_rows.bias
         if self._parts is not None:
             return self._parts.merge(output, lse)
         if mark_neutral:

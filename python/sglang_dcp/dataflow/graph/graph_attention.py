@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from sgl_kernel_dcp import ExchangeShape, PeerExchange, StepArrays, StepTables, TableShape
 
+from sglang_dcp.dataflow.attention.flash_attention3 import FlashAttention3Decode
 from sglang_dcp.dataflow.attention.flashinfer_graph import MLA_LATENT_DIM, FlashInferDecode, FlashInferMLA, KernelBuffers
 from sglang_dcp.dataflow.attention.flashmla import FlashMLADecode, check_flash_mla
 from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
@@ -23,6 +24,9 @@ from sglang_dcp.dataflow.device_plan import to_device
 from sglang_dcp.dataflow.graph.silence import SilenceLog, SilenceNote
 from sglang_dcp.dataflow.graph.static_tables import ListedRow, PageLines, PooledRow, RowsInput
 from sglang_dcp.dataflow.transport.base import TransportError
+
+GraphKernel = Literal["flashinfer", "flashmla", "fa3"]
+Kernel = FlashInferDecode | FlashInferMLA | FlashMLADecode | FlashAttention3Decode
 
 
 @dataclass(frozen=True)
@@ -52,27 +56,37 @@ class GraphSizes:
             page_size=self.page_size,
         )
 
-    def exchange(self, shape: AttentionShape) -> ExchangeShape:
+    def exchange(self, shape: AttentionShape, kernel: GraphKernel = "flashinfer") -> ExchangeShape:
         # In elements of the queries' type, whatever lies in the row.
         kv_row = shape.qk_head_dim if shape.latent else shape.num_kv_heads * (shape.qk_head_dim + shape.v_head_dim)
         kv_row = kv_row * shape.kv_dtype.itemsize // shape.dtype.itemsize
-        query = shape.qk_head_dim * query_dtype(shape).itemsize // shape.dtype.itemsize
+        query = shape.qk_head_dim * query_dtype(shape, kernel).itemsize // shape.dtype.itemsize
         most_returns = min(self.max_home_rows, self.guest_rows[-1]) * (self.num_instances - 1)
         return ExchangeShape(shape.num_heads, query, shape.v_head_dim, kv_row, most_returns)
 
 
-def query_dtype(shape: AttentionShape) -> torch.dtype:
-    """What queries travel as: with a quantised latent pool in its type, for FlashMLA's kernel takes both alike, as it does in SGLang."""
-    return shape.kv_dtype if shape.latent else shape.dtype
+def query_dtype(shape: AttentionShape, kernel: GraphKernel) -> torch.dtype:
+    """What queries travel as: over a quantised pool in its type, where the kernel takes both alike, as it does in SGLang."""
+    return shape.dtype if kernel == "flashinfer" else shape.kv_dtype
+
+
+def check_kernel(kernel: GraphKernel, shape: AttentionShape, page_size: int) -> None:
+    """ValueError naming what the kernel does not serve."""
+    if kernel == "flashmla":
+        check_flash_mla(shape.num_heads, page_size)
+    elif kernel == "fa3" and shape.latent:
+        raise ValueError("--attention-backend fa3 serves no latent attention (MLA) in decode graphs with sharded rows")
+    elif shape.latent and shape.quantised is not None:
+        raise ValueError(f"decode graphs over latent pools of {shape.quantised} need --attention-backend flashmla")
 
 
 class GraphAttention:
     """One instance's static buffers, its end of the exchange, and one attention kernel per captured (home rows, guest rows).
 
     Instances connect (`exchange.connect_processes`) before the first capture. `fill` (or `advance`) and `plan` run once per step ahead of
-    the replay, on the stream of the replay; `begin` and, once per layer, `run` are captured. flash_mla: FlashMLA's kernel in place of
-    FlashInfer's (MLA only). own_split: split_budget.py in place of FlashInfer's (GQA). rank: the place in the exchange group, whose first
-    instance is `first_rank`.
+    the replay, on the stream of the replay; `begin` and, once per layer, `run` are captured. kernel: whose, by the backend's name;
+    FlashMLA's is for MLA, FlashAttention 3 for GQA. own_split: long rows get parts of their own (GQA). rank: the place in the exchange
+    group, whose first instance is `first_rank`.
     """
 
     def __init__(
@@ -84,17 +98,14 @@ class GraphAttention:
         *,
         num_sharing: int,
         wait_seconds: float,
-        flash_mla: bool = False,
+        kernel: GraphKernel = "flashinfer",
         own_split: bool = True,
         first_rank: int = 0,
     ) -> None:
-        if flash_mla:
-            check_flash_mla(shape.num_heads, sizes.page_size)
-        elif shape.latent and shape.quantised is not None:
-            raise ValueError(f"decode graphs over latent pools of {shape.quantised} need --attention-backend flashmla")
+        check_kernel(kernel, shape, sizes.page_size)
         self.rank, self.sizes, self.shape, self.wait_seconds = rank, sizes, shape, wait_seconds
-        self.flash_mla, self.own_split, self.first_rank = flash_mla, own_split, first_rank
-        exchange_shape = sizes.exchange(shape)
+        self.kernel, self.own_split, self.first_rank = kernel, own_split, first_rank
+        exchange_shape = sizes.exchange(shape, kernel)
         num_entries = 2 * sizes.max_rows
         self.tables = StepTables(sizes.tables(), rank, num_entries, device, exchange_shape.max_return_rows)
         self.exchange = PeerExchange(
@@ -103,17 +114,22 @@ class GraphAttention:
             self.tables,
             num_sharing=num_sharing,
             wait_limit_seconds=wait_seconds,
-            early_launch=not flash_mla,  # FlashMLA's kernel would not wait for the dispatch
+            early_launch=not self.plans_on_device,  # FlashMLA's kernel would not wait for the dispatch
         )
         self.lines = PageLines(num_entries, sizes.context_pages, sizes.page_size)
         self.merged = torch.zeros(sizes.max_home_rows, shape.num_heads, shape.v_head_dim, dtype=torch.bfloat16, device=device)
-        self._buffers = None if flash_mla else KernelBuffers.allocate(sizes.max_rows, shape.num_heads, shape.v_head_dim, device)
-        self._kernels: dict[tuple[int, int], FlashInferDecode | FlashInferMLA | FlashMLADecode] = {}
+        self._buffers = None if self.plans_on_device else KernelBuffers.allocate(sizes.max_rows, shape.num_heads, shape.v_head_dim, device)
+        self._kernels: dict[tuple[int, int], Kernel] = {}
         self._guard = CopyGuard(device)
         offset = self.exchange.layout["silent_mask"]
         self._silence = SilenceLog(self.exchange.state[offset : offset + 4].view(torch.int32))
         self._planned: tuple[int, int] | None = None
         self._begun: list[int] | None = None
+
+    @property
+    def plans_on_device(self) -> bool:
+        """Whether the kernel needs nothing of the host in a step."""
+        return self.kernel != "flashinfer"
 
     # ---- once per captured size
 
@@ -127,11 +143,13 @@ class GraphAttention:
         self.tables.build()
         self._plan(home_rows, guest_rows, np.ones(rows, dtype=np.int32))
 
-    def _build_kernel(self, rows: int) -> FlashInferDecode | FlashInferMLA | FlashMLADecode:
+    def _build_kernel(self, rows: int) -> Kernel:
         shape, section, page_size = self.shape, self.tables.section, self.sizes.page_size
         if self._buffers is None:
-            rows_of = section("block_table")[:rows], section("kv_length")[:rows]
-            return FlashMLADecode(shape.num_heads, shape.scale, *rows_of, kv_dtype=shape.kv_dtype)
+            of_rows = section("block_table")[:rows], section("kv_length")[:rows]
+            if self.kernel == "fa3":
+                return FlashAttention3Decode(shape.num_kv_heads, shape.scale, *of_rows, own_split=self.own_split)
+            return FlashMLADecode(shape.num_heads, shape.scale, *of_rows, kv_dtype=shape.kv_dtype)
         indptr, indices, buffers = section("page_indptr")[: rows + 1], section("page_indices"), self._buffers.first(rows)
         if shape.latent:
             return FlashInferMLA(shape.num_heads, page_size, shape.scale, indptr, indices, section("kv_length")[:rows], buffers)
@@ -155,8 +173,8 @@ class GraphAttention:
         self.tables.upload_rows_at(self.lines.table_address)  # PageLines keeps every row within its line
 
     def plan(self, home_rows: int, guest_rows: int) -> None:
-        """Schedules the step's kernel, unless its last schedule serves. GQA's counts pages, MLA's tokens; FlashMLA's is `begin`'s."""
-        if self.flash_mla:
+        """Schedules FlashInfer's kernel of the step, unless its last schedule serves. GQA's counts pages, MLA's tokens."""
+        if self.plans_on_device:
             return
         kernel, begun = self._kernels[home_rows, guest_rows], self._begun
         if self._planned != (home_rows, guest_rows):
@@ -218,7 +236,7 @@ class GraphAttention:
         kernel = self._kernels[home_rows, guest_rows]
         if isinstance(kernel, FlashMLADecode):
             kernel.plan()
-        else:
+        elif not isinstance(kernel, FlashAttention3Decode):
             kernel.mark_empty_rows(self.tables.section("kv_length")[: home_rows + guest_rows])
 
     def run(
@@ -241,10 +259,11 @@ class GraphAttention:
         key_pool, value_pool = pools
         targets = self._targets(key_pool, value_pool)
         key_words, value_words = (part.view(self.shape.dtype) for part in (keys, values))
-        asked, rotary = (None if part is None else part.to(query_dtype(self.shape)).view(self.shape.dtype) for part in queries)
+        asked_as = query_dtype(self.shape, self.kernel)
+        asked, rotary = (None if part is None else part.to(asked_as).view(self.shape.dtype) for part in queries)
         received = self.exchange.dispatch(
             asked, query_rope=rotary, key=key_words, value=value_words, key_pool=targets[0], value_pool=targets[1]
-        )[:rows].view(query_dtype(self.shape))
+        )[:rows].view(asked_as)
         kernel = self._kernels[home_rows, guest_rows]
         state: PartialState
         if isinstance(kernel, FlashMLADecode):

@@ -75,7 +75,7 @@ class StepBackend(_Stock):
     dyncp_runner: Any = None
     dyncp_graphs: GraphEngine | None = None
     dyncp_guard = CopyGuard(torch.device("cpu"))
-    dyncp_flash_mla = False
+    dyncp_graph_kernel = "flashinfer"
     dyncp_chunks_read_the_pool = False
     """Whether stock's prefill chunk reads its own K/V back from the pool: ours then attends a quantised pool's elements too."""
 
@@ -84,7 +84,7 @@ class StepBackend(_Stock):
         graphs = process_graphs()
         if graphs is not None:
             self.dyncp_graphs = self.dyncp_runner.dyncp_graphs = graphs
-            graphs.build(self.dyncp_runner, max_bs, flash_mla=self.dyncp_flash_mla)
+            graphs.build(self.dyncp_runner, max_bs, kernel=self.dyncp_graph_kernel)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         if in_capture and captured_guest_rows():
@@ -124,9 +124,9 @@ class StepBackend(_Stock):
         return self.dyncp_graphs
 
 
-def make_backend_class(stock: type, *, flash_mla: bool = False) -> type:
-    """flash_mla: captured steps run FlashMLA's kernel."""
-    return type(f"DynCp{stock.__name__}", (StepBackend, stock), {"dyncp_flash_mla": flash_mla})
+def make_backend_class(stock: type, *, kernel: str = "flashinfer") -> type:
+    """kernel: of captured steps with sharded rows, by the backend's name."""
+    return type(f"DynCp{stock.__name__}", (StepBackend, stock), {"dyncp_graph_kernel": kernel})
 
 
 def stock_prepares(forward_batch: Any, *, as_graph: bool) -> bool:

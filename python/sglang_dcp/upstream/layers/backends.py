@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 
+from sglang_dcp.dataflow.attention.flash_attention3 import splits_of
 from sglang_dcp.dataflow.attention.split_budget import with_split_budget
 from sglang_dcp.dataflow.copy_guard import CopyGuard
 from sglang_dcp.upstream.attach.cuda_settings import QUANTISED_KV, QUANTISED_KV_TYPE, find_kv_type_refusal, find_sliced_kv_refusal
 from sglang_dcp.upstream.layers.attention_backend import make_backend_class
 from sglang_dcp.upstream.layers.graphs import splits_long_rows
+
+logger = logging.getLogger(__name__)
 
 
 def register_backends() -> None:
@@ -56,16 +60,29 @@ def create_flashinfer(runner: Any) -> Any:
 
 
 def create_fa3(runner: Any) -> Any:
-    """SGLang's default on a Hopper GPU. A step with sharded rows never enters it: its kernels are FlashInfer's, over the same pool."""
+    """SGLang's default on a Hopper GPU. Graphs with sharded rows run its kernel too; eager steps with some never enter it, and run
+    FlashInfer's over the same pool."""
     check_kv_type(runner, "fa3")
     if runner.use_mla_backend:
         raise ValueError("--attention-backend fa3 with --enable-dyncp serves no latent attention (MLA); use flashinfer or flashmla")
     from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend
 
-    backend = make_backend_class(FlashAttentionBackend)(runner)
+    backend = make_backend_class(FlashAttentionBackend, kernel="fa3")(runner)
     backend.dyncp_runner = runner  # no guard: it plans nothing in pinned memory
+    split_long_rows(backend, runner.device)
     backend.dyncp_chunks_read_the_pool = True
     return backend
+
+
+def split_long_rows(backend: Any, device: str) -> None:
+    """Decodes in which nobody is sharded meet long rows too: those that lie whole in a pool. SGLang's own number of parts cuts every row
+    alike. Not where it schedules ahead of the layers, which it does for another number (never with data-parallel attention)."""
+    if not splits_long_rows():
+        return
+    if not backend._disable_scheduler_metadata_precompute:
+        logger.warning("dyncp: SGLang schedules fa3's decodes ahead of the layers: long rows are split as it does (--dyncp-split-budget)")
+        return
+    backend.decode_num_splits = splits_of(device, backend.num_kv_heads, own_split=True)
 
 
 def create_flashmla(runner: Any) -> Any:
@@ -77,7 +94,7 @@ def create_flashmla(runner: Any) -> Any:
     from sglang.srt.layers.attention.flashmla_backend import FlashMLABackend
     from sglang.srt.runtime_context import get_exec
 
-    backend = make_backend_class(FlashMLABackend, flash_mla=True)(runner)
+    backend = make_backend_class(FlashMLABackend, kernel="flashmla")(runner)
     backend.dyncp_chunks_read_the_pool = bool(get_exec().kernel.flashinfer_mla_disable_ragged)
     return _for_runner(backend, runner)
 

@@ -65,7 +65,7 @@ class GraphEngine:
         self.layer_roll = LayerRoll({})
         self._own_slots = torch.zeros(0)
 
-    def build(self, runner: Any, max_batch: int, *, flash_mla: bool = False) -> None:
+    def build(self, runner: Any, max_batch: int, *, kernel: Any = "flashinfer") -> None:
         """Buffers for batches of up to max_batch, connected to all peers of the exchange group. Every instance calls it."""
         from sglang_dcp.dataflow.graph.graph_attention import GraphAttention, GraphSizes
 
@@ -89,7 +89,7 @@ class GraphEngine:
             device,
             num_sharing=sharing,
             wait_seconds=wait,
-            flash_mla=flash_mla,
+            kernel=kernel,
             own_split=splits_long_rows(),
             first_rank=self.members.start,
         )
@@ -100,7 +100,7 @@ class GraphEngine:
         logger.info(
             "dyncp: decode graphs (%s) for up to %d home rows with 0, %s guest rows; buffers of %.2f GiB, peer memory with instances "
             "%d-%d, %d instances on this GPU",
-            "FlashMLA" if flash_mla else "FlashInfer",
+            kernel,
             max_batch,
             ", ".join(map(str, self.guest_rows)),
             (free_before - torch.cuda.mem_get_info()[0]) / 2**30,

@@ -1,0 +1,153 @@
+"""FlashAttention 3 in graphs with sharded rows, by a stand-in that computes with plain torch: calls are checked against the installed
+library's signature, which is read from its source."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_dcp.dataflow.attention import flash_attention3
+from sglang_dcp.dataflow.attention.flash_attention3 import FlashAttention3Decode, most_splits
+from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
+from sglang_dcp.dataflow.contracts import KVScales
+from sglang_dcp.dataflow.graph.static_tables import ListedRow
+from sglang_dcp.dataflow.reference import partial_attention
+from sglang_dcp.upstream.layers import backends
+from test.unit.dataflow.test_flash_mla import FakeExchange, FakeTables
+
+HEADS, KV_HEADS, DIM, PAGE, WIDTH, SCALE = 8, 2, 128, 64, 4, 0.09
+FP8 = torch.float8_e4m3fn
+
+
+class FakeFlashAttention:
+    """The one function; `calls` has what it was given."""
+
+    def __init__(self) -> None:
+        spec = importlib.util.find_spec("sgl_kernel")
+        if spec is None or spec.origin is None:
+            pytest.skip("sglang-kernel is not installed")
+        tree = ast.parse((Path(spec.origin).parent / "flash_attn.py").read_text())
+        (found,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "flash_attn_with_kvcache"]
+        self.parameters = [argument.arg for argument in found.args.args]
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, *call: Any, **given: Any) -> tuple[torch.Tensor, ...]:
+        assert set(given) <= set(self.parameters[len(call) :]), "a parameter that it does not have"
+        arguments = dict(zip(self.parameters, call, strict=False)) | given
+        self.calls.append(arguments)
+        queries, keys, values = arguments["q"], arguments["k_cache"], arguments["v_cache"]
+        rows, num_tokens, heads, dim = queries.shape
+        assert num_tokens == 1 and keys.shape == values.shape == (len(keys), PAGE, KV_HEADS, dim) and queries.dtype == keys.dtype
+        output, lse = torch.zeros(rows, 1, heads, dim, dtype=torch.bfloat16), torch.full((rows, heads, 1), float("-inf"))
+        scales = [arguments[name] for name in ("k_descale", "v_descale")]
+        for row, length in enumerate(arguments["cache_seqlens"].tolist()):
+            pages = arguments["page_table"][row, : -(-length // PAGE)].long()
+            seen = [cache.float()[pages].flatten(0, 1)[:length] for cache in (keys, values)]
+            seen = [part if scale is None else part * scale[row, :, None] for part, scale in zip(seen, scales, strict=True)]
+            state = partial_attention(queries[row].float(), *seen, scale=arguments["softmax_scale"])
+            output[row], lse[row, :, 0] = state.output, state.lse[0]
+        return output, lse, None
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> FakeFlashAttention:
+    fake = FakeFlashAttention()
+    module = ModuleType("sgl_kernel.flash_attn")
+    module.__dict__["flash_attn_with_kvcache"] = fake
+    monkeypatch.setitem(sys.modules, "sgl_kernel", ModuleType("sgl_kernel"))
+    monkeypatch.setitem(sys.modules, "sgl_kernel.flash_attn", module)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    return fake
+
+
+@pytest.mark.parametrize(("dtype", "scales"), [(torch.bfloat16, KVScales()), (FP8, KVScales(0.5, 2.0))])
+def test_rows_over_scattered_pages(library: FakeFlashAttention, dtype: torch.dtype, scales: KVScales) -> None:
+    lengths, table = torch.tensor([130, 0, 64], dtype=torch.int32), torch.randperm(12).view(3, WIDTH).to(torch.int32)
+    decode = FlashAttention3Decode(KV_HEADS, SCALE, table, lengths)
+    keys, values = (torch.randn(12, PAGE, KV_HEADS, DIM).to(dtype) for _ in range(2))
+    queries = torch.randn(3, HEADS, DIM).to(dtype)
+    state = decode.run(queries, keys, values, scales)
+    for row, length in enumerate(lengths.tolist()):
+        seen = [cache.float()[table[row].long()].flatten(0, 1)[:length] for cache in (keys, values)]
+        expected = partial_attention(queries[row : row + 1].float(), seen[0] * scales.key, seen[1] * scales.value, scale=SCALE)
+        torch.testing.assert_close(state.output[row].float(), expected.output[0], atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(state.lse[row], expected.lse[0])
+    assert bool((state.lse[1] == float("-inf")).all()) and library.calls[0]["num_splits"] == 66
+
+
+def test_a_row_alone_reaches_every_multiprocessor() -> None:
+    assert [most_splits(132, kv_heads) for kv_heads in (1, 2, 4, 8, 132)] == [128, 66, 33, 17, 2]
+
+
+def test_stock_s_split_is_its_own_number(library: FakeFlashAttention) -> None:
+    lengths, table = torch.ones(1, dtype=torch.int32), torch.zeros(1, WIDTH, dtype=torch.int32)
+    pool = torch.randn(1, PAGE, KV_HEADS, DIM).bfloat16()
+    FlashAttention3Decode(KV_HEADS, SCALE, table, lengths, own_split=False).run(torch.randn(1, HEADS, DIM).bfloat16(), pool, pool)
+    assert library.calls[0]["num_splits"] == 0
+
+
+@pytest.mark.parametrize("quantised", [None, FP8])
+def test_captured_steps_read_the_tables_alone(
+    library: FakeFlashAttention, monkeypatch: pytest.MonkeyPatch, quantised: torch.dtype | None
+) -> None:
+    """`begin` and `run` are what a graph replays; nothing is planned on the host."""
+    pytest.importorskip("sgl_kernel_dcp")
+    from sglang_dcp.dataflow.graph import graph_attention
+    from sglang_dcp.dataflow.graph.graph_attention import GraphAttention, GraphSizes
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory=False, **given: zeros(*size, **given))
+    monkeypatch.setattr(graph_attention, "StepTables", FakeTables)
+    monkeypatch.setattr(graph_attention, "PeerExchange", FakeExchange)
+    shape = AttentionShape(HEADS, KV_HEADS, DIM, DIM, torch.bfloat16, SCALE, latent=False, quantised=quantised)
+    sizes = GraphSizes(num_instances=2, max_home_rows=3, guest_rows=(2,), page_size=PAGE, context_pages=WIDTH, pool_pages=9)
+    attention: Any = GraphAttention(0, sizes, shape, torch.device("cpu"), num_sharing=1, wait_seconds=1.0, kernel="fa3")
+    assert attention.exchange.early_launch is False and attention.plans_on_device
+    attention.prepare(3, 2)
+    pools = [torch.randn(9 * PAGE, KV_HEADS, DIM).to(shape.kv_dtype) for _ in range(2)]
+    held, lengths = [[(0, 3), (1, 5)], [(0, 1)]], [64, 2]
+    rows = [ListedRow(row, lengths[row], held[row], grows=True, arrives=False) for row in range(2)]
+    words, no_tokens = [np.array([1, 1], dtype=np.int32), np.zeros(0, dtype=np.int32)], torch.zeros(1, 1, dtype=torch.int32)
+    for step in range(2):
+        attention.fill(step, words, rows, no_tokens) if step == 0 else attention.advance(step)
+        attention.plan(3, 2)
+        attention.begin(3, 2, no_tokens)
+        queries, new = torch.randn(3, HEADS, DIM).bfloat16(), torch.randn(3, 1, KV_HEADS * DIM).to(shape.kv_dtype)
+        merged = attention.run(3, 2, (queries, None), new, new, pools)
+        for row, pages in enumerate(held):
+            seen = [pool.float().unflatten(0, (-1, PAGE))[[number for _, number in pages]].flatten(0, 1) for pool in pools]
+            asked = queries[row : row + 1].to(shape.kv_dtype).float()
+            expected = partial_attention(asked, *(part[: lengths[row] + step] for part in seen), scale=SCALE)
+            torch.testing.assert_close(merged[row].float(), expected.output[0], atol=2e-2, rtol=2e-2)
+        assert not merged[2].any(), "a row of padding attends nothing"
+
+
+def test_latent_attention_has_another_kernel() -> None:
+    pytest.importorskip("sgl_kernel_dcp")
+    from sglang_dcp.dataflow.graph.graph_attention import check_kernel
+
+    latent = AttentionShape(16, 1, 576, 512, torch.bfloat16, SCALE, latent=True)
+    with pytest.raises(ValueError, match="--attention-backend fa3 serves no latent attention"):
+        check_kernel("fa3", latent, PAGE)
+    quantised = AttentionShape(16, 1, 576, 512, torch.bfloat16, SCALE, latent=True, quantised=FP8)
+    with pytest.raises(ValueError, match="need --attention-backend flashmla"):
+        check_kernel("flashinfer", quantised, PAGE)
+
+
+@pytest.mark.parametrize(("own", "scheduled_ahead", "wanted"), [(True, False, 33), (False, False, 0), (True, True, 0)])
+def test_steps_in_which_nobody_is_sharded_split_long_rows_too(
+    monkeypatch: pytest.MonkeyPatch, own: bool, scheduled_ahead: bool, wanted: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(backends, "splits_long_rows", lambda: own)
+    backend = SimpleNamespace(decode_num_splits=0, num_kv_heads=4, _disable_scheduler_metadata_precompute=not scheduled_ahead)
+    backends.split_long_rows(backend, "cuda")
+    assert backend.decode_num_splits == wanted and flash_attention3.FLASHES_OWN_SPLITS == 0
