@@ -14,67 +14,51 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmark.kernels.default_kernel import run_default
 from benchmark.multi_gpu.model_shapes import model_flags, write_shape
 from benchmark.multi_gpu.servers import GpuServer, running
 from benchmark.multi_gpu.settings import set_environment
 from benchmark.serving.provenance import provenance
-from sglang_dcp.dataflow.measure.decode_rows import NODES, PAGE, REPEATS, Case, DecodeShape, Pages, measure
-from sglang_dcp.dataflow.measure.timing import graph_microseconds
+from sglang_dcp.dataflow.measure.decode_rows import PAGE, Case, DecodeShape, measure
 from testing.gpu.servers import port_range
 from testing.ports import find_free_port
 
 INSTANCES, HEAD_DIM = 2, 128
 ROWS, TOKENS, ROUNDS = 32, 131_072, 5
 CASE = Case(ROWS, TOKENS, padding=0)
-GROUPED = {"qwen3-235b": DecodeShape(64, 4), "qwen3-30b": DecodeShape(32, 4), "64 heads, 8 K/V heads": DecodeShape(64, 8)}
-LATENT = {f"{heads} heads": DecodeShape(heads, latent=True, flash_mla=True) for heads in (16, 64, 128)}
+HEADS = {"qwen3-235b": (64, 4), "qwen3-30b": (32, 4), "64 heads, 8 K/V heads": (64, 8)}
+GROUPED = {name: DecodeShape(*heads, kernel="fa3") for name, heads in HEADS.items()}
+FLASHINFER = {name: DecodeShape(*heads) for name, heads in HEADS.items()}
+LATENT = {f"{heads} heads": DecodeShape(heads, latent=True, kernel="flashmla") for heads in (16, 64, 128)}
 FP8 = torch.float8_e4m3fn
 UNBOUNDED_TOKENS = 1 << 30
 POOL = re.compile(r"max_total_num_tokens=(\d+)")
 
 
-Timer = Callable[[DecodeShape], float]
-
-
-def in_turns(shape: DecodeShape, time_of: Timer) -> dict[str, Any]:
-    """Microseconds of a layer's decode of ROWS rows of TOKENS tokens, by element type of the pool; rounds take turns."""
+def in_turns(shape: DecodeShape) -> dict[str, Any]:
+    """Microseconds of a layer's decode of ROWS rows of TOKENS tokens, by element type of the pool; rounds take turns. The kernel is that
+    of graphs with sharded rows; fa3's and FlashMLA's take FP8 queries over an FP8 pool, which is part of the time with fa3's."""
     times: dict[str, list[float]] = {"bfloat16": [], "float8_e4m3fn": []}
     for _ in range(ROUNDS):
         for name, quantised in (("bfloat16", False), ("float8_e4m3fn", True)):
-            times[name].append(time_of(dataclasses.replace(shape, quantised=quantised)))
+            times[name].append(next(measure(dataclasses.replace(shape, quantised=quantised), math.inf, [CASE]))[1])
             torch.cuda.empty_cache()
     ratios = sorted(quantised / plain for plain, quantised in zip(*times.values(), strict=True))
     return {"us": times, "ratio": round(ratios[len(ratios) // 2], 4)}
 
 
-def sharded(shape: DecodeShape) -> float:
-    """By the kernel of graphs with sharded rows."""
-    return next(measure(shape, math.inf, [CASE]))[1]
-
-
-def default(shape: DecodeShape) -> float:
-    """By SGLang's default on Hopper, fa3, as it is run where nobody is sharded: over an FP8 pool its queries are FP8 too."""
-    pages, dtype = Pages(CASE.lengths()), FP8 if shape.quantised else torch.bfloat16
-    caches = [torch.randn(pages.total, PAGE, shape.kv_heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda").to(dtype) for _ in "kv"]
-    queries = torch.randn(ROWS, shape.num_heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda").to(dtype)
-    return graph_microseconds([run_default(pages, queries, caches)], nodes=NODES, repeats=REPEATS)
-
-
 def attention(result: dict[str, Any]) -> None:
-    """`attention_ratio`: the largest of sharded GQA steps. The others: of unsharded ones, and of MLA."""
-    for key, ratio, time_of, shapes in (
-        ("attention", "attention_ratio", sharded, GROUPED),
-        ("default_attention", "default_attention_ratio", default, GROUPED),
-        ("latent_attention", "latent_attention_ratio", sharded, LATENT),
+    """`attention_ratio`: the largest of GQA by the kernel that a server runs where nobody names one. The others: FlashInfer's, and MLA."""
+    for key, ratio, shapes in (
+        ("default_attention", "attention_ratio", GROUPED),
+        ("attention", "flashinfer_attention_ratio", FLASHINFER),
+        ("latent_attention", "latent_attention_ratio", LATENT),
     ):
-        result[key] = {name: in_turns(shape, time_of) for name, shape in shapes.items()}
+        result[key] = {name: in_turns(shape) for name, shape in shapes.items()}
         result[ratio] = max(part["ratio"] for part in result[key].values())
         print(ratio, result[ratio], flush=True)
 
@@ -101,8 +85,7 @@ def exchange() -> dict[str, Any]:
     sizes = GraphSizes(INSTANCES, 8, (4, 16), PAGE, 64, 100)
     rows = {}
     for name, quantised in (("bfloat16", None), ("float8_e4m3fn", FP8)):
-        heads = GROUPED["qwen3-235b"].num_heads, GROUPED["qwen3-235b"].kv_heads
-        shape = AttentionShape(*heads, HEAD_DIM, HEAD_DIM, torch.bfloat16, HEAD_DIM**-0.5, False, quantised=quantised)
+        shape = AttentionShape(*HEADS["qwen3-235b"], HEAD_DIM, HEAD_DIM, torch.bfloat16, HEAD_DIM**-0.5, False, quantised=quantised)
         rows[name] = sizes.exchange(shape).kv_row_elements * shape.dtype.itemsize
     return {"bytes": rows, "ratio": rows["float8_e4m3fn"] / rows["bfloat16"]}
 

@@ -1,10 +1,10 @@
-"""What a long row costs in a step in which nobody is sharded: SGLang's default kernel on Hopper (fa3) beside FlashInfer with our split.
+"""What a long row costs: SGLang's default kernel on Hopper (fa3) and FlashInfer, with their own split and with ours.
 
     python -m benchmark.kernels.default_kernel --output OUT.json [--commit ID]
 
-A server that names no backend runs fa3 in such steps and FlashInfer in those with sharded rows, over the same pool. The block table is as
-wide as a server's of LONGEST_CONTEXT tokens, and nothing is scheduled ahead: with data-parallel attention SGLang does neither. Answers of
-the two are compared first.
+A server that names no backend runs fa3 in steps in which nobody is sharded, and in graphs with sharded rows. The block table is as
+wide as a server's of LONGEST_CONTEXT tokens, and nothing is scheduled ahead: with data-parallel attention SGLang does neither. Answers are
+compared first.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 
 from benchmark.multi_gpu.model_shapes import LONGEST_CONTEXT
 from benchmark.serving.provenance import provenance
+from sglang_dcp.dataflow.attention.flash_attention3 import FLASHES_OWN_SPLITS, splits_of
 from sglang_dcp.dataflow.attention.flashinfer_graph import FlashInferDecode
 from sglang_dcp.dataflow.measure.decode_rows import CASES, NODES, PAGE, REPEATS, Case, Pages
 from sglang_dcp.dataflow.measure.timing import graph_microseconds
@@ -28,7 +29,7 @@ HEADS, KV_HEADS, HEAD_DIM = 32, 4, 128
 WHOLE_CASES = tuple(Case(case.requests, case.tokens_per_request, case.longest_row, 0) for case in CASES if case.padding)
 
 
-def run_default(pages: Pages, queries: torch.Tensor, caches: Sequence[torch.Tensor]) -> Callable[[], torch.Tensor]:
+def run_default(pages: Pages, queries: torch.Tensor, caches: Sequence[torch.Tensor], num_splits: int) -> Callable[[], torch.Tensor]:
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
     table, lengths = pages.block_table(-(-LONGEST_CONTEXT // PAGE)), pages.lengths.cuda()
@@ -45,6 +46,7 @@ def run_default(pages: Pages, queries: torch.Tensor, caches: Sequence[torch.Tens
             max_seqlen_q=1,
             softmax_scale=HEAD_DIM**-0.5,
             causal=True,
+            num_splits=num_splits,
         )
 
     return run
@@ -70,11 +72,13 @@ def measure(limit_s: float) -> list[dict[str, Any]]:
         queries = torch.randn(len(pages.lengths), HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
         held = [cache[: pages.total] for cache in caches]
         runs: dict[str, Callable[[], torch.Tensor]] = {
-            "fa3": run_default(pages, queries, held),
+            "fa3": run_default(pages, queries, held, FLASHES_OWN_SPLITS),
+            "fa3, ours": run_default(pages, queries, held, splits_of("cuda", KV_HEADS, own_split=True)),
             "FlashInfer": run_ours(pages, queries, held, own_split=False),
             "ours": run_ours(pages, queries, held, own_split=True),
         }
-        torch.testing.assert_close(runs["fa3"](), runs["ours"](), rtol=2e-2, atol=2e-2)
+        for name in ("fa3", "fa3, ours"):
+            torch.testing.assert_close(runs[name](), runs["ours"](), rtol=2e-2, atol=2e-2)
         times = {name: round(graph_microseconds([run], nodes=NODES, repeats=REPEATS), 2) for name, run in runs.items()}
         found.append({"rows": case.requests, "tokens": case.tokens_per_request, "longest": case.longest_row, "us": times})
         print(json.dumps(found[-1]), flush=True)

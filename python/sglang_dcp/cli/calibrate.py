@@ -20,6 +20,14 @@ from sglang_dcp.policy.served_model import ServedModel
 
 DEFAULT_TABLE = DATA_FOLDER / "measurements_h100_flashinfer.csv"
 LEAST_ROWS = 6
+BACKENDS = ("fa3", "flashinfer", "flashmla")
+SERVED_KERNELS = {
+    (False, False): ("fa3", "flashinfer"),
+    (False, True): ("fa3", "flashinfer"),
+    (True, False): ("flashinfer", "flashmla"),
+    (True, True): ("flashmla",),
+}
+"""By (MLA, FP8 K/V); the first is what a server runs where nobody names one."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measure", type=Path, metavar="TABLE.json", help="time the kernels on this GPU, write them, then fit")
     parser.add_argument("--config", type=Path, help="with --measure: config.json of the served model")
     parser.add_argument("--kv-dtype", choices=list(KV_DTYPES), default=BFLOAT16, help="with --measure: as --kv-cache-dtype")
-    kernels = "with --measure: as --attention-backend (default flashinfer; flashmla for MLA)"
-    parser.add_argument("--attention-backend", choices=["flashinfer", "flashmla"], default="flashinfer", help=kernels)
+    kernels = "with --measure: as --attention-backend (default: as a server's)"
+    parser.add_argument("--attention-backend", choices=list(BACKENDS), help=kernels)
     parser.add_argument("--limit", type=float, default=100.0, help="with --measure: begin no kernel after so many seconds (default 100)")
     parser.add_argument("--model", help="fit the rows of this model only (default: every model of the table)")
     parser.add_argument("--with-rows", action="store_true", help="fit a cost per attention row of a CSV too")
@@ -70,12 +78,13 @@ def _measure(args: argparse.Namespace) -> Path:
     served, head_dim, kv_heads = _read_config(args.config, _card_name(), args.kv_dtype)
     from sglang_dcp.dataflow.measure.decode_rows import DecodeShape, measure
 
-    flash, quantised = args.attention_backend == "flashmla", args.kv_dtype != BFLOAT16
-    if (flash and not served.latent) or (quantised and served.latent):
+    quantised = args.kv_dtype != BFLOAT16
+    kernels = SERVED_KERNELS[served.latent, quantised]
+    kernel = args.attention_backend or kernels[0]
+    if kernel not in kernels:
         kind = "latent attention (MLA)" if served.latent else "grouped-query attention"
-        asked = f"--attention-backend {args.attention_backend} and K/V in {args.kv_dtype}"
-        raise ValueError(f"{args.config}: {kind} is not served with {asked}")
-    shape = DecodeShape(served.num_heads, kv_heads, head_dim, served.latent, quantised, flash)
+        raise ValueError(f"{args.config}: {kind} is not served with --attention-backend {kernel} and K/V in {args.kv_dtype}")
+    shape = DecodeShape(served.num_heads, kv_heads, head_dim, served.latent, quantised, kernel)
     table = CalibrationTable(args.config.resolve().parent.name, served)
     for case, us in measure(shape, args.limit):
         captured = case.requests + case.padding

@@ -75,7 +75,11 @@ def test_another_card_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, config
     [
         ("{", (), "not JSON"),
         ("{}", (), "no configuration of a model that is served"),
-        (json.dumps(SHAPES["deepseek-v3"] | {"num_hidden_layers": 61}), ("--kv-dtype", "fp8_e4m3"), "latent attention (MLA) is not served"),
+        (
+            json.dumps(SHAPES["deepseek-v3"] | {"num_hidden_layers": 61}),
+            ("--attention-backend", "fa3"),
+            "latent attention (MLA) is not served",
+        ),
         (json.dumps(SHAPES["qwen3-235b-a22b"] | {"num_hidden_layers": 94}), ("--attention-backend", "flashmla"), "grouped-query attention"),
     ],
 )
@@ -90,7 +94,7 @@ def test_a_server_takes_what_was_measured(on_a_gpu: list[DecodeShape], config: P
     """The measured attention, and all else as it would take it anyway; the table is fitted again to the same constants."""
     table, out = config.parent / "t.json", config.parent / "mine.json"
     assert run("--measure", table, "--config", config, "--out", out) == 0, capsys.readouterr().err
-    assert on_a_gpu == [DecodeShape(32, 4, 128)]
+    assert on_a_gpu == [DecodeShape(32, 4, 128, kernel="fa3")]
     assert "those that ship miss by up to" in capsys.readouterr().out
     found = CalibrationTable.read(table)
     assert found.model == "qwen3-30b-a3b" and found.served.card == "h200" and len(found.rows) == len(CASES)
@@ -116,6 +120,20 @@ def test_constants_are_kept_by_element_type(on_a_gpu: list[DecodeShape], config:
     for model, share in ((served, 1.0), (fp8, 0.8)):
         cost = served_cost(str(out), model, 2)
         assert cost.model.attention_us_per_token == pytest.approx(share * PER_TOKEN, rel=1e-3) and not cost.warnings
+
+
+def test_the_kernels_of_a_server_are_measured(on_a_gpu: list[DecodeShape], config: Path, tmp_path: Path) -> None:
+    """Those that it runs where nobody names a backend, or the one that is named."""
+    latent = tmp_path / "config.json"
+    latent.write_text(json.dumps(SHAPES["deepseek-v3"] | {"num_hidden_layers": 61}))
+    table = tmp_path / "t.json"
+    for path, flags in ((config, ("--attention-backend", "flashinfer")), (latent, ()), (latent, ("--kv-dtype", "fp8_e4m3"))):
+        run("--measure", table, "--config", path, *flags)
+    assert [(shape.kernel, shape.latent, shape.quantised) for shape in on_a_gpu] == [
+        ("flashinfer", False, False),
+        ("flashinfer", True, False),
+        ("flashmla", True, True),
+    ]
 
 
 def test_a_table_that_ended_early_is_not_fitted(on_a_gpu, config: Path, capsys: pytest.CaptureFixture[str]) -> None:

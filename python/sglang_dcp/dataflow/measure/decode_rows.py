@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_dcp.dataflow.attention.flash_attention3 import FlashAttention3Decode
 from sglang_dcp.dataflow.attention.flashinfer_graph import (
     MLA_LATENT_DIM,
     MLA_ROPE_DIM,
@@ -26,14 +27,15 @@ PADDING = 64
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """Attention of one instance. latent: MLA in absorbed form, whose widths are the kernels'. flash_mla: with that kernel."""
+    """Attention of one instance. latent: MLA in absorbed form, whose widths are the kernels'. kernel: of graphs with sharded rows, by the
+    backend's name (fa3 and flashinfer for GQA, flashinfer and flashmla for MLA)."""
 
     num_heads: int
     kv_heads: int = 1
     head_dim: int = 128
     latent: bool = False
     quantised: bool = False
-    flash_mla: bool = False
+    kernel: str = "flashinfer"
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ Builder = Callable[[Pages], Callable[[], object]]
 
 
 def _grouped_runner(shape: DecodeShape, most_pages: int, most_rows: int) -> Builder:
-    """FlashInfer with our split of long rows (split_budget.py), LSE included."""
+    """With our split of long rows, LSE included."""
     dtype = QUANTISED if shape.quantised else torch.bfloat16
     caches = [torch.randn(most_pages, PAGE, shape.kv_heads, shape.head_dim, dtype=torch.bfloat16, device="cuda").to(dtype) for _ in "kv"]
     buffers = KernelBuffers.allocate(most_rows, shape.num_heads, shape.head_dim, "cuda")
@@ -114,13 +116,16 @@ def _grouped_runner(shape: DecodeShape, most_pages: int, most_rows: int) -> Buil
     def build(pages: Pages) -> Callable[[], object]:
         heads = (shape.num_heads, shape.kv_heads, shape.head_dim, PAGE, shape.head_dim**-0.5)
         rows = len(pages.lengths)
+        queries = torch.randn(rows, shape.num_heads, shape.head_dim, dtype=torch.bfloat16, device="cuda")
+        keys, values = (cache[: pages.total] for cache in caches)
+        if shape.kernel == "fa3":
+            flash = FlashAttention3Decode(shape.kv_heads, shape.head_dim**-0.5, pages.block_table(), pages.lengths.cuda())
+            return lambda: flash.run(queries.to(dtype), keys, values)
         decode = FlashInferDecode(
             *heads, pages.indptr.cuda(), pages.indices, pages.last.cuda(), buffers.first(rows), own_split=True, kv_dtype=dtype
         )
         decode.mark_empty_rows(pages.lengths.cuda())
         decode.plan(pages.indptr, pages.last)
-        queries = torch.randn(rows, shape.num_heads, shape.head_dim, dtype=torch.bfloat16, device="cuda")
-        keys, values = (cache[: pages.total] for cache in caches)
         return lambda: decode.run(queries, keys, values)
 
     return build
@@ -129,7 +134,7 @@ def _grouped_runner(shape: DecodeShape, most_pages: int, most_rows: int) -> Buil
 def _latent_runner(shape: DecodeShape, most_pages: int) -> Builder:
     width = MLA_LATENT_DIM + MLA_ROPE_DIM
     dtype = QUANTISED if shape.quantised else torch.bfloat16
-    if shape.quantised and not shape.flash_mla:
+    if shape.quantised and shape.kernel != "flashmla":
         raise ValueError("quantised latents are served with --attention-backend flashmla")
     cache = torch.randn(most_pages, PAGE, width, dtype=torch.bfloat16, device="cuda").to(dtype)
     scale = (128 + MLA_ROPE_DIM) ** -0.5
@@ -137,7 +142,7 @@ def _latent_runner(shape: DecodeShape, most_pages: int) -> Builder:
     def build(pages: Pages) -> Callable[[], object]:
         queries = torch.randn(len(pages.lengths), shape.num_heads, width, dtype=torch.bfloat16, device="cuda").to(dtype)
         lengths, latents = pages.lengths.cuda(), cache[: pages.total]
-        if shape.flash_mla:
+        if shape.kernel == "flashmla":
             flash = FlashMLADecode(shape.num_heads, scale, pages.block_table(), lengths, kv_dtype=dtype)
             flash.plan()
             return lambda: flash.run(queries, latents, mark_neutral=False)
