@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmark.headline.client import Fields
 
-FA3 = ("--attention-backend", "fa3")
+FA3, FLASHINFER = ("--attention-backend", "fa3"), ("--attention-backend", "flashinfer")
 FAKE_PREFILL = {"bootstrap_host": "2.2.2.2"}
 """SGLang's name for a prefill server that is not there: K/V are what the pool holds."""
 DECODE_ONLY = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "fake")
@@ -42,17 +42,17 @@ def _runtime(num_gpus: int) -> list[Contender]:
         # Placed as with --dyncp-max-degree 1; a tail whose pool is full may go on in another, which that flag forbids.
         Contender("whole", "every request whole (pinned on the server of `ours`), placed by our policy", True, (), pinned(1)),
         Contender("whole-only", "every request whole: a server with --dyncp-max-degree 1, without graphs for guest rows", True, whole),
-        Contender("whole-stock-split", "the same, FlashInfer's own split", True, (*whole, "--dyncp-split-budget", "stock")),
+        Contender("whole-stock-split", "the same, the kernel's own split of long rows", True, (*whole, "--dyncp-split-budget", "stock")),
         Contender(f"fixed-{num_gpus}", every, True, (), pinned(num_gpus)),
         Contender("length-buckets", "degree by prompt length, as NanoCP's release", True, ("--dyncp-policy", "length-buckets")),
-        Contender("ours", "dual-balance, FlashInfer's kernels in every step", True),
-        Contender("ours-fa3", "dual-balance as users start it: SGLang's default kernel where nobody is sharded", True, FA3),
+        Contender("ours", "dual-balance as users start it, with SGLang's default kernel", True),
+        Contender("ours-flashinfer", "dual-balance with FlashInfer's kernels in every step", True, FLASHINFER),
     ]
 
 
 def contenders(num_gpus: int, prefill: str = NO_PREFILL) -> dict[str, Contender]:
-    """By name, for one instance per GPU. prefill: "none": K/V are what the pools hold, or "real": prompts are computed, all of them with
-    SGLang's default kernel on Hopper."""
+    """By name, for one instance per GPU, all with SGLang's default kernel on Hopper where it is not named. prefill: "none": K/V are what
+    the pools hold, or "real": prompts are computed."""
     n = str(num_gpus)
     decode_only: tuple[str, ...] = ()
     fake: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def contenders(num_gpus: int, prefill: str = NO_PREFILL) -> dict[str, Contender]
         Contender("static-dcp", "SGLang's static context parallelism", False, (*static, *stock_only), fake),
     ]
     for one in _runtime(num_gpus):
-        kernel = FA3 if prefill == REAL_PREFILL and FA3[0] not in one.flags else ()
+        kernel = () if FA3[0] in one.flags else FA3
         assert not callable(one.fields)
         found.append(Contender(one.name, one.what, True, (*one.flags, *kernel, *decode_only), {**fake, **one.fields}))
     return {contender.name: contender for contender in found}

@@ -3,8 +3,7 @@ takes for this model and card.
 
     python -m benchmark.headline.predict FILE      # writes `predicted` into every point of a headline.json
 
-SGLang's own kernels (`stock`, `ours-fa3`) are priced as ours: where they are slower, or its scheduler is, measured and predicted differ by
-that.
+SGLang's own split of long rows (`stock`) is priced as ours: where it is slower, or its scheduler is, measured and predicted differ by that.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ PLACING = {
     "static-dcp": Placing("fixed", splits=True, static=True),
     **{f"fixed-{count}": Placing("dual-balance", splits=True, pinned=count) for count in (2, 4, 8)},
     "ours": Placing("dual-balance", splits=True),
-    "ours-fa3": Placing("dual-balance", splits=True),
+    "ours-flashinfer": Placing("dual-balance", splits=True),
 }
 
 

@@ -42,9 +42,9 @@ def groups(names: str, *flags: str) -> list[list[str]]:
 
 def test_contenders_of_equal_flags_share_a_server() -> None:
     assert groups("stock,whole,length-buckets,ours,fixed-2") == [["stock"], ["whole", "ours", "fixed-2"], ["length-buckets"]]
-    assert groups("ours,whole-only,ours-fa3") == [["ours"], ["whole-only"], ["ours-fa3"]]
+    assert groups("ours,whole-only,ours-flashinfer") == [["ours"], ["whole-only"], ["ours-flashinfer"]]
     # With prompts that are computed, all run SGLang's default kernel.
-    assert groups("stock,ours,ours-fa3", "--real-prefill") == [["stock"], ["ours", "ours-fa3"]]
+    assert groups("stock,ours,whole", "--real-prefill") == [["stock"], ["ours", "whole"]]
 
 
 def test_unknown_contenders_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,7 +66,7 @@ def test_the_lowest_ratio_is_of_rates_where_both_were_bisected() -> None:
 
 def test_the_lowest_ratio_is_else_of_p99_at_equal_rates() -> None:
     found = lowest_ratios(
-        "0|1", case({"stock": {8: 16.0, 12: 20.0}, "whole": {12: 19.0}, "ours": {12: 20.0}, "ours-fa3": {12: 5.0}}), [25.0]
+        "0|1", case({"stock": {8: 16.0, 12: 20.0}, "whole": {12: 19.0}, "ours": {12: 20.0}, "ours-flashinfer": {12: 5.0}}), [25.0]
     )
     assert found == [{"ratio": 0.95, "case": "0|1", "against": "whole", "how": "P99 TPOT at 12 requests/s"}]
     assert (
