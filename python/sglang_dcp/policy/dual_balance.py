@@ -221,7 +221,8 @@ class DualBalance:
         return self._spread(call, members, min(self._rule.max_degree, call.pages))
 
     def _spread(self, call: Call, members: Sequence[int], degree: int) -> Placement:
-        """`degree` shards, fewer only if `members` are fewer, over the most free pools: by room now, else by capacity."""
+        """`degree` shards over the most free pools, by room now, else by capacity. Fewer where `members` are fewer, and where nobody pinned
+        the degree and pools never give guests a page (--dyncp-max-guest-fraction)."""
         loads, levels = call.loads, call.levels
         ordered = sorted(members, key=lambda i: (loads[i].kv_tokens - loads[i].kv_capacity, levels.attention[i], i))
         home = call.home
@@ -229,6 +230,8 @@ class DualBalance:
             home = min(ordered[:degree], key=lambda i: (levels.batches[i], levels.attention[i], i))
         guests = [i for i in ordered if i != home][: degree - 1]
         rooms: list[int] = []
+        if call.request.degree is None:
+            guests = [i for i in guests if call.rooms(i, waiting=True)[1] >= 1]
         for waiting in (False, True):
             rooms = [call.rooms(home, waiting=waiting)[0], *(call.rooms(i, waiting=waiting)[1] for i in guests)]
             if min(rooms) >= 1 and sum(rooms) >= call.pages:

@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sglang_dcp.policy.cost_model import CostModel, load_cost_model
@@ -199,6 +199,7 @@ def test_max_degree_bounds_every_split():
         policy.place(request_of(3000), loads_of([0] * 4), PAGE)
 
 
+@example("dual-balance", [0, 0, 0, 513], 0, 481, 2, 0.0, 2, None, 3, False)  # a full home, and guests have no room anywhere
 @settings(max_examples=300, deadline=None)
 @given(
     name=st.sampled_from(POLICY_NAMES),

@@ -19,5 +19,7 @@ def register() -> None:
 def _give_scales(result: Any, layer: Any, *_args: Any, **_kwargs: Any) -> None:
     import torch
 
-    layer.k_scale, layer.v_scale = (torch.nn.Parameter(torch.tensor(scale), requires_grad=False) for scale in (KEY_SCALE, VALUE_SCALE))
+    layer.k_scale, layer.v_scale = (
+        torch.nn.Parameter(torch.tensor(scale, dtype=torch.float32), requires_grad=False) for scale in (KEY_SCALE, VALUE_SCALE)
+    )
     layer.k_scale_float, layer.v_scale_float = KEY_SCALE, VALUE_SCALE
