@@ -199,7 +199,7 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dyncp-split-budget",
         choices=SPLIT_BUDGETS,
-        help="How decode graphs split long rows with FlashInfer (GQA): auto, whatever stands beside them, or stock. Default: auto.",
+        help="How decodes split long rows (GQA): auto, whatever stands beside them, or stock, as the kernel does. Default: auto.",
     )
     _add_node_arguments(group)
     _add_ending_arguments(group)

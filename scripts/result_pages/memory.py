@@ -7,6 +7,8 @@ from typing import Any
 
 from scripts.result_pages.markdown import load, page, source, table
 
+KERNELS = (("default_attention", "`fa3`"), ("attention", "`flashinfer`"), ("latent_attention", "`flashmla`"))
+
 
 def render() -> str:
     conversations, fp8 = load("conversations.json"), load("fp8.json")
@@ -25,11 +27,15 @@ def render() -> str:
         source("fp8.json", fp8),
         _notes(fp8),
         "One layer of a captured decode of 32 rows of 131,072 tokens, median microseconds:",
-        table(["heads / KV heads", "bfloat16", "FP8", "ratio"], _attention(fp8["attention"])),
+        table(["kernel, model or heads", "bfloat16", "FP8", "ratio"], [row for key, name in KERNELS for row in _attention(name, fp8[key])]),
         "Mean difference of log-probabilities from stock SGLang with the same settings and one large pool, per stage:",
         _answers(fp8["answers"]["mean_difference_from_stock"]),
-        "Step in which nobody is sharded, over stock with its own default kernels (`fa3`):",
-        table(["stock, ms", "with `--enable-dyncp`, ms", "ratio", "95 % interval", "same kernels"], [_unsharded(fp8["unsharded"])]),
+        "Step in which nobody is sharded (bfloat16), over stock with its own default kernels (`fa3`): median time per token of a loaded server "
+        "of 48 layers without long prompts ([headline](headline.md)), by seed, and steps of 12 layers.",
+        table(
+            ["", "stock, ms", "with `--enable-dyncp`, ms", "ratio", "95 % interval"],
+            [*_served(fp8["unsharded_served"]), _unsharded(fp8["unsharded"])],
+        ),
     )
 
 
@@ -57,11 +63,11 @@ def _pair(values: list[float]) -> str:
     return ", ".join(f"{value:.2f}" for value in values)
 
 
-def _attention(shapes: dict[str, Any]) -> list[tuple[Any, ...]]:
+def _attention(kernel: str, shapes: dict[str, Any]) -> list[tuple[Any, ...]]:
     rows = []
     for name, found in shapes.items():
         medians = (round(statistics.median(times)) for times in found["us"].values())
-        rows.append((name, *medians, found["ratio"]))
+        rows.append((f"{kernel}, {name}", *medians, found["ratio"]))
     return rows
 
 
@@ -70,7 +76,12 @@ def _answers(cases: dict[str, dict[str, float]]) -> str:
     return table(["case", *stages], [(f"`{case}`", *found.values()) for case, found in cases.items()])
 
 
+def _served(found: dict[str, Any]) -> list[tuple[Any, ...]]:
+    times = [(one["seed"], one["stock_p50_tpot_ms"], one["ours_p50_tpot_ms"], one["ratio"]) for one in found["seeds"]]
+    return [(f"seed {seed}", f"{stock:.2f}", f"{ours:.2f}", ratio, "") for seed, stock, ours, ratio in times]
+
+
 def _unsharded(found: dict[str, Any]) -> tuple[Any, ...]:
     stock, ours = found["step_ms"]["stock_s0"], found["step_ms"]["graph_s0"]
     interval = f"{ours['low']:.2f} to {ours['high']:.2f}"
-    return f"{stock['median_ms']:.2f}", f"{ours['median_ms']:.2f}", ours["ratio"], interval, "yes" if found["same_kernels"] else "no"
+    return f"{found['layers']} layers", f"{stock['median_ms']:.2f}", f"{ours['median_ms']:.2f}", ours["ratio"], interval

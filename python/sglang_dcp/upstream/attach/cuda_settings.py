@@ -147,6 +147,10 @@ def find_untried(values: Callable[[str], Any]) -> str | None:
     if has_slices(values):
         size = values("tp_size") // values("attn_dp_size")
         return f"attention TP {size}: what ran are two slices of each of two instances, all on one GPU (docs/gpu.md)"
+    if values("kv_cache_dtype") == QUANTISED_KV and values("attention_backend") == DEFAULT_BACKEND:
+        return (
+            f"--kv-cache-dtype {QUANTISED_KV} with --attention-backend {DEFAULT_BACKEND}: its graphs were run, no server was (docs/gpu.md)"
+        )
     backend = values("moe_a2a_backend")
     if backend in (None, "none") or values("moe_dense_tp_size") != 1 or not values("enable_dp_lm_head"):
         return None
