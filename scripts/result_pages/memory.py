@@ -30,8 +30,8 @@ def render() -> str:
         table(["kernel, model or heads", "bfloat16", "FP8", "ratio"], [row for key, name in KERNELS for row in _attention(name, fp8[key])]),
         "Mean difference of log-probabilities from stock SGLang with the same settings and one large pool, per stage:",
         _answers(fp8["answers"]["mean_difference_from_stock"]),
-        "Step in which nobody is sharded (bfloat16), over stock with its own default kernels (`fa3`): median time per token of a loaded server "
-        "of 48 layers without long prompts ([headline](headline.md)), by seed, and steps of 12 layers.",
+        "Step in which nobody is sharded (bfloat16), over stock with its own default kernels (`fa3`): median time per token of a loaded "
+        "server of 48 layers without long prompts ([headline](headline.md)), by seed, and steps of 12 layers.",
         table(
             ["", "stock, ms", "with `--enable-dyncp`, ms", "ratio", "95 % interval"],
             [*_served(fp8["unsharded_served"]), _unsharded(fp8["unsharded"])],

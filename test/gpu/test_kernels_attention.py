@@ -203,7 +203,7 @@ def test_flash_mla_over_quantised_latents(heads: int) -> None:
             pages = host_indices[host_indptr[row] : host_indptr[row + 1]].cuda()
             latent = gather(cache.view(torch.uint8), pages, tokens).view(dtype).float().unsqueeze(1)
             expected.append(partial_attention(queries[row : row + 1].float(), latent, latent[..., :512], scale=0.07))
-        check(replayed, expected, atol=5e-2, rtol=5e-2)
+        check(replayed, expected, atol=8e-2, rtol=8e-2)
 
 
 @pytest.mark.parametrize("heads", [64, 128])
