@@ -156,12 +156,12 @@ def test_a_config_without_heads_is_an_attribute_error() -> None:
 
 
 def test_a_quantised_pool_costs_what_was_measured() -> None:
-    """Half the bytes, and by benchmark/results/fp8.json 0.72 of the time (fa3, which a server runs where nobody names a kernel)."""
+    """Half the bytes, and by benchmark/results/fp8.json 0.7 of the time (fa3, which a server runs where nobody names a kernel)."""
     config = SimpleNamespace(**(SHAPES | SMALL_SHAPES)["qwen3-235b-a22b"], num_hidden_layers=94)
     plain, quantised = (ServedModel.of_config(config, H200, kv_bytes) for kv_bytes in (2, 1))
     assert plain.kv_bytes_per_token == 2 * quantised.kv_bytes_per_token == 2048
     costs = [served_cost(None, model, 2) for model in (plain, quantised)]
-    assert costs[1].model.attention_us_per_token / costs[0].model.attention_us_per_token == pytest.approx(0.71, abs=0.02)
+    assert costs[1].model.attention_us_per_token / costs[0].model.attention_us_per_token == pytest.approx(0.69, abs=0.02)
     assert plain.exchange_bytes_per_row == quantised.exchange_bytes_per_row, "queries and partial results stay as they are"
     assert not costs[1].warnings
     unknown = served_cost(None, dataclasses.replace(quantised, device="NVIDIA H100 80GB HBM3"), 2)
