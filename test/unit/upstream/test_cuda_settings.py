@@ -191,6 +191,16 @@ def test_a_quantised_pool_that_is_not_served_is_refused_by_name(name: str, backe
         assert find_kv_type_refusal(torch.float8_e4m3fn, backend, latent=latent) is None
 
 
+def test_what_of_quantised_kv_was_not_served_is_said() -> None:
+    asked = WORKING | {"kv_cache_dtype": "fp8_e4m3"}
+    assert str(find_untried((asked | {"attention_backend": "fa3"}).get)).startswith(
+        "--kv-cache-dtype fp8_e4m3 with --attention-backend fa3"
+    )
+    for backend in ("flashinfer", "flashmla"):
+        assert find_untried((asked | {"attention_backend": backend}).get) is None
+    assert find_untried((WORKING | {"attention_backend": "fa3"}).get) is None
+
+
 def test_quantised_kv_is_for_a_gpu_and_its_backends() -> None:
     asked = {"kv_cache_dtype": "fp8_e4m3", "device": "cuda"}
     assert find_quantised_kv_refusal((asked | {"attention_backend": "flashinfer"}).get) is None
