@@ -31,7 +31,7 @@ def render_of(result: dict[str, Any], split: dict[str, Any]) -> str:
     return page(
         "What it gains, measured",
         source("headline.json", result),
-        "\n".join(f"- {note}" for note in result["notes"]),
+        *_notes(result),
         "![P99 TPOT over the request rate](../figures/headline.png)",
         "*Simulated*: the same arrivals through the [simulator](../simulation.md), by a server's constants ([prices](prices.md)).",
         *_windows(result["cases"][main]),
@@ -58,8 +58,12 @@ def _windows(case: dict[str, Any]) -> list[str]:
     ]
 
 
+def _notes(result: dict[str, Any]) -> list[str]:
+    return ["\n".join(f"- {note}" for note in result["notes"])] if result.get("notes") else []
+
+
 def _second_seed(again: dict[str, Any]) -> list[str]:
-    parts = ["## Another seed, and no long prompts", source("headline.json", again), "\n".join(f"- {note}" for note in again["notes"])]
+    parts = ["## Another seed, and no long prompts", source("headline.json", again), *_notes(again)]
     return parts + [part for case, found in again["cases"].items() for part in (_mix(case), table(HEADINGS, _points(found)))]
 
 
@@ -74,7 +78,7 @@ def _other_cases(result: dict[str, Any], main: str) -> list[str]:
         )
     for name, part in result.items():
         if isinstance(part, dict) and "cases" in part:
-            parts += [f"## {name.replace('_', ' ').capitalize()}", source("headline.json", part)]
+            parts += [f"## {name.replace('_', ' ').capitalize()}", source("headline.json", part), *_notes(part)]
             parts += _cases(part["by_case"], part["cases"])
     return parts
 
