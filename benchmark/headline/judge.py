@@ -55,7 +55,7 @@ def window_point(served: Sequence[Served], rate: float, balances: Sequence[float
         "measured": len(tpot),
         "begun": sum(one.arrival.begun for one in served),
         "cut_off": sum(one.cut for one in served),
-        "silent": sum(one.cut and one.event_s != [] and one.event_s[-1] < seconds - SILENT_S for one in served),
+        "silent": sum(one.cut and _last_event(one, seconds) < seconds - SILENT_S for one in served),
         "degrees_unknown": sum(one.degree is None for one in good),
     }
 
@@ -67,6 +67,12 @@ def tpot_between(one: Served, start_s: float, end_s: float) -> float | None:
         return None
     tokens = one.event_tokens[behind - 1] - one.event_tokens[first]
     return (one.event_s[behind - 1] - one.event_s[first]) / tokens * 1000 if tokens >= LEAST_TOKENS else None
+
+
+def _last_event(one: Served, end_s: float) -> float:
+    """When a stream last brought something in the window; what its abort brought came later. end_s where it had not begun."""
+    inside = bisect_right(one.event_s, end_s)
+    return one.event_s[inside - 1] if inside else end_s
 
 
 def _end_of_wait(one: Served, end_s: float) -> float:

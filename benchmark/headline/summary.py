@@ -129,7 +129,7 @@ def judge_part(part: dict[str, Any]) -> dict[str, Any]:
     by_case = {name: {f"{limit:g}": ratios(points_of(case), limit) for limit in limits} for name, case in part["cases"].items()}
     lowest = [found for name, case in part["cases"].items() for found in lowest_ratios(name, case, limits)]
     judged: dict[str, Any] = {"short_step": step, "by_case": by_case, "lowest_by_case": _lowest_by_case(lowest)}
-    if (name := main_case(part["cases"])) is not None:
+    if (name := main_case(part["cases"], main)) is not None:
         judged = by_case[name][f"{main:g}"] | {"case": name, "by_limit": by_case[name]} | judged
     return judged
 
@@ -139,10 +139,15 @@ def _lowest_by_case(lowest: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {case: min((one for one in lowest if one["case"] == case), key=lambda one: one["ratio"]) for case in cases}
 
 
-def main_case(cases: Mapping[str, Case]) -> str | None:
-    """3 % long prompts where that was measured for ours, of the seeds the one with most contenders; else the first case with ours."""
-    able = [name for name, case in cases.items() if "ours" in points_of(case)]
-    return max(able, key=lambda name: (name.startswith("0.03|"), len(points_of(cases[name]))), default=None)
+def main_case(cases: Mapping[str, Case], limit_ms: float) -> str | None:
+    """3 % long prompts where that was measured for ours; of the seeds the one with most contenders, then with most that hold a measured
+    rate at the limit, so that there is a ratio to all of them, then the lowest. Else the first case with ours."""
+
+    def rank(name: str) -> tuple[bool, int, int, float]:
+        points, seed = points_of(cases[name]), float(name.split("|")[1])
+        return name.startswith("0.03|"), len(points), sum(highest_rate(found, limit_ms) > 0 for found in points.values()), -seed
+
+    return max((name for name, case in cases.items() if "ours" in points_of(case)), key=rank, default=None)
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

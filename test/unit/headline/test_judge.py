@@ -85,7 +85,7 @@ def test_a_window_measures_begun_and_new_behind_its_first_part() -> None:
     new = stream([(3.0, 1), (7.0, 101)], at_s=2.9, output=101)
     early = stream([(1.0, 1), (1.4, 60)], at_s=0.2, output=60)
     waiting = stream([], at_s=4.0, cut=True, degree=None)
-    stuck = stream([(2.0, 1), (3.0, 51)], at_s=1.9, cut=True, degree=None)
+    stuck = stream([(2.0, 1), (3.0, 51), (10.1, 52)], at_s=1.9, cut=True, degree=None)  # the last one is its abort's
     broken = stream([(2.0, 1)], at_s=1.6, error="no answer: x")
     found = window_point([begun, new, early, waiting, stuck, broken], 4.0, [1.5], 10.0)
     assert found["measured"] == 3 and found["begun"] == 1 and found["cut_off"] == 3 and found["silent"] == 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmark.headline.summary import SPLIT, lowest_ratios, main, merge, short_step, summarise
+from benchmark.headline.summary import SPLIT, lowest_ratios, main, main_case, merge, short_step, summarise
 from scripts.result_pages.headline import render_of
 
 CURVES = {"stock": {4: 18.0, 6: 32.0}, "whole": {6: 19.0, 8: 28.0}, "ours": {6: 15.0, 8: 19.0, 10: 27.0}}
@@ -57,6 +57,14 @@ def test_the_loaded_short_step_is_the_lowest_at_the_highest_rate_without_long_pr
     cases = {"0|1": case({"stock": {12: 22.0, 8: 15.0}, "ours": {12: 20.0}}), "0.03|1": case(CURVES)}
     assert short_step(cases) == {"ms": 18.0, "case": "0|1", "contender": "ours", "requests_per_s": 12}
     assert short_step({"0.03|1": case(CURVES)}) is None
+
+
+def test_the_case_at_the_top_does_not_depend_on_the_order_of_seeds() -> None:
+    none_held = case({"stock": {4: 40.0}, "whole": {6: 19.0}, "ours": {6: 15.0}})
+    for seeds in (("1", "4"), ("4", "1")):
+        cases = {f"0.03|{seed}": none_held if seed == "1" else case(CURVES) for seed in seeds} | {"0|1": case(CURVES)}
+        assert main_case(cases, 25.0) == "0.03|4", "where every contender holds a rate"
+        assert main_case({f"0.03|{seed}": case(CURVES) for seed in seeds}, 25.0) == "0.03|1"
 
 
 def test_the_lowest_ratio_is_of_rates_where_both_were_bisected() -> None:

@@ -18,6 +18,7 @@ from sglang_dcp.upstream.attach.cuda_settings import (
     find_sliced_kv_refusal,
     find_transport_refusal,
     find_untried,
+    find_untried_kv,
 )
 
 
@@ -192,13 +193,17 @@ def test_a_quantised_pool_that_is_not_served_is_refused_by_name(name: str, backe
 
 
 def test_what_of_quantised_kv_was_not_served_is_said() -> None:
-    asked = WORKING | {"kv_cache_dtype": "fp8_e4m3"}
-    assert str(find_untried((asked | {"attention_backend": "fa3"}).get)).startswith(
-        "--kv-cache-dtype fp8_e4m3 with --attention-backend fa3"
-    )
-    for backend in ("flashinfer", "flashmla"):
-        assert find_untried((asked | {"attention_backend": backend}).get) is None
-    assert find_untried((WORKING | {"attention_backend": "fa3"}).get) is None
+    """By the pool's type: a checkpoint may have decided it."""
+    message = str(find_untried_kv(torch.float8_e4m3fn, "fa3"))
+    assert message.startswith("a KV pool of float8_e4m3fn with --attention-backend fa3: its graphs were run on a GPU, no server was")
+    assert find_untried_kv(torch.float8_e4m3fn, "flashinfer") is None and find_untried_kv(torch.bfloat16, "fa3") is None
+
+
+def test_quantised_latents_of_slices_are_refused_as_slices() -> None:
+    """Not for a backend that nobody named."""
+    asked: dict[str, Any] = {"tp_size": 4, "attn_dp_size": 2, "kv_cache_dtype": "fp8_e4m3", "device": "cuda"}
+    completed = asked | complete_attention_backend(asked.get, latent=True)
+    assert completed["attention_backend"] == "flashinfer" and find_quantised_kv_refusal(completed.get, latent=True) is None
 
 
 def test_quantised_kv_is_for_a_gpu_and_its_backends() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sglang_dcp.dataflow.attention.partial_attention import torch_partial_attention
+from sglang_dcp.dataflow.contracts import NO_SCALES, KVScales
 from sglang_dcp.dataflow.step_mode import STOCK, Eager, Graph, GraphStep
 from sglang_dcp.ledger.counters import LedgerCounters
 from sglang_dcp.policy.split_limits import Layout, SplitLimits
@@ -340,3 +341,14 @@ def test_a_quantised_latent_layer_stores_its_keys_alone() -> None:
     assert travels.dtype == torch.float8_e4m3fn and travels.float().equal(joined.to(travels.dtype).float()) and new_kv.keys.equal(joined)
     keys, values = cache.stored(joined, joined[..., :4])
     assert keys.float().equal(travels.float()) and values.data_ptr() == keys.data_ptr() and values.shape == (3, 1, 4)
+
+
+def test_a_checkpoint_s_scales_are_of_quantised_pools_alone() -> None:
+    """--kv-cache-dtype bfloat16 with a checkpoint calibrated for FP8: the pool holds K/V as they are."""
+    layer: Any = SimpleNamespace(tp_k_head_num=2, qk_head_dim=4, v_head_dim=4, k_scale_float=0.5, v_scale_float=2.0)
+    plain, quantised = (
+        attention_backend.PoolLayer(SimpleNamespace(dtype=dtype), layer, latent=False) for dtype in (torch.bfloat16, torch.float8_e4m3fn)
+    )
+    assert (plain.scales, quantised.scales) == (NO_SCALES, KVScales(0.5, 2.0))
+    keys = torch.randn(3, 8).bfloat16()
+    assert plain.new_kv(keys, keys).stored.keys.flatten(1).equal(keys) and plain.stored(keys, keys)[0] is keys

@@ -52,16 +52,15 @@ class FlashAttention3Decode:
     def run(
         self, queries: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, kv_scales: KVScales = NO_SCALES
     ) -> PartialState:
-        """queries [S, heads, head_dim]; caches [pages, page_size, kv_heads, head_dim]. kv_scales count where the caches are quantised."""
-        scales = NO_SCALES if key_cache.dtype.itemsize > 1 else kv_scales
+        """queries [S, heads, head_dim]; caches [pages, page_size, kv_heads, head_dim]."""
         output, lse, *_ = self._attend(
             queries.unsqueeze(1),
             key_cache,
             value_cache,
             cache_seqlens=self._kv_length,
             page_table=self._block_table,
-            k_descale=self._descale(scales.key),
-            v_descale=self._descale(scales.value),
+            k_descale=self._descale(kv_scales.key),
+            v_descale=self._descale(kv_scales.value),
             softmax_scale=self.scale,
             num_splits=self._num_splits,
             return_softmax_lse=True,

@@ -39,7 +39,7 @@ def complete_attention_backend(values: Callable[[str], Any], *, latent: bool) ->
     without --enable-dyncp."""
     if any(values(field) is not None for field in BACKEND_FIELDS) or not latent and not has_slices(values):
         return {}
-    backend = LATENT_BACKEND if latent and values("kv_cache_dtype") == QUANTISED_KV else BACKEND
+    backend = LATENT_BACKEND if latent and values("kv_cache_dtype") == QUANTISED_KV and not has_slices(values) else BACKEND
     logger.info("dyncp: --attention-backend %s (sharded steps run its kernels)", backend)
     return {"attention_backend": backend}
 
@@ -70,7 +70,7 @@ def find_quantised_kv_refusal(values: Callable[[str], Any], *, latent: bool = Fa
     refused = f"--kv-cache-dtype {QUANTISED_KV} does not work with --enable-dyncp"
     if values("device") != "cuda":
         return f"{refused} on --device {values('device')}: it is served on a GPU alone"
-    served = QUANTISED_BACKENDS[latent]
+    served = (*QUANTISED_BACKENDS[latent], *((BACKEND,) if has_slices(values) else ()))  # slices are refused by their own words
     backends = {values(field) for field in BACKEND_FIELDS} - {None, *served}
     if backends:
         kind = "latent attention (MLA)" if latent else "this model"
@@ -147,10 +147,6 @@ def find_untried(values: Callable[[str], Any]) -> str | None:
     if has_slices(values):
         size = values("tp_size") // values("attn_dp_size")
         return f"attention TP {size}: what ran are two slices of each of two instances, all on one GPU (docs/gpu.md)"
-    if values("kv_cache_dtype") == QUANTISED_KV and values("attention_backend") == DEFAULT_BACKEND:
-        return (
-            f"--kv-cache-dtype {QUANTISED_KV} with --attention-backend {DEFAULT_BACKEND}: its graphs were run, no server was (docs/gpu.md)"
-        )
     backend = values("moe_a2a_backend")
     if backend in (None, "none") or values("moe_dense_tp_size") != 1 or not values("enable_dp_lm_head"):
         return None
@@ -158,6 +154,13 @@ def find_untried(values: Callable[[str], Any]) -> str | None:
         f"--moe-dense-tp-size 1 with --enable-dp-lm-head and --moe-a2a-backend {backend} was not run on a GPU with sharded rows: every "
         "instance replays the decode graph of its own batch size (docs/gpu.md)"
     )
+
+
+def find_untried_kv(kv_cache_dtype: Any, backend: str) -> str | None:
+    """The same of a KV pool's element type, which the checkpoint may decide. kv_cache_dtype: torch's."""
+    if backend != DEFAULT_BACKEND or not str(kv_cache_dtype).endswith(QUANTISED_KV_TYPE):
+        return None
+    return f"a KV pool of {QUANTISED_KV_TYPE} with --attention-backend {backend}: its graphs were run on a GPU, no server was (docs/gpu.md)"
 
 
 def _find_backend_refusal(values: Callable[[str], Any]) -> str | None:

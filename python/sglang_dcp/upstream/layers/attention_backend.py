@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sglang_dcp.dataflow.attention_step import attention_step
-from sglang_dcp.dataflow.contracts import KVScales, NewKV, StepPlan
+from sglang_dcp.dataflow.contracts import NO_SCALES, KVScales, NewKV, StepPlan
 from sglang_dcp.dataflow.copy_guard import CopyGuard
 from sglang_dcp.dataflow.device_plan import plan_on_device
 from sglang_dcp.dataflow.quantised_kv import quantised, with_quantised
@@ -23,13 +23,15 @@ from sglang_dcp.upstream.step.runtime import Runtime
 class PoolLayer:
     """One layer of SGLang's KV pool. MLA keeps the latent and the rotary part in one row, of which V is a view.
 
-    scales: of the layer's K/V, where the pool is quantised and the checkpoint has some. attend_stored: a chunk attends its own tokens as a
-    quantised pool gives them back, else as they were.
+    scales: of the layer's K/V, where the pool is quantised and the checkpoint has some; a pool of the model's own type holds K/V unscaled,
+    whatever the checkpoint has. attend_stored: a chunk attends its own tokens as a quantised pool gives them back, else as they were.
     """
 
     def __init__(self, pool: Any, layer: Any, latent: bool, *, attend_stored: bool = False) -> None:
         self._pool, self._layer, self.latent, self._attend_stored = pool, layer, latent, attend_stored
-        self.scales = KVScales(getattr(layer, "k_scale_float", None) or 1.0, getattr(layer, "v_scale_float", None) or 1.0)
+        self.scales = NO_SCALES
+        if pool.dtype.itemsize == 1:
+            self.scales = KVScales(getattr(layer, "k_scale_float", None) or 1.0, getattr(layer, "v_scale_float", None) or 1.0)
         self._kv_heads, self._key_dim, self._value_dim = layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim
 
     def new_kv(self, keys: torch.Tensor, values: torch.Tensor) -> NewKV:

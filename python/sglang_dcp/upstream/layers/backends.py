@@ -10,7 +10,13 @@ import torch
 from sglang_dcp.dataflow.attention.flash_attention3 import splits_of
 from sglang_dcp.dataflow.attention.split_budget import with_split_budget
 from sglang_dcp.dataflow.copy_guard import CopyGuard
-from sglang_dcp.upstream.attach.cuda_settings import QUANTISED_KV, QUANTISED_KV_TYPE, find_kv_type_refusal, find_sliced_kv_refusal
+from sglang_dcp.upstream.attach.cuda_settings import (
+    QUANTISED_KV,
+    QUANTISED_KV_TYPE,
+    find_kv_type_refusal,
+    find_sliced_kv_refusal,
+    find_untried_kv,
+)
 from sglang_dcp.upstream.layers.attention_backend import make_backend_class
 from sglang_dcp.upstream.layers.graphs import splits_long_rows
 
@@ -71,6 +77,8 @@ def create_fa3(runner: Any) -> Any:
     backend.dyncp_runner = runner  # no guard: it plans nothing in pinned memory
     split_long_rows(backend, runner.device)
     backend.dyncp_chunks_read_the_pool = True
+    if untried := find_untried_kv(runner.kv_cache_dtype, "fa3"):
+        logger.warning("dyncp: %s", untried)
     return backend
 
 
@@ -95,6 +103,7 @@ def create_flashmla(runner: Any) -> Any:
     from sglang.srt.runtime_context import get_exec
 
     backend = make_backend_class(FlashMLABackend, kernel="flashmla")(runner)
+    # Else stock's chunks read theirs back behind a prefix alone, which ours do not: what they attend is the more exact.
     backend.dyncp_chunks_read_the_pool = bool(get_exec().kernel.flashinfer_mla_disable_ragged)
     return _for_runner(backend, runner)
 
