@@ -95,6 +95,27 @@ def test_a_later_turn_is_sent_its_new_pages_alone(pair: Pair, stock_answers: Sto
     assert earlier is not None and len(earlier[0]) > POOL and len(earlier[1].meta["dyncp"]["shards"]) == 2
 
 
+@pytest.mark.parametrize("reader_ends_first", [True, False])
+def test_a_prompt_that_another_one_decodes_is_read_by_both(pair: Pair, transfers: Path, reader_ends_first: bool) -> None:
+    """Its pages are sent once, and are free when both have ended."""
+    text, sharded = recall_prompt(300, 0.4, 5).text, FOREVER | {"custom_params": {"dyncp": {"degree": 2, "home": 0}}}
+    output_alone = {"return_logprob": True, "top_logprobs_num": 2}  # SGLang computes a prompt whose scores are asked for anew
+    wait_until(pair.decode.client.flush_cache, "the decode server never fell idle")
+    alone = pair.generate(text, max_new_tokens=150, logprobs=True, sampling=sharded)
+    lengths = (150, 8) if reader_ends_first else (60, 150)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(pair.generate, text, max_new_tokens=lengths[0], sampling=sharded, rid="first-", **output_alone)
+        wait_for_state(pair, "running", "first-")
+        before = pages_sent(transfers)
+        reader = pair.generate(text, max_new_tokens=lengths[1], sampling=sharded, **output_alone)
+    assert pages_sent(transfers) - before == 1, "the page behind what both read"
+    for answer, new in ((first.result(), lengths[0]), (reader, lengths[1])):
+        assert len(answer.ids) == new and answer.ids == alone.ids[:new]
+        for token, expected in zip(answer.output_tokens, alone.output_tokens, strict=False):
+            assert abs(token.logprob - expected.logprob) < TOLERANCE
+    assert_drained(pair)
+
+
 def test_behind_sglang_s_own_router(pair: Pair, stock_answers: StockAnswers) -> None:
     """It makes the rooms. /generate, /v1/completions and a stream at once, prompts beyond a decode pool among them."""
     pytest.importorskip("sglang_router")

@@ -228,6 +228,21 @@ def test_a_later_turn_is_sent_what_lies_behind_the_earlier_one(cluster: Cluster,
 
 
 @RETAINING
+def test_what_a_request_reads_of_another_is_not_its_own_to_free(cluster: Cluster) -> None:
+    """SGLang asks its tree once more when the K/V has come, and would then free the row from its beginning."""
+    first = cluster.queue.arrive(sharded("first", 12 * PAGE + 1))
+    assert cluster.run(5) == ["first"]
+    cluster.scheduler.running_batch.reqs.append(first)
+    cluster.queue.arrive(sharded("second", 14 * PAGE))
+    assert cluster.run(5) == ["second"]
+    second = next(entry.req for entry in cluster.scheduler.disagg_decode_transfer_queue.queue if entry.req.rid == "second")
+    assert second.dyncp.num_borrowed == 12 and second.kv.cache_protected_len == first.kv.cache_protected_len == 12 * PAGE
+    second.kv.cache_protected_len = 0
+    preallocation.begin_behind_prefix(SimpleNamespace(reqs=[second]))
+    assert second.prefix_len == second.kv.cache_protected_len == 12 * PAGE
+
+
+@RETAINING
 def test_what_is_prefilled_again_is_sent_whole(cluster: Cluster) -> None:
     leave_behind(cluster, sharded, 12)
     cluster.queue.arrive(sharded("second", 14 * PAGE))

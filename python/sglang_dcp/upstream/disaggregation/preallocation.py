@@ -77,9 +77,12 @@ def begin_transfer(queue: Any, entry: Any) -> bool:
 
 @before
 def begin_behind_prefix(runtime: Runtime, batch: Any) -> None:
-    """BEFORE ScheduleBatch.prepare_for_prebuilt: their K/V has come. SGLang has just asked a tree that knows no prefix of them."""
+    """BEFORE ScheduleBatch.prepare_for_prebuilt: their K/V has come. SGLang has just asked a tree that knows no prefix of them, and would
+    free what they read of others."""
+    page_size = runtime.participant.page_size
     for req in filter(is_managed, batch.reqs):
-        req.prefix_len = prefix_tokens(req, runtime.participant.page_size)
+        req.prefix_len = prefix_tokens(req, page_size)
+        req.kv.cache_protected_len = req.dyncp.num_borrowed * page_size
 
 
 def has_row_and_slot(queue: Any) -> bool:

@@ -145,10 +145,11 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
             self.free_page_ids(torch.tensor(pages, dtype=torch.int64, device=self.device))
 
     def free_segments(self, segments: Any) -> None:
-        """Frees a request's KV row. A managed request's pages go back through the ledger, whole and at once."""
+        """Frees a request's KV row. A managed request's pages go back through the ledger, whole and at once. It is known by the last of
+        them: it may begin with pages that it reads."""
         segments = [(ids, start) for ids, start in segments if ids.numel()]
         if self.participant is not None and segments:
-            homes, page_id = self.participant.homes, int(segments[0][0][0]) // self.page_size
+            homes, page_id = self.participant.homes, int(segments[-1][0][-1]) // self.page_size
             handle = homes.handle_of(page_id)
             if handle is not None:
                 assert self._end_request is not None
