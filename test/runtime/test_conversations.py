@@ -170,10 +170,10 @@ def test_a_turn_that_is_aborted_while_it_decodes_gives_everything_back(serve, co
     client = serve(retaining_server(*point)).client
     assert client.flush_cache()
     first, pin = ask(client, ids, 2), {"ignore_eos": True, "custom_params": {"dyncp": {"degree": 2, "home": 0}}}
-    with client.stream(longer, max_new_tokens=900, sampling=pin, rid="to be ended") as stream:
+    with client.stream(longer, max_new_tokens=900, sampling=pin, rid="ends as it decodes") as stream:
         events = stream.events()
         assert next(events)["meta_info"]["cached_tokens"] == whole_pages(ids, first, longer, point[1]) > 0
-        client.abort("to be ended")
+        client.abort("ends as it decodes")
         assert list(events)[-1]["meta_info"]["finish_reason"]["type"] == "abort"
     assert_all_is_free_or_retained(client)
     again = ask(client, longer, 2)
@@ -190,10 +190,11 @@ def test_a_turn_that_is_aborted_while_it_waits_leaves_the_last_one_as_it_was(ser
     first = ask(client, ids, 2)
     assert_all_is_free_or_retained(client)
     retained = [load["retained_tokens"] for load in loads(client)]
+    # A name of its own: SGLang aborts what it has streamed once more, by name, two seconds later.
     with crowded(client, 1200, 1200), ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(ask, client, [*longer, *words(700, 56)], 2, rid="to be ended")
-        wait_until(lambda: ("to be ended", "waiting") in states(client), "it does not wait")
-        client.abort("to be ended")
+        waiting = pool.submit(ask, client, [*longer, *words(700, 56)], 2, rid="ends as it waits")
+        wait_until(lambda: ("ends as it waits", "waiting") in states(client), "it does not wait")
+        client.abort("ends as it waits")
         ended = waiting.result().meta
         assert (ended["finish_reason"]["type"], ended["completion_tokens"]) == ("abort", 0)
     assert_all_is_free_or_retained(client)
