@@ -43,16 +43,21 @@ def part_name(run: Mapping[str, Any]) -> str:
     return NAMES[int(run["machine"].split(" x ")[0])] + ("" if prefill == NO_PREFILL else f"_{prefill}_prefill")
 
 
+def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What the runs of one part have in common; None where a run, made before there was such a fact, does not say."""
+    return {**{key: run.get(key) for key in EQUAL}, "prefill": run.get("prefill", NO_PREFILL)}
+
+
 def merge(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Facts and cases of one part. ValueError where facts differ, or a point is there twice. Each point has the commit that it ran at
     where runs have several."""
-    facts = {key: runs[0].get(key, NO_PREFILL if key == "prefill" else None) for key in EQUAL}
+    facts = _facts(runs[0])
     commits = list(dict.fromkeys(run["commit"] for run in runs))
     cases: dict[str, Case] = {}
     for run in runs:
-        for key, value in facts.items():
-            if run.get(key, NO_PREFILL if key == "prefill" else None) != value:
-                raise ValueError(f"{key}: {value!r} and {run.get(key)!r} in runs of one part")
+        for key, value in _facts(run).items():
+            if value != facts[key]:
+                raise ValueError(f"{key}: {facts[key]!r} and {value!r} in runs of one part")
         for case_name, case in run["cases"].items():
             for name, found in case.items():
                 into = cases.setdefault(case_name, {}).setdefault(name, {**found, "points": []})

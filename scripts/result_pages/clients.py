@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from scripts.client_runs.clients import CLIENTS, Client, Load
-from scripts.result_pages.markdown import load, page, source, table
+from scripts.result_pages.markdown import load, notes, page, source, table
 
 NOTES = (
     "`guidellm`: its TPOT is the whole latency over the tokens, the wait for the first included; its ITL is what others call TPOT.",
@@ -40,7 +40,7 @@ def render() -> str:
         ),
         "## Names in the reports",
         table(["client", "TPOT", "ITL"], [(name, f"`{client['tpot']}`", f"`{client['itl']}`") for name, client in clients.items()]),
-        "\n".join(f"- {note}" for note in NOTES),
+        notes(NOTES),
         "## The commands",
         "`python scripts/clients.py` does all of this. One of them against a server of yours, in an environment of its own:",
         "\n\n".join(_command(client) for client in CLIENTS),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from scripts.result_pages.markdown import load, page, source, table
+from scripts.result_pages.markdown import load, notes, page, source, table
 
 
 def render() -> str:
@@ -41,7 +41,7 @@ def render() -> str:
             ["server", "requests", "sharded", "P50, ms", "P99, ms", "longest, ms", "P99 over aggregated", "sharded steps as graphs"],
             _times(gpu),
         ),
-        "\n".join(f"- {note}" for note in gpu["notes"]),
+        notes(gpu["notes"]),
     )
 
 

@@ -1,7 +1,6 @@
 """docs/results/headline.md: what it gains on real GPUs, measured.
 
-A headline.json has the cases of one machine and, where benchmark.headline.summary made it, `by_case` and further parts (`four_gpus`, ...);
-an older one has another run under `second_seed`.
+A headline.json has the cases of one machine and, where benchmark.headline.summary made it, `by_case` and further parts (`four_gpus`, ...).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Any
 from benchmark.headline.judge import LEAST_TOKENS, WARM_WINDOW_SHARE, rate_key, ratios
 from benchmark.headline.predict import as_measured
 from benchmark.headline.traffic import mix_title
-from scripts.result_pages.markdown import load, page, source, table
+from scripts.result_pages.markdown import load, notes, page, source, table
 
 HEADINGS = ["server", "requests/s", "P50 TPOT, ms", "simulated", "P99 TPOT, ms", "simulated", "KV max over mean", "degrees", "simulated"]
 RATIOS = ("rate_over_stock", "rate_over_whole", "p99_over_stock")
@@ -38,7 +37,7 @@ def render_of(result: dict[str, Any], split: dict[str, Any]) -> str:
         table(HEADINGS, _points(result["cases"][main])),
         LIMIT_TEXT,
         _limits(judged["by_limit"], result["cases"][main]),
-        *(_second_seed(result["second_seed"]) if "second_seed" in result else _other_cases(result, main)),
+        *_other_cases(result, main),
         "## A long row beside many",
         source("split.json", split),
         SPLIT_TEXT,
@@ -59,12 +58,7 @@ def _windows(case: dict[str, Any]) -> list[str]:
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
-    return ["\n".join(f"- {note}" for note in result["notes"])] if result.get("notes") else []
-
-
-def _second_seed(again: dict[str, Any]) -> list[str]:
-    parts = ["## Another seed, and no long prompts", source("headline.json", again), *_notes(again)]
-    return parts + [part for case, found in again["cases"].items() for part in (_mix(case), table(HEADINGS, _points(found)))]
+    return [notes(result["notes"])] if result.get("notes") else []
 
 
 def _other_cases(result: dict[str, Any], main: str) -> list[str]:

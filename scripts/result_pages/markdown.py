@@ -28,6 +28,11 @@ def source(name: str, result: dict[str, Any]) -> str:
     return f"[`{name}`](../../benchmark/results/{name}): {machine}, at {result['commit']}, `{result['command'].strip()}`"
 
 
+def notes(texts: Iterable[str]) -> str:
+    """What is to be known of a result, as a list."""
+    return "\n".join(f"- {text}" for text in texts)
+
+
 def page(title: str, *parts: str) -> str:
     """A generated page."""
     return "\n\n".join([f"# {title}", "Written by `make results`; edit `scripts/result_pages/`.", *parts]) + "\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from scripts.result_pages.markdown import load, page, source, table
+from scripts.result_pages.markdown import load, notes, page, source, table
 
 KERNELS = (("default_attention", "`fa3`"), ("attention", "`flashinfer`"), ("latent_attention", "`flashmla`"))
 
@@ -22,10 +22,10 @@ def render() -> str:
             ["run", "first and second turn, ratio", "loop, ratio", "later turns alone", "prompts found in the loop", "idle step"],
             [_turns(run) for run in _runs(conversations)],
         ),
-        _notes(conversations),
+        notes(conversations["notes"]),
         "## FP8 K/V",
         source("fp8.json", fp8),
-        _notes(fp8),
+        notes(fp8["notes"]),
         "One layer of a captured decode of 32 rows of 131,072 tokens, median microseconds:",
         table(["kernel, model or heads", "bfloat16", "FP8", "ratio"], [row for key, name in KERNELS for row in _attention(name, fp8[key])]),
         "Mean difference of log-probabilities from stock SGLang with the same settings and one large pool, per stage:",
@@ -37,10 +37,6 @@ def render() -> str:
             [*_served(fp8["unsharded_served"]), _unsharded(fp8["unsharded"])],
         ),
     )
-
-
-def _notes(result: dict[str, Any]) -> str:
-    return "\n".join(f"- {note}" for note in result["notes"])
 
 
 def _runs(conversations: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from scripts.result_pages.markdown import load, page, source, table
+from scripts.result_pages.markdown import load, notes, page, source, table
 
 STAGES = ("unsharded", "degree_2", "degree_4", "growth_from_1", "longer_than_1_pool", "soak")
 
@@ -45,7 +45,7 @@ def render() -> str:
         table(["end", "times", "longest time to the last answer, s", "status of the answers", "exit code"], _ends(operate)),
         f"Left behind after {operate['starts']} starts (processes, shared memory, temporary files, port): "
         f"{', '.join(operate['left_behind']) or 'nothing'}.",
-        "\n".join(f"- {note}" for note in operate["notes"]),
+        notes(operate["notes"]),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from scripts.result_pages.markdown import load, page, source, table
+from scripts.result_pages.markdown import load, notes, page, source, table
 
 LOAD_COLUMNS = ("what", "server", "load", "step or mean TPOT, ms", "P99 TPOT, ms", "KV max over mean", "largest degree")
 
@@ -30,7 +30,7 @@ def render() -> str:
         table(["degree", "equal within bounds", "step, ms", "stock's, ms"], _deepep(deepep["parts"]["c"]["figures"]["rows"])),
         "## Two nodes of two instances, on one GPU",
         source("nodes.json", nodes),
-        "\n".join(f"- {note}" for note in nodes["notes"]),
+        notes(nodes["notes"]),
         f"Sharded decode steps that ran as graphs: {nodes['sharded_graph_share']:g}. No instance opened memory of the other node.",
         table(["exchange of a layer, us", "one node", "both at once", "ratio"], _nodes(nodes["exchange"])),
     )

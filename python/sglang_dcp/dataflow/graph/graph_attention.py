@@ -114,7 +114,7 @@ class GraphAttention:
             self.tables,
             num_sharing=num_sharing,
             wait_limit_seconds=wait_seconds,
-            early_launch=not self.plans_on_device,  # FlashMLA's kernel would not wait for the dispatch
+            early_launch=not self.plans_on_device,  # neither FlashMLA's nor FlashAttention 3's kernels wait for the dispatch
         )
         self.lines = PageLines(num_entries, sizes.context_pages, sizes.page_size)
         self.merged = torch.zeros(sizes.max_home_rows, shape.num_heads, shape.v_head_dim, dtype=torch.bfloat16, device=device)

@@ -16,6 +16,7 @@ from sglang_dcp.ledger.positions import token_ids
 from sglang_dcp.upstream.step.admission import note_blocked, reserved, takes_over
 from sglang_dcp.upstream.step.attached import after, around, before
 from sglang_dcp.upstream.step.managed import is_managed
+from sglang_dcp.upstream.step.prefixes import protect_borrowed
 from sglang_dcp.upstream.step.queued import with_pages
 from sglang_dcp.upstream.step.retention import prefix_tokens
 from sglang_dcp.upstream.step.runtime import Runtime
@@ -70,7 +71,7 @@ def begin_transfer(queue: Any, entry: Any) -> bool:
     ids, num_tokens = queue._pre_alloc(req), queue._rebootstrap_prefill_len(req)
     # What has decoded before is computed and sent whole, as by SGLang with a prefix cache of its own.
     kept = 0 if entry.is_rebootstrap else prefix_tokens(req, page_size)
-    req.kv.cache_protected_len = req.dyncp.num_borrowed * page_size
+    protect_borrowed(req, page_size)
     queue._send_kv_metadata(entry, ids[kept:num_tokens], page_size, None, decode_prefix_len=kept)
     return True
 
@@ -82,7 +83,7 @@ def begin_behind_prefix(runtime: Runtime, batch: Any) -> None:
     page_size = runtime.participant.page_size
     for req in filter(is_managed, batch.reqs):
         req.prefix_len = prefix_tokens(req, page_size)
-        req.kv.cache_protected_len = req.dyncp.num_borrowed * page_size
+        protect_borrowed(req, page_size)
 
 
 def has_row_and_slot(queue: Any) -> bool:

@@ -27,6 +27,11 @@ def is_plain(req: Any) -> bool:
     return req.input_embeds is None and req.positional_embed_overrides is None and req.multimodal_inputs is None and req.session is None
 
 
+def protect_borrowed(req: Any, page_size: int) -> None:
+    """Keeps SGLang from freeing what a managed request reads of others: by its count only what is behind is the request's own."""
+    req.kv.cache_protected_len = req.dyncp.num_borrowed * page_size
+
+
 def digests_of(runtime: Runtime, req: Any, num_tokens: int | None = None) -> bytes:
     """Of the whole pages of a request's first num_tokens tokens; of its prompt at least where that is not said. It is asked for in every
     round while requests wait: the tokens are gone through once."""

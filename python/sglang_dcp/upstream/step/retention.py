@@ -18,7 +18,7 @@ from sglang_dcp.policy.split import num_pages
 from sglang_dcp.policy.split_limits import Split, SplitLimits
 from sglang_dcp.upstream.step.attached import around
 from sglang_dcp.upstream.step.managed import is_managed
-from sglang_dcp.upstream.step.prefixes import digests_of, is_on, is_plain, namespace_of
+from sglang_dcp.upstream.step.prefixes import digests_of, is_on, is_plain, namespace_of, protect_borrowed
 from sglang_dcp.upstream.step.queued import is_without_pages
 from sglang_dcp.upstream.step.runtime import Runtime
 from sglang_dcp.upstream.step.sharing import share_with
@@ -110,7 +110,7 @@ def prefix_tokens(req: Any, page_size: int) -> int:
 def begin_behind_prefix(req: Any, page_size: int) -> None:
     """SGLang computes the prompt from here on. Its own match found nothing: the request has a key of its own."""
     req.prefix_len = req.num_matched_prefix_tokens = prefix_tokens(req, page_size)
-    req.kv.cache_protected_len = req.dyncp.num_borrowed * page_size
+    protect_borrowed(req, page_size)
 
 
 @around

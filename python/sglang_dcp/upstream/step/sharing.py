@@ -11,7 +11,7 @@ from typing import Any
 from sglang_dcp.ledger.homes import HomeRequest
 from sglang_dcp.ledger.prefix_index import common_pages
 from sglang_dcp.policy.prefix_digests import DIGEST_BYTES
-from sglang_dcp.upstream.step.prefixes import digests_of, is_on, is_plain
+from sglang_dcp.upstream.step.prefixes import digests_of, is_on, is_plain, protect_borrowed
 from sglang_dcp.upstream.step.runtime import Runtime
 
 LEAST_SHARE = 0.5
@@ -53,7 +53,7 @@ def share_with(runtime: Runtime, req: Any, beyond: int, most_pages: int, degree:
     if not worth_it or None in pages or (degree is not None and len({page.owner for page in pages if page is not None}) > degree):
         return False
     runtime.participant.share(leader, req.dyncp_digests[: num_pages * DIGEST_BYTES], num_pages)
-    leader.owner.kv.cache_protected_len = num_pages * runtime.participant.page_size  # SGLang frees what is behind
+    protect_borrowed(leader.owner, runtime.participant.page_size)
     return True
 
 
