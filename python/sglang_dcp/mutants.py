@@ -127,7 +127,7 @@ def _neutral_zero() -> None:
 
 
 def _with_plan(change: Callable[..., StepPlan]) -> None:
-    """change(build_step_plan, step, rank, num_instances, page_size, num_tokens, home_rows, guest_rows)."""
+    """change(build_step_plan, step, rank, num_instances, page_size, num_tokens, home_rows, guest_rows, window)."""
     _replace(step_plan, "build_step_plan", lambda original: lambda *args: change(original, *args), everywhere=True)
 
 
@@ -135,9 +135,9 @@ def _tail_row_written_twice() -> None:
     """K/V whose tail is remote is also written at home, into whatever page has that number here."""
 
     def change(
-        build: Any, step: int, rank: int, num_instances: int, page_size: int, num_tokens: int, home_rows: Any, guests: Any
+        build: Any, step: int, rank: int, num_instances: int, page_size: int, num_tokens: int, home_rows: Any, guests: Any, window: Any = None
     ) -> StepPlan:
-        plan: StepPlan = build(step, rank, num_instances, page_size, num_tokens, home_rows, guests)
+        plan: StepPlan = build(step, rank, num_instances, page_size, num_tokens, home_rows, guests, window)
         slots = plan.write_slots.clone()
         for row in home_rows:
             positions = np.arange(row.prefix_len, row.prefix_len + row.num_new)
@@ -171,10 +171,10 @@ def _wrong_owner() -> None:
         return dataclasses.replace(row, page_numbers=numbers)
 
     def change(
-        build: Any, step: int, rank: int, num_instances: int, page_size: int, num_tokens: int, home_rows: Any, guests: Any
+        build: Any, step: int, rank: int, num_instances: int, page_size: int, num_tokens: int, home_rows: Any, guests: Any, window: Any = None
     ) -> StepPlan:
         rows = [swap(row, rank) for row in home_rows]
-        plan: StepPlan = build(step, rank, num_instances, page_size, num_tokens, rows, guests)
+        plan: StepPlan = build(step, rank, num_instances, page_size, num_tokens, rows, guests, window)
         return plan
 
     _with_plan(change)
@@ -196,14 +196,14 @@ def _page_table_stale() -> None:
         return dataclasses.replace(row, page_numbers=np.array([known.get(i, 0) for i in row.page_index.tolist()], dtype=np.int64))
 
     def change(
-        build: Any, step: int, rank: int, num_instances: int, page_size: int, num_tokens: int, home_rows: Any, guests: Any
+        build: Any, step: int, rank: int, num_instances: int, page_size: int, num_tokens: int, home_rows: Any, guests: Any, window: Any = None
     ) -> StepPlan:
         old_step, old_home, old_guests = last.get(rank, (-1, (), ()))
         last[rank] = step, home_rows, guests
         if old_step == step - 1:
             home_rows = [stale_home(*pair) for pair in zip(home_rows, old_home, strict=False)] + list(home_rows[len(old_home) :])
             guests = [stale_guest(*pair) for pair in zip(guests, old_guests, strict=False)] + list(guests[len(old_guests) :])
-        plan: StepPlan = build(step, rank, num_instances, page_size, num_tokens, home_rows, guests)
+        plan: StepPlan = build(step, rank, num_instances, page_size, num_tokens, home_rows, guests, window)
         return plan
 
     _with_plan(change)

@@ -12,7 +12,7 @@ import torch
 from sglang_dcp.dataflow.attention.partial_attention import PartialAttention
 from sglang_dcp.dataflow.contracts import NO_SCALES, KVScales, NewKV, PartialState, StepPlan
 from sglang_dcp.dataflow.dispatch import dispatch, joined, return_partials
-from sglang_dcp.dataflow.merge import merge_into
+from sglang_dcp.dataflow.merge import add_sinks, merge_into
 from sglang_dcp.dataflow.transport.base import Transport
 
 
@@ -37,12 +37,13 @@ def attention_step(
     scale: float,
     layer: int,
     kv_scales: KVScales = NO_SCALES,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention output [T, heads, v_head_dim] of the instance's own tokens, in queries' dtype.
 
     queries [T, heads, qk_head_dim] (contiguous) and new_kv: the instance's own tokens. Every instance calls this once per layer, also
     with no token of its own; the layers' calls pair up across instances in order. Tokens that no row covers get zeros. kv_scales: of the
-    layer's pool, where it is quantised; a chunk attends its own tokens as they are.
+    layer's pool, where it is quantised; a chunk attends its own tokens as they are. sinks [heads]: logits of the layer's attention sinks.
     """
     received = dispatch(queries, new_kv, plan, transport, layer=layer)
     cache.write(plan.write_slots, new_kv.stored)
@@ -54,6 +55,8 @@ def attention_step(
     returned = return_partials(guests, plan, transport, layer=layer, dtype=queries.dtype) if plan.anybody_asks else nothing(merged)
     if len(plan.merges):
         merge_into(merged, plan.merges, own, returned)
+    if sinks is not None:
+        add_sinks(merged, sinks)
     return merged.output
 
 

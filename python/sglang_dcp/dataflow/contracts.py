@@ -68,7 +68,8 @@ class AttentionRow:
     """One request's queries over one list of keys: the first num_keys tokens of `page_numbers`, in order of position.
 
     The queries of a step's rows follow one another. causal: the queries are the last of the keys, each sees those up to itself; else
-    every query sees every key. page_numbers: int64 numpy. There is at least one key.
+    every query sees every key. page_numbers: int64 numpy. There is at least one key. window: of a window layer's row; a causal query sees
+    itself and so many keys before it, any other was given no key that it does not see.
     """
 
     num_queries: int
@@ -76,6 +77,7 @@ class AttentionRow:
     page_size: int
     num_keys: int
     causal: bool = False
+    window: int | None = None
 
     @cached_property
     def kv_slots(self) -> torch.Tensor:
@@ -173,7 +175,8 @@ NO_SCALES = KVScales()
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Everything the layers of one step need to know; constant over the layers, known on both sides before they start.
+    """Everything the layers of one step need to know; constant over the layers, known on both sides before they start. A model whose
+    layers attend a window has another plan for these: the same K/V travel, other queries do.
 
     Tuples have one entry per instance of the exchange group, in order of rank. A *chunk* is a row of several tokens; its tokens see each
     other at home, where all of their K/V is (chunk_rows over the step's new K/V), and those before it on every shard that holds some

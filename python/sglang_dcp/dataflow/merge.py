@@ -45,6 +45,13 @@ def merge_into(state: PartialState, merges: MergeList, own: PartialState, return
     state.lse.index_copy_(0, merges.tokens, merged.lse)
 
 
+def add_sinks(state: PartialState, sinks: torch.Tensor) -> None:
+    """A sink of logit s is one more key of its head, without a value: it takes its share of the weights, once, when all shards' partials
+    are merged. In place; the LSE stays that of the keys. state [T, heads]; sinks [heads]. A query without keys stays zero."""
+    share_of_keys = torch.sigmoid(state.lse - sinks.float())
+    state.output.mul_(share_of_keys.unsqueeze(-1))
+
+
 def _pick(state: PartialState, rows: torch.Tensor) -> PartialState:
     """Rows of a state; -1 is a neutral one."""
     heads, v_head_dim = state.output.shape[1:]

@@ -19,13 +19,15 @@ def partial_attention(
     scale: float,
     query_positions: torch.Tensor | None = None,
     key_positions: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> PartialState:
     """Attention of one request's queries over the keys of one shard, in float32.
 
     query:  [tokens, heads, qk_head_dim]
     keys:   [num_keys, kv_heads, qk_head_dim]; values: [num_keys, kv_heads, v_head_dim]. heads is a multiple of kv_heads; MLA in
             absorbed form has kv_heads = 1 and values = the latent part of keys.
-    query_positions [tokens], key_positions [num_keys]: with both, a query sees the keys at positions <= its own; without, all.
+    query_positions [tokens], key_positions [num_keys]: with both, a query sees the keys at positions <= its own; without, all. window:
+    and of those, it sees its own and as many before it.
     Returns output [tokens, heads, v_head_dim] in query's dtype and lse [tokens, heads].
     """
     tokens, heads, _ = query.shape
@@ -37,6 +39,8 @@ def partial_attention(
     logits = torch.einsum("tkgd,nkd->tkgn", grouped, keys.float()) * scale
     if query_positions is not None and key_positions is not None:
         hidden = key_positions[None, :] > query_positions[:, None]
+        if window is not None:
+            hidden |= key_positions[None, :] < query_positions[:, None] - window
         logits = logits.masked_fill(hidden[:, None, None, :], float("-inf"))
     lse = torch.logsumexp(logits, dim=-1)
     weights = torch.exp(logits - torch.where(lse == float("-inf"), torch.zeros_like(lse), lse).unsqueeze(-1))

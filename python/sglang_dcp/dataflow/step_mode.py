@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,12 +19,12 @@ class Stock:
 
 @dataclass
 class Eager:
-    """Some row is sharded and no graph serves: our per-layer path attends every row. plan: made by the first layer, which knows the
-    padded number of tokens; on the device."""
+    """Some row is sharded and no graph serves: our per-layer path attends every row. plans: by the window of the layers (None: all keys),
+    each made by the first such layer, which knows the padded number of tokens; on the device."""
 
     rows: StepRows
     home_rows: Sequence[HomeRow]
-    plan: StepPlan | None = None
+    plans: dict[int | None, StepPlan] = field(default_factory=dict)
 
 
 @dataclass

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from sglang_dcp.dataflow.contracts import AttentionRow, GuestRow, HomeRow, MergeList, StepPlan, TokenList
+from sglang_dcp.dataflow.window import chunk_row, pool_rows, queries_that_see
 
 
 def build_step_plan(
@@ -23,33 +24,33 @@ def build_step_plan(
     num_tokens: int,
     home_rows: Sequence[HomeRow],
     guest_rows: Sequence[GuestRow],
+    window: int | None = None,
 ) -> StepPlan:
     """Plan of instance `rank` of `group`. ValueError for a page of a home row that lies outside the group.
 
     num_tokens: tokens of the own batch (padding included); home_rows in batch order; guest_rows ordered by home, then by that home's batch.
+    window: of the layers that the plan is for (window.py).
     """
-    sending = _Sending(rank, group, num_tokens)
-    pool_rows, pool_tokens, chunk_rows, chunk_tokens = [], [], [], []
+    sending = _Sending(rank, group, num_tokens, window)
+    attended, pool_tokens, chunk_rows, chunk_tokens = [], [], [], []
     for row in home_rows:
         sending.add(row, page_size)
         tokens = np.arange(row.token_start, row.token_start + row.num_new)
         mine = np.flatnonzero(row.page_owners == rank)
-        held = pool_row(row.num_new, row.prefix_len, mine, row.page_numbers[mine], page_size)
-        if held.num_keys:
-            pool_rows.append(held)
-            pool_tokens.append(tokens)
+        held = pool_rows(row.num_new, row.prefix_len, mine, row.page_numbers[mine], page_size, window)
+        attended += held
+        pool_tokens.append(tokens[: _num_queries(held)])
         if row.num_new > 1:
-            chunk_rows.append(chunk_row(tokens))
+            chunk_rows.append(chunk_row(tokens, window))
             chunk_tokens.append(tokens)
     receive_queries = [0] * len(group)
     receive_slots: list[list[np.ndarray]] = [[] for _ in group]
     for guest in guest_rows:
         home = group.index(guest.home)
         receive_slots[home].append(_written_slots(guest, page_size))
-        held = pool_row(guest.num_new, guest.prefix_len, guest.page_index, guest.page_numbers, page_size)
-        if held.num_keys:
-            receive_queries[home] += guest.num_new
-            pool_rows.append(held)
+        held = pool_rows(guest.num_new, guest.prefix_len, guest.page_index, guest.page_numbers, page_size, window)
+        receive_queries[home] += _num_queries(held)
+        attended += held
     asked, held_tokens = [_concat(parts) for parts in sending.queries], _concat(pool_tokens)
     return StepPlan(
         step=step,
@@ -59,7 +60,7 @@ def build_step_plan(
         send_kv=tuple(TokenList.of(_concat(parts)) for parts in sending.kv),
         receive_kv_slots=tuple(torch.from_numpy(_concat(parts)) for parts in receive_slots),
         write_slots=torch.from_numpy(sending.write_slots),
-        pool_rows=tuple(pool_rows),
+        pool_rows=tuple(attended),
         pool_tokens=TokenList.of(held_tokens),
         chunk_rows=tuple(chunk_rows),
         chunk_tokens=TokenList.of(_concat(chunk_tokens)),
@@ -88,8 +89,8 @@ def asks(num_new: int, prefix_len: int) -> bool:
 class _Sending:
     """What an instance's own rows send, per destination, and what of their K/V stays."""
 
-    def __init__(self, rank: int, group: range, num_tokens: int) -> None:
-        self._rank, self._group = rank, group
+    def __init__(self, rank: int, group: range, num_tokens: int, window: int | None) -> None:
+        self._rank, self._group, self._window = rank, group, window
         self.queries: list[list[np.ndarray]] = [[] for _ in group]
         self.kv: list[list[np.ndarray]] = [[] for _ in group]
         self.write_slots = np.zeros(num_tokens, dtype=np.int64)
@@ -100,9 +101,7 @@ class _Sending:
             return
         tokens = np.arange(row.token_start, row.token_start + row.num_new)
         positions = np.arange(row.prefix_len, row.prefix_len + row.num_new)
-        for owner in _owners_before(row, row.prefix_len, page_size):
-            if owner != self._rank:
-                self.queries[self._group.index(owner)].append(tokens)
+        self._ask(row, tokens, _owners_before(row, row.prefix_len, page_size), page_size)
         pages = positions // page_size
         owners = row.page_owners[pages]
         for owner in np.unique(owners).tolist():
@@ -120,35 +119,29 @@ class _Sending:
         if not bool((row.page_owners[: page + 1] != self._rank).any()):
             return
         token = np.array([row.token_start])
-        for owner in _owners_before(row, row.prefix_len + 1, page_size):
-            if owner != self._rank:
-                self.queries[self._group.index(owner)].append(token)
+        self._ask(row, token, _owners_before(row, row.prefix_len + 1, page_size), page_size)
         if tail != self._rank:
             self.kv[self._group.index(tail)].append(token)
 
-
-def pool_row(num_queries: int, prefix_len: int, page_index: np.ndarray, page_numbers: np.ndarray, page_size: int) -> AttentionRow:
-    """A row over the pool of a shard that holds pages `page_numbers` at sequence indices `page_index` (ascending); maybe no key."""
-    num_keys = _keys_before(page_index, prefix_len + 1 if num_queries == 1 else prefix_len, page_size)
-    return AttentionRow(num_queries, page_numbers[: -(-num_keys // page_size)], page_size, num_keys)
-
-
-def chunk_row(tokens: np.ndarray) -> AttentionRow:
-    """The tokens of a chunk among each other, where they lie in the batch."""
-    return AttentionRow(len(tokens), tokens, page_size=1, num_keys=len(tokens), causal=True)
-
-
-def _keys_before(page_index: np.ndarray, position: int, page_size: int) -> int:
-    """Tokens at sequence positions below `position` on a shard that holds pages `page_index`: its pages are full, but for the last one."""
-    last = (position - 1) // page_size
-    num_pages = int(np.searchsorted(page_index, last, side="right"))
-    cut = (last + 1) * page_size - position if num_pages and page_index[num_pages - 1] == last else 0
-    return num_pages * page_size - cut
+    def _ask(self, row: HomeRow, tokens: np.ndarray, owners: Sequence[int], page_size: int) -> None:
+        """owners: who holds tokens that a query may look for. In a window layer it looks for the last few alone."""
+        for owner in owners:
+            if owner == self._rank:
+                continue
+            place, asking = self._group.index(owner), tokens
+            if self._window is not None:
+                pages = np.flatnonzero(row.page_owners == owner)
+                asking = tokens[: queries_that_see(pages, row.num_new, row.prefix_len, page_size, self._window)]
+            self.queries[place].append(asking)
 
 
 def holds_active_page(first_page_index: int, page_size: int, sequence_len: int) -> bool:
     """Whether a shard takes part: its first page begins before the sequence's end."""
     return first_page_index * page_size < sequence_len
+
+
+def _num_queries(rows: Sequence[AttentionRow]) -> int:
+    return sum(row.num_queries for row in rows)
 
 
 def _owners_before(row: HomeRow, position: int, page_size: int) -> list[int]:

@@ -89,11 +89,11 @@ class StepRows:
                     found.append(GuestRow(home, row.num_new, row.prefix_len, *participant.guests.arrays_of(home, row.handle)))
         return found
 
-    def build_plan(self, home_rows: Sequence[HomeRow], num_tokens: int) -> StepPlan:
-        """num_tokens: of the own batch, padding included."""
+    def build_plan(self, home_rows: Sequence[HomeRow], num_tokens: int, window: int | None = None) -> StepPlan:
+        """num_tokens: of the own batch, padding included. window: of the layers that the plan is for."""
         part = self.participant
         facts = part.step, part.rank, part.group, part.page_size
-        plan = build_step_plan(*facts, num_tokens, home_rows, self.guest_rows())
+        plan = build_step_plan(*facts, num_tokens, home_rows, self.guest_rows(), window)
         # From the rows of all homes of the group, which its instances know alike: a collective may depend on nothing else.
         anybody_asks = any(asks(row.num_new, row.prefix_len) for home in part.group for row in part.rows_of[home])
         return dataclasses.replace(plan, anybody_asks=anybody_asks)

@@ -93,6 +93,8 @@ class Cluster:
         self.free = [list(self.rng.permutation(np.arange(1, num_pages + 1))) for _ in range(num_instances)]
         self.requests: list[Request] = []
         self.scale, self.kv_scales = self.qk_dim**-0.5, NO_SCALES
+        self.window: int | None = None
+        self.sinks: torch.Tensor | None = None
 
     def randn(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.torch_rng)
@@ -141,7 +143,7 @@ class Cluster:
         keys = torch.cat([r.keys[r.prefix_len :] for r in own] + [self.randn(padding, self.kv_heads, self.qk_dim)])
         values = torch.cat([r.values[r.prefix_len :] for r in own] + [self.randn(padding, self.kv_heads, self.v_dim)])
         kv = NewKV(keys, keys[..., : self.v_dim] if self.latent else values, self.latent)
-        plan = build_step_plan(0, rank, range(self.num_instances), self.page_size, len(queries), rows, guests)
+        plan = build_step_plan(0, rank, range(self.num_instances), self.page_size, len(queries), rows, guests, self.window)
         asking = any(asks(r.num_new, r.prefix_len) for r in self.requests)
         return dataclasses.replace(plan, anybody_asks=asking), queries, kv
 
@@ -152,7 +154,7 @@ class Cluster:
 
         def work(rank: int) -> torch.Tensor:
             plan, queries, kv = self.plan(rank)
-            given = {"scale": self.scale, "kv_scales": self.kv_scales, "layer": 0}
+            given = {"scale": self.scale, "kv_scales": self.kv_scales, "layer": 0, "sinks": self.sinks}
             return attention_step(queries, kv, plan, self.pools[rank], attend[rank], transport.of(rank), **given)
 
         with ThreadPoolExecutor(self.num_instances) as pool:
@@ -162,8 +164,9 @@ class Cluster:
         parts = []
         for r in (r for r in self.requests if r.home == rank):
             positions = torch.arange(r.prefix_len + r.num_new)
-            state = partial_attention(
-                r.query, r.keys, r.values, scale=self.scale, query_positions=positions[r.prefix_len :], key_positions=positions
-            )
-            parts.append(state.output)
+            at = {"query_positions": positions[r.prefix_len :], "key_positions": positions, "window": self.window}
+            state = partial_attention(r.query, r.keys, r.values, scale=self.scale, **at)
+            # One more column of the softmax: what a sink is, in the papers' words.
+            share = torch.ones_like(state.lse) if self.sinks is None else state.lse.exp() / (state.lse.exp() + self.sinks.exp())
+            parts.append(state.output * share.unsqueeze(-1))
         return torch.cat(parts) if parts else torch.zeros(1, self.heads, self.v_dim)

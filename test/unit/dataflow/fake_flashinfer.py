@@ -17,15 +17,20 @@ def checked(method: Any, call: tuple, given: dict) -> dict:
     return {name: value for name, value in bound.arguments.items() if name != "self"}
 
 
-def attend(query, keys, values, scale: float, causal: bool):
-    """query [tokens, heads, d], keys [n, kv_heads, d]: a causal query sees keys up to itself, the last query the last key."""
+def attend(query, keys, values, scale: float, causal: bool, window_left: int = -1):
+    """query [tokens, heads, d], keys [n, kv_heads, d]: a causal query sees keys up to itself, the last query the last key. window_left:
+    and from so many before itself on."""
     tokens, heads, _ = query.shape
     group = heads // keys.shape[1]
     keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
     logits = torch.einsum("thd,nhd->thn", query.float(), keys.float()) * scale
     if causal:
         last = torch.arange(tokens) + len(keys) - tokens
-        logits = logits.masked_fill((torch.arange(len(keys))[None, :] > last[:, None])[:, None, :], float("-inf"))
+        places = torch.arange(len(keys))[None, :]
+        hidden = places > last[:, None]
+        if window_left >= 0:
+            hidden |= places < last[:, None] - window_left
+        logits = logits.masked_fill(hidden[:, None, :], float("-inf"))
     lse = torch.logsumexp(logits, dim=-1)
     return torch.einsum("thn,nhd->thd", torch.softmax(logits, dim=-1), values.float()), lse
 
@@ -68,7 +73,7 @@ class FakePrefill:
             pages = planned["paged_kv_indices"][page_indptr[row] : page_indptr[row + 1]].long()
             span = queries[planned["qo_indptr"][row] : planned["qo_indptr"][row + 1]]
             here, there = (cache.float()[pages].flatten(0, 1)[:length] for cache in (keys, values))
-            output, lse = attend(span, here, there, planned["sm_scale"] * arguments["k_scale"], planned["causal"])
+            output, lse = attend(span, here, there, planned["sm_scale"] * arguments["k_scale"], planned["causal"], planned["window_left"])
             outputs.append((output * arguments["v_scale"]).to(queries.dtype))
             lses.append(lse / math.log(2.0))
         assert arguments["return_lse"]

@@ -47,7 +47,7 @@ class SilentKernel:
     def __init__(self, shape: Any, page_size: int, device: Any) -> None:
         self.shape = shape
 
-    def plan(self, table: Any, page_indices: torch.Tensor, *, causal: bool) -> None:
+    def plan(self, table: Any, page_indices: torch.Tensor, *, causal: bool, window: int | None = None) -> None:
         shape = self.shape
         self.result = PartialState.neutral(table.num_queries, shape.num_heads, v_head_dim=shape.v_head_dim, dtype=shape.dtype, device="cpu")
 

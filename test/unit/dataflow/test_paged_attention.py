@@ -15,7 +15,7 @@ from sglang_dcp.dataflow.attention.paged_attention import AttentionShape, PagedP
 from sglang_dcp.dataflow.attention.partial_attention import torch_partial_attention
 from sglang_dcp.dataflow.contracts import AttentionRow, MergeList, PartialState, StepPlan, TokenList
 from sglang_dcp.dataflow.device_plan import index_lists, plan_on_device
-from sglang_dcp.dataflow.step_plan import chunk_row, pool_row
+from sglang_dcp.dataflow.window import chunk_row, pool_rows
 from test.unit.dataflow.cluster import Cluster
 from test.unit.dataflow.fake_flashinfer import FakeMla, FakePrefill
 
@@ -67,14 +67,14 @@ def test_a_query_sees_every_earlier_token_once(seed):
     seen = []
     for owner in range(3):
         mine = np.flatnonzero(owners == owner)
-        row = pool_row(num_new, prefix_len, mine, mine, page_size)
-        seen += row.kv_slots.tolist()
-        assert len(row.kv_slots) == row.num_keys and not row.causal
+        for row in pool_rows(num_new, prefix_len, mine, mine, page_size):
+            seen += row.kv_slots.tolist()
+            assert row.num_queries == num_new and len(row.kv_slots) == row.num_keys and not row.causal
     assert sorted(seen) == list(range(prefix_len + (num_new == 1)))
 
 
 def test_tables_hold_only_pages_that_are_seen():
-    rows = [pool_row(1, 8, np.array([0, 2, 5]), np.array([11, 12, 13]), 4), pool_row(3, 6, np.array([0, 1]), np.array([7, 8]), 4)]
+    rows = pool_rows(1, 8, np.array([0, 2, 5]), np.array([11, 12, 13]), 4) + pool_rows(3, 6, np.array([0, 1]), np.array([7, 8]), 4)
     table = kernel_table(rows, 4)
     assert table.page_indices.tolist() == [11, 12, 7, 8] and table.page_indptr.tolist() == [0, 2, 4]
     assert table.last_page_length.tolist() == [1, 2] and table.num_keys.tolist() == [5, 6] and table.query_indptr.tolist() == [0, 1, 4]
@@ -115,12 +115,24 @@ def test_one_plan_per_step(kernels):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapters.FlashInferGqaRows, "plan", adapters_plan)
         for length in (5, 9):
-            rows = (pool_row(1, length - 1, np.array([0, 1, 2]), np.array([1, 2, 3]), 4),)
+            rows = tuple(pool_rows(1, length - 1, np.array([0, 1, 2]), np.array([1, 2, 3]), 4))
             for _ in range(3):
                 got = attend(queries, keys, keys, rows, 0.25)
                 expected = torch_partial_attention(queries, keys, keys, rows, 0.25)
                 torch.testing.assert_close(got.lse, expected.lse, atol=1e-3, rtol=1e-3)
     assert [table.num_keys.tolist() for table in plans] == [[5], [9]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_layers_of_a_window_and_of_all_keys_take_turns(kernels, seed):
+    """Each kind has its own plan of the step, in whatever order the layers come; the next step gets new ones."""
+    attend = [PagedPartialAttention(4, adapters.flashinfer_kernel) for _ in range(2)]
+    for step in range(2):
+        cluster = HalfCluster(10 * seed + step, 2, 4, False)
+        cluster.add_random_rows(5)
+        for cluster.window in (None, 6, None, 6):
+            for rank, output in enumerate(cluster.run(attend)):
+                torch.testing.assert_close(output.float(), cluster.expected(rank).float(), atol=3e-2, rtol=2e-2)
 
 
 def test_other_layers_and_types_are_refused(kernels):

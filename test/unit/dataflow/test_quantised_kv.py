@@ -15,7 +15,7 @@ from sglang_dcp.dataflow.contracts import KVScales, NewKV
 from sglang_dcp.dataflow.dispatch import dispatch
 from sglang_dcp.dataflow.quantised_kv import quantised, with_quantised
 from sglang_dcp.dataflow.reference import partial_attention
-from sglang_dcp.dataflow.step_plan import pool_row
+from sglang_dcp.dataflow.window import pool_rows
 from test.unit.dataflow.cluster import Cluster
 from test.unit.dataflow.test_paged_attention import kernels  # noqa: F401
 
@@ -118,7 +118,7 @@ def test_a_chunk_can_attend_what_is_stored() -> None:
 
 def test_scales_count_in_plain_torch() -> None:
     keys, values = torch.randn(8, 2, 16), torch.randn(8, 2, 16)
-    queries, rows = torch.randn(1, 4, 16), (pool_row(1, 5, np.array([0, 1]), np.array([0, 1]), 4),)
+    queries, rows = torch.randn(1, 4, 16), tuple(pool_rows(1, 5, np.array([0, 1]), np.array([0, 1]), 4))
     exact = torch_partial_attention(queries, keys, values, rows, 0.25)
     scaled = torch_partial_attention(queries, keys / 0.5, values / 2.0, rows, 0.25, kv_scales=SCALES)
     torch.testing.assert_close(scaled.output, exact.output)

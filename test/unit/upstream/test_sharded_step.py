@@ -273,7 +273,7 @@ def test_a_sharded_row_anywhere_makes_the_step_eager_everywhere(bound: Any, monk
         after_gather(None, info)
         assert info.can_run_decode_cuda_graph is info.can_run_prefill_cuda_graph is graph
         assert info.global_num_tokens == ([3, 0] if graph else [3, 1])
-        assert bound.mode is STOCK if graph else bound.mode.home_rows == ["rows"] and bound.mode.plan is None
+        assert bound.mode is STOCK if graph else bound.mode.home_rows == ["rows"] and bound.mode.plans == {}
 
 
 def test_pages_of_local_requests_come_in_one_read() -> None:

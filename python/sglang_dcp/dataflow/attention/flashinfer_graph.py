@@ -176,8 +176,10 @@ class FlashInferPrefill:
         last_page_length: torch.Tensor,
         *,
         causal: bool,
+        window: int | None = None,
     ) -> None:
-        """int32; indptrs and last_page_length on the host, page_indices on the device. causal: a row's queries are its last keys."""
+        """int32; indptrs and last_page_length on the host, page_indices on the device. causal: a row's queries are its last keys, of which
+        each sees itself and `window` before it, None: all."""
         self._wrapper.plan(
             query_indptr,
             page_indptr,
@@ -188,6 +190,7 @@ class FlashInferPrefill:
             self.head_dim,
             self.page_size,
             causal=causal,
+            window_left=-1 if window is None else window,
             sm_scale=self.scale,
             q_data_type=torch.bfloat16,
             kv_data_type=self.kv_dtype,

@@ -22,7 +22,7 @@ class FlashInferGqaRows:
         self._kernel = FlashInferPrefill(*heads, page_size, shape.scale, device, kv_dtype=shape.kv_dtype)
         self._guard = CopyGuard(device)
 
-    def plan(self, table: KernelTable, page_indices: torch.Tensor, *, causal: bool) -> None:
+    def plan(self, table: KernelTable, page_indices: torch.Tensor, *, causal: bool, window: int | None = None) -> None:
         with self._guard:
             self._kernel.plan(
                 torch.from_numpy(table.query_indptr),
@@ -30,6 +30,7 @@ class FlashInferGqaRows:
                 page_indices,
                 torch.from_numpy(table.last_page_length),
                 causal=causal,
+                window=window,
             )
 
     def run(
@@ -52,8 +53,10 @@ class FlashInferMlaRows:
         self._plan_scales = {"scale_mode": "kv-per-tensor"} if is_quantised else {}
         self._run_scales = {"ckv_scale": 1.0, "kpe_scale": 1.0} if is_quantised else {}
 
-    def plan(self, table: KernelTable, page_indices: torch.Tensor, *, causal: bool) -> None:
+    def plan(self, table: KernelTable, page_indices: torch.Tensor, *, causal: bool, window: int | None = None) -> None:
         from flashinfer.mla import MLAPlanMetadata
+
+        assert window is None, "no model of latent attention that is served has a window"
 
         with self._guard:
             self._wrapper.plan(

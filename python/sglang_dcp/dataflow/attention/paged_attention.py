@@ -35,8 +35,8 @@ class AttentionShape:
 class PagedKernel(Protocol):
     """One kernel with its own plan."""
 
-    def plan(self, table: KernelTable, page_indices: torch.Tensor, *, causal: bool) -> None:
-        """page_indices: the table's, on the device. May run while kernels of the plan before still wait for the device."""
+    def plan(self, table: KernelTable, page_indices: torch.Tensor, *, causal: bool, window: int | None = None) -> None:
+        """page_indices: the table's, on the device. window: of causal rows, keys that a query sees before itself. May run while kernels of the plan before still wait for the device."""
         ...
 
     def run(
@@ -61,11 +61,11 @@ class _Part:
 
 class PagedPartialAttention:
     """A `PartialAttention`. Plans when it meets a new step's rows, that is in the step's first layer. One kernel for rows over the pool,
-    one for causal rows over the step's own tokens."""
+    one for causal rows over the step's own tokens, and two more for the layers of a window."""
 
     def __init__(self, page_size: int, make_kernel: KernelFactory) -> None:
         self._page_size, self._make_kernel = page_size, make_kernel
-        self._parts: dict[bool, _Part] = {}
+        self._parts: dict[tuple[bool, int | None], _Part] = {}
 
     def __call__(
         self,
@@ -78,21 +78,23 @@ class PagedPartialAttention:
         *,
         kv_scales: KVScales = NO_SCALES,
     ) -> PartialState:
-        part = self._part(rows[0].causal, _shape_of(queries, keys, values, scale), queries.device)
+        part = self._part(rows[0], _shape_of(queries, keys, values, scale), queries.device)
         if rows is not part.planned_rows:
             table = kernel_table(rows, part.page_size)
             if table.num_queries != len(queries):
                 raise ValueError(f"attention rows of {table.num_queries} queries were given {len(queries)}")
-            part.kernel.plan(table, to_device(torch.from_numpy(table.page_indices), queries.device), causal=rows[0].causal)
+            page_indices = to_device(torch.from_numpy(table.page_indices), queries.device)
+            part.kernel.plan(table, page_indices, causal=rows[0].causal, window=rows[0].window if rows[0].causal else None)
             part.planned_rows = rows
         paged_keys, paged_values = (cache.unflatten(0, (-1, part.page_size)) for cache in (keys, values))
         return part.kernel.run(queries, paged_keys, paged_values, out, kv_scales)
 
-    def _part(self, causal: bool, shape: AttentionShape, device: torch.device) -> _Part:
-        part = self._parts.get(causal)
+    def _part(self, row: AttentionRow, shape: AttentionShape, device: torch.device) -> _Part:
+        key = row.causal, row.window
+        part = self._parts.get(key)
         if part is None:
-            page_size = 1 if causal else self._page_size
-            part = self._parts[causal] = _Part(self._make_kernel(shape, page_size, device), page_size, shape)
+            page_size = self._page_size if key == (False, None) else 1
+            part = self._parts[key] = _Part(self._make_kernel(shape, page_size, device), page_size, shape)
         if shape != part.shape:
             raise ValueError(f"paged attention is planned once per step for all layers, but layers differ: {part.shape} and {shape}")
         return part

@@ -72,7 +72,11 @@ def _attend(
     logits = torch.matmul(grouped, keys.float().permute(1, 2, 0).unsqueeze(1)).mul_(scale)
     if row.causal:
         last_seen = torch.arange(tokens, device=query.device)[:, None] + row.num_keys - tokens
-        logits.masked_fill_(torch.arange(row.num_keys, device=query.device)[None, :] > last_seen, float("-inf"))
+        places = torch.arange(row.num_keys, device=query.device)[None, :]
+        hidden = places > last_seen
+        if row.window is not None:
+            hidden |= places < last_seen - row.window
+        logits.masked_fill_(hidden, float("-inf"))
     lse = torch.logsumexp(logits, dim=-1)
     weights = logits.sub_(torch.where(lse == float("-inf"), 0.0, lse).unsqueeze(-1)).exp_()
     output = torch.matmul(weights, values.float().permute(1, 0, 2).unsqueeze(1))

@@ -13,8 +13,17 @@ SERVED_CLASSES = {
     "Glm4MoeAttention": "glm4_moe",
     "BailingMoEAttention": "bailing_moe",
     "DeepseekV2AttentionMLA": "deepseek_v2",
+    "GptOssAttention": "gpt_oss",
+    "Step3p5Attention": "step3p5",
 }
 """Attention classes by the module of sglang.srt.models that they stand in: some names stand in several, for different attention."""
+
+WINDOW_CLASSES = ("GptOssAttention", "Step3p5Attention")
+"""Of these, some layers may attend a window; and of those, a sink may be handed to the backend in every call."""
+SINK_CLASSES = ("GptOssAttention",)
+
+WINDOW_MODELS = ("GptOssForCausalLM", "Step3p5ForCausalLM")
+"""Models with window layers, of which SGLang keeps the K/V in a pool of its own."""
 
 TRIED_MODELS = (
     "Qwen2MoeForCausalLM",
@@ -28,6 +37,7 @@ TRIED_MODELS = (
     "Glm4MoeLiteForCausalLM",
     "LongcatFlashForCausalLM",
     "MistralLarge3ForCausalLM",
+    *WINDOW_MODELS,
 )
 """Models whose attention was recomputed from two halves of a pool (test/upstream/test_served_models.py), or a bare alias of one. Others
 may own a served class too: they are served with a warning."""
@@ -40,6 +50,12 @@ STATEFUL_LAYERS = ("RadixLinearAttention", "MambaMixer", "MambaMixer2", "ShortCo
 
 class UnsupportedModelError(RuntimeError):
     """A layer that dynamic context parallelism does not serve; the message names it and the reason."""
+
+
+def window_of(layer: Any) -> int | None:
+    """How many tokens before itself a token of this RadixAttention sees; None: all."""
+    size = layer.sliding_window_size
+    return int(size) if size is not None and size > -1 else None
 
 
 def attention_layers(model: Any) -> dict[int, str]:
@@ -75,13 +91,13 @@ def _reason_against(owner: Any, layer: Any) -> str | None:
     attention_type = getattr(layer.attn_type, "value", layer.attn_type)
     if attention_type != "decoder":
         return f"attention type {attention_type!r} is not causal"
-    if layer.sliding_window_size is not None and layer.sliding_window_size > 0:
+    if window_of(layer) is not None and type(owner).__name__ not in WINDOW_CLASSES:
         return f"sliding window of {layer.sliding_window_size} tokens"
     if layer.logit_cap:
         return f"logit cap {layer.logit_cap}"
     if getattr(layer, "use_irope", False):
         return "chunked local attention"
-    if any(getattr(part, name, None) is not None for part in (owner, layer) for name in SINKS):
+    if type(owner).__name__ not in SINK_CLASSES and any(getattr(part, name, None) is not None for part in (owner, layer) for name in SINKS):
         return "attention sinks"
     if getattr(owner, "use_dsa", False) or getattr(owner, "indexer", None) is not None:
         return "sparse attention picks tokens by an index of its own"

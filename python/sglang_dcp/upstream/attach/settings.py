@@ -19,6 +19,7 @@ from sglang_dcp.upstream.attach.cuda_settings import (
 )
 from sglang_dcp.upstream.attach.disaggregation_settings import complete_decode, find_decode_refusal
 from sglang_dcp.upstream.attach.model_sizes import learn_served_model
+from sglang_dcp.upstream.attach.models import WINDOW_MODELS
 from sglang_dcp.upstream.attach.page_sizes import complete_chunk_size, complete_page_size, find_chunk_refusal
 from sglang_dcp.upstream.attach.refusals import PAST_THE_CHECKS, find_refusal
 from sglang_dcp.upstream.attach.widths import SettingError, complete_widths, find_slices_refusal
@@ -114,6 +115,7 @@ def register_resolution() -> None:
         with _refusing():
             learn_served_model(server_args, view.device)
 
+    _register_one_pool()
     _register_chunks()
     _register_cuda_completions()
 
@@ -125,6 +127,24 @@ def _refusing() -> Iterator[None]:
         yield
     except (SettingError, ConfigError) as error:
         raise SystemExit(f"sglang_dcp: {error}") from error
+
+
+def _register_one_pool() -> None:
+    """Models with window layers keep all K/V in pages of one kind, which every instance can hold for every other."""
+    from sglang.srt.arg_groups.model_override_base import register_model_override
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    def one_pool(server_args: Any, hf_config: Any) -> dict[str, bool]:
+        if resolving_view(server_args).disable_hybrid_swa_memory:
+            return {}
+        logger.warning(
+            "dyncp: --disable-hybrid-swa-memory True (window layers keep the K/V of whole sequences; with a pool of their own a page "
+            "would not say where its tokens lie)"
+        )
+        return {"disable_hybrid_swa_memory": True}
+
+    for architecture in WINDOW_MODELS:
+        register_model_override(architecture)(one_pool)
 
 
 def _register_chunks() -> None:

@@ -14,6 +14,7 @@ from sglang_dcp.dataflow.copy_guard import CopyGuard
 from sglang_dcp.dataflow.device_plan import plan_on_device
 from sglang_dcp.dataflow.quantised_kv import quantised, with_quantised
 from sglang_dcp.dataflow.step_mode import Eager
+from sglang_dcp.upstream.attach.models import window_of
 from sglang_dcp.upstream.layers.graph_variants import captured_guest_rows, process_graphs
 from sglang_dcp.upstream.layers.graphs import GraphEngine
 from sglang_dcp.upstream.step.attached import current
@@ -118,8 +119,11 @@ class StepBackend(_Stock):
         if runtime is None or not isinstance(runtime.mode, Eager):
             return super().forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         check_call(layer, k, save_kv_cache)
+        sinks = kwargs.pop("sinks", None)
         parts = with_rotary_part(q, k, v, **kwargs)
-        return forward_sharded(runtime, self.token_to_kv_pool, *parts, layer, attend_stored=self.dyncp_chunks_read_the_pool)
+        return forward_sharded(
+            runtime, self.token_to_kv_pool, *parts, layer, attend_stored=self.dyncp_chunks_read_the_pool, sinks=sinks
+        )
 
     def _graphs(self) -> GraphEngine:
         assert self.dyncp_graphs is not None
@@ -166,11 +170,19 @@ def with_rotary_part(
 
 
 def forward_sharded(
-    runtime: Runtime, pool: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, *, attend_stored: bool = False
+    runtime: Runtime,
+    pool: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer: Any,
+    *,
+    attend_stored: bool = False,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of a step with sharded rows. Returns [T, heads * v_head_dim]."""
     runtime.layer_roll.enter(layer.layer_id)
-    plan = plan_of_step(runtime, q.shape[0])
+    plan = plan_of_step(runtime, q.shape[0], window_of(layer))
     latent = layer.tp_k_head_num == 1 and layer.qk_head_dim != layer.v_head_dim
     cache = PoolLayer(pool, layer, latent, attend_stored=attend_stored)
     queries = q.reshape(q.shape[0], layer.tp_q_head_num, layer.qk_head_dim).contiguous()
@@ -184,6 +196,7 @@ def forward_sharded(
         scale=layer.scaling,
         layer=layer.layer_id,
         kv_scales=cache.scales,
+        sinks=sinks,
     )
     return output.reshape(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
 
@@ -218,16 +231,17 @@ def forward_captured(
     return merged.reshape(num_tokens, heads * layer.v_head_dim)
 
 
-def plan_of_step(runtime: Runtime, num_tokens: int) -> StepPlan:
-    """The step's plan, built by its first layer (the padded token count is known there)."""
+def plan_of_step(runtime: Runtime, num_tokens: int, window: int | None) -> StepPlan:
+    """The step's plan for layers of this window, built by the first of them (the padded token count is known there)."""
     mode = runtime.mode
     assert isinstance(mode, Eager)
-    if mode.plan is None:
+    plan = mode.plans.get(window)
+    if plan is None:
         began = perf_counter()
-        mode.plan = plan_on_device(mode.rows.build_plan(mode.home_rows, num_tokens), runtime.device)
+        plan = mode.plans[window] = plan_on_device(mode.rows.build_plan(mode.home_rows, num_tokens, window), runtime.device)
         runtime.host_clock.spent("plan", perf_counter() - began)
-    assert mode.plan.num_tokens == num_tokens
-    return mode.plan
+    assert plan.num_tokens == num_tokens
+    return plan
 
 
 def fused_kv_write(original: Callable[..., bool], forward_batch: Any) -> bool:
