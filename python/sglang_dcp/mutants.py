@@ -135,7 +135,15 @@ def _tail_row_written_twice() -> None:
     """K/V whose tail is remote is also written at home, into whatever page has that number here."""
 
     def change(
-        build: Any, step: int, rank: int, num_instances: int, page_size: int, num_tokens: int, home_rows: Any, guests: Any, window: Any = None
+        build: Any,
+        step: int,
+        rank: int,
+        num_instances: int,
+        page_size: int,
+        num_tokens: int,
+        home_rows: Any,
+        guests: Any,
+        window: Any = None,
     ) -> StepPlan:
         plan: StepPlan = build(step, rank, num_instances, page_size, num_tokens, home_rows, guests, window)
         slots = plan.write_slots.clone()
@@ -171,7 +179,15 @@ def _wrong_owner() -> None:
         return dataclasses.replace(row, page_numbers=numbers)
 
     def change(
-        build: Any, step: int, rank: int, num_instances: int, page_size: int, num_tokens: int, home_rows: Any, guests: Any, window: Any = None
+        build: Any,
+        step: int,
+        rank: int,
+        num_instances: int,
+        page_size: int,
+        num_tokens: int,
+        home_rows: Any,
+        guests: Any,
+        window: Any = None,
     ) -> StepPlan:
         rows = [swap(row, rank) for row in home_rows]
         plan: StepPlan = build(step, rank, num_instances, page_size, num_tokens, rows, guests, window)
@@ -196,7 +212,15 @@ def _page_table_stale() -> None:
         return dataclasses.replace(row, page_numbers=np.array([known.get(i, 0) for i in row.page_index.tolist()], dtype=np.int64))
 
     def change(
-        build: Any, step: int, rank: int, num_instances: int, page_size: int, num_tokens: int, home_rows: Any, guests: Any, window: Any = None
+        build: Any,
+        step: int,
+        rank: int,
+        num_instances: int,
+        page_size: int,
+        num_tokens: int,
+        home_rows: Any,
+        guests: Any,
+        window: Any = None,
     ) -> StepPlan:
         old_step, old_home, old_guests = last.get(rank, (-1, (), ()))
         last[rank] = step, home_rows, guests

@@ -38,6 +38,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
 
 FP8 = torch.float8_e4m3fn
 HOME_ROWS, GUEST_ROWS, CONTEXT_PAGES = 8, (4, 16), 64
+WINDOW = 37  # longer than two pages of 16, so that several instances hold a part
 MOST_LINES = 2048  # of the token table: requests of a session
 
 
@@ -54,10 +55,18 @@ class Instance:
         sharing = session.devices.count(self.device)
         with torch.cuda.device(self.device):
             self.attention = GraphAttention(
-                rank, sizes, shape, self.device, num_sharing=sharing, wait_seconds=session.wait_seconds, kernel=session.graph_kernel
+                rank,
+                sizes,
+                shape,
+                self.device,
+                num_sharing=sharing,
+                wait_seconds=session.wait_seconds,
+                kernel=session.graph_kernel,
+                windows=() if session.window is None else (session.window,),
             )
             self.stream = torch.cuda.Stream()
         like = {"dtype": torch.bfloat16, "device": self.device}
+        self.sinks = None if session.sinks is None else session.sinks.bfloat16().to(self.device)
         self.queries = torch.zeros(HOME_ROWS, session.heads, session.qk_dim, **like)
         width = session.kv_heads * session.qk_dim
         self.kv = torch.zeros(HOME_ROWS, 1, width + (0 if latent else session.kv_heads * session.v_dim), **like).to(session.kv_dtype)
@@ -70,7 +79,10 @@ class Instance:
         self.attention.begin(HOME_ROWS, guest_rows, self.token_table)
         keys, values = self.kv[..., : self.split], self.kv[..., self.split :]
         pools = self.cache.keys, self.cache.keys if self.cache.latent else self.cache.values
-        return self.attention.run(HOME_ROWS, guest_rows, (self.queries, None), keys, values, pools, self.session.kv_scales)
+        layer = HOME_ROWS, guest_rows, (self.queries, None), keys, values, pools, self.session.kv_scales
+        if self.session.window is not None:
+            self.attention.run(*layer)  # a layer of all keys stands before each of a window
+        return self.attention.run(*layer, window=self.session.window, sinks=self.sinks)
 
     def capture(self, guest_rows: int) -> None:
         with torch.cuda.device(self.device):
@@ -84,7 +96,8 @@ class Instance:
 
 class GpuSession(Session):
     """A session in the kernels' sizes, bfloat16. kernel: gqa, gqa_fp8 (pools of float8_e4m3fn, scales that are not 1), mla (all
-    FlashInfer), fa3 or fa3_fp8 (GQA), flashmla or flashmla_fp8 (without scales). spread: a GPU per instance, else all on one."""
+    FlashInfer), fa3 or fa3_fp8 (GQA), fa3_window (layers of a window, with sinks, behind others; heads of 64), flashmla or flashmla_fp8
+    (without scales). spread: a GPU per instance, else all on one."""
 
     wait_seconds = 20.0
 
@@ -96,7 +109,10 @@ class GpuSession(Session):
         # These kernels over such pools work on queries and on weights of the keys with three bits behind the point.
         self.query_dtype, self.tolerance = (FP8, 8e-2) if kernel in ("flashmla_fp8", "fa3_fp8") else (torch.bfloat16, 2e-2)
         super().__init__(seed, num_instances, num_pages, page_size, latent=latent)
-        self.heads, self.kv_heads, self.qk_dim, self.v_dim = (16, 1, 576, 512) if latent else (8, 2, 128, 128)
+        dim = 64 if kernel == "fa3_window" else 128
+        self.heads, self.kv_heads, self.qk_dim, self.v_dim = (16, 1, 576, 512) if latent else (8, 2, dim, dim)
+        if kernel == "fa3_window":
+            self.window, self.sinks = WINDOW, torch.linspace(-2.0, 4.0, self.heads)
         slots = (num_pages + 1) * page_size
         self.devices = [torch.device("cuda", rank if spread else 0) for rank in range(num_instances)]
         for here in self.devices:
@@ -215,7 +231,11 @@ class GpuSession(Session):
             stored = self.stored(req, slice(0, prefix_len + 1))
             keys, values = stored.keys.float() * self.kv_scales.key, stored.values.float() * self.kv_scales.value
             asked = queries[row : row + 1].to(self.query_dtype).float()
-            expected = partial_attention(asked, keys, values, scale=self.qk_dim**-0.5).output
+            first = 0 if self.window is None else max(0, prefix_len - self.window)
+            state = partial_attention(asked, keys[first:], values[first:], scale=self.qk_dim**-0.5)
+            expected = state.output
+            if self.sinks is not None:
+                expected = expected * torch.sigmoid(state.lse - self.sinks.to(state.lse.device)).unsqueeze(-1)
             self.worst = max(self.worst, float((output[row : row + 1].float() - expected.float()).abs().max()))
             torch.testing.assert_close(output[row : row + 1].float(), expected.float(), atol=self.tolerance, rtol=self.tolerance)
 
@@ -226,6 +246,7 @@ CASES = [
     (2, 16, "gqa_fp8"),
     (2, 16, "fa3"),
     (2, 64, "fa3_fp8"),
+    (2, 16, "fa3_window"),
     (2, 64, "mla"),
     (2, 64, "flashmla"),
     (2, 64, "flashmla_fp8"),

@@ -22,7 +22,10 @@ HEADS = 4
 
 
 class Session(ProtocolModel):
-    """The protocol model, whose steps run one attention layer on every instance."""
+    """The protocol model, whose steps run one attention layer on every instance. window: of the layer; sinks: its logits, by head."""
+
+    window: int | None = None
+    sinks: torch.Tensor | None = None
 
     def __init__(
         self, seed: int, num_instances: int, num_pages: int, page_size: int, *, latent: bool, num_nodes: int = 1, scope: str = "node"
@@ -87,24 +90,25 @@ class Session(ProtocolModel):
         home, (queries, new_kv) = self.homes[rank], tokens
         rows = home.runtime.rows
         local_pages = [np.array(req.pages) for req, _, _ in home.batch if req.dyncp is None]
-        plan = self.plans[rank] = rows.build_plan(rows.home_rows(local_pages), len(queries))
-        return attention_step(
-            queries, new_kv, plan, self.caches[rank], torch_partial_attention, self.endpoints[rank], scale=self.qk_dim**-0.5, layer=0
-        )
+        plan = self.plans[rank] = rows.build_plan(rows.home_rows(local_pages), len(queries), self.window)
+        given = {"scale": self.qk_dim**-0.5, "layer": 0, "sinks": self.sinks}
+        return attention_step(queries, new_kv, plan, self.caches[rank], torch_partial_attention, self.endpoints[rank], **given)
 
     def compare(self, home: ModelScheduler, queries: torch.Tensor, output: torch.Tensor) -> None:
         start = 0
         for req, prefix_len, num_new in home.batch:
             length, span = prefix_len + num_new, slice(start, start + num_new)
             positions = torch.arange(length)
-            expected = partial_attention(
+            state = partial_attention(
                 queries[span],
                 self.keys[req.rid][:length],
                 self.values[req.rid][:length],
                 scale=self.qk_dim**-0.5,
                 query_positions=positions[prefix_len:],
                 key_positions=positions,
-            ).output
+                window=self.window,
+            )
+            expected = state.output if self.sinks is None else state.output * torch.sigmoid(state.lse - self.sinks).unsqueeze(-1)
             torch.testing.assert_close(
                 output[span], expected, atol=1e-5, rtol=1e-5, msg=lambda text, r=req: f"step {self.num_steps}, {r.rid}: {text}"
             )
@@ -153,6 +157,14 @@ def test_session_of_random_requests(num_instances, num_pages, page_size, latent)
     assert session.num_mixed_steps > 10
     assert session.num_steps_without_return >= 3
     assert sum(session.num_growths) > 5
+
+
+@pytest.mark.parametrize("window", [2, 11])
+def test_session_of_window_layers_with_sinks(window):
+    session = Session(5, 3, 10, 4, latent=False)
+    session.window, session.sinks = window, torch.tensor([0.0, 2.0, -2.0, 5.0])
+    drive(session)
+    assert session.num_sharded_steps > 100 and session.num_mixed_steps > 10
 
 
 @pytest.mark.parametrize(("scope", "latent"), [("node", False), ("node", True), ("cluster", False)])

@@ -45,11 +45,12 @@ class FakeFlashAttention:
         self.calls.append(arguments)
         queries, keys, values = arguments["q"], arguments["k_cache"], arguments["v_cache"]
         rows, num_tokens, heads, dim = queries.shape
-        assert num_tokens == 1 and keys.shape == values.shape == (len(keys), PAGE, KV_HEADS, dim) and queries.dtype == keys.dtype
+        page = keys.shape[1]
+        assert num_tokens == 1 and keys.shape == values.shape == (len(keys), page, KV_HEADS, dim) and queries.dtype == keys.dtype
         output, lse = torch.zeros(rows, 1, heads, dim, dtype=torch.bfloat16), torch.full((rows, heads, 1), float("-inf"))
         scales = [arguments[name] for name in ("k_descale", "v_descale")]
         for row, length in enumerate(arguments["cache_seqlens"].tolist()):
-            pages = arguments["page_table"][row, : -(-length // PAGE)].long()
+            pages = arguments["page_table"][row, : -(-length // page)].long()
             seen = [cache.float()[pages].flatten(0, 1)[:length] for cache in (keys, values)]
             seen = [part if scale is None else part * scale[row, :, None] for part, scale in zip(seen, scales, strict=True)]
             state = partial_attention(queries[row].float(), *seen, scale=arguments["softmax_scale"])
@@ -94,11 +95,8 @@ def test_stock_s_split_is_its_own_number(library: FakeFlashAttention) -> None:
     assert library.calls[0]["num_splits"] == 0
 
 
-@pytest.mark.parametrize("quantised", [None, FP8])
-def test_captured_steps_read_the_tables_alone(
-    library: FakeFlashAttention, monkeypatch: pytest.MonkeyPatch, quantised: torch.dtype | None
-) -> None:
-    """`begin` and `run` are what a graph replays; nothing is planned on the host."""
+def make_attention(monkeypatch: pytest.MonkeyPatch, shape: AttentionShape, windows: tuple[int, ...] = ()) -> Any:
+    """Graph attention of one instance on the CPU, 3 home rows and 2 guest rows."""
     pytest.importorskip("sgl_kernel_dcp")
     from sglang_dcp.dataflow.graph import graph_attention
     from sglang_dcp.dataflow.graph.graph_attention import GraphAttention, GraphSizes
@@ -107,11 +105,21 @@ def test_captured_steps_read_the_tables_alone(
     monkeypatch.setattr(torch, "zeros", lambda *size, pin_memory=False, **given: zeros(*size, **given))
     monkeypatch.setattr(graph_attention, "StepTables", FakeTables)
     monkeypatch.setattr(graph_attention, "PeerExchange", FakeExchange)
-    shape = AttentionShape(HEADS, KV_HEADS, DIM, DIM, torch.bfloat16, SCALE, latent=False, quantised=quantised)
     sizes = GraphSizes(num_instances=2, max_home_rows=3, guest_rows=(2,), page_size=PAGE, context_pages=WIDTH, pool_pages=9)
-    attention: Any = GraphAttention(0, sizes, shape, torch.device("cpu"), num_sharing=1, wait_seconds=1.0, kernel="fa3")
-    assert attention.exchange.early_launch is False and attention.plans_on_device
+    given = {"num_sharing": 1, "wait_seconds": 1.0, "kernel": "fa3", "windows": windows}
+    attention: Any = GraphAttention(0, sizes, shape, torch.device("cpu"), **given)
     attention.prepare(3, 2)
+    return attention
+
+
+@pytest.mark.parametrize("quantised", [None, FP8])
+def test_captured_steps_read_the_tables_alone(
+    library: FakeFlashAttention, monkeypatch: pytest.MonkeyPatch, quantised: torch.dtype | None
+) -> None:
+    """`begin` and `run` are what a graph replays; nothing is planned on the host."""
+    shape = AttentionShape(HEADS, KV_HEADS, DIM, DIM, torch.bfloat16, SCALE, latent=False, quantised=quantised)
+    attention = make_attention(monkeypatch, shape)
+    assert attention.exchange.early_launch is False and attention.plans_on_device
     pools = [torch.randn(9 * PAGE, KV_HEADS, DIM).to(shape.kv_dtype) for _ in range(2)]
     held, lengths = [[(0, 3), (1, 5)], [(0, 1)]], [64, 2]
     rows = [ListedRow(row, lengths[row], held[row], grows=True, arrives=False) for row in range(2)]
@@ -130,9 +138,54 @@ def test_captured_steps_read_the_tables_alone(
         assert not merged[2].any(), "a row of padding attends nothing"
 
 
+def test_window_layers_read_the_last_tokens_and_sinks_take_their_share(
+    library: FakeFlashAttention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of a window, of all keys, and of fewer heads than the widest take turns in one step, over the same pool."""
+    shape = AttentionShape(HEADS, KV_HEADS, DIM, DIM, torch.bfloat16, SCALE, latent=False)
+    attention = make_attention(monkeypatch, shape, windows=(5, 70))
+    pools = [torch.randn(9 * PAGE, KV_HEADS, DIM).bfloat16() for _ in range(2)]
+    # The second row's page 1 lies elsewhere: of the last 70 tokens but one it has those of page 0 alone.
+    held, lengths = [[(0, 3), (1, 5)], [(0, 1)]], [126, 80]
+    rows = [ListedRow(row, lengths[row], held[row], grows=row == 0, arrives=False) for row in range(2)]
+    words, no_tokens = [np.array([1, 1], dtype=np.int32), np.zeros(0, dtype=np.int32)], torch.zeros(1, 1, dtype=torch.int32)
+    sinks = torch.randn(HEADS).bfloat16()
+    for step in range(4):
+        if step == 2:
+            held[0].append((2, 7))
+        attention.fill(step, words, rows, no_tokens) if step == 0 else attention.advance(step)
+        attention.begin(3, 2, no_tokens)
+        for window, heads, has_sinks in ((None, HEADS, True), (5, HEADS, True), (70, 4, False), (None, 4, False)):
+            queries, new = torch.randn(3, heads, DIM).bfloat16(), torch.randn(3, 1, KV_HEADS * DIM).bfloat16()
+            given = {"window": window, "sinks": sinks if has_sinks else None}
+            merged = attention.run(3, 2, (queries, None), new, new, pools, **given)
+            assert merged.shape == (3, heads, DIM)
+            for row, pages in enumerate(held):
+                last = lengths[row] + step - 1
+                slots = [(index * PAGE + i, number * PAGE + i) for index, number in pages for i in range(PAGE)]
+                first = 0 if window is None else last - window
+                seen = torch.tensor([slot for position, slot in slots if first <= position <= last], dtype=torch.int64)
+                expected = partial_attention(queries[row : row + 1], *(pool[seen] for pool in pools), scale=SCALE)
+                output = expected.output[0].float()
+                if has_sinks:
+                    output *= torch.sigmoid(expected.lse[0] - sinks.float()).unsqueeze(-1)
+                torch.testing.assert_close(merged[row].float(), output, atol=2e-2, rtol=2e-2)
+            assert not merged[2].any()
+
+
+def test_kernels_without_window_layers_are_named() -> None:
+    pytest.importorskip("sgl_kernel_dcp")
+    from sglang_dcp.dataflow.graph.graph_sizes import check_kernel
+
+    shape = AttentionShape(HEADS, KV_HEADS, DIM, DIM, torch.bfloat16, SCALE, latent=False)
+    check_kernel("fa3", shape, PAGE, (127,))
+    with pytest.raises(ValueError, match="--attention-backend flashinfer serves no window layers.*use fa3"):
+        check_kernel("flashinfer", shape, PAGE, (127,))
+
+
 def test_latent_attention_has_another_kernel() -> None:
     pytest.importorskip("sgl_kernel_dcp")
-    from sglang_dcp.dataflow.graph.graph_attention import check_kernel
+    from sglang_dcp.dataflow.graph.graph_sizes import check_kernel
 
     latent = AttentionShape(16, 1, 576, 512, torch.bfloat16, SCALE, latent=True)
     with pytest.raises(ValueError, match="--attention-backend fa3 serves no latent attention"):

@@ -122,8 +122,10 @@ class FakeExchange:
         self.query_rows[: len(query)] = query
         return self.query_rows
 
-    def return_merge(self, output: torch.Tensor, lse: torch.Tensor, merged: torch.Tensor) -> None:
+    def return_merge(self, output: torch.Tensor, lse: torch.Tensor, merged: torch.Tensor, merged_lse: torch.Tensor | None) -> None:
         seen = lse[: len(merged)].isfinite().unsqueeze(-1)
+        if merged_lse is not None:
+            merged_lse.copy_(lse[: len(merged)])
         merged.copy_(torch.where(seen, output[: len(merged)], torch.zeros_like(merged)))
 
 

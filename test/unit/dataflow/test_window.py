@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dcp.dataflow.contracts import PartialState
+from sglang_dcp.dataflow.graph.static_tables import ListedRow, PooledRow
+from sglang_dcp.dataflow.graph.window_tables import WindowCaps
 from sglang_dcp.dataflow.merge import add_sinks
 from sglang_dcp.dataflow.window import pool_rows, queries_that_see
 from test.unit.dataflow.cluster import Cluster
@@ -66,6 +68,42 @@ def test_both_sides_count_alike(data):
     for place, slots in enumerate(seen):
         first = 0 if window is None else prefix_len + place - window
         assert slots == [slot for position, slot in held if first <= position < end]
+
+
+@given(st.data())
+def test_caps_of_a_graph_are_the_keys_that_are_seen(data):
+    """From step to step: rows that grow here or elsewhere, over pages that come when they are begun."""
+    page_size, window = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 9))
+    caps, rows, owners = WindowCaps(window, page_size, 3), [], []
+    for key in range(data.draw(st.integers(1, 2))):
+        length = data.draw(st.integers(1, 24))
+        tail = -(-length // page_size) - 1
+        here = data.draw(st.lists(st.booleans(), min_size=tail + 1, max_size=tail + 1))
+        rows.append(ListedRow(key, length, [(page, page + 50) for page in range(tail + 1) if here[page]], grows=here[-1], arrives=False))
+        owners.append(here)
+    rows.append(PooledRow(9, 0, 5))
+    caps.fill(rows)
+    for age in range(data.draw(st.integers(0, 14))):
+        if age:
+            for row, here in zip(rows, owners, strict=False):
+                if (row.length + age - 1) % page_size == 0:
+                    here.append(row.grows)  # a steady step's tail stays on its instance
+                    if row.grows:
+                        row.held.append((len(here) - 1, len(here) + 49))
+            before = caps.caps.copy()
+            assert caps.advance() or (caps.caps == before).all()
+        for index, (row, here) in enumerate(zip(rows, owners, strict=False)):
+            last = row.length + age - 1
+            assert caps.caps[index] == sum(here[position // page_size] for position in range(max(0, last - window), last + 1))
+        assert caps.caps[len(rows) - 1] == window + 1
+
+
+def test_settled_rows_send_nothing():
+    caps = WindowCaps(3, 4, 2)
+    caps.fill(
+        [ListedRow(0, 20, [(2, 1), (3, 2), (4, 3)], grows=True, arrives=False), ListedRow(1, 20, [(0, 9)], grows=False, arrives=False)]
+    )
+    assert caps.caps.tolist() == [4, 0] and not caps.advance()
 
 
 def test_a_query_without_keys_stays_zero():

@@ -48,7 +48,8 @@ def run_layers(layer_ids: list[int]) -> None:
     """A model's forward pass, as far as attention goes."""
     backend = attention_backend.make_backend_class(Stock)()
     for layer_id in layer_ids:
-        layer = SimpleNamespace(layer_id=layer_id, tp_q_head_num=2, tp_k_head_num=2, qk_head_dim=4, v_head_dim=4, scaling=1.0)
+        heads = {"tp_q_head_num": 2, "tp_k_head_num": 2, "qk_head_dim": 4, "v_head_dim": 4}
+        layer = SimpleNamespace(layer_id=layer_id, **heads, scaling=1.0, sliding_window_size=-1)
         rows = torch.zeros(3, 8)
         assert backend.forward(rows, rows, rows, layer, None).shape == (3, 8)
 
@@ -101,7 +102,8 @@ def captured(engine: graphs.GraphEngine, layer_ids: list[int]) -> None:
     """What a capture of one graph does: the shared part first, then each layer."""
     engine.begin_captured(SimpleNamespace(batch_size=1, out_cache_loc=torch.zeros(1, dtype=torch.int64)), 4, torch.zeros(1, 1), 64)
     for layer_id in layer_ids:
-        layer = SimpleNamespace(layer_id=layer_id, tp_q_head_num=2, tp_k_head_num=1, qk_head_dim=4, v_head_dim=4)
+        heads = {"tp_q_head_num": 2, "tp_k_head_num": 1, "qk_head_dim": 4, "v_head_dim": 4}
+        layer = SimpleNamespace(layer_id=layer_id, **heads, sliding_window_size=None)
         pool = SimpleNamespace(
             dtype=torch.float32,
             set_kv_buffer=lambda *args: None,
@@ -115,7 +117,7 @@ def captured(engine: graphs.GraphEngine, layer_ids: list[int]) -> None:
 def engine(monkeypatch: pytest.MonkeyPatch) -> graphs.GraphEngine:
     made = graphs.GraphEngine((4,), [], 0, Layout(1, 1), None)
     made.attention = SimpleNamespace(
-        begin=lambda *args: None, run=lambda tokens, *args: torch.zeros(tokens, 2, 4), shape=SimpleNamespace(latent=False)
+        begin=lambda *args: None, run=lambda tokens, *args, **given: torch.zeros(tokens, 2, 4), shape=SimpleNamespace(latent=False)
     )
     made.layer_roll, made._own_slots = LayerRoll(NAMES), torch.zeros(4, dtype=torch.int64)
     monkeypatch.setattr(attention_backend.PoolLayer, "_write_location", staticmethod(lambda slots: slots))

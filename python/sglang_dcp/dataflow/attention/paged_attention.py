@@ -36,7 +36,8 @@ class PagedKernel(Protocol):
     """One kernel with its own plan."""
 
     def plan(self, table: KernelTable, page_indices: torch.Tensor, *, causal: bool, window: int | None = None) -> None:
-        """page_indices: the table's, on the device. window: of causal rows, keys that a query sees before itself. May run while kernels of the plan before still wait for the device."""
+        """page_indices: the table's, on the device. window: of causal rows, keys that a query sees before itself. May run while kernels of
+        the plan before still wait for the device."""
         ...
 
     def run(

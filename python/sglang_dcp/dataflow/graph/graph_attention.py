@@ -7,77 +7,28 @@ same path for steps of any shape.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from sgl_kernel_dcp import ExchangeShape, PeerExchange, StepArrays, StepTables, TableShape
+from sgl_kernel_dcp import PeerExchange, StepArrays, StepTables
+from torch.nn.functional import pad
 
 from sglang_dcp.dataflow.attention.flash_attention3 import FlashAttention3Decode
 from sglang_dcp.dataflow.attention.flashinfer_graph import MLA_LATENT_DIM, FlashInferDecode, FlashInferMLA, KernelBuffers
-from sglang_dcp.dataflow.attention.flashmla import FlashMLADecode, check_flash_mla
+from sglang_dcp.dataflow.attention.flashmla import FlashMLADecode
 from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
 from sglang_dcp.dataflow.contracts import NO_SCALES, KVScales, PartialState
 from sglang_dcp.dataflow.copy_guard import CopyGuard
 from sglang_dcp.dataflow.device_plan import to_device
+from sglang_dcp.dataflow.graph.graph_sizes import GraphKernel, GraphSizes, check_kernel, query_dtype
 from sglang_dcp.dataflow.graph.silence import SilenceLog, SilenceNote
 from sglang_dcp.dataflow.graph.static_tables import ListedRow, PageLines, PooledRow, RowsInput
+from sglang_dcp.dataflow.graph.window_tables import WindowTables
+from sglang_dcp.dataflow.merge import add_sinks
 from sglang_dcp.dataflow.transport.base import TransportError
 
-GraphKernel = Literal["flashinfer", "flashmla", "fa3"]
 Kernel = FlashInferDecode | FlashInferMLA | FlashMLADecode | FlashAttention3Decode
-
-
-@dataclass(frozen=True)
-class GraphSizes:
-    """Capacities of an instance's graphs. num_instances: of its exchange group; guest_rows: the captured numbers, ascending;
-    context_pages: most pages of one request; pool_pages: of this instance's pool, with the padding page."""
-
-    num_instances: int
-    max_home_rows: int
-    guest_rows: tuple[int, ...]
-    page_size: int
-    context_pages: int
-    pool_pages: int
-
-    @property
-    def max_rows(self) -> int:
-        return self.max_home_rows + self.guest_rows[-1]
-
-    def tables(self) -> TableShape:
-        return TableShape(
-            num_instances=self.num_instances,
-            max_home_rows=self.max_home_rows,
-            max_attention_rows=self.max_rows,
-            max_kv_rows=self.guest_rows[-1],
-            max_pages=self.max_rows * self.context_pages,
-            max_pages_per_row=self.context_pages,
-            page_size=self.page_size,
-        )
-
-    def exchange(self, shape: AttentionShape, kernel: GraphKernel = "flashinfer") -> ExchangeShape:
-        # In elements of the queries' type, whatever lies in the row.
-        kv_row = shape.qk_head_dim if shape.latent else shape.num_kv_heads * (shape.qk_head_dim + shape.v_head_dim)
-        kv_row = kv_row * shape.kv_dtype.itemsize // shape.dtype.itemsize
-        query = shape.qk_head_dim * query_dtype(shape, kernel).itemsize // shape.dtype.itemsize
-        most_returns = min(self.max_home_rows, self.guest_rows[-1]) * (self.num_instances - 1)
-        return ExchangeShape(shape.num_heads, query, shape.v_head_dim, kv_row, most_returns)
-
-
-def query_dtype(shape: AttentionShape, kernel: GraphKernel) -> torch.dtype:
-    """What queries travel as: over a quantised pool in its type, where the kernel takes both alike, as it does in SGLang."""
-    return shape.dtype if kernel == "flashinfer" else shape.kv_dtype
-
-
-def check_kernel(kernel: GraphKernel, shape: AttentionShape, page_size: int) -> None:
-    """ValueError naming what the kernel does not serve."""
-    if kernel == "flashmla":
-        check_flash_mla(shape.num_heads, page_size)
-    elif kernel == "fa3" and shape.latent:
-        raise ValueError("--attention-backend fa3 serves no latent attention (MLA) in decode graphs with sharded rows")
-    elif shape.latent and shape.quantised is not None:
-        raise ValueError(f"decode graphs over latent pools of {shape.quantised} need --attention-backend flashmla")
 
 
 class GraphAttention:
@@ -85,8 +36,8 @@ class GraphAttention:
 
     Instances connect (`exchange.connect_processes`) before the first capture. `fill` (or `advance`) and `plan` run once per step ahead of
     the replay, on the stream of the replay; `begin` and, once per layer, `run` are captured. kernel: whose, by the backend's name;
-    FlashMLA's is for MLA, FlashAttention 3 for GQA. own_split: long rows get parts of their own (GQA). rank: the place in the exchange
-    group, whose first instance is `first_rank`.
+    FlashMLA's is for MLA, FlashAttention 3 for GQA. own_split: long rows get parts of their own (GQA). windows: of the model's window
+    layers, without double ones (FlashAttention 3 alone). rank: the place in the exchange group, whose first instance is `first_rank`.
     """
 
     def __init__(
@@ -101,8 +52,9 @@ class GraphAttention:
         kernel: GraphKernel = "flashinfer",
         own_split: bool = True,
         first_rank: int = 0,
+        windows: Sequence[int] = (),
     ) -> None:
-        check_kernel(kernel, shape, sizes.page_size)
+        check_kernel(kernel, shape, sizes.page_size, windows)
         self.rank, self.sizes, self.shape, self.wait_seconds = rank, sizes, shape, wait_seconds
         self.kernel, self.own_split, self.first_rank = kernel, own_split, first_rank
         exchange_shape = sizes.exchange(shape, kernel)
@@ -118,8 +70,12 @@ class GraphAttention:
         )
         self.lines = PageLines(num_entries, sizes.context_pages, sizes.page_size)
         self.merged = torch.zeros(sizes.max_home_rows, shape.num_heads, shape.v_head_dim, dtype=torch.bfloat16, device=device)
+        self._merged_lse = torch.zeros(sizes.max_home_rows, shape.num_heads, dtype=torch.float32, device=device)
+        of_rows = self.tables.section("block_table"), self.tables.section("kv_length")
+        self.windows = {window: WindowTables(window, sizes.page_size, *of_rows) for window in windows}
         self._buffers = None if self.plans_on_device else KernelBuffers.allocate(sizes.max_rows, shape.num_heads, shape.v_head_dim, device)
         self._kernels: dict[tuple[int, int], Kernel] = {}
+        self._window_kernels: dict[tuple[int, int], FlashAttention3Decode] = {}
         self._guard = CopyGuard(device)
         offset = self.exchange.layout["silent_mask"]
         self._silence = SilenceLog(self.exchange.state[offset : offset + 4].view(torch.int32))
@@ -138,6 +94,10 @@ class GraphAttention:
         rows = home_rows + guest_rows
         if (home_rows, guest_rows) not in self._kernels:
             self._kernels[home_rows, guest_rows] = self._build_kernel(rows)
+        for window, table in self.windows.items():
+            of_rows = table.slots[:rows], table.length[:rows]
+            kernel = FlashAttention3Decode(self.shape.num_kv_heads, self.shape.scale, *of_rows, own_split=False)
+            self._window_kernels[window, rows] = kernel
         no_rows = [np.zeros(0, dtype=np.int32)] * self.sizes.num_instances
         self.tables.upload(StepArrays(no_rows, np.zeros((0, 4), dtype=np.int32)))
         self.tables.build()
@@ -165,12 +125,16 @@ class GraphAttention:
         given = self.lines.fill(step, rows)
         self.tables.upload(StepArrays(words, given.rows))
         self._update_lines(given, token_table)
+        for table in self.windows.values():
+            table.fill(rows)
         self._begun = None
 
     def advance(self, step: int) -> None:
         """The same for the step that follows, with the same rows and routes."""
         self._begun = self.lines.advance(step)
         self.tables.upload_rows_at(self.lines.table_address)  # PageLines keeps every row within its line
+        for table in self.windows.values():
+            table.advance()
 
     def plan(self, home_rows: int, guest_rows: int) -> None:
         """Schedules FlashInfer's kernel of the step, unless its last schedule serves. GQA's counts pages, MLA's tokens."""
@@ -233,6 +197,8 @@ class GraphAttention:
         """Ahead of the layers: tables from what `fill` or `advance` sent. token_table: the one that `fill` is given, always the same
         tensor."""
         self.tables.build(token_table, self.sizes.pool_pages)
+        for table in self.windows.values():
+            table.build(home_rows + guest_rows)
         kernel = self._kernels[home_rows, guest_rows]
         if isinstance(kernel, FlashMLADecode):
             kernel.plan()
@@ -248,33 +214,59 @@ class GraphAttention:
         values: torch.Tensor,
         pools: tuple[torch.Tensor, torch.Tensor],
         kv_scales: KVScales = NO_SCALES,
+        *,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention [home_rows, heads, v_head_dim] of the own rows; valid until the next call.
 
-        queries: [home_rows, heads, dim], or its two parts. keys, values [home_rows, 1, elements]: the new tokens' K/V (MLA: latent and
-        rotary part), written here already where they stay. pools: key and value pool of the layer, [slots, kv_heads, dim] (MLA: the
-        joined pool, twice). K/V and pools are of the shape's kv_dtype, kv_scales of the layer.
+        queries: [home_rows, heads, dim], or its two parts. FlashAttention 3 takes a layer with fewer heads than the shape has, too.
+        keys, values [home_rows, 1, elements]: the new tokens' K/V (MLA: latent and rotary part), written here already where they
+        stay. pools: key and value pool of the layer, [slots, kv_heads, dim] (MLA: the joined pool, twice). K/V and pools are of the shape's
+        kv_dtype, kv_scales of the layer. window: of the layer, one of `windows`. sinks [heads]: logits of its attention sinks.
         """
-        rows, page_size = home_rows + guest_rows, self.sizes.page_size
-        key_pool, value_pool = pools
-        targets = self._targets(key_pool, value_pool)
+        heads = queries[0].shape[1]
+        targets = self._targets(*pools)
         key_words, value_words = (part.view(self.shape.dtype) for part in (keys, values))
         asked_as = query_dtype(self.shape, self.kernel)
-        asked, rotary = (None if part is None else part.to(asked_as).view(self.shape.dtype) for part in queries)
+        asked, rotary = (None if part is None else self._widened(part.to(asked_as)).view(self.shape.dtype) for part in queries)
         received = self.exchange.dispatch(
             asked, query_rope=rotary, key=key_words, value=value_words, key_pool=targets[0], value_pool=targets[1]
-        )[:rows].view(asked_as)
-        kernel = self._kernels[home_rows, guest_rows]
-        state: PartialState
-        if isinstance(kernel, FlashMLADecode):
-            state = kernel.run(received, key_pool.squeeze(1).unflatten(0, (-1, page_size)), mark_neutral=False)
-        elif isinstance(kernel, FlashInferMLA):
-            state = kernel.run(received, key_pool.squeeze(1).unflatten(0, (-1, page_size)))
-        else:
-            state = kernel.run(received, key_pool.unflatten(0, (-1, page_size)), value_pool.unflatten(0, (-1, page_size)), kv_scales)
-        merged = self.merged[:home_rows]
-        self.exchange.return_merge(state.output, state.lse, merged)
+        )[: home_rows + guest_rows].view(asked_as)
+        state = self._attend(home_rows, guest_rows, received[:, :heads], pools, kv_scales, window)
+        merged, merged_lse = self.merged[:home_rows], None if sinks is None else self._merged_lse[:home_rows]
+        self.exchange.return_merge(self._widened(state.output), self._widened(state.lse, float("-inf")), merged, merged_lse)
+        merged = merged[:, :heads]
+        if merged_lse is not None and sinks is not None:
+            add_sinks(PartialState(merged, merged_lse[:, :heads]), sinks)
         return merged
+
+    def _attend(
+        self,
+        home_rows: int,
+        guest_rows: int,
+        received: torch.Tensor,
+        pools: tuple[torch.Tensor, torch.Tensor],
+        kv_scales: KVScales,
+        window: int | None,
+    ) -> PartialState:
+        """Partials of all attention rows."""
+        key_pool, value_pool = pools
+        if window is not None:
+            kernel = self._window_kernels[window, home_rows + guest_rows]
+            return kernel.run(received, key_pool.unsqueeze(1), value_pool.unsqueeze(1), kv_scales)
+        in_pages = -1, self.sizes.page_size
+        of_all = self._kernels[home_rows, guest_rows]
+        if isinstance(of_all, FlashMLADecode):
+            return of_all.run(received, key_pool.squeeze(1).unflatten(0, in_pages), mark_neutral=False)
+        if isinstance(of_all, FlashInferMLA):
+            return of_all.run(received, key_pool.squeeze(1).unflatten(0, in_pages))
+        return of_all.run(received, key_pool.unflatten(0, in_pages), value_pool.unflatten(0, in_pages), kv_scales)
+
+    def _widened(self, part: torch.Tensor, value: float = 0.0) -> torch.Tensor:
+        """[rows, heads, ...] with as many heads as the exchange carries: a model's layers may differ in them."""
+        missing = self.shape.num_heads - part.shape[1]
+        return pad(part, (0, 0) * (part.dim() - 2) + (0, missing), value=value) if missing else part
 
     def _targets(self, key_pool: torch.Tensor, value_pool: torch.Tensor) -> tuple[Any, Any]:
         """Where arriving K/V rows go: [slots, elements of the queries' type] views of the pools."""

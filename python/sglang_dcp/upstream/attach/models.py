@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,11 @@ def window_of(layer: Any) -> int | None:
     """How many tokens before itself a token of this RadixAttention sees; None: all."""
     size = layer.sliding_window_size
     return int(size) if size is not None and size > -1 else None
+
+
+def attention_modules(model: Any) -> Iterator[Any]:
+    """What attends: a torch module's RadixAttention layers."""
+    return (module for module in model.modules() if type(module).__name__ == "RadixAttention")
 
 
 def attention_layers(model: Any) -> dict[int, str]:

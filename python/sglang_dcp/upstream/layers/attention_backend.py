@@ -121,9 +121,7 @@ class StepBackend(_Stock):
         check_call(layer, k, save_kv_cache)
         sinks = kwargs.pop("sinks", None)
         parts = with_rotary_part(q, k, v, **kwargs)
-        return forward_sharded(
-            runtime, self.token_to_kv_pool, *parts, layer, attend_stored=self.dyncp_chunks_read_the_pool, sinks=sinks
-        )
+        return forward_sharded(runtime, self.token_to_kv_pool, *parts, layer, attend_stored=self.dyncp_chunks_read_the_pool, sinks=sinks)
 
     def _graphs(self) -> GraphEngine:
         assert self.dyncp_graphs is not None
@@ -211,6 +209,7 @@ def forward_captured(
     layer: Any,
     q_rope: torch.Tensor | None = None,
     k_rope: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A layer of a decode graph with sharded rows, while it is captured. Returns [T, heads * v_head_dim]."""
     graphs.layer_roll.enter(layer.layer_id)
@@ -227,7 +226,9 @@ def forward_captured(
         k, v = cache.stored(k, v)
         new_kv = k.reshape(num_tokens, 1, -1), v.reshape(num_tokens, 1, -1)
     cache.write_tokens(graphs.own_slots(num_tokens), k, v)
-    merged = graphs.attention.run(num_tokens, guest_rows, queries, *new_kv, cache.keys_and_values(), cache.scales)
+    merged = graphs.attention.run(
+        num_tokens, guest_rows, queries, *new_kv, cache.keys_and_values(), cache.scales, window=window_of(layer), sinks=sinks
+    )
     return merged.reshape(num_tokens, heads * layer.v_head_dim)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from sglang_dcp.dataflow.step_mode import STOCK, Graph, GraphStep, StepMode, Sto
 from sglang_dcp.dataflow.step_rows import StepRows
 from sglang_dcp.ledger.slices import Slices
 from sglang_dcp.policy.split_limits import Layout
-from sglang_dcp.upstream.attach.models import attention_layers
+from sglang_dcp.upstream.attach.models import attention_layers, attention_modules, window_of
 from sglang_dcp.upstream.layers.layer_roll import LayerRoll
 from sglang_dcp.upstream.layers.peers import Place, num_sharing, tell_everybody
 
@@ -92,6 +93,7 @@ class GraphEngine:
             kernel=kernel,
             own_split=splits_long_rows(),
             first_rank=self.members.start,
+            windows=sorted({window for layer in attention_modules(runner.model) if (window := window_of(layer)) is not None}),
         )
         self.connect()
         self.layer_roll = LayerRoll(attention_layers(runner.model))
@@ -170,17 +172,18 @@ class GraphEngine:
 
 
 def attention_shape(runner: Any) -> AttentionShape:
-    """What the attention layers of a decode step compute. GraphError when they differ: a step's kernel is planned once for all."""
+    """What the attention layers of a decode step compute: a step's tables and exchange are made once for all. Layers may differ in their
+    heads, the shape has the most; GraphError where they differ in anything else."""
     shapes = set()
     quantised = runner.kv_cache_dtype if runner.kv_cache_dtype.itemsize == 1 else None
-    for module in runner.model.modules():
-        if type(module).__name__ != "RadixAttention":
-            continue
-        latent = module.tp_k_head_num == 1 and module.qk_head_dim != module.v_head_dim
+    for layer in attention_modules(runner.model):
+        latent = layer.tp_k_head_num == 1 and layer.qk_head_dim != layer.v_head_dim
         if latent or not runner.use_mla_backend:
-            heads = module.tp_q_head_num, module.tp_k_head_num, module.qk_head_dim, module.v_head_dim
-            kinds = {"dtype": torch.bfloat16, "scale": module.scaling, "latent": latent, "quantised": quantised}
+            heads = layer.tp_q_head_num, layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim
+            kinds = {"dtype": torch.bfloat16, "scale": layer.scaling, "latent": latent, "quantised": quantised}
             shapes.add(AttentionShape(*heads, **kinds))
-    if len(shapes) != 1:
+    most_heads = max(shape.num_heads for shape in shapes)
+    widened = {replace(shape, num_heads=most_heads) for shape in shapes}
+    if len(widened) != 1:
         raise GraphError(f"--dyncp-transport peer: attention layers of {len(shapes)} shapes, decode graphs need one (use nccl): {shapes}")
-    return shapes.pop()
+    return widened.pop()
