@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from testing.gpu.window_models import OSS, STEP, oss_layer_shapes, step_layer_shapes
 from testing.recall import MODELS
 
 TOKENIZER_FOLDER = MODELS / "qwen3moe"
@@ -88,7 +89,9 @@ GQA_WIDE: dict[str, Any] = GQA | {
     "num_experts": 8,
     "num_experts_per_tok": 8,
 }
-MODELS = {"gqa": GQA, "mla": MLA, "gqa_wide": GQA_WIDE}
+MODELS = {"gqa": GQA, "mla": MLA, "gqa_wide": GQA_WIDE, "oss": COMMON | OSS, "step": COMMON | STEP}
+WINDOW_LAYERS = {"gpt_oss": oss_layer_shapes, "step3p5": step_layer_shapes}
+"""Shapes of a layer's weights, by model type."""
 KEY_SCALE = 2.0
 """Of query and key norms: attention over random keys is flat without it, and a lost shard would hardly show."""
 
@@ -122,6 +125,9 @@ def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         shapes |= {f"{prefix}{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+        if config["model_type"] in WINDOW_LAYERS:
+            shapes |= {prefix + name: shape for name, shape in WINDOW_LAYERS[config["model_type"]](config, layer).items()}
+            continue
         attention = _mla_shapes(config) if "kv_lora_rank" in config else _gqa_shapes(config)
         shapes |= {f"{prefix}self_attn.{part}.weight": shape for part, shape in attention.items()}
         dense = layer < config.get("first_k_dense_replace", 0)
@@ -164,9 +170,14 @@ def _feed_forward_shapes(config: dict[str, Any], dense: bool) -> dict[str, tuple
 
 
 def _weight(key: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if key.endswith((".sinks", "bias")):
+        # Sinks of about the size of a row's LSE take a share that differs by head; a bias that moves the choice of experts would take some.
+        gain = {"sinks": 3.0, "bias": 0.0 if "router" in key else 0.1}[key.rpartition(".")[2].rpartition("_")[2]]
+        return (torch.randn(shape, generator=generator) * gain).bfloat16()
     if len(shape) == 1:
         scale = KEY_SCALE if key.endswith(("q_norm.weight", "k_norm.weight", "kv_a_layernorm.weight")) else 1.0
         return torch.full(shape, scale, dtype=torch.bfloat16)
     # Unit gain; embeddings of unit size; logits a few nats apart.
     gain = {"model.embed_tokens.weight": math.sqrt(shape[1]), "lm_head.weight": 2.0}.get(key, 1.0)
-    return (torch.randn(shape, generator=generator) * gain / math.sqrt(shape[1])).bfloat16()
+    width = shape[1] if ".experts." in key and len(shape) == 3 else shape[-1]
+    return (torch.randn(shape, generator=generator) * gain / math.sqrt(width)).bfloat16()

@@ -10,7 +10,8 @@ from typing import Any
 
 from testing.gpu.servers import GpuServer
 
-CASE_NAME = re.compile(r"(gqa|mla)([48]?)(?:_(nccl|gloo|f32|flashmla_fp8|flashmla|fa3_fp8|fa3|fp8|nodes|tp2))?")
+CASE_NAME = re.compile(r"(gqa|mla|oss|step)([48]?)(?:_(nccl|gloo|f32|flashmla_fp8|flashmla|fa3_fp8|fa3|fp8|nodes|tp2))?")
+WINDOW_MODELS = ("oss", "step")
 PAGE_SIZE, FLASH_MLA_PAGE_SIZE = 16, 64
 NEW_TOKENS = 24
 COST_MODEL = "cpu"
@@ -77,7 +78,7 @@ class Case:
     _gloo (that transport) or _f32 (float32 in plain torch over NCCL, GQA alone) or _flashmla (that backend, MLA alone), _fa3 (SGLang's
     default under unsharded steps, GQA alone) or _fp8 (quantised K/V under FlashInfer, GQA alone) or _fa3_fp8 or _flashmla_fp8 (under these
     backends; GQA with scales that are not 1) or _nodes (nodes of two, on one host; of four instances alone) or _tp2 (attention TP: two
-    slices of each of two instances)."""
+    slices of each of two instances). oss (gpt-oss) and step (Step-3.5): models with window layers, under fa3."""
 
     name: str
     model: str
@@ -90,12 +91,14 @@ class Case:
         found = CASE_NAME.fullmatch(name)
         if found is None:
             raise ValueError(
-                f"{name!r} is no case: gqa or mla, 4 or 8 for so many instances, _nccl, _gloo, _f32, _flashmla, _flashmla_fp8, _fa3, "
-                "_fa3_fp8, _fp8, _nodes or _tp2"
+                f"{name!r} is no case: gqa, mla, oss or step, 4 or 8 for so many instances, _nccl, _gloo, _f32, _flashmla, "
+                "_flashmla_fp8, _fa3, _fa3_fp8, _fp8, _nodes or _tp2"
             )
         model, instances, kind = found.groups()
         if kind in ("f32", "fa3", "fa3_fp8", "fp8") and model == "mla":
             raise ValueError(f"mla_{kind}: served for GQA alone")
+        if kind is not None and model in WINDOW_MODELS:
+            raise ValueError(f"{name}: models with window layers have the one case {model}")
         if kind in ("flashmla", "flashmla_fp8") and model == "gqa":
             raise ValueError(f"gqa_{kind}: FlashMLA serves MLA alone")
         if kind == "nodes" and instances != "4":
@@ -118,6 +121,8 @@ class Case:
         kind = self.kind or ""
         if self.is_float32:
             return "torch_native"
+        if self.model in WINDOW_MODELS:
+            return "fa3"
         return "flashinfer" if kind == "fp8" else next((name for name in ("flashmla", "fa3") if kind.startswith(name)), None)
 
     @property
@@ -133,6 +138,8 @@ class Case:
     @property
     def num_layers(self) -> int | None:
         """Of the random model; None: as many as it has."""
+        if self.model in WINDOW_MODELS:
+            return None  # of both kinds
         return 2 if self.instances * self.slices > 2 else None
 
     @property
@@ -169,6 +176,8 @@ class Case:
             flags += ("--flashinfer-mla-disable-ragged",)
         if self.is_float32 and device == "cuda":
             flags += ("--dtype", "float32")
+        if self.model == "oss" and device == "cuda":
+            flags += ("--moe-runner-backend", "triton")  # SGLang's choice differs with the number of instances
         if self.is_quantised and device == "cuda":
             flags += ("--kv-cache-dtype", "fp8_e4m3")
         if self.backend is not None and device == "cuda" and (dyncp or self.kind != "flashmla"):

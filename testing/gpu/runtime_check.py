@@ -41,13 +41,12 @@ def case_holds(result: dict[str, Any]) -> bool:
 
 def write_models(cases: Sequence[Case], device: str) -> dict[str, Path]:
     """The model of each case, by case.stock_name."""
-    if device == "cpu":
-        folders = {"gqa": "qwen3moe", "mla": "deepseek_v2"}
-        return {case.stock_name: MODELS / folders[case.model] for case in cases}
+    trained = {"gqa": MODELS / "qwen3moe", "mla": MODELS / "deepseek_v2"} if device == "cpu" else {}
     folder = Path(tempfile.mkdtemp(prefix="dyncp_models_"))
     written: dict[tuple[str, int | None, int | None], Path] = {}
     for case in cases:
-        written[case.shape] = written.get(case.shape) or write_model(case.model, folder, case.num_layers, case.num_experts)
+        known = written.get(case.shape) or trained.get(case.model)
+        written[case.shape] = known or write_model(case.model, folder, case.num_layers, case.num_experts)
     return {case.stock_name: written[case.shape] for case in cases}
 
 

@@ -33,7 +33,7 @@ class ServedModel:
     """What constants depend on. device: "cpu", or the card as its driver names it. Bytes are of one layer, as they lie in memory: of K/V in
     the pool's elements, of queries and partial results in bfloat16, of all experts' weights as the checkpoint has them (0: not known).
 
-    expert_token_share: experts of a token over all experts.
+    expert_token_share: experts of a token over all experts. window_share: of the layers, those that attend a window alone.
     """
 
     device: str
@@ -47,6 +47,7 @@ class ServedModel:
     kv_element_bytes: int = KV_DTYPES[BFLOAT16]
     expert_bytes: int = 0
     expert_token_share: float = 1.0
+    window_share: float = 0.0
 
     @classmethod
     def of_config(cls, config: Any, device: str, kv_bytes: int = 2) -> ServedModel:
@@ -58,9 +59,9 @@ class ServedModel:
             key, value, kv_width = latent_width + config.qk_rope_head_dim, latent_width, latent_width + config.qk_rope_head_dim
         else:
             key = value = getattr(config, "head_dim", None) or hidden // heads
-            kv_width = (getattr(config, "num_key_value_heads", None) or heads) * (key + value)
-        per_token = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
-        num_experts = _first(config, "num_experts", "n_routed_experts", "num_local_experts")
+            kv_width = (_first(config, "num_key_value_heads", "num_attention_groups") or heads) * (key + value)
+        per_token = _first(config, "num_experts_per_tok", "moe_topk", "moe_top_k") or 1
+        num_experts = _first(config, "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
         width = _first(config, "moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
         return cls(
             device=device,
@@ -74,6 +75,7 @@ class ServedModel:
             kv_element_bytes=kv_bytes,
             expert_bytes=int(num_experts * 3 * hidden * width * _weight_bytes(config)),
             expert_token_share=min(1.0, per_token / num_experts) if num_experts else 1.0,
+            window_share=_window_share(config),
         )
 
     @property
@@ -98,6 +100,11 @@ class ServedModel:
         return self.num_heads if self.latent else self.kv_width
 
 
+def _window_share(config: Any) -> float:
+    kinds = list(getattr(config, "layer_types", None) or [])[: config.num_hidden_layers]
+    return kinds.count("sliding_attention") / len(kinds) if kinds else 0.0
+
+
 def _first(config: Any, *names: str) -> int:
     return next((int(value) for value in (getattr(config, name, None) for name in names) if isinstance(value, int)), 0)
 
@@ -108,7 +115,9 @@ def _weight_bytes(config: Any) -> float:
     asked = asked if isinstance(asked, dict) else vars(asked)
     if isinstance(asked.get("bits"), int):
         return float(asked["bits"]) / 8
-    return 1.0 if "fp8" in str(asked.get("quant_method", "")).lower() else 2.0
+    method = str(asked.get("quant_method", "")).lower()
+    # Of mxfp4, 32 elements share a scale of a byte.
+    return 4.25 / 8 if "mxfp4" in method else 1.0 if "fp8" in method else 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +147,14 @@ def served_cost(given: str | None, served: ServedModel | None, num_instances: in
     warnings += _missing_split(name, model, served, split)
     adapted = with_layers(model, served.num_layers)
     if given is not None or "layer" not in data:
-        return ServedCost(adapted, f"{name}, {layers}, constants per layer as given", tuple(warnings))
+        return ServedCost(without_window_layers(adapted, served), f"{name}, {layers}, constants per layer as given", tuple(warnings))
     size = _attention_size(data)
     if _ratio(size, served.attention_size) > FAR_APART:
         warnings.append(f"cost model {name}: attention of a token is scaled by {served.attention_size / size:.3g} to the served model's")
     if served.card not in CARDS:
         warnings.append(f"cost model {name}: no constants for {served.device}")
     scaled = replace(_scaled(adapted, data, served), **measured)
-    return ServedCost(scaled, f"{name}, {layers}, scaled to the served model's sizes", tuple(warnings))
+    return ServedCost(without_window_layers(scaled, served), f"{name}, {layers}, scaled to the served model's sizes", tuple(warnings))
 
 
 def serving_cost(name: str, num_instances: int, kv_dtype: str = BFLOAT16) -> ServedCost:
@@ -185,6 +194,17 @@ def with_layers(model: CostModel, num_layers: int) -> CostModel:
         prefill_us_per_token=model.prefill_us_per_token * factor,
         prefill_attention_us_per_token_context=model.prefill_attention_us_per_token_context * factor,
         pool_tokens=None,
+    )
+
+
+def without_window_layers(model: CostModel, served: ServedModel) -> CostModel:
+    """The same constants, on average over layers of which some attend a window: there a token of a long row costs nothing."""
+    share = 1.0 - served.window_share
+    return replace(
+        model,
+        attention_us_per_token=model.attention_us_per_token * share,
+        attention_us_per_unsplit_token=model.attention_us_per_unsplit_token * share,
+        prefill_attention_us_per_token_context=model.prefill_attention_us_per_token_context * share,
     )
 
 
