@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from testing.gpu.window_models import OSS, STEP, oss_layer_shapes, step_layer_shapes
+from testing.gpu.window_models import OSS, STEP, STEP_CONFIGURATION, oss_layer_shapes, step_layer_shapes
 from testing.recall import MODELS
 
 TOKENIZER_FOLDER = MODELS / "qwen3moe"
@@ -112,6 +112,8 @@ def write_model(name: str, folder: Path, num_layers: int | None = None, num_expe
         target = target.with_name(f"{target.name}_{num_experts}experts")
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(config, indent=1))
+    if config["model_type"] == "step3p5":
+        (target / "configuration_step3p5.py").write_text(STEP_CONFIGURATION)
     for part in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER_FOLDER / part, target / part)
     generator = torch.Generator().manual_seed(20261124)

@@ -176,6 +176,10 @@ class Case:
             flags += ("--flashinfer-mla-disable-ragged",)
         if self.is_float32 and device == "cuda":
             flags += ("--dtype", "float32")
+        if self.model == "step":
+            flags += ("--trust-remote-code",)
+        if self.model in WINDOW_MODELS and device == "cpu" and not dyncp:
+            flags += ("--disable-hybrid-swa-memory",)  # SGLang's torch_native looks for window K/V at the ids of the other pool
         if self.model == "oss" and device == "cuda":
             flags += ("--moe-runner-backend", "triton")  # SGLang's choice differs with the number of instances
         if self.is_quantised and device == "cuda":
