@@ -43,9 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     @cache
     def write(architecture: str) -> Path:
-        folder = tmp_path_factory.mktemp(architecture)
-        write_checkpoint(find_case(architecture), folder)
-        return folder
+        return write_checkpoint(find_case(architecture), tmp_path_factory.mktemp(architecture))
 
     return write
 

@@ -1,4 +1,5 @@
-"""GLM-4.5 and GLM-4.7-Flash in tiny, served on two instances: each token's log-probability is that of stock on one rank with one pool.
+"""GLM-4.5, GLM-4.7-Flash and Step-3.5 in tiny, served on two instances: each token's log-probability is that of stock on one rank with
+one pool.
 
 Weights are random, so tokens are given and scored; a greedy path of such a model hangs on ties.
 """
@@ -21,15 +22,17 @@ from testing.client import Answer
 from testing.recall import random_ids
 from testing.server import Server, ServerConfig
 
-SERVED = {"Glm4MoeForCausalLM": False, "Glm4MoeLiteForCausalLM": True}
-"""GQA and MLA; whether two tokenizer workers stand in front, as test_tokenizer_workers.py has them."""
+SERVED = {"Glm4MoeForCausalLM": False, "Glm4MoeLiteForCausalLM": True, "Step3p5ForCausalLM": False}
+"""GQA, MLA, and layers of a window of 128 tokens with more heads than the others have; whether two tokenizer workers stand in front, as
+test_tokenizer_workers.py has them."""
 PROBE = Path(__file__).resolve().parents[1] / "upstream" / "score_probe.py"
 PROMPTS = [(1500, {}), (640, {"degree": 2, "home": 0}), (333, {"degree": 2, "home": 1})]
 """Lengths and pins. The first is beyond one pool of 1,024 tokens."""
 NEW_TOKENS = 16
 SCORED = 150
 """Tokens at the end of prompt and answer that are compared, the answer's among them."""
-CLOSE = 1e-4
+CLOSE = {"Step3p5ForCausalLM": 5e-4}
+"""Else 1e-4: this model is wider, and its norms weigh 3, so that logits of attention are above 100."""
 
 
 @dataclass
@@ -85,6 +88,6 @@ def test_equal_to_one_large_pool(cases: dict[str, Case], architecture: str) -> N
     for answer, expected in zip(case.answers, case.expected, strict=True):
         assert len(answer.meta["dyncp"]["shards"]) == 2
         served = [token.logprob for token in (*answer.prompt_tokens, *answer.output_tokens)][-SCORED:]
-        assert max(abs(a - b) for a, b in zip(served, expected, strict=True)) < CLOSE
+        assert max(abs(a - b) for a, b in zip(served, expected, strict=True)) < CLOSE.get(architecture, 1e-4)
     spread = [value for expected in case.expected for value in expected]
     assert max(spread) - min(spread) > 1, "weights that tell tokens apart"

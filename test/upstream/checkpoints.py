@@ -1,4 +1,4 @@
-"""Checkpoints of tiny models with random weights, written by transformers: a server loads them as it loads any other.
+"""Checkpoints of tiny models with random weights, most written by transformers: a server loads them as it loads any other.
 
 Which weights they have says nothing about answers: tests of such a server compare scores, or two answers of it.
 """
@@ -12,12 +12,16 @@ from typing import Any
 
 from upstream.model_cases import CASES, ModelCase
 
+from testing.gpu.random_models import write_model
 from testing.server import ServerConfig
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "testing" / "models" / "qwen3moe"
 SEED = 20261128
 KEY_SCALE = 2.0
 """Of query and key projections: attention over random keys is flat without it, and a lost shard would hardly show."""
+
+OURS = {"Step3p5ForCausalLM": "step"}
+"""Of which transformers has no model: by the name in testing/gpu/random_models.py."""
 
 WORKER_FLAGS = ("--tokenizer-worker-num", "2", "--enable-http-worker-reuseport")
 """Two tokenizer workers with a listener each, whom the kernel deals connections to; else an idle server gives them to one alone."""
@@ -31,6 +35,7 @@ def checkpoint_server(folder: Path, *, workers: bool = False) -> ServerConfig:
         # is silent for 5 s, and a worker is known by its connection.
         environment += [("SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT", "300"), ("SGLANG_TIMEOUT_KEEP_ALIVE", "600")]
     flags = ("--model-path", str(folder), *(WORKER_FLAGS if workers else ()))
+    flags += ("--trust-remote-code",) if list(folder.glob("configuration_*.py")) else ()
     return ServerConfig("qwen3moe", 2, pool_tokens=1024, chunk_tokens=256, dyncp=True, flags=flags, environment=tuple(environment))
 
 
@@ -38,8 +43,10 @@ def find_case(architecture: str) -> ModelCase:
     return next(case for case in CASES if case.architecture == architecture)
 
 
-def write_checkpoint(case: ModelCase, folder: Path) -> None:
-    """Weights in float32, configuration and tokenizer. The same arguments give the same weights."""
+def write_checkpoint(case: ModelCase, folder: Path) -> Path:
+    """Weights, configuration and tokenizer, in this folder or in one there. The same arguments give the same weights."""
+    if case.architecture in OURS:
+        return write_model(OURS[case.architecture], folder)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -53,6 +60,7 @@ def write_checkpoint(case: ModelCase, folder: Path) -> None:
     model.save_pretrained(folder)
     for part in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / part, folder / part)
+    return folder
 
 
 def _random_weight(name: str, weight: Any, generator: Any) -> Any:

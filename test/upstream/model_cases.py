@@ -57,6 +57,40 @@ MLA = BASE | {
 EXPERTS = {"num_experts": 8, "n_routed_experts": 8, "num_local_experts": 8}
 
 
+WINDOW = 9
+LAYER_TYPES = ["sliding_attention", "full_attention"]
+STEP_CONFIGURATION = "from sglang.srt.configs.step3p5 import Step3p5Config\n"
+"""A file beside its config.json."""
+STEP: dict[str, Any] = {
+    "auto_map": {"AutoConfig": "configuration_step3p5.Step3p5Config"},
+    "num_attention_groups": 2,
+    "attention_other_setting": {"num_attention_heads": 4, "num_attention_groups": 2},
+    "layer_types": LAYER_TYPES,
+    "sliding_window": WINDOW,
+    "moe_layers_enum": "1",
+    "moe_num_experts": 8,
+    "moe_top_k": 2,
+    "moe_router_scaling_factor": 1.0,
+    "share_expert_dims": 32,
+    "need_fp32_gate": False,
+    "use_moe_router_bias": True,
+    "use_head_wise_attn_gate": True,
+    "swiglu_limits": [0.0, 0.0],
+    "swiglu_limits_shared": [0.0, 0.0],
+    "rope_theta": [1e4, 1e4],
+    "partial_rotary_factors": [1.0, 1.0],
+    "rope_scaling": None,
+    "yarn_only_types": [],
+}
+GPT_OSS: dict[str, Any] = {
+    "layer_types": LAYER_TYPES,
+    "sliding_window": WINDOW,
+    "swiglu_limit": 7.0,
+    "attention_bias": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
 @dataclass(frozen=True)
 class ModelCase:
     """architecture: as config.json names it. attention: the class that owns its RadixAttention. latent: MLA. fields: of its config."""
@@ -151,6 +185,8 @@ CASES = (
         "HunYuanAttention",
         fields={"moe_topk": 2, "num_shared_expert": 1, "use_qk_norm": False, "use_mixed_mlp_moe": True},
     ),
+    ModelCase("Step3p5ForCausalLM", "step3p5", "Step3p5Attention", fields=STEP),
+    ModelCase("GptOssForCausalLM", "gpt_oss", "GptOssAttention", fields=GPT_OSS),
     _latent("DeepseekV3ForCausalLM", "deepseek_v3"),
     _latent("MistralLarge3ForCausalLM", "deepseek_v3"),
     _latent("Glm4MoeLiteForCausalLM", "glm4_moe_lite"),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model_cases import CASES, ModelCase
+from model_cases import CASES, STEP_CONFIGURATION, ModelCase
 
 PROMPT_TOKENS, DECODE_STEPS = 23, 3
 TOKENIZER = Path(__file__).resolve().parents[2] / "testing" / "models" / "qwen3moe"
@@ -32,6 +32,7 @@ class Recorder:
         self.calls: list[tuple[int, int]] = []  # layer id, new tokens
         self.error = self.size = self.half_alone = self.pool_error = 0.0
         self.complaints: set[str] = set()
+        self.sinks: set[tuple[int, ...]] = set()
 
     def look(self, pool: Any, batch: Any, table: torch.Tensor, call: dict[str, Any], output: torch.Tensor) -> None:
         from sglang_dcp.upstream.layers.attention_backend import PoolLayer, with_rotary_part
@@ -58,17 +59,16 @@ class Recorder:
     def _compare(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, layer: Any, output: Any) -> None:
         from sglang_dcp.dataflow.merge import merge_partial_states
         from sglang_dcp.dataflow.reference import partial_attention
+        from sglang_dcp.upstream.attach.models import window_of
 
         queries = q.reshape(q.shape[0], layer.tp_q_head_num, layer.qk_head_dim)
         positions = torch.arange(len(slots))
         own = positions[-len(queries) :]
         cut = len(slots) // 2
-        states = [
-            partial_attention(
-                queries, keys[slots[part]], values[slots[part]], scale=layer.scaling, query_positions=own, key_positions=positions[part]
-            )
-            for part in (slice(0, cut), slice(cut, None))
-        ]
+        states = []
+        for part in (slice(0, cut), slice(cut, None)):
+            at = {"query_positions": own, "key_positions": positions[part], "window": window_of(layer)}
+            states.append(partial_attention(queries, keys[slots[part]], values[slots[part]], scale=layer.scaling, **at))
         merged = merge_partial_states(torch.stack([s.output for s in states]), torch.stack([s.lse for s in states])).output
         stock = output.reshape(merged.shape)
         self.size = max(self.size, float(stock.abs().max()))
@@ -83,6 +83,9 @@ def register_recording_backend(recorder: Recorder) -> None:
     class RecordingBackend(TorchNativeAttnBackend):
         def forward(self, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool = True, **kwargs: Any) -> Any:
             call = {"q": q, "k": k, "v": v, "layer": layer, "save_kv_cache": save_kv_cache, "kwargs": kwargs}
+            # SGLang's torch_native has no sinks, so the layer is compared without its own.
+            if (sinks := kwargs.pop("sinks", None)) is not None:
+                recorder.sinks.add(tuple(sinks.shape))
             output = super().forward(q, k, v, layer, batch, save_kv_cache, **kwargs)
             recorder.look(self.token_to_kv_pool, batch, self.req_to_token_pool.req_to_token, call, output)
             return output
@@ -103,6 +106,7 @@ def load(folder: str, *, load_format: str = "dummy", pool_tokens: int = 512) -> 
     arguments = ServerArgs(
         model_path=folder,
         tokenizer_path=str(TOKENIZER),
+        trust_remote_code=True,
         load_format=load_format,
         device="cpu",
         dtype="float32",
@@ -114,6 +118,7 @@ def load(folder: str, *, load_format: str = "dummy", pool_tokens: int = 512) -> 
         page_size=1,
         disable_cuda_graph=True,
         disable_overlap_schedule=True,
+        disable_hybrid_swa_memory=True,
     )
     arguments.resolve_once()
     one_batch._set_envs_and_config(arguments)
@@ -136,10 +141,13 @@ def run_steps(runner: Any) -> None:
 def probe(case: ModelCase) -> dict[str, Any]:
     from sglang_dcp.upstream.attach import models
 
+    if case.architecture == "GptOssForCausalLM":
+        serve_on_any_cpu()
     recorder = Recorder()
     register_recording_backend(recorder)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(case.config()))
+        (Path(folder) / "configuration_step3p5.py").write_text(STEP_CONFIGURATION)
         runner = load(folder)
     run_steps(runner)
     model = runner.torch_runner.model
@@ -152,6 +160,7 @@ def probe(case: ModelCase) -> dict[str, Any]:
         "calls": recorder.calls,
         "unsupported": models.find_unsupported_layer(model),
         "complaints": sorted(recorder.complaints),
+        "sinks": sorted(recorder.sinks),
         "dtype": str(runner.torch_runner.dtype),
         "size": recorder.size,
         "error": recorder.error,
@@ -161,6 +170,16 @@ def probe(case: ModelCase) -> dict[str, Any]:
         "gathers_tokens": any(hasattr(module, "attn_boundary") for module in modules.values()),
         "heads_with_two_instances": heads_with_two_instances(model, runner.torch_runner.model_config.hf_config),
     }
+
+
+def serve_on_any_cpu() -> None:
+    """gpt-oss, which SGLang serves on a CPU with kernels of Intel's matrix extension alone. Its experts pass their input on: what is
+    looked at is attention."""
+    from sglang.srt.arg_groups import model_hook
+    from sglang.srt.models.gpt_oss import GptOssSparseMoeBlock
+
+    model_hook.attention_backends_of = lambda view: ("intel_amx", "intel_amx")
+    GptOssSparseMoeBlock.forward_normal = lambda self, hidden_states: hidden_states
 
 
 def decoder_layers(modules: dict[str, torch.nn.Module], layers: dict[int, str]) -> list[torch.nn.Module]:

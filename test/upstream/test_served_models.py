@@ -16,7 +16,7 @@ import pytest
 from upstream.model_cases import CASES, ModelCase
 
 from sglang_dcp.cpu.environment import count_cuda_devices, cpu_additions
-from sglang_dcp.upstream.attach.models import SERVED_CLASSES, TRIED_MODELS
+from sglang_dcp.upstream.attach.models import SERVED_CLASSES, SINK_CLASSES, TRIED_MODELS
 
 pytestmark = pytest.mark.own_process
 
@@ -47,6 +47,7 @@ def test_two_halves_make_the_whole(probe: dict[str, dict[str, Any]], case: Model
     assert "failed" not in found, found["failed"]
     assert found["owners"] == [case.attention]
     assert found["complaints"] == []
+    assert found["sinks"] == ([[case.config()["num_attention_heads"]]] if case.attention in SINK_CLASSES else [])
     steps = [PROMPT_TOKENS] + [1] * DECODE_STEPS
     assert found["calls"] == [[layer, tokens] for tokens in steps for layer in found["layers"]], "every layer, once in every step"
     assert found["pool_error"] == 0.0, "the pool holds what the layer handed over"

@@ -1,6 +1,7 @@
 """Window layers and attention sinks on the per-layer path, against attention over the whole sequence."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from sglang_dcp.dataflow.contracts import PartialState
 from sglang_dcp.dataflow.graph.static_tables import ListedRow, PooledRow
 from sglang_dcp.dataflow.graph.window_tables import WindowCaps
 from sglang_dcp.dataflow.merge import add_sinks
+from sglang_dcp.dataflow.reference import partial_attention
 from sglang_dcp.dataflow.window import pool_rows, queries_that_see
 from test.unit.dataflow.cluster import Cluster
 from test.unit.dataflow.test_attention_step import check
@@ -36,6 +38,20 @@ def test_a_sink_counts_once_however_many_shards_there_are(window):
         cluster.window, cluster.sinks = window, torch.tensor([0.5, -3.0, 4.0, 0.0])
         cluster.add_random_rows(4)
         check(cluster)
+
+
+def test_sinks_are_those_of_gpt_oss():
+    """Against transformers, which has a column for them in the softmax."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+    queries, keys, values, sinks = torch.randn(1, 8, 3, 16), torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16), torch.randn(8) * 3
+    module = SimpleNamespace(num_key_value_groups=4, sinks=sinks, training=False)
+    mask = torch.full((3, 3), float("-inf")).triu(1)[None, None]
+    expected, _ = eager_attention_forward(module, queries, keys, values, mask, scaling=0.25)
+    at, per_token = torch.arange(3), (part[0].transpose(0, 1) for part in (queries, keys, values))
+    state = partial_attention(*per_token, scale=0.25, query_positions=at, key_positions=at)
+    add_sinks(state, sinks)
+    torch.testing.assert_close(state.output, expected[0])
 
 
 def test_only_who_holds_the_last_tokens_is_asked():
