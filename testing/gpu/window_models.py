@@ -37,7 +37,7 @@ OSS: dict[str, Any] = {
 }
 STEP_CONFIGURATION = "from sglang.srt.configs.step3p5 import Step3p5Config\n"
 """Beside the weights, as the real checkpoint brings a file of its own: transformers 5.19 knows the name too, and its class cannot be read
-where layers differ in heads (findings/step35_needs_remote_code.sh)."""
+where layers differ in heads (findings/transformers_heads_by_layer.sh)."""
 STEP: dict[str, Any] = {
     "architectures": ["Step3p5ForCausalLM"],
     "auto_map": {"AutoConfig": "configuration_step3p5.Step3p5Config"},
