@@ -96,8 +96,8 @@ class Instance:
 
 class GpuSession(Session):
     """A session in the kernels' sizes, bfloat16. kernel: gqa, gqa_fp8 (pools of float8_e4m3fn, scales that are not 1), mla (all
-    FlashInfer), fa3 or fa3_fp8 (GQA), fa3_window (layers of a window, with sinks, behind others; heads of 64), flashmla or flashmla_fp8
-    (without scales). spread: a GPU per instance, else all on one."""
+    FlashInfer), fa3 or fa3_fp8 (GQA), fa3_window or fa3_window_fp8 (layers of a window, with sinks, behind others; heads of 64),
+    flashmla or flashmla_fp8 (without scales). spread: a GPU per instance, else all on one."""
 
     wait_seconds = 20.0
 
@@ -107,11 +107,13 @@ class GpuSession(Session):
         self.kv_dtype = FP8 if self.quantised else torch.bfloat16
         self.kv_scales = KVScales(0.5, 2.0) if self.quantised and not latent else NO_SCALES
         # These kernels over such pools work on queries and on weights of the keys with three bits behind the point.
-        self.query_dtype, self.tolerance = (FP8, 8e-2) if kernel in ("flashmla_fp8", "fa3_fp8") else (torch.bfloat16, 2e-2)
+        self.query_dtype, self.tolerance = (
+            (FP8, 8e-2) if kernel in ("flashmla_fp8", "fa3_fp8", "fa3_window_fp8") else (torch.bfloat16, 2e-2)
+        )
         super().__init__(seed, num_instances, num_pages, page_size, latent=latent)
-        dim = 64 if kernel == "fa3_window" else 128
+        dim = 64 if "window" in kernel else 128
         self.heads, self.kv_heads, self.qk_dim, self.v_dim = (16, 1, 576, 512) if latent else (8, 2, dim, dim)
-        if kernel == "fa3_window":
+        if "window" in kernel:
             self.window, self.sinks = WINDOW, torch.linspace(-2.0, 4.0, self.heads)
         slots = (num_pages + 1) * page_size
         self.devices = [torch.device("cuda", rank if spread else 0) for rank in range(num_instances)]
@@ -247,6 +249,7 @@ CASES = [
     (2, 16, "fa3"),
     (2, 64, "fa3_fp8"),
     (2, 16, "fa3_window"),
+    (2, 64, "fa3_window_fp8"),
     (2, 64, "mla"),
     (2, 64, "flashmla"),
     (2, 64, "flashmla_fp8"),

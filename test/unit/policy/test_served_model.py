@@ -169,6 +169,30 @@ def test_a_quantised_pool_costs_what_was_measured() -> None:
     assert unknown.model == served_cost(None, dataclasses.replace(plain, device="NVIDIA H100 80GB HBM3"), 2).model
 
 
+def test_window_layers_attend_nothing_of_a_long_row() -> None:
+    """gpt-oss-120b: every other layer; Step-3.5-Flash: three of four, K/V heads and experts by names of its own."""
+    kinds = ["sliding_attention", "full_attention"] * 18
+    sizes = {"num_hidden_layers": 36, "hidden_size": 2880, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64}
+    sizes |= {
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "intermediate_size": 2880,
+        "quantization_config": {"quant_method": "mxfp4"},
+    }
+    whole, windows = (ServedModel.of_config(SimpleNamespace(**sizes, layer_types=some), H200) for some in ([], kinds))
+    assert (whole.window_share, windows.window_share) == (0.0, 0.5) and windows.kv_bytes_per_token == whole.kv_bytes_per_token == 2048
+    assert windows.expert_bytes == int(128 * 3 * 2880 * 2880 * 4.25 / 8)
+    costs = [served_cost(None, model, 2).model for model in (whole, windows)]
+    for name in ("attention_us_per_token", "prefill_attention_us_per_token_context"):
+        assert getattr(costs[1], name) == pytest.approx(getattr(costs[0], name) / 2)
+    assert costs[1].attention_us_per_row == costs[0].attention_us_per_row, "a row is a row in every layer"
+    step = {"num_hidden_layers": 45, "hidden_size": 4096, "num_attention_heads": 64, "num_attention_groups": 8, "head_dim": 128}
+    step |= {"moe_num_experts": 288, "moe_top_k": 8, "moe_intermediate_size": 1280}
+    # Its list has three entries more, for layers that predict further tokens.
+    flash = ServedModel.of_config(SimpleNamespace(**step, layer_types=(["full_attention"] + ["sliding_attention"] * 3) * 12), H200)
+    assert flash.window_share == pytest.approx(33 / 45) and flash.kv_bytes_per_token == 4096 and flash.experts_per_token == 8
+
+
 def test_bytes_of_the_weights_are_those_of_the_checkpoint() -> None:
     """A step of few tokens reads the experts that they choose, whatever the batch could choose."""
     sizes = {bits: served("qwen3-30b-a3b", 48, quantization_config={"bits": bits}).expert_bytes for bits in (4, 8)}

@@ -16,6 +16,7 @@ from sglang_dcp.upstream.attach.models import (
     attention_layers,
     check_model,
     find_unsupported_layer,
+    window_of,
 )
 
 
@@ -66,6 +67,15 @@ def test_what_is_refused(changes: dict[str, Any], owner: dict[str, Any], reason:
     assert problem is not None
     assert problem.startswith("layers.0.self_attn (Qwen3MoeAttention): ")
     assert reason in problem
+
+
+def test_windows_and_sinks_are_of_the_classes_that_were_tried_with_them() -> None:
+    window = RadixAttention(sliding_window_size=127)
+    sinks = {"sinks": torch.nn.Parameter(torch.zeros(2))}
+    check_model(model_with(window, "GptOssAttention", **sinks))
+    check_model(model_with(window, "Step3p5Attention"))
+    assert "attention sinks" in str(find_unsupported_layer(model_with(window, "Step3p5Attention", **sinks)))
+    assert [window_of(RadixAttention(sliding_window_size=size)) for size in (None, -1, 0, 127)] == [None, None, 0, 127]
 
 
 def test_another_class_is_refused_by_the_layers_name() -> None:

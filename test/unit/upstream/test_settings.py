@@ -15,7 +15,7 @@ import pytest
 
 from sglang_dcp.cli.serve import plan_launch, split_restart
 from sglang_dcp.config import DynCpConfig
-from sglang_dcp.upstream.attach.disaggregation_settings import complete_decode, find_decode_refusal
+from sglang_dcp.upstream.attach.disaggregation_settings import complete_decode, find_decode_refusal, find_window_refusal
 from sglang_dcp.upstream.attach.page_sizes import complete_chunk_size, complete_page_size, find_chunk_refusal
 from sglang_dcp.upstream.attach.refusals import REFUSALS, find_refusal
 from sglang_dcp.upstream.attach.settings import find_cache_refusal, find_front_refusal
@@ -101,6 +101,12 @@ def test_a_decode_server_is_served_and_copies_no_retracted_request() -> None:
     assert complete_decode((DECODE | {"disaggregation_decode_retraction_backup": "host_pool"}).get) == {}
     assert complete_decode(WORKING.get) == {}
     assert "SGLANG_DISAGG_STAGING_BUFFER=1" in str(find_decode_refusal(DECODE.get, staging=True))
+
+
+def test_window_models_behind_prefill_servers_are_refused_by_name() -> None:
+    assert find_window_refusal("null", "GptOssForCausalLM") is None
+    message = str(find_window_refusal("decode", "GptOssForCausalLM"))
+    assert message.startswith("--disaggregation-mode decode does not work with --enable-dyncp for GptOssForCausalLM")
 
 
 def test_a_front_that_checks_no_requests_is_refused() -> None:

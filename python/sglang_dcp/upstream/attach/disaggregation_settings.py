@@ -43,6 +43,16 @@ def find_decode_refusal(values: Callable[[str], Any], *, staging: bool = False) 
     return None
 
 
+def find_window_refusal(mode: str, architecture: str) -> str | None:
+    """The message for a decode server of a model with window layers, or None."""
+    if mode != "decode":
+        return None
+    return (
+        f"--disaggregation-mode decode does not work with --enable-dyncp for {architecture}: prefill servers keep the K/V of window layers "
+        "in a pool of its own, which was not run against the one pool here"
+    )
+
+
 def complete_decode(values: Callable[[str], Any]) -> dict[str, Any]:
     """SGLang would set a host pool aside for retracted requests, and on a CPU could not: here none is copied."""
     if values("disaggregation_mode") != "decode" or values("disaggregation_decode_retraction_backup") is not None:

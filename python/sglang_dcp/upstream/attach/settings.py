@@ -17,7 +17,7 @@ from sglang_dcp.upstream.attach.cuda_settings import (
     find_transport_refusal,
     find_untried,
 )
-from sglang_dcp.upstream.attach.disaggregation_settings import complete_decode, find_decode_refusal
+from sglang_dcp.upstream.attach.disaggregation_settings import complete_decode, find_decode_refusal, find_window_refusal
 from sglang_dcp.upstream.attach.model_sizes import learn_served_model
 from sglang_dcp.upstream.attach.models import WINDOW_MODELS
 from sglang_dcp.upstream.attach.page_sizes import complete_chunk_size, complete_page_size, find_chunk_refusal
@@ -135,7 +135,10 @@ def _register_one_pool() -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
     def one_pool(server_args: Any, hf_config: Any) -> dict[str, bool]:
-        if resolving_view(server_args).disable_hybrid_swa_memory:
+        view = resolving_view(server_args)
+        if (message := find_window_refusal(view.disaggregation_mode, hf_config.architectures[0])) is not None:
+            raise SystemExit(f"sglang_dcp: {message}")
+        if view.disable_hybrid_swa_memory:
             return {}
         logger.warning(
             "dyncp: --disable-hybrid-swa-memory True (window layers keep the K/V of whole sequences; with a pool of their own a page "
