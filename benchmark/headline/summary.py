@@ -34,7 +34,7 @@ Case = dict[str, Any]
 """Contender -> {"points": [...], ...}."""
 
 
-def points_of(case: Mapping[str, Any]) -> dict[str, list[Point]]:
+def points_by_contender(case: Mapping[str, Any]) -> dict[str, list[Point]]:
     return {name: found["points"] for name, found in case.items() if found["points"]}
 
 
@@ -68,7 +68,7 @@ def merge(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                     into["points"].append(point if len(commits) == 1 else {**point, "commit": run["commit"]})
                 into["points"].sort(key=lambda point: point["requests_per_s"])
     for case_name, case in cases.items():
-        windows = {(point.get("seconds"), point.get("history_ms")) for points in points_of(case).values() for point in points}
+        windows = {(point.get("seconds"), point.get("history_ms")) for points in points_by_contender(case).values() for point in points}
         if len(windows) > 1:
             raise ValueError(f"{case_name}: points of different windows, (seconds, history_ms) {', '.join(map(str, windows))}")
     commands = [command for run in runs for command in (*run.get("earlier_commands", []), run["command"])]
@@ -81,7 +81,7 @@ def short_step(cases: Mapping[str, Case]) -> dict[str, Any] | None:
         (-point["requests_per_s"], point["p50_tpot_ms"], case_name, name)
         for case_name, case in cases.items()
         if case_name.split("|")[0] == "0"
-        for name, points in points_of(case).items()
+        for name, points in points_by_contender(case).items()
         for point in points
         if not point["failed"]
     ]
@@ -100,7 +100,7 @@ def is_bisected(points: Sequence[Point], limit_ms: float) -> bool:
 def lowest_ratios(case_name: str, case: Mapping[str, Any], limits_ms: Sequence[float]) -> list[dict[str, Any]]:
     """Ours against the best of all others: of the highest rates at each limit where both were bisected; where that is none, of the best
     other's P99 TPOT over ours at each rate that both were measured at."""
-    points = points_of(case)
+    points = points_by_contender(case)
     ours = points.get("ours", [])
     others = {name: found for name, found in points.items() if not name.startswith("ours")}
     if not ours or not others:
@@ -131,7 +131,7 @@ def judge_part(part: dict[str, Any]) -> dict[str, Any]:
     step = short_step(part["cases"])
     main = MAIN_LIMIT_MS if step is None else round(SHORT_STEPS * step["ms"], 1)
     limits = sorted({*LIMITS_MS, main})
-    by_case = {name: {f"{limit:g}": ratios(points_of(case), limit) for limit in limits} for name, case in part["cases"].items()}
+    by_case = {name: {f"{limit:g}": ratios(points_by_contender(case), limit) for limit in limits} for name, case in part["cases"].items()}
     lowest = [found for name, case in part["cases"].items() for found in lowest_ratios(name, case, limits)]
     judged: dict[str, Any] = {"short_step": step, "by_case": by_case, "lowest_by_case": _lowest_by_case(lowest)}
     if (name := main_case(part["cases"], main)) is not None:
@@ -149,10 +149,10 @@ def main_case(cases: Mapping[str, Case], limit_ms: float) -> str | None:
     rate at the limit, so that there is a ratio to all of them, then the lowest. Else the first case with ours."""
 
     def rank(name: str) -> tuple[bool, int, int, float]:
-        points, seed = points_of(cases[name]), float(name.split("|")[1])
+        points, seed = points_by_contender(cases[name]), float(name.split("|")[1])
         return name.startswith("0.03|"), len(points), sum(highest_rate(found, limit_ms) > 0 for found in points.values()), -seed
 
-    return max((name for name, case in cases.items() if "ours" in points_of(case)), key=rank, default=None)
+    return max((name for name, case in cases.items() if "ours" in points_by_contender(case)), key=rank, default=None)
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

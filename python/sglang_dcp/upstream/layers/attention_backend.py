@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from sglang_dcp.upstream.layers.graph_variants import captured_guest_rows, proce
 from sglang_dcp.upstream.layers.graphs import GraphEngine
 from sglang_dcp.upstream.step.attached import current
 from sglang_dcp.upstream.step.runtime import Runtime
+
+if TYPE_CHECKING:
+    from sglang_dcp.dataflow.graph.graph_sizes import GraphKernel
 
 
 class PoolLayer:
@@ -78,7 +81,7 @@ class StepBackend(_Stock):
     dyncp_runner: Any = None
     dyncp_graphs: GraphEngine | None = None
     dyncp_guard = CopyGuard(torch.device("cpu"))
-    dyncp_graph_kernel = "flashinfer"
+    dyncp_graph_kernel: GraphKernel = "flashinfer"
     dyncp_chunks_read_the_pool = False
     """Whether stock's prefill chunk reads its own K/V back from the pool: ours then attends a quantised pool's elements too."""
 

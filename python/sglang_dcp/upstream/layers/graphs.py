@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,9 @@ from sglang_dcp.policy.split_limits import Layout
 from sglang_dcp.upstream.attach.models import attention_layers, attention_modules, window_of
 from sglang_dcp.upstream.layers.layer_roll import LayerRoll
 from sglang_dcp.upstream.layers.peers import Place, num_sharing, tell_everybody
+
+if TYPE_CHECKING:
+    from sglang_dcp.dataflow.graph.graph_sizes import GraphKernel
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +69,7 @@ class GraphEngine:
         self.layer_roll = LayerRoll({})
         self._own_slots = torch.zeros(0)
 
-    def build(self, runner: Any, max_batch: int, *, kernel: Any = "flashinfer") -> None:
+    def build(self, runner: Any, max_batch: int, *, kernel: GraphKernel = "flashinfer") -> None:
         """Buffers for batches of up to max_batch, connected to all peers of the exchange group. Every instance calls it."""
         from sglang_dcp.dataflow.graph.graph_attention import GraphAttention, GraphSizes
 
