@@ -117,7 +117,10 @@ def write_model(name: str, folder: Path, num_layers: int | None = None, num_expe
     for part in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER_FOLDER / part, target / part)
     generator = torch.Generator().manual_seed(20261124)
-    save_file({key: _weight(key, shape, generator) for key, shape in weight_shapes(config).items()}, target / "model.safetensors")
+    weights = {key: _weight(key, shape, generator) for key, shape in weight_shapes(config).items()}
+    if config["model_type"] == "step3p5":  # its norms weigh one more than they say
+        weights = {key: weight - 1 if key.endswith("norm.weight") else weight for key, weight in weights.items()}
+    save_file(weights, target / "model.safetensors")
     return target
 
 

@@ -195,7 +195,7 @@ def test_a_quantised_pool_that_is_not_served_is_refused_by_name(name: str, backe
 def test_what_of_quantised_kv_was_not_served_is_said() -> None:
     """By the pool's type: a checkpoint may have decided it."""
     message = str(find_untried_kv(torch.float8_e4m3fn, "fa3"))
-    assert message.startswith("a KV pool of float8_e4m3fn with --attention-backend fa3: its graphs were run on a GPU, no server was")
+    assert message.startswith("a KV pool of float8_e4m3fn with --attention-backend fa3: on an H200 log-probabilities of sharded prompts")
     assert find_untried_kv(torch.float8_e4m3fn, "flashinfer") is None and find_untried_kv(torch.bfloat16, "fa3") is None
 
 

@@ -345,10 +345,13 @@ def test_a_quantised_latent_layer_stores_its_keys_alone() -> None:
 
 def test_a_checkpoint_s_scales_are_of_quantised_pools_alone() -> None:
     """--kv-cache-dtype bfloat16 with a checkpoint calibrated for FP8: the pool holds K/V as they are."""
-    layer: Any = SimpleNamespace(tp_k_head_num=2, qk_head_dim=4, v_head_dim=4, k_scale_float=0.5, v_scale_float=2.0)
+    layer: Any = SimpleNamespace(tp_q_head_num=2, tp_k_head_num=2, qk_head_dim=4, v_head_dim=4, k_scale_float=0.5, v_scale_float=2.0)
     plain, quantised = (
         attention_backend.PoolLayer(SimpleNamespace(dtype=dtype), layer, latent=False) for dtype in (torch.bfloat16, torch.float8_e4m3fn)
     )
     assert (plain.scales, quantised.scales) == (NO_SCALES, KVScales(0.5, 2.0))
     keys = torch.randn(3, 8).bfloat16()
+    assert all(cache.queries(keys).flatten(1).equal(keys) for cache in (plain, quantised))
+    rounding = attention_backend.PoolLayer(quantised._pool, layer, latent=False, round_queries=True).queries(keys)
+    assert rounding.dtype == keys.dtype and rounding.flatten(1).float().equal(keys.to(torch.float8_e4m3fn).float())
     assert plain.new_kv(keys, keys).stored.keys.flatten(1).equal(keys) and plain.stored(keys, keys)[0] is keys

@@ -29,14 +29,21 @@ class PoolLayer:
 
     scales: of the layer's K/V, where the pool is quantised and the checkpoint has some; a pool of the model's own type holds K/V unscaled,
     whatever the checkpoint has. attend_stored: a chunk attends its own tokens as a quantised pool gives them back, else as they were.
+    round_queries: queries lose what a quantised pool's type does not hold.
     """
 
-    def __init__(self, pool: Any, layer: Any, latent: bool, *, attend_stored: bool = False) -> None:
+    def __init__(self, pool: Any, layer: Any, latent: bool, *, attend_stored: bool = False, round_queries: bool = False) -> None:
         self._pool, self._layer, self.latent, self._attend_stored = pool, layer, latent, attend_stored
+        self._round_queries = round_queries and pool.dtype.itemsize == 1
         self.scales = NO_SCALES
         if pool.dtype.itemsize == 1:
             self.scales = KVScales(getattr(layer, "k_scale_float", None) or 1.0, getattr(layer, "v_scale_float", None) or 1.0)
         self._kv_heads, self._key_dim, self._value_dim = layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim
+
+    def queries(self, rows: torch.Tensor) -> torch.Tensor:
+        """[T, heads, qk_head_dim], contiguous, of rows [T, ...] in any of a model's shapes."""
+        rows = rows.reshape(rows.shape[0], self._layer.tp_q_head_num, self._key_dim).contiguous()
+        return rows.to(self._pool.dtype).to(rows.dtype) if self._round_queries else rows
 
     def new_kv(self, keys: torch.Tensor, values: torch.Tensor) -> NewKV:
         """What the model hands to attention: K/V [T, kv_heads, dim] or flat, or views of a joined projection."""
@@ -84,6 +91,8 @@ class StepBackend(_Stock):
     dyncp_graph_kernel: GraphKernel = "flashinfer"
     dyncp_chunks_read_the_pool = False
     """Whether stock's prefill chunk reads its own K/V back from the pool: ours then attends a quantised pool's elements too."""
+    dyncp_rounds_queries = False
+    """Whether stock's kernel takes queries in a quantised pool's type, in every step: a request shall be answered alike by both."""
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any, **kwargs: Any) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens, *args, **kwargs)
@@ -124,7 +133,8 @@ class StepBackend(_Stock):
         check_call(layer, k, save_kv_cache)
         sinks = kwargs.pop("sinks", None)
         parts = with_rotary_part(q, k, v, **kwargs)
-        return forward_sharded(runtime, self.token_to_kv_pool, *parts, layer, attend_stored=self.dyncp_chunks_read_the_pool, sinks=sinks)
+        as_stock = {"attend_stored": self.dyncp_chunks_read_the_pool, "round_queries": self.dyncp_rounds_queries}
+        return forward_sharded(runtime, self.token_to_kv_pool, *parts, layer, sinks=sinks, **as_stock)
 
     def _graphs(self) -> GraphEngine:
         assert self.dyncp_graphs is not None
@@ -179,16 +189,16 @@ def forward_sharded(
     layer: Any,
     *,
     attend_stored: bool = False,
+    round_queries: bool = False,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of a step with sharded rows. Returns [T, heads * v_head_dim]."""
     runtime.layer_roll.enter(layer.layer_id)
     plan = plan_of_step(runtime, q.shape[0], window_of(layer))
     latent = layer.tp_k_head_num == 1 and layer.qk_head_dim != layer.v_head_dim
-    cache = PoolLayer(pool, layer, latent, attend_stored=attend_stored)
-    queries = q.reshape(q.shape[0], layer.tp_q_head_num, layer.qk_head_dim).contiguous()
+    cache = PoolLayer(pool, layer, latent, attend_stored=attend_stored, round_queries=round_queries)
     output = attention_step(
-        queries,
+        cache.queries(q),
         cache.new_kv(k, v),
         plan,
         cache,

@@ -76,7 +76,7 @@ def create_fa3(runner: Any) -> Any:
     backend = make_backend_class(FlashAttentionBackend, kernel="fa3")(runner)
     backend.dyncp_runner = runner  # no guard: it plans nothing in pinned memory
     split_long_rows(backend, runner.device)
-    backend.dyncp_chunks_read_the_pool = True
+    backend.dyncp_chunks_read_the_pool = backend.dyncp_rounds_queries = True
     if untried := find_untried_kv(runner.kv_cache_dtype, "fa3"):
         logger.warning("dyncp: %s", untried)
     return backend
