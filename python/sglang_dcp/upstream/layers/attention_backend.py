@@ -133,8 +133,15 @@ class StepBackend(_Stock):
         check_call(layer, k, save_kv_cache)
         sinks = kwargs.pop("sinks", None)
         parts = with_rotary_part(q, k, v, **kwargs)
-        as_stock = {"attend_stored": self.dyncp_chunks_read_the_pool, "round_queries": self.dyncp_rounds_queries}
-        return forward_sharded(runtime, self.token_to_kv_pool, *parts, layer, sinks=sinks, **as_stock)
+        return forward_sharded(
+            runtime,
+            self.token_to_kv_pool,
+            *parts,
+            layer,
+            attend_stored=self.dyncp_chunks_read_the_pool,
+            round_queries=self.dyncp_rounds_queries,
+            sinks=sinks,
+        )
 
     def _graphs(self) -> GraphEngine:
         assert self.dyncp_graphs is not None
