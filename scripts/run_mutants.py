@@ -22,6 +22,8 @@ CHUNK = "test/unit/dataflow/test_attention_step.py::test_first_token_and_chunk_t
 SESSION = "test/unit/test_decode_session.py::test_session_of_random_requests[2-8-4-False]"
 WALK = "test/unit/test_protocol.py::test_random_walk_checked_after_every_step"
 CONVERSATIONS = "test/unit/test_protocol_conversations.py::test_a_walk_of_conversations"
+WINDOW = "test/unit/dataflow/test_window.py::test_random_steps[2-4-5]"
+SINK = "test/unit/dataflow/test_window.py::test_a_sink_counts_once_however_many_shards_there_are"
 READERS = "test/unit/test_protocol_sharing.py::test_a_walk_of_readers"
 
 TESTS: dict[str, tuple[str, ...]] = {
@@ -42,6 +44,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "retained-counted-as-free": (CONVERSATIONS,),
     "read-pages-evicted": (READERS,),
     "reader-frees-what-it-reads": (READERS,),
+    "window-forgotten": (WINDOW,),
+    "sink-counted-twice": (SINK,),
 }
 """Fault -> tests meant to notice, cheapest first; the run stops at the first that does."""
 

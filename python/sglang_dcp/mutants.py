@@ -19,6 +19,7 @@ import torch
 from sglang_dcp.dataflow import attention_step, contracts, step_plan
 from sglang_dcp.dataflow.contracts import AttentionRow, GuestRow, HomeRow, MergeList, PartialState, StepPlan
 from sglang_dcp.mutants_retained import RETAINED_MUTANTS
+from sglang_dcp.mutants_window import WINDOW_MUTANTS
 
 MUTANT_VARIABLE = "SGLANG_DYNCP_MUTANT"
 TESTING_VARIABLE = "SGLANG_DYNCP_TESTING"
@@ -280,5 +281,6 @@ MUTANTS: dict[str, Callable[[], None]] = {
     "neutral-zero": _neutral_zero,
     "wrong-owner": _wrong_owner,
     **RETAINED_MUTANTS,
+    **WINDOW_MUTANTS,
 }
 """Fault by name; each function's docstring says what goes wrong."""
