@@ -28,6 +28,11 @@ CUDA_TRANSPORTS = ("auto", "peer", "nccl", "gloo")
 CPU_TRANSPORTS = ("auto", "gloo")
 
 
+def is_quantised(kv_cache_dtype: Any) -> bool:
+    """Whether a pool of torch's type is of the one that is exchanged."""
+    return str(kv_cache_dtype).removeprefix("torch.") == QUANTISED_KV_TYPE
+
+
 def has_slices(values: Callable[[str], Any]) -> bool:
     """Whether an instance is several processes (attention TP), by the resolved widths."""
     return bool(values("tp_size") != values("attn_dp_size"))
@@ -158,7 +163,7 @@ def find_untried(values: Callable[[str], Any]) -> str | None:
 
 def find_untried_kv(kv_cache_dtype: Any, backend: str) -> str | None:
     """The same of a KV pool's element type, which the checkpoint may decide. kv_cache_dtype: torch's."""
-    if backend != DEFAULT_BACKEND or not str(kv_cache_dtype).endswith(QUANTISED_KV_TYPE):
+    if backend != DEFAULT_BACKEND or not is_quantised(kv_cache_dtype):
         return None
     return (
         f"a KV pool of {QUANTISED_KV_TYPE} with --attention-backend {backend}: on an H200 log-probabilities of sharded prompts were twice "

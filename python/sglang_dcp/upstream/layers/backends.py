@@ -12,10 +12,10 @@ from sglang_dcp.dataflow.attention.split_budget import with_split_budget
 from sglang_dcp.dataflow.copy_guard import CopyGuard
 from sglang_dcp.upstream.attach.cuda_settings import (
     QUANTISED_KV,
-    QUANTISED_KV_TYPE,
     find_kv_type_refusal,
     find_sliced_kv_refusal,
     find_untried_kv,
+    is_quantised,
 )
 from sglang_dcp.upstream.layers.attention_backend import make_backend_class
 from sglang_dcp.upstream.layers.graphs import splits_long_rows
@@ -112,7 +112,7 @@ def check_kv_type(runner: Any, backend: str) -> None:
     """Raises ValueError where the pool is quantised as we do not serve it, which the checkpoint may have asked for: ahead of the first
     capture."""
     message = find_kv_type_refusal(runner.kv_cache_dtype, backend, latent=runner.use_mla_backend)
-    if message is None and str(runner.kv_cache_dtype).endswith(QUANTISED_KV_TYPE):
+    if message is None and is_quantised(runner.kv_cache_dtype):
         from sglang.srt.runtime_context import get_parallel
 
         message = find_sliced_kv_refusal(runner.kv_cache_dtype, get_parallel().attn_tp_size)
@@ -123,7 +123,7 @@ def check_kv_type(runner: Any, backend: str) -> None:
 def check_latent_scales(runner: Any) -> None:
     """Raises ValueError for a latent layer (MLA) whose quantised K/V a checkpoint scales: SGLang's pool casts it unscaled, its FlashMLA
     backend reads it as scaled, so there is nothing that sharded steps could agree with."""
-    if not str(runner.kv_cache_dtype).endswith(QUANTISED_KV_TYPE):
+    if not is_quantised(runner.kv_cache_dtype):
         return
     for module in runner.model.modules():
         scale = getattr(module, "k_scale_float", None)
