@@ -44,9 +44,19 @@ def commit_of(checkout: Path) -> str:
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the runs. per_yardstick: of each run's median step over its yardstick, which a busy machine changes alike."""
+    """Medians over the runs. per_yardstick: of each run's median step over its yardstick, which a busy machine changes alike. changed: of
+    the steps alone in which a request joined and one left."""
     parts = sorted({name for run in runs for name in run["parts_p50_us"]})
     median = lambda values: round(statistics.median(values), 1)  # noqa: E731
+    changed = [run for run in runs if "changed_p50_us" in run]
+    of_changed = (
+        {
+            "changed_p50_us": median(run["changed_p50_us"] for run in changed),
+            "changed_per_yardstick": round(statistics.median(run["changed_p50_us"] / run["yardstick_us"] for run in changed), 3),
+        }
+        if changed
+        else {}
+    )
     return {
         "p50_us": median(run["p50_us"] for run in runs),
         "p90_us": median(run["p90_us"] for run in runs),
@@ -54,6 +64,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "parts_p90_us": {name: median(run["parts_p90_us"].get(name, 0.0) for run in runs) for name in parts},
         "yardstick_us": median(run["yardstick_us"] for run in runs),
         "per_yardstick": round(statistics.median(run["p50_us"] / run["yardstick_us"] for run in runs), 3),
+        **of_changed,
     }
 
 

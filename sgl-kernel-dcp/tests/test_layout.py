@@ -36,10 +36,11 @@ def test_headers_are_framework_free() -> None:
 
 
 def test_constants_that_the_runtime_repeats() -> None:
-    from sglang_dcp.dataflow.graph import static_tables
+    from sglang_dcp.dataflow.graph.route_words import TAIL_SHIFT
+    from sglang_dcp.dataflow.graph.static_tables import FROM_TOKEN_TABLE as FROM_TABLE
     from sglang_dcp.upstream.layers.peers import MOST_PEERS
 
-    assert (ROUTE_TAIL_SHIFT, FROM_TOKEN_TABLE) == (static_tables.TAIL_SHIFT, static_tables.FROM_TOKEN_TABLE)
+    assert (ROUTE_TAIL_SHIFT, FROM_TOKEN_TABLE) == (TAIL_SHIFT, FROM_TABLE)
     assert MAX_INSTANCES == MOST_PEERS
 
 

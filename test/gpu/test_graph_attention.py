@@ -20,7 +20,7 @@ import torch
 
 from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
 from sglang_dcp.dataflow.contracts import NO_SCALES, KVScales, NewKV
-from sglang_dcp.dataflow.graph.static_tables import guests_per_instance
+from sglang_dcp.dataflow.graph.route_words import guests_per_instance
 from sglang_dcp.dataflow.quantised_kv import with_quantised
 from sglang_dcp.dataflow.reference import partial_attention
 from sglang_dcp.dataflow.step_mode import STOCK, Graph
@@ -194,7 +194,7 @@ class GpuSession(Session):
             table[line, : len(pages) * self.page_size : self.page_size] = pages * self.page_size
         instance.token_table.copy_(torch.from_numpy(table))
         if step.is_advance:
-            instance.attention.advance(step.step)
+            instance.attention.advance(step.step, instance.token_table)
         else:
             instance.attention.fill(step.step, step.words, step.rows, instance.token_table)
         instance.attention.plan(HOME_ROWS, mode.guest_rows)

@@ -34,7 +34,7 @@ class Instances:
         return request
 
     def columns(self) -> list[list[int]]:
-        return [instance.build_columns((), instance.pool.num_givable_pages(), 0, 0) for instance in self.all]
+        return [instance.build_columns(None, instance.pool.num_givable_pages(), 0, 0) for instance in self.all]
 
     def step(self) -> None:
         self.settle(self.columns())

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from sglang_dcp.dataflow.contracts import NewKV, PartialState
-from sglang_dcp.dataflow.graph.static_tables import FROM_TOKEN_TABLE, NO_PAGE, TAIL_SHIFT, PageLines, guests_per_instance
+from sglang_dcp.dataflow.graph.route_words import TAIL_SHIFT, guests_per_instance
+from sglang_dcp.dataflow.graph.static_tables import FROM_TOKEN_TABLE, NO_PAGE, PageLines
 from sglang_dcp.dataflow.merge import merge_partial_states
 from sglang_dcp.dataflow.reference import RouteTables, partial_attention, route_tables
 from sglang_dcp.dataflow.step_mode import STOCK, Graph, StepMode, Stock
@@ -91,8 +92,10 @@ class GraphSession(Session):
         self.num_advances += step.is_advance
         if step.is_advance:
             lines.advance(step.step)
+            given = lines.renewal
         else:
             given = lines.fill(step.step, step.rows)
+        if given is not None:
             places, pages = given.writes
             table.reshape(-1)[places] = pages
             self.num_written += len(places)

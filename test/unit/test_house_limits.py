@@ -102,7 +102,7 @@ cluster = Cluster(SplitLimits(8, 2, 8, Layout(2, 2)), 16, load_cost_model(sys.ar
 both = [Participant(cluster, rank, Pool()) for rank in range(2)]
 
 def step():
-    columns = [one.build_columns((), one.pool.num_givable_pages(), 0, 0) for one in both]
+    columns = [one.build_columns(None, one.pool.num_givable_pages(), 0, 0) for one in both]
     most = [one.read_columns(columns) for one in both]
     words = [one.own_words for one in both] if max(most) else None
     assert both[0].finish_step(words, True) == both[1].finish_step(words, True)

@@ -81,7 +81,7 @@ class ModelScheduler:
             assert [prefix_len for _, prefix_len, _ in own.spans] == [prefix_len for _, prefix_len, _ in self.batch]
         else:
             own.take_extend(self.batch)
-        rows = None if own.steady else own.sharded_rows()
+        rows = own.news()
         self.runtime.givable_pages = givable = self.pool.num_givable_pages()
         used = (self.participant.num_pages - givable - self.participant.retention.num_pages_here) * self.participant.page_size
         num_requests = len(self.waiting_queue) + len(self.running)

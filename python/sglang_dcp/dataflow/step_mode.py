@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from sglang_dcp.dataflow.contracts import HomeRow, StepPlan
-from sglang_dcp.dataflow.graph.static_tables import ListedRow, PooledRow
+from sglang_dcp.dataflow.graph.table_rows import ListedRow, PooledRow
 from sglang_dcp.dataflow.step_rows import StepRows
 
 
@@ -29,25 +29,16 @@ class Eager:
 
 @dataclass
 class GraphStep:
-    """A decode step as the tables want it (`StepRows.table_rows`).
-
-    is_advance: the rows are those of the step before, one token on. pooled: keys of the pooled rows; has_new_pooled: some were not in the
-    step before, so that their pages may still change (PageLines).
-    """
+    """A decode step as the tables want it (`StepRows.table_rows`). is_advance: the rows are those of the step before, one token on."""
 
     step: int
     words: list[np.ndarray]
-    rows: list[ListedRow | PooledRow]
-    pooled: frozenset[Hashable]
-    has_new_pooled: bool
+    rows: Sequence[ListedRow | PooledRow]
     is_advance: bool = False
 
     @classmethod
-    def of(cls, rows: StepRows, pooled_before: frozenset[Hashable]) -> GraphStep:
-        """pooled_before: keys of the pooled rows of the step just before, if that was a graph's."""
-        words, table_rows, pooled = rows.table_rows()
-        keys = frozenset(pooled)
-        return cls(rows.participant.step, words, table_rows, keys, has_new_pooled=not keys <= pooled_before)
+    def of(cls, rows: StepRows) -> GraphStep:
+        return cls(rows.participant.step, *rows.table_rows())
 
 
 @dataclass

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
 from sglang_dcp.dataflow.contracts import GuestRow, HomeRow, StepPlan
-from sglang_dcp.dataflow.graph.static_tables import ListedRow, PooledRow, route_word32, route_words
+from sglang_dcp.dataflow.graph.rows_of_step import RowsOfStep
+from sglang_dcp.dataflow.graph.table_rows import TableRows
 from sglang_dcp.dataflow.step_plan import asks, build_step_plan, holds_active_page
 from sglang_dcp.ledger.homes import HomeRequest
+from sglang_dcp.ledger.kept_runs import Run
 from sglang_dcp.ledger.participant import Participant
-from sglang_dcp.ledger.routes import shard_mask, travelling_tail
+from sglang_dcp.ledger.steady import SteadyRows
 
 
 class Request(Protocol):
@@ -30,13 +32,23 @@ Span = tuple[Any, int, int]
 
 
 class Batch(Protocol):
-    """The own batch of a step. routes: of the sharded rows, by place in the batch."""
+    """The own batch of a step. routes: of the sharded rows, by place in the batch. rows: of a decode step, its requests and the tokens of
+    each with the new one; version, runs: what changed of them (OwnBatch)."""
 
     @property
     def spans(self) -> Sequence[Span]: ...
 
     @property
     def routes(self) -> Mapping[int, int]: ...
+
+    @property
+    def rows(self) -> SteadyRows: ...
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def runs(self) -> list[Run]: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +57,10 @@ class StepRows:
 
     participant: Participant
     batch: Batch
+    _tables: RowsOfStep = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._tables = RowsOfStep(self.participant)
 
     @property
     def routes_of_homes(self) -> list[list[int]]:
@@ -100,33 +116,6 @@ class StepRows:
 
     # ---- for a step of decodes that runs as a graph
 
-    def table_rows(self) -> tuple[list[np.ndarray], list[ListedRow | PooledRow], list[Hashable]]:
-        """Route words of every home of the exchange group, this instance's attention rows (guests by home, own rows last), and the keys of
-        the pooled ones. Clients may give two requests one id; the objects differ, and the batch keeps those of a step up to the next."""
-        rank, guests, spans, routes = self.participant.rank, self.participant.guests, self.batch.spans, self.batch.routes
-        group, place = self.participant.group, self.participant.group.index(self.participant.rank)
-        own = [1 << place] * len(spans)
-        words: list[np.ndarray] = []
-        rows: list[ListedRow | PooledRow] = []
-        pooled: list[Hashable] = []
-        for home in group:
-            if home == rank:
-                continue
-            told = self.participant.rows_of[home]
-            words.append(route_words(told.routes))
-            for guest in told:
-                if shard_mask(guest.route) >> place & 1:
-                    held, arrives = guests.pages_of(home, guest.handle), travelling_tail(guest.route) == place
-                    rows.append(ListedRow((home, guest.handle), guest.prefix_len + 1, held, grows=arrives, arrives=arrives))
-        for index, (req, prefix_len, _) in enumerate(spans):
-            route = routes.get(index)
-            if route is None:
-                rows.append(PooledRow(id(req), req.kv.req_pool_idx, prefix_len + 1))
-                pooled.append(id(req))
-                continue
-            own[index] = route_word32(route)
-            if shard_mask(route) >> place & 1:
-                request, grows = req.dyncp, travelling_tail(route) < 0
-                rows.append(ListedRow((rank, request.handle), prefix_len + 1, request.own_pages, grows, arrives=False))
-        words.insert(place, np.array(own, dtype=np.int32))
-        return words, rows, pooled
+    def table_rows(self) -> tuple[list[np.ndarray], TableRows]:
+        """Route words of every home of the exchange group, and this instance's attention rows (guests by home, own rows last)."""
+        return self._tables.make(self.batch)

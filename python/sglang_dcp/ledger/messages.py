@@ -7,7 +7,7 @@ every instance reads the same words in the same order. Handles are numbered by t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 
@@ -174,7 +174,7 @@ class Share:
 @dataclass(slots=True, unsafe_hash=True)
 class Row:
     """One sharded request of a step: queries at positions prefix_len .. prefix_len + num_new - 1. Nobody changes one; dataclass would pay
-    for that with a call per field, and a step in which a request joins makes all rows of all homes.
+    for that with a call per field.
 
     route: the shards that take part and the one that takes the last token's K/V (routes.py). A steady row keeps it until its tail moves.
     """
@@ -185,21 +185,47 @@ class Row:
     route: int = 0
 
 
+@dataclass(slots=True)
+class RowColumns:
+    """A home's rows in batch order, as a list of each of `Row`'s fields: a step in which one request joins tells all of them, on every
+    instance. The lists are not to be changed. checksum: row_table.py's, once it was asked for."""
+
+    handles: list[int]
+    prefix_lens: list[int]
+    nums_new: list[int]
+    routes: list[int]
+    checksum: int | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> RowColumns:
+        rows = tuple(rows)
+        handles, prefix_lens = [row.handle for row in rows], [row.prefix_len for row in rows]
+        return cls(handles, prefix_lens, [row.num_new for row in rows], [row.route for row in rows])
+
+    def __len__(self) -> int:
+        return len(self.handles)
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(Row, self.handles, self.prefix_lens, self.nums_new, self.routes)
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A home's sharded rows of this step, in batch order. Without this message they are the last step's, one token on."""
+    """A home's sharded rows of this step. Without this message they are the last step's, one token on. Its words are column by column."""
 
     KIND: ClassVar[int] = 5
-    rows: tuple[Row, ...]
+    rows: RowColumns
 
     def words(self) -> list[int]:
-        return [word for row in self.rows for word in (row.handle, row.prefix_len, row.num_new, row.route)]
+        rows = self.rows
+        return [*rows.handles, *rows.prefix_lens, *rows.nums_new, *rows.routes]
 
     @classmethod
     def parse(cls, words: Sequence[int]) -> Rows:
         if len(words) % 4:
             raise MessageError(f"a Rows message has {len(words)} words, not a multiple of 4")
-        return cls(tuple(map(Row, words[0::4], words[1::4], words[2::4], words[3::4])))
+        words, size = list(words), len(words) // 4
+        return cls(RowColumns(words[:size], words[size : 2 * size], words[2 * size : 3 * size], words[3 * size :]))
 
 
 Message = AskAdmission | AskGrowth | Granted | Release | Rows | Retain | Share

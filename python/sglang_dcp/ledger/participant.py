@@ -19,7 +19,7 @@ from sglang_dcp.ledger.decision_digest import DecisionDigest
 from sglang_dcp.ledger.eviction import is_due
 from sglang_dcp.ledger.guests import GuestBook
 from sglang_dcp.ledger.homes import HomeBook, HomeRequest
-from sglang_dcp.ledger.messages import AskAdmission, AskGrowth, Granted, Message, Release, Retain, Row, Rows, Share
+from sglang_dcp.ledger.messages import AskAdmission, AskGrowth, Granted, Message, Release, Retain, RowColumns, Rows, Share
 from sglang_dcp.ledger.page_ids import Page, PageIds
 from sglang_dcp.ledger.reservations import Decision, Grant, Key, ReservationTable
 from sglang_dcp.ledger.retention import Match, Retention
@@ -59,8 +59,7 @@ class Participant:
         self.num_instances, self.num_pages, self.page_size = cluster.num_instances, cluster.num_pages, cluster.page_size
         self.group = cluster.limits.layout.group(rank)
         self.ids = PageIds(rank, self.num_instances, self.num_pages, self.page_size)
-        self.homes = HomeBook(self.ids)
-        self.guests = GuestBook()
+        self.homes, self.guests = HomeBook(self.ids), GuestBook()
         self.table = ReservationTable(cluster.limits)
         self.retention = Retention(rank, self.homes, self.guests, pool, self.table.retained)
         self.most_retained = cluster.most_retained_pages
@@ -68,6 +67,7 @@ class Participant:
         self.step = 0
         self.outbox: list[Message] = []
         self.own_words: list[int] = []
+        self._told: list[Message] = []  # what the words say
         self.rows_of = [RowTable() for _ in range(self.num_instances)]
         self.rows_steady = False
         self.num_sharded_rows = 0
@@ -155,7 +155,7 @@ class Participant:
     # ---- one step: columns out, messages, grants
 
     def build_columns(
-        self, rows: Sequence[Row] | None, free_pages: int, kv_tokens: int, num_requests: int, wanted_pages: int = 0
+        self, rows: RowColumns | None, free_pages: int, kv_tokens: int, num_requests: int, wanted_pages: int = 0
     ) -> list[int]:
         """This instance's control columns. rows: its sharded rows, None for those of the step before, one token on. Decides whether
         they need a message."""
@@ -164,9 +164,9 @@ class Participant:
         if rows is not None and (own_checksum := checksum(rows)) != rows_checksum:
             # What the others go by, too: where they have this checksum already, they would take the rows for those that they have.
             rows_checksum = own_checksum
-            self.outbox.append(Rows(tuple(rows)))
+            self.outbox.append(Rows(rows))
         self.own_words = messages.encode(self.outbox) if self.outbox else []
-        self.outbox = []
+        self._told, self.outbox = self.outbox, []
         words, decided, num_guests = len(self.own_words), self.decisions.value, self.guests.num_pages - self.guests.num_retained
         self._own_columns = [words, decided, rows_checksum, free_pages, num_guests, kv_tokens, num_requests, wanted_pages, self.step]
         return self._own_columns
@@ -216,7 +216,7 @@ class Participant:
         """The homes that told their rows."""
         told_rows: set[int] = set()
         for home, stream in enumerate(words):
-            for message in messages.decode(stream):
+            for message in messages.decode(stream) if home != self.rank else self._told:
                 if isinstance(message, Rows):
                     self.rows_of[home].tell(message.rows)
                     told_rows.add(home)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from sgl_kernel_dcp.build import load_library
+from sgl_kernel_dcp.message_checks import ROUTE_TAIL_SHIFT, check_limit, check_rows, check_words
+from sgl_kernel_dcp.message_packer import MessagePacker
 from sgl_kernel_dcp.shapes import TableShape
 
 if TYPE_CHECKING:
     import torch
 
-ROUTE_TAIL_SHIFT = 16
 FROM_TOKEN_TABLE = -2
 """`RowLine.new_page` of FROM_TOKEN_TABLE - line: the page is where that line of the token table has its first token."""
 TARGET_SLOT_BITS = 24
@@ -84,7 +85,7 @@ class StepTables:
 
     `upload` checks a message and sends it, without a wait; `build` launches the one kernel and may be captured.
     `resident_pages[entry]` lists a request's pages on this shard; its owner fills a line when the request arrives, later pages come
-    with `RowLine.new_page`. The arrays of an upload may be changed when it returns.
+    with `RowLine.new_page`. The rows of an upload may be changed when it returns; words that come again as the same array are unchanged.
     """
 
     def __init__(self, shape: TableShape, rank: int, num_entries: int, device: torch.device | str, max_return_rows: int) -> None:
@@ -97,14 +98,15 @@ class StepTables:
         self.buffer = torch.zeros(self.layout["total_size"], dtype=torch.int32, device=device)
         self.resident_pages = torch.zeros(num_entries, shape.max_pages_per_row, dtype=torch.int32, device=device)
         self._sent, self._address = np.zeros(0, dtype=np.int32), 0
-        self._expects = np.zeros(0, dtype=bool)
+        self._expects = b""
         self._no_token_table = torch.zeros(0, 0, dtype=torch.int32, device=device)
 
     def upload(self, message: StepMessage | StepArrays) -> None:
         """Checks the message against the capacities and sends it on the current stream."""
-        packed = self.pack(message)
-        self._expects = packed[self.layout["input_rows"] :].reshape(-1, 4)[:, 3] >= 0
-        self._send(packed, 0)
+        packer = self._packer
+        packed = packer.pack(message.arrays() if isinstance(message, StepMessage) else message)
+        self._expects = packer.expects
+        self._library.send_words(self.buffer, packer.address, 0, len(packed))
 
     def upload_rows(self, rows: np.ndarray, *, check: bool = True) -> None:
         """Likewise for a step that keeps the routes and entries of the one before: token counts, new pages and K/V slots of the same rows
@@ -112,7 +114,7 @@ class StepTables:
         if len(rows) != len(self._expects):
             raise ValueError(f"{len(rows)} rows, the routes uploaded last give {len(self._expects)}")
         if check:
-            _check_rows(rows, self.shape, self.num_entries, self._expects)
+            check_rows(rows, self.shape, self.num_entries, self._expects)
         self._send(rows, self.layout["input_rows"])
 
     def upload_rows_at(self, address: int) -> None:
@@ -131,6 +133,10 @@ class StepTables:
     def pack(self, message: StepMessage | StepArrays) -> np.ndarray:
         """The message as int32 words; raises ValueError naming the value and its limit."""
         return pack_message(message, self.shape, self.rank, self.num_entries, self.max_return_rows, self.layout)
+
+    @cached_property
+    def _packer(self) -> MessagePacker:
+        return MessagePacker(self.shape, self.rank, self.num_entries, self.max_return_rows, self.layout)
 
     def build(self, token_table: torch.Tensor | None = None, pool_pages: int = 1) -> None:
         """One kernel on the current stream; reads the uploaded message, writes every table. token_table int32 [lines, width]: token ids
@@ -157,35 +163,30 @@ class StepTables:
         return self.buffer[begin : begin + int(np.prod(extent))].view(*extent)
 
 
-def _check(name: str, value: int, limit: int) -> None:
-    if value > limit:
-        raise ValueError(f"{name} is {value}, the limit of these buffers is {limit}")
-
-
 def pack_message(
     message: StepMessage | StepArrays, shape: TableShape, rank: int, num_entries: int, max_return_rows: int, layout: dict[str, int]
 ) -> np.ndarray:
-    """Pure part of `StepTables.pack`: checks everything that the kernels rely on, then lays the words out."""
+    """A message by itself: checks everything that the kernels rely on, then lays the words out (MessagePacker: one after another)."""
     arrays = message.arrays() if isinstance(message, StepMessage) else message
     words, rows = arrays.words, arrays.rows
     if len(words) != shape.num_instances:
         raise ValueError(f"routes name {len(words)} homes, the group has {shape.num_instances}")
     lengths = [len(word) for word in words]
     for home, length in enumerate(lengths):
-        _check(f"home rows of instance {home} (max_home_rows)", length, shape.max_home_rows)
+        check_limit(f"home rows of instance {home} (max_home_rows)", length, shape.max_home_rows)
     numbers = [word.tolist() for word in words]
     for home, of_home in enumerate(numbers):
-        _check_words(home, set(of_home), shape.num_instances)
+        check_words(home, set(of_home), shape.num_instances)
     all_words = np.concatenate([*words[:rank], *words[rank + 1 :], words[rank]])  # in the order of attention rows
     here = all_words >> rank & 1 == 1
     num_rows = int(here.sum())
     if num_rows != len(rows):
         raise ValueError(f"routes give instance {rank} {num_rows} attention rows, the message lists {len(rows)}")
-    _check("attention rows (max_attention_rows)", num_rows, shape.max_attention_rows)
+    check_limit("attention rows (max_attention_rows)", num_rows, shape.max_attention_rows)
     remote = (1 << ROUTE_TAIL_SHIFT) - 1 & ~(1 << rank)
     returns = sum(count * (word & remote).bit_count() for word, count in Counter(numbers[rank]).items())
-    _check("partials that return (max_return_rows)", returns, max_return_rows)
-    _check_rows(rows, shape, num_entries, all_words[here] >> ROUTE_TAIL_SHIFT == rank + 1)
+    check_limit("partials that return (max_return_rows)", returns, max_return_rows)
+    check_rows(rows, shape, num_entries, (all_words[here] >> ROUTE_TAIL_SHIFT == rank + 1).tobytes())
     packed = np.zeros(layout["input_rows"] + 4 * num_rows, dtype=np.int32)
     packed[: shape.num_instances] = lengths
     packed[16] = num_rows
@@ -195,31 +196,3 @@ def pack_message(
         routes[home, : len(word)] = word
     packed[layout["input_rows"] :] = rows.reshape(-1)
     return packed
-
-
-def _check_words(home: int, words: Iterable[int], num_instances: int) -> None:
-    """words: of the home's rows, each once; there are few different ones."""
-    for word in words:
-        mask, tail = word & (1 << ROUTE_TAIL_SHIFT) - 1, (word >> ROUTE_TAIL_SHIFT) - 1
-        if mask >> num_instances:
-            raise ValueError(f"home {home} routes to an instance beyond {num_instances - 1}")
-        if tail >= 0 and (tail == home or not mask >> tail & 1):
-            raise ValueError(f"home {home}: K/V travels to {tail}, which must be a remote shard of its row")
-
-
-def _check_rows(rows: np.ndarray, shape: TableShape, num_entries: int, expects: np.ndarray) -> None:
-    entries, tokens, kv_slots = rows[:, 0], rows[:, 1], rows[:, 3]
-    pages = -(-tokens // shape.page_size)
-    _check("pages of all rows (max_pages)", int(pages.sum()), shape.max_pages)
-    _check("pages of one row (max_pages_per_row)", int(pages.max(initial=0)), shape.max_pages_per_row)
-    _check("arriving K/V rows (max_kv_rows)", int(expects.sum()), shape.max_kv_rows)
-    wrong = (kv_slots >= 0) != expects
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise ValueError(f"attention row {row}: kv_slot {int(kv_slots[row])}, but K/V {'arrives' if expects[row] else 'does not arrive'}")
-    wrong = (tokens < 0) | ((tokens > 0) & ((entries < 0) | (entries >= num_entries)))
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise ValueError(
-            f"attention row {row}: entry {int(entries[row])} with {int(tokens[row])} tokens, entries are 0 to {num_entries - 1}"
-        )

@@ -125,7 +125,7 @@ def test_captured_steps_read_the_tables_alone(
     rows = [ListedRow(row, lengths[row], held[row], grows=True, arrives=False) for row in range(2)]
     words, no_tokens = [np.array([1, 1], dtype=np.int32), np.zeros(0, dtype=np.int32)], torch.zeros(1, 1, dtype=torch.int32)
     for step in range(2):
-        attention.fill(step, words, rows, no_tokens) if step == 0 else attention.advance(step)
+        attention.fill(step, words, rows, no_tokens) if step == 0 else attention.advance(step, no_tokens)
         attention.plan(3, 2)
         attention.begin(3, 2, no_tokens)
         queries, new = torch.randn(3, HEADS, DIM).bfloat16(), torch.randn(3, 1, KV_HEADS * DIM).to(shape.kv_dtype)
@@ -153,7 +153,7 @@ def test_window_layers_read_the_last_tokens_and_sinks_take_their_share(
     for step in range(4):
         if step == 2:
             held[0].append((2, 7))
-        attention.fill(step, words, rows, no_tokens) if step == 0 else attention.advance(step)
+        attention.fill(step, words, rows, no_tokens) if step == 0 else attention.advance(step, no_tokens)
         attention.begin(3, 2, no_tokens)
         for window, heads, has_sinks in ((None, HEADS, True), (5, HEADS, True), (70, 4, False), (None, 4, False)):
             queries, new = torch.randn(3, heads, DIM).bfloat16(), torch.randn(3, 1, KV_HEADS * DIM).bfloat16()

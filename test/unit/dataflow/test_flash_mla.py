@@ -163,7 +163,7 @@ def test_captured_steps_read_the_tables_alone(attention: Any, library: FakeFlash
             rows = [ListedRow(row, lengths[row], held[row], grows=True, arrives=False) for row in range(2)]
             attention.fill(step, words, rows, no_tokens)
         else:
-            attention.advance(step)
+            attention.advance(step, no_tokens)
         schedules = library.num_schedules
         attention.plan(3, 2)
         assert library.num_schedules == schedules

@@ -18,6 +18,7 @@ from sglang_dcp.dataflow.graph.static_tables import (
     slot_of,
 )
 from sglang_dcp.dataflow.step_rows import StepRows
+from sglang_dcp.ledger.steady import SteadyRows
 
 PAGE_SIZE = 16
 
@@ -47,10 +48,11 @@ def test_a_pooled_row_is_copied_in_its_first_two_steps() -> None:
 
 def test_requests_of_one_id_have_lines_of_their_own() -> None:
     """Two tokenizer workers, or a client that asks again, may give two requests one id: each attends its own pages."""
-    spans = [(SimpleNamespace(rid="mine", dyncp=None, kv=SimpleNamespace(req_pool_idx=line)), 39, 1) for line in (3, 4)]
-    participant = SimpleNamespace(rank=0, group=range(1), guests=None)
-    _, rows, pooled = StepRows(participant, SimpleNamespace(spans=spans, routes={})).table_rows()  # type: ignore[arg-type]
-    assert len(set(pooled)) == 2
+    reqs = [SimpleNamespace(rid="mine", dyncp=None, kv=SimpleNamespace(req_pool_idx=line)) for line in (3, 4)]
+    participant = SimpleNamespace(rank=0, group=range(1), guests=None, step=5)
+    batch = SimpleNamespace(rows=SteadyRows(reqs, [40, 40]), version=1, runs=[], routes={})
+    _, rows = StepRows(participant, batch).table_rows()  # type: ignore[arg-type]
+    assert len({row.key for row in rows}) == 2
     table = lines()
     assert copied(table, 5, rows) == [3, 4] and len(set(table.table[:, 0].tolist())) == 2
 
@@ -107,7 +109,8 @@ def test_tables_made_ahead_are_those_of_each_step() -> None:
                 first, page = first and row.grows, dict(row.held).get((length - 1) // PAGE_SIZE, NO_PAGE)
                 slot = slot_of(row.held, length - 1, PAGE_SIZE) if row.arrives else -1
             needed += [-(-tokens // PAGE_SIZE)] if first else []
-            expected.append([entries[index], tokens, page if first else NO_PAGE, slot])
+            renewed = step == 1 and isinstance(row, PooledRow) and tokens <= PAGE_SIZE
+            expected.append([entries[index], tokens, page if first or renewed else NO_PAGE, slot])
         assert table.table.tolist() == expected and begun == needed
         sent = (ctypes.c_int32 * table.table.size).from_address(table.table_address)
         assert np.array(sent).tolist() == table.table.ravel().tolist()

@@ -11,6 +11,7 @@ from sglang_dcp.ledger.messages import (
     MessageError,
     Release,
     Row,
+    RowColumns,
     Rows,
     decode,
     encode,
@@ -18,7 +19,7 @@ from sglang_dcp.ledger.messages import (
 
 number = st.integers(0, 2**40)
 numbers = st.lists(number, max_size=5).map(tuple)
-rows = st.lists(st.builds(Row, number, number, number), max_size=5).map(tuple)
+rows = st.lists(st.builds(Row, number, number, number), max_size=5).map(RowColumns.of)
 message = st.one_of(
     st.builds(AskAdmission, number, number, st.booleans(), st.lists(st.tuples(number, number), max_size=5).map(tuple)),
     st.builds(AskGrowth, number, number, st.booleans(), number, numbers),

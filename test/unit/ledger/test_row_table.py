@@ -1,15 +1,25 @@
 """A home's rows on every instance: what was told, one token on each step, with a checksum that costs a steady step nothing."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dcp.ledger.messages import Row
-from sglang_dcp.ledger.row_table import RowTable, advance, checksum
+from sglang_dcp.ledger import row_table
+from sglang_dcp.ledger.messages import Row, RowColumns
+from sglang_dcp.ledger.row_table import RowTable
 
 number = st.integers(0, 2**40)
 rows = st.lists(st.builds(Row, number, number, st.integers(1, 9000), number), max_size=5).map(tuple)
+
+
+def advance(told: Sequence[Row]) -> tuple[Row, ...]:
+    return tuple(row_table.advance(RowColumns.of(told)))
+
+
+def checksum(told: Sequence[Row]) -> int:
+    return row_table.checksum(RowColumns.of(told))
 
 
 def test_steady_rows_advance_by_one_token() -> None:
@@ -32,7 +42,7 @@ def differ(table: tuple[Row, ...], other: tuple[Row, ...]) -> bool:
     """Whether their checksums do; rows that decode then do so in later steps, too."""
     tables = RowTable(), RowTable()
     for rows_now, kept in zip((table, other), tables, strict=True):
-        kept.tell(rows_now)
+        kept.tell(RowColumns.of(rows_now))
     answer = tables[0].checksum != tables[1].checksum
     for _ in range(3 if all(row.num_new == 1 for row in (*table, *other)) else 0):
         for kept in tables:
@@ -94,7 +104,7 @@ def test_a_table_is_its_rows_however_they_came(steps: list[tuple[Row, ...] | Non
             assert table.next_checksum() == checksum(expected)
             table.advance()
         else:
-            table.tell(told)
+            table.tell(RowColumns.of(told))
         assert len(table) == len(expected) and table.checksum == checksum(expected)
         if step in looked_at:
             assert table.rows == expected and tuple(table) == expected

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sglang_dcp.config import DynCpConfig
+from sglang_dcp.ledger.messages import RowColumns
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.ledger.participant import Participant, ProtocolError
 from sglang_dcp.ledger.positions import token_id, token_ids
@@ -149,7 +150,7 @@ def test_a_grant_that_the_pool_cannot_give_tells_what_was_said_and_what_is_there
     """A page set aside for nobody is counted as free: the others' books would go apart, so the instance ends."""
     participant, pool = runtime.participant, runtime.pool
     assert pool.take_pages(NUM_PAGES - 3) is not None and pool.claim_decode_page()
-    participant.build_columns([], pool.num_givable_pages(), 0, 0)
+    participant.build_columns(RowColumns.of([]), pool.num_givable_pages(), 0, 0)
     with pytest.raises(ProtocolError, match=r"rank 0, step 0: 3 pages were granted and cannot be had; 3 were told, 3 are free"):
         participant._apply_grant(Grant(1, 1, (GrantedSegment(0, 0, 3),)))
 

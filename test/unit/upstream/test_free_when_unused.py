@@ -9,7 +9,7 @@ import torch
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.step_mode import STOCK
 from sglang_dcp.ledger import columns as col
-from sglang_dcp.ledger.messages import Row
+from sglang_dcp.ledger.messages import Row, RowColumns
 from sglang_dcp.ledger.participant import Participant
 from sglang_dcp.upstream.layers.attention_backend import make_backend_class
 from sglang_dcp.upstream.step import attached, handlers
@@ -76,9 +76,10 @@ def test_a_steady_sharded_row_needs_no_second_exchange_either(runtime, exchanges
     """Rows travel when they change; while a request just decodes on, every instance advances its table alone."""
     monkeypatch.setattr(step_sync, "home_rows", lambda runtime: [])
     monkeypatch.setattr(runtime.own_batch, "take", lambda batch: None)
-    monkeypatch.setattr(runtime.own_batch, "sharded_rows", lambda: [Row(1, 40 + runtime.participant.step, 1)])
+    batch, row = runtime.own_batch, lambda: RowColumns.of([Row(1, 40 + runtime.participant.step, 1)])
+    monkeypatch.setattr(batch, "news", lambda: None if batch.steady else row())
     for number in range(6):
-        runtime.own_batch.steady = number > 3
+        batch.steady = number > 3
         info = step(runtime)
         assert info.global_num_tokens == [3, 1], "an instance without tokens takes part when a row is sharded"
     assert len(exchanges) == 1

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from sglang_dcp.config import DynCpConfig
-from sglang_dcp.dataflow.graph.static_tables import guests_per_instance
+from sglang_dcp.dataflow.graph.route_words import guests_per_instance
 from sglang_dcp.dataflow.step_mode import STOCK, Graph, GraphStep
 from sglang_dcp.ledger.routes import MOST_INSTANCES, route_word, shard_mask, travelling_tail
 from sglang_dcp.policy.split_limits import Layout
@@ -90,7 +90,7 @@ def test_labels_name_guest_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     variants = graph_variants.add_graph_variants(None, None)
     assert variants.capture_labels == ("g0", "g2", "g5")
     assert variants.select(None) == "g0"
-    mode = Graph(5, GraphStep(7, [], [], frozenset(), has_new_pooled=False))
+    mode = Graph(5, GraphStep(7, [], []))
     monkeypatch.setattr(attached, "_runtime", SimpleNamespace(mode=mode))
     assert variants.select(None) == "g5"
     monkeypatch.setattr(graph_variants, "process_graphs", lambda: None)

@@ -9,7 +9,7 @@ import torch
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger import positions
-from sglang_dcp.ledger.messages import Row
+from sglang_dcp.ledger.messages import Row, RowColumns
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.ledger.participant import Participant
 from sglang_dcp.ledger.positions import route_of
@@ -65,7 +65,13 @@ class Request(SimpleNamespace):
 def request(participant: Participant, owners: list[int] | None, length: int = 0) -> Any:
     """owners: of its pages in order; None for a local request."""
     sampling_params = SimpleNamespace(max_new_tokens=1000)
-    found = Request(rid=object(), dyncp=None, output_ids=[], sampling_params=sampling_params, kv=SimpleNamespace(kv_allocated_len=length))
+    found = Request(
+        rid=object(),
+        dyncp=None,
+        output_ids=[],
+        sampling_params=sampling_params,
+        kv=SimpleNamespace(kv_allocated_len=length, req_pool_idx=0),
+    )
     if owners is not None:
         found.dyncp = participant.homes.open(0)
         number = 100 * found.dyncp.handle
@@ -80,7 +86,7 @@ def take(batch: OwnBatch, reqs: list[Any], lengths: list[int]) -> None:
     batch.take_decode(reqs, torch.tensor(lengths))
 
 
-def rows_afresh(participant: Participant, reqs: list[Any], lengths: list[int]) -> list[Row]:
+def rows_afresh(participant: Participant, reqs: list[Any], lengths: list[int]) -> RowColumns:
     batch = OwnBatch(participant)
     take(batch, reqs, lengths)
     assert not batch.steady or not reqs
@@ -123,7 +129,7 @@ def test_joins_leaves_and_other_lengths_are_changes() -> None:
         take(batch, changed, lengths)
         assert not batch.steady
     batch.take_extend([(reqs[0], 0, 24)])
-    assert not batch.steady and batch.sharded_rows() == [
+    assert not batch.steady and list(batch.sharded_rows()) == [
         Row(reqs[0].dyncp.handle, 0, 24, route_of(participant.ids, reqs[0].dyncp, 24, participant.group))
     ]
     take(batch, reqs, [25, 11])
@@ -140,6 +146,7 @@ def test_a_request_that_the_ledger_took_over_is_a_change() -> None:
     batch = OwnBatch(participant)
     take(batch, [req], [16])
     req.dyncp = request(participant, [0, 1]).dyncp
+    batch.note_taken_over()
     take(batch, [req], [17])
     assert not batch.steady and len(batch.sharded_rows()) == 1
 
@@ -251,7 +258,7 @@ def test_one_request_tells_that_lengths_went_apart() -> None:
 @pytest.mark.parametrize("page_size", [1, 2, 5])
 def test_phases_of_small_pages(page_size: int) -> None:
     lengths = [1, 2, 5, 9, 10]
-    rows, some = SteadyRows("abcde", lengths, page_size), SteadyRows((), lengths, page_size, growing=[1, 3])
+    rows, some = SteadyRows("abcde", lengths, page_size), SteadyRows((), lengths, page_size, growing=[0, 1, 0, 1, 0])
     for age in range(12):
         now = [length + age for length in lengths]
         begin = [i for i, length in enumerate(now) if length % page_size == 1 % page_size]

@@ -70,7 +70,7 @@ def random_step(rng: random.Random) -> tuple[list[int], list[list[tuple[int, ...
 
 def choices(monkeypatch: pytest.MonkeyPatch, batches: list[int], routes: list[list[int]]) -> list[Any]:
     """What each instance makes of the step."""
-    monkeypatch.setattr(graph_modules.GraphStep, "of", lambda rows, before: None)
+    monkeypatch.setattr(graph_modules.GraphStep, "of", lambda rows: None)
     busy = frozenset(rank for group in LAYOUT.groups if any(routes[home] for home in group) for rank in group)
     found = []
     for rank in range(LAYOUT.num_instances):

@@ -158,7 +158,7 @@ class Cluster:
         begun = self.queue.pop()
         sweep_waiting(self.runtime)
         ask_elsewhere(self.runtime)
-        columns = [one.build_columns((), pool.num_givable_pages(), 0, 0) for one, pool in zip(self.participants, self.pools, strict=True)]
+        columns = [one.build_columns(None, pool.num_givable_pages(), 0, 0) for one, pool in zip(self.participants, self.pools, strict=True)]
         most = [one.read_columns(columns) for one in self.participants]
         words = [one.own_words for one in self.participants] if max(most) else None
         assert len({repr(one.finish_step(words, True)) for one in self.participants}) == 1

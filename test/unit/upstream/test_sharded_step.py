@@ -222,7 +222,7 @@ def test_torch_native_can_pad_a_batch_on_a_gpu() -> None:
 
 def test_a_graph_step_never_runs_eagerly(bound: Any) -> None:
     """All instances replay it or none: falling back on one would leave the others waiting in the exchange."""
-    bound.mode = Graph(16, GraphStep(7, [], [], frozenset(), has_new_pooled=False))
+    bound.mode = Graph(16, GraphStep(7, [], []))
     with pytest.raises(graphs.GraphError, match="rank 1, step 7: .* 16 guest rows"):
         attention_backend.make_backend_class(Stock)().init_forward_metadata(None)
 

@@ -70,7 +70,7 @@ class Scheduler:
     def run(self, *, silent: int = 0, graph: bool = True) -> None:
         """One step; `silent` are the peers that go silent within its layers."""
         self.step += 1
-        self.bound.mode = Graph(16, GraphStep(self.step, [], [], frozenset(), has_new_pooled=False)) if graph else STOCK
+        self.bound.mode = Graph(16, GraphStep(self.step, [], [])) if graph else STOCK
         self.attention.mask |= silent
         result = Result([self.step] * len(self.reqs), can_run_cuda_graph=graph)
         after_forward(result, None)

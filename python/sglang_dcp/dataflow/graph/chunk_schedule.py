@@ -26,7 +26,7 @@ class ChunkSchedule:
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
         self._pages_per_chunk = 0
-        self._num_chunks: np.ndarray | None = None
+        self._num_chunks: bytes | None = None  # of each row, int64
         self._warned = False
 
     def read(self, wrapper: Any, counts: np.ndarray) -> None:
@@ -48,11 +48,11 @@ class ChunkSchedule:
         if beyond[0] not in (0, 1) or beyond[1:].any():
             self._warn("it does not list the chunks that its rows have")
             return
-        self._pages_per_chunk, self._num_chunks = pages_per_chunk, num_chunks
+        self._pages_per_chunk, self._num_chunks = pages_per_chunk, num_chunks.tobytes()
 
     def serves(self, counts: np.ndarray) -> bool:
         """Whether the schedule serves rows of these page counts, as many rows as it was planned for."""
-        return self._num_chunks is not None and np.array_equal(_ceil_chunks(counts, self._pages_per_chunk), self._num_chunks)
+        return self._num_chunks is not None and _ceil_chunks(counts, self._pages_per_chunk).tobytes() == self._num_chunks
 
     def serves_longer(self, begun: Sequence[int]) -> bool:
         """The same where rows that it serves began a page since, and have these many now."""
@@ -78,4 +78,4 @@ def _words(host: np.ndarray, offset: int, count: int) -> np.ndarray:
 
 def _ceil_chunks(counts: np.ndarray, pages_per_chunk: int) -> np.ndarray:
     """A row without pages has one chunk, which is empty."""
-    return -(-np.maximum(counts, 1) // pages_per_chunk)
+    return (np.maximum(counts, 1, dtype=np.int64) + (pages_per_chunk - 1)) // pages_per_chunk

@@ -129,10 +129,12 @@ class GraphAttention:
             table.fill(rows)
         self._begun = None
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: int, token_table: torch.Tensor) -> None:
         """The same for the step that follows, with the same rows and routes."""
         self._begun = self.lines.advance(step)
         self.tables.upload_rows_at(self.lines.table_address)  # PageLines keeps every row within its line
+        if self.lines.renewal is not None:
+            self._update_lines(self.lines.renewal, token_table)
         for table in self.windows.values():
             table.advance()
 
@@ -164,7 +166,7 @@ class GraphAttention:
             pages[:, : given.copy_pages].index_copy_(0, entries, numbers.to(torch.int32))
 
     def _plan(self, home_rows: int, guest_rows: int, tokens: np.ndarray) -> None:
-        counts = -(-tokens // self.sizes.page_size)
+        counts = (tokens + (self.sizes.page_size - 1)) // self.sizes.page_size
         kernel = self._kernels[home_rows, guest_rows]
         self._planned = home_rows, guest_rows
         if isinstance(kernel, FlashInferDecode) and kernel.serves(counts):

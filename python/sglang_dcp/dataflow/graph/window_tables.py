@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from sglang_dcp.dataflow.device_plan import to_device
-from sglang_dcp.dataflow.graph.static_tables import ListedRow, PooledRow, shard_tokens
+from sglang_dcp.dataflow.graph.static_tables import shard_tokens
+from sglang_dcp.dataflow.graph.table_rows import ListedRow, PooledRow
 
 
 class WindowCaps:

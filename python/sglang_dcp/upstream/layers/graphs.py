@@ -15,7 +15,7 @@ import torch
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
-from sglang_dcp.dataflow.graph.static_tables import guests_per_instance
+from sglang_dcp.dataflow.graph.route_words import guests_per_instance
 from sglang_dcp.dataflow.step_mode import STOCK, Graph, GraphStep, StepMode, Stock
 from sglang_dcp.dataflow.step_rows import StepRows
 from sglang_dcp.ledger.slices import Slices
@@ -134,22 +134,24 @@ class GraphEngine:
         before ran as; batch_sizes: of all instances.
 
         Most steps are the last one's, one token on. steady: no home told others of its rows, and here nobody joined or left. Rows that
-        others attend alone may.
+        others attend alone may. Where they may here as well, the graph stays: guests follow from what homes told.
         """
         before = last if isinstance(last, Graph) and last.step.step + 1 == rows.participant.step else None
-        if before is not None and steady and not before.step.has_new_pooled and max(batch_sizes) <= self.max_home_rows:
+        if before is not None and rows.participant.rows_steady and max(batch_sizes) <= self.max_home_rows:
+            if not steady:
+                return Graph(before.guest_rows, GraphStep.of(rows))
             before.advance()
             return before
         guest_rows = self.choose(rows.routes_of_homes, batch_sizes)
         if guest_rows and self.rank not in rows.participant.busy_ranks:
             return STOCK
-        return Graph(guest_rows, GraphStep.of(rows, frozenset() if before is None else before.step.pooled)) if guest_rows else None
+        return Graph(guest_rows, GraphStep.of(rows)) if guest_rows else None
 
     def load(self, mode: Graph, home_rows: int, token_table: torch.Tensor) -> None:
         """Fills the step's tables and plans its kernel, for the graph of `home_rows`. On the stream of the replay."""
         step = mode.step
         if step.is_advance:
-            self.attention.advance(step.step)
+            self.attention.advance(step.step, token_table)
         else:
             self.attention.fill(step.step, step.words, step.rows, token_table)
         self.attention.plan(home_rows, mode.guest_rows)

@@ -21,7 +21,7 @@ def own_columns(runtime: Runtime, batch: Any, wanted_pages: int) -> list[int]:
     """Control columns of this instance. batch: SGLang's of the step, None where it has none. wanted_pages: see retention.py."""
     participant, own, scheduler = runtime.participant, runtime.own_batch, runtime.scheduler
     own.take(batch)
-    rows = None if own.steady else own.sharded_rows()
+    rows = own.news()
     runtime.givable_pages = givable = runtime.pool.num_givable_pages()
     free = givable if scheduler.chunked_req is None else free_pages(runtime, givable)
     used_tokens = (participant.num_pages - givable - participant.retention.num_pages_here) * participant.page_size
