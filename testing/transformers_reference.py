@@ -1,8 +1,9 @@
-"""The same models in Hugging Face transformers: the reference that knows nothing of SGLang."""
+"""Models of the tests in Hugging Face transformers: the reference that knows nothing of SGLang."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,13 @@ from testing.recall import EOS, model_path
 def load_reference(name: str) -> Any:
     """The model in float32 on one thread, ready for inference."""
     return train_recall.load(model_path(name)).eval()
+
+
+def load_checkpoint(folder: Path) -> Any:
+    """Of any folder, in float32. Its attention is written out: some others leave out sinks."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
 
 
 @torch.no_grad()

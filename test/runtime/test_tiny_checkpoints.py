@@ -1,5 +1,5 @@
-"""GLM-4.5, GLM-4.7-Flash and Step-3.5 in tiny, served on two instances: each token's log-probability is that of stock on one rank with
-one pool.
+"""GLM-4.5, GLM-4.7-Flash, Step-3.5 and gpt-oss in tiny, served on two instances: each token's log-probability is that of stock on one rank
+with one pool.
 
 Weights are random, so tokens are given and scored; a greedy path of such a model hangs on ties.
 """
@@ -15,16 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from upstream.checkpoints import checkpoint_server
+from upstream.checkpoints import checkpoint_server, with_sinks
 
 from sglang_dcp.cpu.environment import count_cuda_devices, cpu_additions
 from testing.client import Answer
 from testing.recall import random_ids
 from testing.server import Server, ServerConfig
+from testing.transformers_reference import load_checkpoint, score
 
-SERVED = {"Glm4MoeForCausalLM": False, "Glm4MoeLiteForCausalLM": True, "Step3p5ForCausalLM": False}
-"""GQA, MLA, and layers of a window of 128 tokens with more heads than the others have; whether two tokenizer workers stand in front, as
-test_tokenizer_workers.py has them."""
+SERVED = {"Glm4MoeForCausalLM": False, "Glm4MoeLiteForCausalLM": True, "Step3p5ForCausalLM": False, "GptOssForCausalLM": False}
+"""GQA, MLA, layers of a window of 128 tokens with more heads than the others have, and such layers with sinks; whether two tokenizer
+workers stand in front, as test_tokenizer_workers.py has them."""
 PROBE = Path(__file__).resolve().parents[1] / "upstream" / "score_probe.py"
 PROMPTS = [(1500, {}), (640, {"degree": 2, "home": 0}), (333, {"degree": 2, "home": 1})]
 """Lengths and pins. The first is beyond one pool of 1,024 tokens."""
@@ -54,6 +55,7 @@ def ask_about(server: Server) -> list[Answer]:
 def score_in_one_pool(answers: dict[str, list[Answer]]) -> dict[str, list[list[float]]]:
     """By folder: log-probabilities of the last SCORED tokens of each prompt with its answer."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
+    clean["PYTHONPATH"] = with_sinks(clean.get("PYTHONPATH", ""))
     environment = clean | cpu_additions(1, clean, has_cuda_driver=count_cuda_devices() is not None)
     prompts = [random_ids(length, seed=length) for length, _ in PROMPTS]
     asked = [
@@ -90,3 +92,11 @@ def test_equal_to_one_large_pool(cases: dict[str, Case], architecture: str) -> N
         assert max(abs(a - b) for a, b in zip(served, expected, strict=True)) < CLOSE
     spread = [value for expected in case.expected for value in expected]
     assert max(spread) - min(spread) > 1, "weights that tell tokens apart"
+
+
+def test_one_large_pool_of_gpt_oss_is_transformers(cases: dict[str, Case], checkpoint: Callable[[str], Path]) -> None:
+    """So that what two instances equal is the model: its attention in that pool is a plugin of ours, its experts a stand-in."""
+    model, case = load_checkpoint(checkpoint("GptOssForCausalLM")), cases["GptOssForCausalLM"]
+    for (length, _), answer, expected in zip(PROMPTS[1:], case.answers[1:], case.expected[1:], strict=True):
+        scores = score(model, random_ids(length, seed=length) + list(answer.ids))[-SCORED:]
+        assert max(abs(a - b) for a, b in zip(scores, expected, strict=True)) < 1e-4

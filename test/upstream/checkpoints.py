@@ -5,7 +5,9 @@ Which weights they have says nothing about answers: tests of such a server compa
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,10 @@ SEED = 20261128
 KEY_SCALE = 2.0
 """Of query and key projections: attention over random keys is flat without it, and a lost shard would hardly show."""
 
-OURS = {"Step3p5ForCausalLM": "step"}
-"""Of which transformers has no model: by the name in testing/gpu/random_models.py."""
+OURS = {"Step3p5ForCausalLM": "step", "GptOssForCausalLM": "oss"}
+"""By the name in testing/gpu/random_models.py: of the one transformers has no model, of the other random sinks are to weigh something."""
+SINKS_ON_CPU = Path(__file__).resolve().parents[2] / "testing" / "gpu" / "sinks_on_cpu"
+"""The plugin with which SGLang serves gpt-oss on any CPU."""
 
 WORKER_FLAGS = ("--tokenizer-worker-num", "2", "--enable-http-worker-reuseport")
 """Two tokenizer workers with a listener each, whom the kernel deals connections to; else an idle server gives them to one alone."""
@@ -34,9 +38,20 @@ def checkpoint_server(folder: Path, *, workers: bool = False) -> ServerConfig:
         # uvicorn ends a worker that does not answer within 10 s, and on a busy machine it imports for longer. It closes a connection that
         # is silent for 5 s, and a worker is known by its connection.
         environment += [("SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT", "300"), ("SGLANG_TIMEOUT_KEEP_ALIVE", "600")]
+    if has_sinks(folder):
+        environment.append(("PYTHONPATH", with_sinks(os.environ.get("PYTHONPATH", ""))))
     flags = ("--model-path", str(folder), *(WORKER_FLAGS if workers else ()))
     flags += ("--trust-remote-code",) if list(folder.glob("configuration_*.py")) else ()
     return ServerConfig("qwen3moe", 2, pool_tokens=1024, chunk_tokens=256, dyncp=True, flags=flags, environment=tuple(environment))
+
+
+def has_sinks(folder: Path) -> bool:
+    return bool(json.loads((folder / "config.json").read_text())["model_type"] == "gpt_oss")
+
+
+def with_sinks(python_path: str) -> str:
+    """A PYTHONPATH with the plugin on it."""
+    return os.pathsep.join(filter(None, (python_path, str(SINKS_ON_CPU))))
 
 
 def find_case(architecture: str) -> ModelCase:

@@ -93,8 +93,8 @@ def register_recording_backend(recorder: Recorder) -> None:
     register_attention_backend("torch_native")(RecordingBackend)
 
 
-def load(folder: str, *, load_format: str = "dummy", pool_tokens: int = 512) -> Any:
-    """SGLang's ModelRunner for one rank, with dummy weights or (load_format "auto") those of the folder."""
+def load(folder: str, *, load_format: str = "dummy", pool_tokens: int = 512, **further: Any) -> Any:
+    """SGLang's ModelRunner for one rank, with dummy weights or (load_format "auto") those of the folder. further: server arguments."""
     from sglang.benchmark import one_batch
     from sglang.srt.model_loader import loader, weight_utils
     from sglang.srt.server_args import PortArgs, ServerArgs
@@ -119,6 +119,7 @@ def load(folder: str, *, load_format: str = "dummy", pool_tokens: int = 512) -> 
         disable_cuda_graph=True,
         disable_overlap_schedule=True,
         disable_hybrid_swa_memory=True,
+        **further,
     )
     arguments.resolve_once()
     one_batch._set_envs_and_config(arguments)

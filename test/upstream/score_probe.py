@@ -1,4 +1,5 @@
-"""Scores token sequences with stock SGLang's own model on one rank with one large pool, the overlay's CPU hooks alone.
+"""Scores token sequences with stock SGLang's own model on one rank with one large pool, the overlay's CPU hooks alone (and for gpt-oss the
+plugin testing/gpu/sinks_on_cpu, which must be on PYTHONPATH).
 
 Reads [[folder, [[tokens, number of last tokens to score], ...]], ...] as JSON from standard input and prints one JSON line per folder.
 A process of its own with a fork per model, as model_probe.py.
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,18 @@ def score(runner: Any, tokens: list[int], count: int) -> list[float]:
     return scores
 
 
+def load_stock(folder: str) -> Any:
+    further = {}
+    if json.loads((Path(folder) / "config.json").read_text())["model_type"] == "gpt_oss":
+        import sinks_on_cpu
+        from sglang.srt.plugins.hook_registry import HookRegistry
+
+        sinks_on_cpu.register()
+        HookRegistry.apply_hooks()
+        further = {"moe_runner_backend": "triton"}  # SGLang's choice on one rank lays weights out otherwise
+    return load(folder, load_format="auto", pool_tokens=POOL_TOKENS, **further)
+
+
 def main() -> None:
     import sglang.benchmark.one_batch  # noqa: F401 - the one import that all forks share
 
@@ -45,7 +59,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             try:
-                runner = load(folder, load_format="auto", pool_tokens=POOL_TOKENS)
+                runner = load_stock(folder)
                 outcome = {"scores": [score(runner, tokens, count) for tokens, count in sequences]}
             except BaseException:  # noqa: BLE001 - whatever it raises is the finding
                 outcome = {"failed": traceback.format_exc()[-3000:]}

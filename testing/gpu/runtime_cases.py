@@ -67,8 +67,8 @@ then differ from one's by 0.08 on average and 0.55 at most (H200, four layers of
 FLOAT32_BOUNDS: dict[str, float] = {"mean": 2e-5, "max": 2e-4, "tie_gap": 1e-3}
 """float32: of every log-probability, whatever the unsharded server does. This model in float32 differs from itself in float64 by 4.6e-6 on
 average and 2.5e-5 at most over 1,500 tokens (transformers, CPU); two servers may differ by twice that, and sum in other orders."""
-PLUGINS = {"fp8": ("kv_scales",), "fa3_fp8": ("kv_scales",)}
-"""On a GPU, by kind of case. Latent attention is served with scales of 1."""
+PLUGINS = {("cuda", "fp8"): ("kv_scales",), ("cuda", "fa3_fp8"): ("kv_scales",), ("cpu", "oss"): ("sinks_on_cpu",)}
+"""By device, and kind of case or model. Latent attention is served with scales of 1."""
 PLAIN_TORCH = {"SGLANG_FORCE_FUSED_OP_BACKEND": "torch"}
 
 
@@ -180,7 +180,7 @@ class Case:
             flags += ("--trust-remote-code",)
         if self.model in WINDOW_MODELS and device == "cpu" and not dyncp:
             flags += ("--disable-hybrid-swa-memory",)  # SGLang's torch_native looks for window K/V at the ids of the other pool
-        if self.model == "oss" and device == "cuda":
+        if self.model == "oss":
             flags += ("--moe-runner-backend", "triton")  # SGLang's choice differs with the number of instances
         if self.is_quantised and device == "cuda":
             flags += ("--kv-cache-dtype", "fp8_e4m3")
@@ -217,7 +217,7 @@ class Case:
             one_gpu=one_gpu,
             device=device,
             environment=dict(PLAIN_TORCH) if plain else {},
-            plugins=("plain_ops",) if plain else PLUGINS.get(self.kind or "", ()) if device == "cuda" else (),
+            plugins=("plain_ops",) if plain else PLUGINS.get((device, self.kind or self.model), ()),
         )
 
     @property

@@ -1,10 +1,12 @@
-"""What SGLang's CUDA path gets wrong, found while its answers were compared with ours."""
+"""What SGLang gets wrong on a GPU, found while its answers were compared with ours."""
 
 from __future__ import annotations
 
 from ..codemod import Contribution, EditedTree
 
 DECODE_PLAN = "sglang.srt.layers.attention.flashinfer_backend.FlashInferIndicesUpdaterDecode.call_begin_forward"
+
+FUSED_LOADER = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.weight_loader_fused"
 
 
 def plan_guard(tree: EditedTree) -> None:
@@ -25,6 +27,26 @@ def plan_guard(tree: EditedTree) -> None:
     tree.insert_last(DECODE_PLAN, mark)
 
 
+def fused_experts(tree: EditedTree) -> None:
+    code = """\
+        # The checkpoint holds all experts in one tensor, the parameter those of this rank.
+        num_ranks = self.moe_ep_size
+        if (
+            num_ranks > 1
+            and self.num_fused_shared_experts == 0
+            and self.num_local_experts * num_ranks == self.num_experts
+            and loaded_weight.shape[0] == self.num_experts
+            and param.shape[0] == self.num_local_experts
+        ):
+            loaded_weight = loaded_weight.narrow(
+                0, self.moe_ep_rank * self.num_local_experts, self.num_local_experts
+            )
+
+"""
+    first = "        # Mirror _weight_loader_impl"
+    tree.replace(FUSED_LOADER, first, code + first)
+
+
 GPU: tuple[Contribution, ...] = (
     Contribution(
         name="flashinfer-plan-guard",
@@ -38,5 +60,17 @@ GPU: tuple[Contribution, ...] = (
         "there the event stood in fast_decode_plan itself). On a CPU: wait, plan and mark come in this order.",
         closes="the guard of unsharded steps in upstream/layers/attention_backend.py",
         apply=plan_guard,
+    ),
+    Contribution(
+        name="fused-experts",
+        title="[MoE] Load fused bf16 experts under expert parallelism",
+        gap="`weight_loader_fused` takes a tensor of all experts, as bf16 gpt-oss has it, and copies it into a parameter of this rank's: "
+        'with `--ep` above 1 the model does not load ("The size of tensor a (2) must match the size of tensor b (4)"). '
+        "MXFP4 checkpoints are cut by their own loader.",
+        change="Where the tensor holds every expert once and the parameter an even part, the part of this rank is loaded. Redundant and "
+        "shared experts are left as they are.",
+        proof="The parts of one, two and four ranks are the checkpoint.",
+        closes="hook FusedMoE.weight_loader_fused",
+        apply=fused_experts,
     ),
 )

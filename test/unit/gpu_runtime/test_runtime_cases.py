@@ -84,6 +84,11 @@ def test_servers_of_a_case() -> None:
             assert value_of(server, "--page-size") == ("64" if backend == "flashmla" else "16")
     for server in build_servers([Case.parse("gqa_fa3")], {"gqa_fa3": Path()}, "cuda", one_gpu=True, with_stock=True)["gqa_fa3"]:
         assert server is not None and value_of(server, "--attention-backend") == "fa3" and not server.plugins
+    for device, plugins in (("cuda", ()), ("cpu", ("sinks_on_cpu",))):
+        for server in build_servers([Case.parse("oss")], {"oss": Path()}, device, one_gpu=False, with_stock=True)["oss"]:
+            assert server is not None and server.plugins == plugins and value_of(server, "--moe-runner-backend") == "triton"
+            is_one_pool = device == "cpu" and not server.dyncp
+            assert ("--disable-hybrid-swa-memory" in server.command()) == is_one_pool
     assert all(not server.plugins and value_of(server, "--dtype") == "bfloat16" for server in pairs["gqa4"] if server)
 
 

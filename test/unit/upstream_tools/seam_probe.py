@@ -6,6 +6,7 @@ import os
 import threading
 import types
 
+import expert_probe
 import range_probe
 import torch
 import torch.distributed as dist
@@ -16,29 +17,6 @@ def outcome(attempt):
         return attempt()
     except Exception as error:  # noqa: BLE001 - whatever it raises is the finding
         return f"{type(error).__name__}: {str(error)[:300]}"
-
-
-def expert_layer(weights13, weights2, num_experts):
-    return types.SimpleNamespace(num_experts=num_experts, w13_weight=weights13, w2_weight=weights2)
-
-
-def experts_of_two_ranks_add_up():
-    from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
-
-    config = types.SimpleNamespace(
-        apply_router_weight_on_input=False, activation="silu", gemm1_alpha=None, gemm1_clamp_limit=None, swiglu_limit=None
-    )
-    generator = torch.Generator().manual_seed(0)
-    weights13, weights2 = torch.randn(4, 8, 6, generator=generator), torch.randn(4, 6, 4, generator=generator)
-    tokens, weights = torch.randn(5, 6, generator=generator), torch.rand(5, 2, generator=generator)
-    ids = torch.tensor([[0, 3], [1, 2], [2, 3], [0, 1], [3, 2]])
-    whole = moe_forward_native(expert_layer(weights13, weights2, 4), tokens, (weights, ids, None), config)
-    total = torch.zeros_like(whole)
-    for first in (0, 2):
-        local = torch.where((ids >= first) & (ids < first + 2), ids - first, -1)
-        layer = expert_layer(weights13[first : first + 2], weights2[first : first + 2], 4)
-        total += moe_forward_native(layer, tokens, (weights, local, None), config)
-    return bool(torch.allclose(whole, total, atol=1e-5))
 
 
 class OneOfTwo:
@@ -321,7 +299,6 @@ def probe():
 
     return {
         "imported_from_the_copy": os.environ["PYTHONPATH"].split(os.pathsep)[0] in str(list(sglang.__path__)[0]),
-        "experts_of_two_ranks_add_up": outcome(experts_of_two_ranks_add_up),
         "collectives_of_two_ranks": outcome(collectives_of_two_ranks),
         "parser_without_plugins_is_as_before": outcome(parser_without_plugins_is_as_before),
         "flags_of_a_plugin_are_parsed_and_read": outcome(flags_of_a_plugin_are_parsed_and_read),
@@ -337,7 +314,7 @@ def probe():
         "heads_are_counted_per_attention_rank": outcome(lambda: (heads_on_four_ranks(attn_tp_size=1), heads_on_four_ranks()) == (2, 4)),
         "plain_rope_rotates": outcome(plain_rope_rotates),
         "rows_are_written_without_the_kernel": outcome(rows_are_written_without_the_kernel),
-    } | {attempt.__name__: outcome(attempt) for attempt in range_probe.ATTEMPTS}
+    } | {attempt.__name__: outcome(attempt) for attempt in (*expert_probe.ATTEMPTS, *range_probe.ATTEMPTS)}
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ def test_the_allocator_loads_without_sgl_kernel(patched: Path) -> None:
     [
         "imported_from_the_copy",
         "experts_of_two_ranks_add_up",
+        "fused_experts_of_two_ranks_are_the_checkpoint",
         "collectives_of_two_ranks",
         "flags_of_a_plugin_are_parsed_and_read",
         "parser_without_plugins_is_as_before",

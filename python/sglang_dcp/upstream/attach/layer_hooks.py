@@ -1,4 +1,4 @@
-"""Touch points inside a forward pass: attention backends, decode graphs, and what ran as which."""
+"""Touch points on layers: attention backends, decode graphs, and what ran as which; experts as they are loaded."""
 
 from __future__ import annotations
 
@@ -44,6 +44,16 @@ LAYER_HOOKS: tuple[Hook, ...] = (
         upstream="attention backends name their graph variants",
         remove_when="a backend can return graph variants",
         parameters=("hf_config",),
+    ),
+    Hook(
+        target="sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.weight_loader_fused",
+        kind="around",
+        hook_set="dyncp",
+        handler="sglang_dcp.upstream.layers.fused_experts:load_own_experts",
+        why="of a tensor with all experts (gpt-oss in bfloat16) a rank loads its own",
+        upstream="weight_loader maps an expert to its rank, weight_loader_fused does not",
+        remove_when="SGLang loads bfloat16 gpt-oss with --ep above 1",
+        parameters=("param", "loaded_weight"),
     ),
     Hook(
         target="sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
