@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
 from sglang_dcp.dataflow.contracts import GuestRow, HomeRow, StepPlan
-from sglang_dcp.dataflow.graph.rows_of_step import RowsOfStep
+from sglang_dcp.dataflow.graph.rows_of_step import DecodeBatch, RowsOfStep
 from sglang_dcp.dataflow.graph.table_rows import TableRows
 from sglang_dcp.dataflow.step_plan import asks, build_step_plan, holds_active_page
 from sglang_dcp.ledger.homes import HomeRequest
-from sglang_dcp.ledger.kept_runs import Run
 from sglang_dcp.ledger.participant import Participant
-from sglang_dcp.ledger.steady import SteadyRows
 
 
 class Request(Protocol):
@@ -31,24 +29,12 @@ Span = tuple[Any, int, int]
 """(Request, prefix_len, num_new), in token order."""
 
 
-class Batch(Protocol):
+class Batch(DecodeBatch, Protocol):
     """The own batch of a step. routes: of the sharded rows, by place in the batch. rows: of a decode step, its requests and the tokens of
     each with the new one; version, runs: what changed of them (OwnBatch)."""
 
     @property
     def spans(self) -> Sequence[Span]: ...
-
-    @property
-    def routes(self) -> Mapping[int, int]: ...
-
-    @property
-    def rows(self) -> SteadyRows: ...
-
-    @property
-    def version(self) -> int: ...
-
-    @property
-    def runs(self) -> list[Run]: ...
 
 
 @dataclass(slots=True, eq=False)
