@@ -111,6 +111,7 @@ class HostAttention(GraphAttention):
         self.sizes = GraphSizes(num_instances, max_rows, (GUEST_ROWS,), page_size, num_pages, num_pages + 1)
         self.tables = host_tables(self.sizes.tables(), rank, 2 * self.sizes.max_rows)
         self.lines = PageLines(2 * self.sizes.max_rows, self.sizes.context_pages, page_size)
+        self.windows = {}
         self._guard = CopyGuard(torch.device("cpu"))
         self._planned = self._begun = None
         self._kernels = _Kernels(page_size)
