@@ -7,6 +7,7 @@ ones; the production path has no branch for it.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import os
 import sys
@@ -127,28 +128,23 @@ def _neutral_zero() -> None:
 # ---- the plan of a step
 
 
-def _with_plan(change: Callable[..., StepPlan]) -> None:
-    """change(build_step_plan, step, rank, num_instances, page_size, num_tokens, home_rows, guest_rows, window)."""
-    _replace(step_plan, "build_step_plan", lambda original: lambda *args: change(original, *args), everywhere=True)
+def _with_plan(change: Callable[[Callable[..., StepPlan], dict[str, Any]], StepPlan]) -> None:
+    """change(build_step_plan, its arguments by name)."""
+
+    def wrap(original: Any) -> Any:
+        parameters = inspect.signature(original)
+        return lambda *args: change(original, parameters.bind(*args).arguments)
+
+    _replace(step_plan, "build_step_plan", wrap, everywhere=True)
 
 
 def _tail_row_written_twice() -> None:
     """K/V whose tail is remote is also written at home, into whatever page has that number here."""
 
-    def change(
-        build: Any,
-        step: int,
-        rank: int,
-        num_instances: int,
-        page_size: int,
-        num_tokens: int,
-        home_rows: Any,
-        guests: Any,
-        window: Any = None,
-    ) -> StepPlan:
-        plan: StepPlan = build(step, rank, num_instances, page_size, num_tokens, home_rows, guests, window)
+    def change(build: Callable[..., StepPlan], given: dict[str, Any]) -> StepPlan:
+        plan, rank, page_size = build(**given), given["rank"], given["page_size"]
         slots = plan.write_slots.clone()
-        for row in home_rows:
+        for row in given["home_rows"]:
             positions = np.arange(row.prefix_len, row.prefix_len + row.num_new)
             remote = np.flatnonzero(row.page_owners[positions // page_size] != rank)
             numbers = row.page_numbers[positions[remote] // page_size]
@@ -161,8 +157,8 @@ def _tail_row_written_twice() -> None:
 def _tail_row_not_written() -> None:
     """K/V that arrives at a remote tail goes to the padding page."""
 
-    def change(build: Any, *args: Any) -> StepPlan:
-        plan: StepPlan = build(*args)
+    def change(build: Callable[..., StepPlan], given: dict[str, Any]) -> StepPlan:
+        plan = build(**given)
         return dataclasses.replace(plan, receive_kv_slots=tuple(map(torch.zeros_like, plan.receive_kv_slots)))
 
     _with_plan(change)
@@ -179,20 +175,8 @@ def _wrong_owner() -> None:
         numbers[own[0]] = row.page_numbers[foreign[0]]
         return dataclasses.replace(row, page_numbers=numbers)
 
-    def change(
-        build: Any,
-        step: int,
-        rank: int,
-        num_instances: int,
-        page_size: int,
-        num_tokens: int,
-        home_rows: Any,
-        guests: Any,
-        window: Any = None,
-    ) -> StepPlan:
-        rows = [swap(row, rank) for row in home_rows]
-        plan: StepPlan = build(step, rank, num_instances, page_size, num_tokens, rows, guests, window)
-        return plan
+    def change(build: Callable[..., StepPlan], given: dict[str, Any]) -> StepPlan:
+        return build(**given | {"home_rows": [swap(row, given["rank"]) for row in given["home_rows"]]})
 
     _with_plan(change)
 
@@ -212,24 +196,14 @@ def _page_table_stale() -> None:
         known = dict(zip(old.page_index.tolist(), old.page_numbers.tolist(), strict=True))
         return dataclasses.replace(row, page_numbers=np.array([known.get(i, 0) for i in row.page_index.tolist()], dtype=np.int64))
 
-    def change(
-        build: Any,
-        step: int,
-        rank: int,
-        num_instances: int,
-        page_size: int,
-        num_tokens: int,
-        home_rows: Any,
-        guests: Any,
-        window: Any = None,
-    ) -> StepPlan:
+    def change(build: Callable[..., StepPlan], given: dict[str, Any]) -> StepPlan:
+        step, rank, home_rows, guests = (given[name] for name in ("step", "rank", "home_rows", "guest_rows"))
         old_step, old_home, old_guests = last.get(rank, (-1, (), ()))
         last[rank] = step, home_rows, guests
         if old_step == step - 1:
             home_rows = [stale_home(*pair) for pair in zip(home_rows, old_home, strict=False)] + list(home_rows[len(old_home) :])
             guests = [stale_guest(*pair) for pair in zip(guests, old_guests, strict=False)] + list(guests[len(old_guests) :])
-        plan: StepPlan = build(step, rank, num_instances, page_size, num_tokens, home_rows, guests, window)
-        return plan
+        return build(**given | {"home_rows": home_rows, "guest_rows": guests})
 
     _with_plan(change)
 

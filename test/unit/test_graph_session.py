@@ -13,7 +13,8 @@ import torch
 
 from sglang_dcp.dataflow.contracts import NewKV, PartialState
 from sglang_dcp.dataflow.graph.route_words import TAIL_SHIFT, guests_per_instance
-from sglang_dcp.dataflow.graph.static_tables import FROM_TOKEN_TABLE, NO_PAGE, PageLines
+from sglang_dcp.dataflow.graph.static_tables import FROM_TOKEN_TABLE, PageLines
+from sglang_dcp.dataflow.graph.tables_ahead import NO_PAGE
 from sglang_dcp.dataflow.merge import merge_partial_states
 from sglang_dcp.dataflow.reference import RouteTables, partial_attention, route_tables
 from sglang_dcp.dataflow.step_mode import STOCK, Graph, StepMode, Stock

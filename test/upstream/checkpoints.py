@@ -5,14 +5,13 @@ Which weights they have says nothing about answers: tests of such a server compa
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from upstream.model_cases import CASES, ModelCase
+from upstream.model_cases import CASES, ModelCase, has_sinks
 
 from testing.gpu.random_models import write_model
 from testing.server import ServerConfig
@@ -43,10 +42,6 @@ def checkpoint_server(folder: Path, *, workers: bool = False) -> ServerConfig:
     flags = ("--model-path", str(folder), *(WORKER_FLAGS if workers else ()))
     flags += ("--trust-remote-code",) if list(folder.glob("configuration_*.py")) else ()
     return ServerConfig("qwen3moe", 2, pool_tokens=1024, chunk_tokens=256, dyncp=True, flags=flags, environment=tuple(environment))
-
-
-def has_sinks(folder: Path) -> bool:
-    return bool(json.loads((folder / "config.json").read_text())["model_type"] == "gpt_oss")
 
 
 def with_sinks(python_path: str) -> str:

@@ -1,8 +1,10 @@
-"""Tiny models of SGLang's classes: what test_served_models.py builds on the CPU. Data alone, in the words of each model's config.json."""
+"""Tiny models of SGLang's classes: what test_served_models.py builds on the CPU, in the words of each model's config.json."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 BASE: dict[str, Any] = {
@@ -59,10 +61,7 @@ EXPERTS = {"num_experts": 8, "n_routed_experts": 8, "num_local_experts": 8}
 
 WINDOW = 9
 LAYER_TYPES = ["sliding_attention", "full_attention"]
-STEP_CONFIGURATION = "from sglang.srt.configs.step3p5 import Step3p5Config\n"
-"""A file beside its config.json."""
 STEP: dict[str, Any] = {
-    "auto_map": {"AutoConfig": "configuration_step3p5.Step3p5Config"},
     "num_attention_groups": 2,
     "attention_other_setting": {"num_attention_heads": 4, "num_attention_groups": 2},
     "layer_types": LAYER_TYPES,
@@ -104,6 +103,11 @@ class ModelCase:
     def config(self) -> dict[str, Any]:
         names = {"architectures": [self.architecture], "model_type": self.model_type}
         return (MLA if self.latent else GQA | EXPERTS) | self.fields | names
+
+
+def has_sinks(folder: Path) -> bool:
+    """Of a checkpoint: whether SGLang serves it on any CPU with testing/gpu/sinks_on_cpu alone."""
+    return bool(json.loads((folder / "config.json").read_text())["model_type"] == "gpt_oss")
 
 
 def _latent(architecture: str, model_type: str, **fields: Any) -> ModelCase:

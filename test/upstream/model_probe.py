@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model_cases import CASES, STEP_CONFIGURATION, ModelCase
+from model_cases import CASES, ModelCase
 
 PROMPT_TOKENS, DECODE_STEPS = 23, 3
 TOKENIZER = Path(__file__).resolve().parents[2] / "testing" / "models" / "qwen3moe"
@@ -148,7 +148,6 @@ def probe(case: ModelCase) -> dict[str, Any]:
     register_recording_backend(recorder)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(case.config()))
-        (Path(folder) / "configuration_step3p5.py").write_text(STEP_CONFIGURATION)
         runner = load(folder)
     run_steps(runner)
     model = runner.torch_runner.model

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from model_cases import has_sinks
 from model_probe import load
 
 POOL_TOKENS = 8192
@@ -38,7 +39,7 @@ def score(runner: Any, tokens: list[int], count: int) -> list[float]:
 
 def load_stock(folder: str) -> Any:
     further = {}
-    if json.loads((Path(folder) / "config.json").read_text())["model_type"] == "gpt_oss":
+    if has_sinks(Path(folder)):
         import sinks_on_cpu
         from sglang.srt.plugins.hook_registry import HookRegistry
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from testing.gpu.window_models import OSS, STEP, STEP_CONFIGURATION, oss_layer_shapes, step_layer_shapes
+from testing.gpu.window_models import OSS, STEP, STEP_CONFIGURATION, gated, oss_layer_shapes, step_layer_shapes
 from testing.recall import MODELS
 
 TOKENIZER_FOLDER = MODELS / "qwen3moe"
@@ -161,17 +161,13 @@ def _mla_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def _feed_forward_shapes(config: dict[str, Any], dense: bool) -> dict[str, tuple[int, ...]]:
     hidden = config["hidden_size"]
-
-    def gated(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
-        return {f"{prefix}gate_proj": (width, hidden), f"{prefix}up_proj": (width, hidden), f"{prefix}down_proj": (hidden, width)}
-
     if dense:
-        return gated("", config["intermediate_size"])
+        return gated("", hidden, config["intermediate_size"])
     num_experts = config.get("num_experts") or config["n_routed_experts"]
     shapes: dict[str, tuple[int, ...]] = {"gate": (num_experts, hidden)}
     for expert in range(num_experts):
-        shapes |= gated(f"experts.{expert}.", config["moe_intermediate_size"])
-    return shapes | (gated("shared_experts.", config["moe_intermediate_size"]) if config.get("n_shared_experts") else {})
+        shapes |= gated(f"experts.{expert}.", hidden, config["moe_intermediate_size"])
+    return shapes | (gated("shared_experts.", hidden, config["moe_intermediate_size"]) if config.get("n_shared_experts") else {})
 
 
 def _weight(key: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

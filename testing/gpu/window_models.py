@@ -91,15 +91,17 @@ def step_layer_shapes(config: dict[str, Any], layer: int) -> Shapes:
     keys = config["num_attention_groups"] * dim
     projections = {"q_proj": (heads * dim, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, heads * dim)}
     projections |= {"g_proj": (heads, hidden), "q_norm": (dim,), "k_norm": (dim,)}
-    shapes = {f"self_attn.{name}.weight": shape for name, shape in projections.items()}
+    shapes: Shapes = {f"self_attn.{name}": shape for name, shape in projections.items()}
     if str(layer) not in config["moe_layers_enum"].split(","):
-        return shapes | gated("mlp.", hidden, config["intermediate_size"])
-    width = config["moe_intermediate_size"]
-    shapes |= {name: (experts, *shape) for name, shape in gated("moe.", hidden, width).items()}
-    shapes |= {"moe.gate.weight": (experts, hidden), "moe.router_bias": (experts,)}
-    return shapes | gated("share_expert.", hidden, config["share_expert_dims"])
+        shapes |= gated("mlp.", hidden, config["intermediate_size"])
+    else:
+        of_experts = gated("moe.", hidden, config["moe_intermediate_size"])
+        shapes |= {name: (experts, *shape) for name, shape in of_experts.items()}
+        shapes |= {"moe.gate": (experts, hidden), "moe.router_bias": (experts,)}
+        shapes |= gated("share_expert.", hidden, config["share_expert_dims"])
+    return {name if name.endswith("bias") else f"{name}.weight": shape for name, shape in shapes.items()}
 
 
 def gated(prefix: str, hidden: int, width: int) -> Shapes:
-    parts = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
-    return {f"{prefix}{name}.weight": shape for name, shape in parts.items()}
+    """Of a gated feed-forward part."""
+    return {f"{prefix}gate_proj": (width, hidden), f"{prefix}up_proj": (width, hidden), f"{prefix}down_proj": (hidden, width)}

@@ -16,7 +16,7 @@ NUM_ROWS_WORD = 16
 
 
 class MessagePacker:
-    """Packs the messages of one instance, as `pack_message` does; a home whose words are the array of the message before is not looked at
+    """Packs the messages of one instance; a home whose words are the array of the message before is not looked at
     again, so an array that was handed in stays as it is.
 
     expects: a byte per attention row of the last message, 1 where K/V arrives for it. address: where all messages lie.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from sgl_kernel_dcp.build import load_library
-from sgl_kernel_dcp.message_checks import ROUTE_TAIL_SHIFT, check_limit, check_rows, check_words
+from sgl_kernel_dcp.message_checks import ROUTE_TAIL_SHIFT, check_rows
 from sgl_kernel_dcp.message_packer import MessagePacker
 from sgl_kernel_dcp.shapes import TableShape
 
@@ -166,33 +165,6 @@ class StepTables:
 def pack_message(
     message: StepMessage | StepArrays, shape: TableShape, rank: int, num_entries: int, max_return_rows: int, layout: dict[str, int]
 ) -> np.ndarray:
-    """A message by itself: checks everything that the kernels rely on, then lays the words out (MessagePacker: one after another)."""
+    """A message by itself: checks everything that the kernels rely on, then lays the words out."""
     arrays = message.arrays() if isinstance(message, StepMessage) else message
-    words, rows = arrays.words, arrays.rows
-    if len(words) != shape.num_instances:
-        raise ValueError(f"routes name {len(words)} homes, the group has {shape.num_instances}")
-    lengths = [len(word) for word in words]
-    for home, length in enumerate(lengths):
-        check_limit(f"home rows of instance {home} (max_home_rows)", length, shape.max_home_rows)
-    numbers = [word.tolist() for word in words]
-    for home, of_home in enumerate(numbers):
-        check_words(home, set(of_home), shape.num_instances)
-    all_words = np.concatenate([*words[:rank], *words[rank + 1 :], words[rank]])  # in the order of attention rows
-    here = all_words >> rank & 1 == 1
-    num_rows = int(here.sum())
-    if num_rows != len(rows):
-        raise ValueError(f"routes give instance {rank} {num_rows} attention rows, the message lists {len(rows)}")
-    check_limit("attention rows (max_attention_rows)", num_rows, shape.max_attention_rows)
-    remote = (1 << ROUTE_TAIL_SHIFT) - 1 & ~(1 << rank)
-    returns = sum(count * (word & remote).bit_count() for word, count in Counter(numbers[rank]).items())
-    check_limit("partials that return (max_return_rows)", returns, max_return_rows)
-    check_rows(rows, shape, num_entries, (all_words[here] >> ROUTE_TAIL_SHIFT == rank + 1).tobytes())
-    packed = np.zeros(layout["input_rows"] + 4 * num_rows, dtype=np.int32)
-    packed[: shape.num_instances] = lengths
-    packed[16] = num_rows
-    routes = packed[layout["input_routes"] : layout["input_rows"]][: shape.num_instances * shape.max_home_rows]
-    routes = routes.reshape(shape.num_instances, shape.max_home_rows)
-    for home, word in enumerate(words):
-        routes[home, : len(word)] = word
-    packed[layout["input_rows"] :] = rows.reshape(-1)
-    return packed
+    return MessagePacker(shape, rank, num_entries, max_return_rows, layout).pack(arrays)

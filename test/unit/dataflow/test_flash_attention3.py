@@ -18,7 +18,7 @@ from sglang_dcp.dataflow.attention import flash_attention3
 from sglang_dcp.dataflow.attention.flash_attention3 import FlashAttention3Decode, most_splits
 from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
 from sglang_dcp.dataflow.contracts import KVScales
-from sglang_dcp.dataflow.graph.static_tables import ListedRow
+from sglang_dcp.dataflow.graph.table_rows import ListedRow
 from sglang_dcp.dataflow.reference import partial_attention
 from sglang_dcp.upstream.layers import backends
 from test.unit.dataflow.test_flash_mla import FakeExchange, FakeTables

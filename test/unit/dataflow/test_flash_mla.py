@@ -11,7 +11,7 @@ import torch
 
 from sglang_dcp.dataflow.attention.flashmla import FlashMLADecode
 from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
-from sglang_dcp.dataflow.graph.static_tables import ListedRow
+from sglang_dcp.dataflow.graph.table_rows import ListedRow
 from sglang_dcp.dataflow.reference import partial_attention
 from test.unit.dataflow import fake_flash_mla
 from test.unit.dataflow.fake_flash_mla import FakeFlashMla

@@ -7,16 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sglang_dcp.dataflow.graph.static_tables import (
-    FROM_TOKEN_TABLE,
-    NO_PAGE,
-    TABLES_AHEAD,
-    ListedRow,
-    PageLines,
-    PooledRow,
-    shard_tokens,
-    slot_of,
-)
+from sglang_dcp.dataflow.graph.static_tables import FROM_TOKEN_TABLE, PageLines, shard_tokens, slot_of
+from sglang_dcp.dataflow.graph.table_rows import ListedRow, PooledRow
+from sglang_dcp.dataflow.graph.tables_ahead import NO_PAGE, TABLES_AHEAD
 from sglang_dcp.dataflow.step_rows import StepRows
 from sglang_dcp.ledger.steady import SteadyRows
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from sglang_dcp.dataflow.graph.static_tables import ListedRow, PageLines, PooledRow, RowsInput
-from sglang_dcp.dataflow.graph.table_rows import TableRows
+from sglang_dcp.dataflow.graph.static_tables import PageLines, RowsInput
+from sglang_dcp.dataflow.graph.table_rows import ListedRow, PooledRow, TableRows
 from sglang_dcp.ledger.kept_runs import kept_runs, narrowed
 
 PAGE_SIZE, WIDTH = 4, 40

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dcp.dataflow.contracts import PartialState
-from sglang_dcp.dataflow.graph.static_tables import ListedRow, PooledRow
+from sglang_dcp.dataflow.graph.table_rows import ListedRow, PooledRow
 from sglang_dcp.dataflow.graph.window_tables import WindowCaps
 from sglang_dcp.dataflow.merge import add_sinks
 from sglang_dcp.dataflow.reference import partial_attention

@@ -23,7 +23,8 @@ from sglang_dcp.dataflow.copy_guard import CopyGuard
 from sglang_dcp.dataflow.device_plan import to_device
 from sglang_dcp.dataflow.graph.graph_sizes import GraphKernel, GraphSizes, check_kernel, query_dtype
 from sglang_dcp.dataflow.graph.silence import SilenceLog, SilenceNote
-from sglang_dcp.dataflow.graph.static_tables import ListedRow, PageLines, PooledRow, RowsInput
+from sglang_dcp.dataflow.graph.static_tables import PageLines, RowsInput
+from sglang_dcp.dataflow.graph.table_rows import ListedRow, PooledRow
 from sglang_dcp.dataflow.graph.window_tables import WindowTables
 from sglang_dcp.dataflow.merge import add_sinks
 from sglang_dcp.dataflow.transport.base import TransportError
@@ -94,10 +95,10 @@ class GraphAttention:
         rows = home_rows + guest_rows
         if (home_rows, guest_rows) not in self._kernels:
             self._kernels[home_rows, guest_rows] = self._build_kernel(rows)
-        for window, table in self.windows.items():
-            of_rows = table.slots[:rows], table.length[:rows]
-            kernel = FlashAttention3Decode(self.shape.num_kv_heads, self.shape.scale, *of_rows, own_split=False)
-            self._window_kernels[window, rows] = kernel
+            for window, table in self.windows.items():
+                of_rows = table.slots[:rows], table.length[:rows]
+                kernel = FlashAttention3Decode(self.shape.num_kv_heads, self.shape.scale, *of_rows, own_split=False)
+                self._window_kernels[window, rows] = kernel
         no_rows = [np.zeros(0, dtype=np.int32)] * self.sizes.num_instances
         self.tables.upload(StepArrays(no_rows, np.zeros((0, 4), dtype=np.int32)))
         self.tables.build()

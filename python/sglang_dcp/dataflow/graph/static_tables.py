@@ -16,22 +16,9 @@ from typing import Any
 import numpy as np
 
 from sglang_dcp.dataflow.graph.table_rows import ARRIVES, POOLED, HeldPages, ListedRow, PooledRow, TableRows
-from sglang_dcp.dataflow.graph.tables_ahead import GROWTH, NO_PAGE, NO_SLOT, TABLES_AHEAD, TablesAhead
+from sglang_dcp.dataflow.graph.tables_ahead import GROWTH, NO_PAGE, NO_SLOT, TablesAhead
 from sglang_dcp.ledger.kept_runs import Run, joined, left
 from sglang_dcp.ledger.steady import SteadyRows
-
-__all__ = [
-    "FROM_TOKEN_TABLE",
-    "NO_PAGE",
-    "NO_SLOT",
-    "TABLES_AHEAD",
-    "ListedRow",
-    "PageLines",
-    "PooledRow",
-    "RowsInput",
-    "shard_tokens",
-    "slot_of",
-]
 
 _FEW = 16  # rows that are put into a table one by one: below that numpy's indexing by lists costs more
 FROM_TOKEN_TABLE = -2  # sgl_kernel_dcp.tables.FROM_TOKEN_TABLE; a test holds the two together

@@ -59,17 +59,16 @@ def window_of(layer: Any) -> int | None:
     return int(size) if size is not None and size > -1 else None
 
 
-def attention_modules(model: Any) -> Iterator[Any]:
-    """What attends: a torch module's RadixAttention layers."""
-    return (module for module in model.modules() if type(module).__name__ == "RadixAttention")
+def attention_modules(model: Any) -> Iterator[tuple[str, Any]]:
+    """What attends: names and RadixAttention layers of a torch module."""
+    return ((name, module) for name, module in model.named_modules() if type(module).__name__ == "RadixAttention")
 
 
 def attention_layers(model: Any) -> dict[int, str]:
     """Names of the layers that attend, by layer id. MLA has two forms of one layer under one id, of which a step runs one."""
     names: dict[int, str] = {}
-    for name, module in model.named_modules():
-        if type(module).__name__ == "RadixAttention":
-            names[module.layer_id] = name.rpartition(".")[0] or name
+    for name, layer in attention_modules(model):
+        names[layer.layer_id] = name.rpartition(".")[0] or name
     return names
 
 

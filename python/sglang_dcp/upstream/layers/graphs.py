@@ -96,7 +96,7 @@ class GraphEngine:
             kernel=kernel,
             own_split=splits_long_rows(),
             first_rank=self.members.start,
-            windows=sorted({window for layer in attention_modules(runner.model) if (window := window_of(layer)) is not None}),
+            windows=sorted({window for _, layer in attention_modules(runner.model) if (window := window_of(layer)) is not None}),
         )
         self.connect()
         self.layer_roll = LayerRoll(attention_layers(runner.model))
@@ -181,7 +181,7 @@ def attention_shape(runner: Any) -> AttentionShape:
     heads, the shape has the most; GraphError where they differ in anything else."""
     shapes = set()
     quantised = runner.kv_cache_dtype if runner.kv_cache_dtype.itemsize == 1 else None
-    for layer in attention_modules(runner.model):
+    for _, layer in attention_modules(runner.model):
         latent = layer.tp_k_head_num == 1 and layer.qk_head_dim != layer.v_head_dim
         if latent or not runner.use_mla_backend:
             heads = layer.tp_q_head_num, layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim
