@@ -14,13 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_dcp.dataflow.attention import flash_attention3
-from sglang_dcp.dataflow.attention.flash_attention3 import FlashAttention3Decode, most_splits
+from sglang_dcp.dataflow.attention.flash_attention3 import FlashAttention3Decode, has_causal_schedule, most_splits
 from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
 from sglang_dcp.dataflow.contracts import KVScales
 from sglang_dcp.dataflow.graph.table_rows import ListedRow
 from sglang_dcp.dataflow.reference import partial_attention
-from sglang_dcp.upstream.layers import backends
 from test.unit.dataflow.test_flash_mla import FakeExchange, FakeTables
 
 HEADS, KV_HEADS, DIM, PAGE, WIDTH, SCALE = 8, 2, 128, 64, 4, 0.09
@@ -58,8 +56,22 @@ class FakeFlashAttention:
         return output, lse, None
 
 
+class FakeSchedule:
+    """In place of a FlashSchedule, whose device code runs on a GPU: `planned` has the lengths of every plan."""
+
+    def __init__(self, *sizes: Any, **more: Any) -> None:
+        self.sizes, self.more = sizes, more
+        self.metadata = torch.zeros(1, dtype=torch.int32)
+        self.planned: list[list[int]] = []
+
+    def plan(self, lengths: torch.Tensor) -> None:
+        self.planned.append(lengths.tolist())
+
+
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> FakeFlashAttention:
+    pytest.importorskip("triton")
+    monkeypatch.setattr("sglang_dcp.dataflow.attention.flash_schedule.FlashSchedule", FakeSchedule)
     fake = FakeFlashAttention()
     module = ModuleType("sgl_kernel.flash_attn")
     module.__dict__["flash_attn_with_kvcache"] = fake
@@ -84,6 +96,35 @@ def test_rows_over_scattered_pages(library: FakeFlashAttention, dtype: torch.dty
     assert bool((state.lse[1] == float("-inf")).all()) and library.calls[0]["num_splits"] == 66
 
 
+def test_rows_are_scheduled_once_per_step_for_all_layers(library: FakeFlashAttention) -> None:
+    lengths, table = torch.tensor([64, 1], dtype=torch.int32), torch.zeros(2, WIDTH, dtype=torch.int32)
+    decode: Any = FlashAttention3Decode(KV_HEADS, SCALE, table, lengths, kv_dtype=FP8)
+    schedule = decode._schedule
+    assert schedule.sizes == (2, KV_HEADS, 66, torch.device("cpu"))
+    assert schedule.more == {"multiprocessors": 132, "causal": False, "block_tokens": 160}
+    pool = torch.randn(1, PAGE, KV_HEADS, DIM).to(FP8)
+    for step in ([64, 1], [65, 2]):
+        lengths.copy_(torch.tensor(step))
+        decode.plan()
+        for _ in range(2):
+            decode.run(torch.randn(2, HEADS, DIM).to(FP8), pool, pool)
+    assert schedule.planned == [[64, 1], [65, 2]] and all(call["scheduler_metadata"] is schedule.metadata for call in library.calls)
+
+
+def test_what_a_schedule_does_not_fit_is_left_to_the_library(library: FakeFlashAttention) -> None:
+    many: Any = FlashAttention3Decode(KV_HEADS, SCALE, torch.zeros(993, 1, dtype=torch.int32), torch.zeros(993, dtype=torch.int32))
+    many.plan()
+    assert many._schedule is None
+    lengths, table = torch.ones(1, dtype=torch.int32), torch.zeros(1, WIDTH, dtype=torch.int32)
+    wide: Any = FlashAttention3Decode(KV_HEADS, SCALE, table, lengths)
+    assert wide._schedule_for(64 * KV_HEADS) is not None and wide._schedule_for(64 * KV_HEADS + KV_HEADS) is None
+
+
+@pytest.mark.parametrize(("head_dim", "is_causal"), [(64, False), (96, True), (128, True), (192, False), (256, False)])
+def test_heads_for_which_a_causal_call_is_scheduled_as_such(head_dim: int, is_causal: bool) -> None:
+    assert has_causal_schedule(head_dim) == is_causal
+
+
 def test_a_row_alone_reaches_every_multiprocessor() -> None:
     assert [most_splits(132, kv_heads) for kv_heads in (1, 2, 4, 8, 132)] == [128, 66, 33, 17, 2]
 
@@ -91,8 +132,10 @@ def test_a_row_alone_reaches_every_multiprocessor() -> None:
 def test_stock_s_split_is_its_own_number(library: FakeFlashAttention) -> None:
     lengths, table = torch.ones(1, dtype=torch.int32), torch.zeros(1, WIDTH, dtype=torch.int32)
     pool = torch.randn(1, PAGE, KV_HEADS, DIM).bfloat16()
-    FlashAttention3Decode(KV_HEADS, SCALE, table, lengths, own_split=False).run(torch.randn(1, HEADS, DIM).bfloat16(), pool, pool)
-    assert library.calls[0]["num_splits"] == 0
+    decode = FlashAttention3Decode(KV_HEADS, SCALE, table, lengths, own_split=False)
+    decode.plan()
+    decode.run(torch.randn(1, HEADS, DIM).bfloat16(), pool, pool)
+    assert library.calls[0]["num_splits"] == 0 and library.calls[0]["scheduler_metadata"] is None
 
 
 def make_attention(monkeypatch: pytest.MonkeyPatch, shape: AttentionShape, windows: tuple[int, ...] = ()) -> Any:
@@ -193,14 +236,3 @@ def test_latent_attention_has_another_kernel() -> None:
     quantised = AttentionShape(16, 1, 576, 512, torch.bfloat16, SCALE, latent=True, quantised=FP8)
     with pytest.raises(ValueError, match="need --attention-backend flashmla"):
         check_kernel("flashinfer", quantised, PAGE)
-
-
-@pytest.mark.parametrize(("own", "scheduled_ahead", "wanted"), [(True, False, 33), (False, False, 0), (True, True, 0)])
-def test_steps_in_which_nobody_is_sharded_split_long_rows_too(
-    monkeypatch: pytest.MonkeyPatch, own: bool, scheduled_ahead: bool, wanted: int
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    monkeypatch.setattr(backends, "splits_long_rows", lambda: own)
-    backend = SimpleNamespace(decode_num_splits=0, num_kv_heads=4, _disable_scheduler_metadata_precompute=not scheduled_ahead)
-    backends.split_long_rows(backend, "cuda")
-    assert backend.decode_num_splits == wanted and flash_attention3.FLASHES_OWN_SPLITS == 0

@@ -109,7 +109,8 @@ class GraphAttention:
         if self._buffers is None:
             of_rows = section("block_table")[:rows], section("kv_length")[:rows]
             if self.kernel == "fa3":
-                return FlashAttention3Decode(shape.num_kv_heads, shape.scale, *of_rows, own_split=self.own_split)
+                split, kv_dtype = self.own_split, shape.kv_dtype
+                return FlashAttention3Decode(shape.num_kv_heads, shape.scale, *of_rows, own_split=split, kv_dtype=kv_dtype)
             return FlashMLADecode(shape.num_heads, shape.scale, *of_rows, kv_dtype=shape.kv_dtype)
         indptr, indices, buffers = section("page_indptr")[: rows + 1], section("page_indices"), self._buffers.first(rows)
         if shape.latent:
@@ -203,9 +204,9 @@ class GraphAttention:
         for table in self.windows.values():
             table.build(home_rows + guest_rows)
         kernel = self._kernels[home_rows, guest_rows]
-        if isinstance(kernel, FlashMLADecode):
+        if isinstance(kernel, FlashMLADecode | FlashAttention3Decode):
             kernel.plan()
-        elif not isinstance(kernel, FlashAttention3Decode):
+        else:
             kernel.mark_empty_rows(self.tables.section("kv_length")[: home_rows + guest_rows])
 
     def run(

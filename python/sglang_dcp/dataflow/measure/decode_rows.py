@@ -119,7 +119,8 @@ def _grouped_runner(shape: DecodeShape, most_pages: int, most_rows: int) -> Buil
         queries = torch.randn(rows, shape.num_heads, shape.head_dim, dtype=torch.bfloat16, device="cuda")
         keys, values = (cache[: pages.total] for cache in caches)
         if shape.kernel == "fa3":
-            flash = FlashAttention3Decode(shape.kv_heads, shape.head_dim**-0.5, pages.block_table(), pages.lengths.cuda())
+            flash = FlashAttention3Decode(shape.kv_heads, shape.head_dim**-0.5, pages.block_table(), pages.lengths.cuda(), kv_dtype=dtype)
+            flash.plan()
             return lambda: flash.run(queries.to(dtype), keys, values)
         decode = FlashInferDecode(
             *heads, pages.indptr.cuda(), pages.indices, pages.last.cuda(), buffers.first(rows), own_split=True, kv_dtype=dtype

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from sglang_dcp.dataflow.attention.flash_attention3 import splits_of
 from sglang_dcp.dataflow.attention.split_budget import with_split_budget
 from sglang_dcp.dataflow.copy_guard import CopyGuard
 from sglang_dcp.upstream.attach.cuda_settings import (
@@ -75,22 +74,15 @@ def create_fa3(runner: Any) -> Any:
 
     backend = make_backend_class(FlashAttentionBackend, kernel="fa3")(runner)
     backend.dyncp_runner = runner  # no guard: it plans nothing in pinned memory
-    split_long_rows(backend, runner.device)
+    if splits_long_rows():
+        # Decodes in which nobody is sharded meet long rows too: those that lie whole in a pool. SGLang's own split cuts every row alike.
+        from sglang_dcp.upstream.layers.flash_schedules import schedule_ahead
+
+        schedule_ahead(backend, runner.device)
     backend.dyncp_chunks_read_the_pool = backend.dyncp_rounds_queries = True
     if untried := find_untried_kv(runner.kv_cache_dtype, "fa3"):
         logger.warning("dyncp: %s", untried)
     return backend
-
-
-def split_long_rows(backend: Any, device: str) -> None:
-    """Decodes in which nobody is sharded meet long rows too: those that lie whole in a pool. SGLang's own number of parts cuts every row
-    alike. Not where it schedules ahead of the layers, which it does for another number (never with data-parallel attention)."""
-    if not splits_long_rows():
-        return
-    if not backend._disable_scheduler_metadata_precompute:
-        logger.warning("dyncp: SGLang schedules fa3's decodes ahead of the layers: long rows are split as it does (--dyncp-split-budget)")
-        return
-    backend.decode_num_splits = splits_of(device, backend.num_kv_heads, own_split=True)
 
 
 def create_flashmla(runner: Any) -> Any:
