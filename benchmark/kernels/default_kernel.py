@@ -20,7 +20,8 @@ import torch
 
 from benchmark.multi_gpu.model_shapes import LONGEST_CONTEXT
 from benchmark.serving.provenance import provenance
-from sglang_dcp.dataflow.attention.flash_attention3 import FLASHES_OWN_SPLITS, has_causal_schedule, schedule_on, splits_of
+from sglang_dcp.dataflow.attention.flash_schedule import schedule_on
+from sglang_dcp.dataflow.attention.flash_splits import FLASHES_OWN_SPLITS, has_causal_schedule, splits_of
 from sglang_dcp.dataflow.attention.flashinfer_graph import FlashInferDecode
 from sglang_dcp.dataflow.measure.decode_rows import CASES, NODES, PAGE, REPEATS, Case, Pages
 from sglang_dcp.dataflow.measure.timing import graph_microseconds

@@ -26,8 +26,8 @@ HEADS = [(32, 4, 128), (16, 2, 128), (64, 8, 128), (8, 8, 128), (64, 8, 64)]
 
 
 def sizes_of(kv_heads: int, dtype: torch.dtype) -> Sizes:
-    from sglang_dcp.dataflow.attention.flash_attention3 import most_splits
     from sglang_dcp.dataflow.attention.flash_schedule import block_tokens
+    from sglang_dcp.dataflow.attention.flash_splits import most_splits
 
     multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
     return Sizes(kv_heads, multiprocessors, most_splits(multiprocessors, kv_heads), block_tokens(dtype))
@@ -87,8 +87,8 @@ def test_sglang_s_own_call_takes_them(heads: int, kv_heads: int, head_dim: int, 
     """As its backend decodes: one token per sequence, causal."""
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
-    from sglang_dcp.dataflow.attention.flash_attention3 import has_causal_schedule, splits_of
     from sglang_dcp.dataflow.attention.flash_schedule import check_layout
+    from sglang_dcp.dataflow.attention.flash_splits import has_causal_schedule, splits_of
     from sglang_dcp.upstream.layers.flash_schedules import FlashSchedules
 
     check_layout(heads, kv_heads, head_dim, dtype, PAGE, has_causal_schedule(head_dim), "cuda")

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_dcp.dataflow.attention.flash_attention3 import FlashAttention3Decode, has_causal_schedule, most_splits
+from sglang_dcp.dataflow.attention.flash_attention3 import FlashAttention3Decode
+from sglang_dcp.dataflow.attention.flash_splits import has_causal_schedule, most_splits
 from sglang_dcp.dataflow.attention.paged_attention import AttentionShape
 from sglang_dcp.dataflow.contracts import KVScales
 from sglang_dcp.dataflow.graph.table_rows import ListedRow

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from sglang_dcp.dataflow.attention import flash_attention3
+from sglang_dcp.dataflow.attention.flash_splits import MOST_SCHEDULED
 from testing.kernels.flash_schedule import CUTS, SMALL, Sizes, interpreted, parts_of_cut, parts_of_rows, price, read_schedule
 
 H200 = Sizes(kv_heads=4, multiprocessors=132, most_parts=33)
@@ -63,9 +63,11 @@ def flash_schedule() -> ModuleType:
     return pytest.importorskip("sglang_dcp.dataflow.attention.flash_schedule")
 
 
-def test_more_rows_than_the_library_schedules(flash_schedule: ModuleType) -> None:
+def test_sizes_that_do_not_fit(flash_schedule: ModuleType) -> None:
     with pytest.raises(ValueError, match="at most 992 rows, got 993"):
-        flash_schedule.FlashSchedule(flash_attention3.MOST_SCHEDULED + 1, 4, 33, "cpu", multiprocessors=132)
+        flash_schedule.FlashSchedule(MOST_SCHEDULED + 1, 4, 33, "cpu", multiprocessors=132)
+    with pytest.raises(ValueError, match="this GPU has 257"):
+        flash_schedule.FlashSchedule(8, 4, 33, "cpu", multiprocessors=257)
 
 
 @pytest.fixture

@@ -10,48 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_dcp.dataflow.attention.flash_splits import MOST_GROUP, MOST_SCHEDULED, splits_of
 from sglang_dcp.dataflow.contracts import NO_SCALES, KVScales, PartialState
 
 if TYPE_CHECKING:
     from sglang_dcp.dataflow.attention.flash_schedule import FlashSchedule
-
-MOST_SPLITS = 128
-"""What its merge of splits was run with here."""
-FLASHES_OWN_SPLITS = 0
-"""Its own number, which is of the block table's width: with it every row is cut alike, however long, and each cut costs."""
-MOST_SCHEDULED = 992
-"""Rows that the library schedules in one block; beyond, it splits none."""
-MOST_GROUP = 64
-"""Query heads per KV head that fit a tile of its queries, whatever the head dimension: a schedule has one tile per row."""
-
-
-def most_splits(num_multiprocessors: int, kv_heads: int) -> int:
-    """Parts that a row may be cut into, for a row alone to reach every multiprocessor. Where the number is named, the kernel cuts each row
-    by its length, and does not cut short ones (measured: docs/results/kernels.md)."""
-    return max(2, min(MOST_SPLITS, -(-num_multiprocessors // kv_heads)))
-
-
-def splits_of(device: torch.device | str, kv_heads: int, *, own_split: bool) -> int:
-    """The kernel's argument. own_split: as above, else FlashAttention's own."""
-    if not own_split:
-        return FLASHES_OWN_SPLITS
-    return most_splits(torch.cuda.get_device_properties(device).multi_processor_count, kv_heads)
-
-
-def has_causal_schedule(head_dim: int) -> bool:
-    """Whether the kernel, called as causal, schedules one query token as such: for other heads it takes the call for one that is not."""
-    return 64 < head_dim <= 128
-
-
-def schedule_on(device: torch.device | str, num_rows: int, kv_heads: int, kv_dtype: torch.dtype, *, causal: bool = False) -> FlashSchedule:
-    """A schedule for num_rows decode rows on `device`. causal: as `has_causal_schedule` says, where the call is."""
-    from sglang_dcp.dataflow.attention.flash_schedule import FlashSchedule, block_tokens
-
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    parts = most_splits(multiprocessors, kv_heads)
-    return FlashSchedule(
-        num_rows, kv_heads, parts, device, multiprocessors=multiprocessors, causal=causal, block_tokens=block_tokens(kv_dtype)
-    )
 
 
 class FlashAttention3Decode:
@@ -81,6 +44,8 @@ class FlashAttention3Decode:
         self._num_splits = splits_of(block_table.device, num_kv_heads, own_split=own_split)
         self._schedule: FlashSchedule | None = None
         if own_split and len(kv_length) <= MOST_SCHEDULED:
+            from sglang_dcp.dataflow.attention.flash_schedule import schedule_on
+
             self._schedule = schedule_on(kv_length.device, len(kv_length), num_kv_heads, kv_dtype)
 
     def plan(self) -> None:

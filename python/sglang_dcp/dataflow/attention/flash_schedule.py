@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_dcp.dataflow.attention.flash_attention3 import MOST_SCHEDULED
+from sglang_dcp.dataflow.attention.flash_splits import MOST_SCHEDULED, most_splits
 
 FEWEST_ROWS = 64
 """Device code is built for this many rows and for twice as many, and so on."""
@@ -161,7 +161,7 @@ def check_layout(
 class FlashSchedule:
     """The argument for `num_rows` rows of one query token: `metadata`, int32 on the device, which `plan` fills. `plan` may be captured.
 
-    most_parts: what the kernel is told as its `num_splits`; no row gets more. causal: flash_attention3.has_causal_schedule. block_tokens:
+    most_parts: what the kernel is told as its `num_splits`; no row gets more. causal: flash_splits.has_causal_schedule. block_tokens:
     keys of one round of the kernel.
     """
 
@@ -178,6 +178,10 @@ class FlashSchedule:
     ) -> None:
         if num_rows > MOST_SCHEDULED:
             raise ValueError(f"a schedule for FlashAttention 3 takes at most {MOST_SCHEDULED} rows, got {num_rows}")
+        if multiprocessors > PLACE_BASE.value:
+            raise ValueError(
+                f"a schedule for FlashAttention 3 takes at most {PLACE_BASE.value} multiprocessors, this GPU has {multiprocessors}"
+            )
         self.num_rows, vectors = num_rows, 4 if causal else 3
         block_rows = max(FEWEST_ROWS, triton.next_power_of_2(num_rows))
         rounded = -(-num_rows // 4) * 4
@@ -198,3 +202,12 @@ class FlashSchedule:
         lists = lengths, self._costs, self._order
         _price_cut[(CUTS,)](*lists, self.num_rows, **self._sizes, block_places=self._places, num_warps=1)
         _write_cheapest[(1,)](*lists, self.metadata, self.num_rows, **self._sizes, cuts=CUTS, vectors=self._vectors)
+
+
+def schedule_on(device: torch.device | str, num_rows: int, kv_heads: int, kv_dtype: torch.dtype, *, causal: bool = False) -> FlashSchedule:
+    """A schedule for num_rows decode rows on `device`. causal: as `has_causal_schedule` says, where the call is."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    parts = most_splits(multiprocessors, kv_heads)
+    return FlashSchedule(
+        num_rows, kv_heads, parts, device, multiprocessors=multiprocessors, causal=causal, block_tokens=block_tokens(kv_dtype)
+    )

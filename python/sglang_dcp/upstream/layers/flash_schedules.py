@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from sglang_dcp.dataflow.attention.flash_attention3 import MOST_GROUP, has_causal_schedule, schedule_on, splits_of
-from sglang_dcp.dataflow.attention.flash_schedule import FlashSchedule, check_layout
+from sglang_dcp.dataflow.attention.flash_schedule import FlashSchedule, check_layout, schedule_on
+from sglang_dcp.dataflow.attention.flash_splits import MOST_GROUP, has_causal_schedule, splits_of
 
 PREPARED_ROWS = (64, 128, 256, 512)
 """Sizes that device code is built for when the server starts; a step of more rows is left to the library."""
