@@ -29,6 +29,7 @@ from sglang_dcp.upstream.layers.graphs import GraphEngine
 from sglang_dcp.upstream.layers.peers import Place
 from test.unit.dataflow.cluster import PoolCache, as_bytes
 from test.unit.test_decode_session import Session
+from testing.captures import capturing
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("flashinfer")
@@ -90,7 +91,7 @@ class Instance:
             self.run(guest_rows)
             torch.cuda.synchronize()
             self.graphs[guest_rows] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[guest_rows], stream=self.stream):
+            with capturing(self.graphs[guest_rows], stream=self.stream):
                 self.run(guest_rows)
 
 

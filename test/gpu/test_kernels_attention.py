@@ -7,6 +7,7 @@ import torch
 
 from sglang_dcp.dataflow.contracts import PartialState
 from sglang_dcp.dataflow.reference import partial_attention
+from testing.captures import capturing
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("flashinfer")
@@ -66,7 +67,7 @@ def test_gqa_decode(page_size: int) -> None:
         queries = torch.randn(8, 64, 128, device="cuda").to(torch.bfloat16)
         state = decode.run(queries, keys, values)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capturing(graph):
             state = decode.run(queries, keys, values)
         graph.replay()
         expected = []
@@ -154,7 +155,7 @@ def test_flash_mla_schedules_within_a_graph(heads: int) -> None:
     decode.plan()
     decode.run(queries, cache)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         decode.plan()
         decode.run(queries, cache)
         state = decode.run(queries, cache)
@@ -185,7 +186,7 @@ def test_flash_mla_over_quantised_latents(heads: int) -> None:
     decode.plan()
     decode.run(queries, cache)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         decode.plan()
         state = decode.run(queries, cache)
     for lengths in LENGTHS:

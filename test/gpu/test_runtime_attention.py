@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sglang_dcp.dataflow.attention.flashinfer_step import flashinfer_kernel
-from sglang_dcp.dataflow.attention.paged_attention import PagedPartialAttention
+from sglang_dcp.dataflow.attention.paged_attention import AttentionShape, PagedPartialAttention
 from sglang_dcp.dataflow.contracts import MergeList, PartialState
 from sglang_dcp.dataflow.device_plan import plan_on_device
 from sglang_dcp.dataflow.dispatch import partial_width, partials_in
@@ -55,6 +55,17 @@ def test_random_steps(num_instances: int, page_size: int, latent: bool) -> None:
         for rank, output in enumerate(cluster.run(attend)):
             assert not output.isnan().any()
             torch.testing.assert_close(output.float(), cluster.expected(rank).float(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("quantised", [None, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("heads", "windows"), [((8, 2, 128, 128), (None, 127)), ((16, 1, 576, 512), (None,))])
+def test_a_server_can_prepare_its_kernels(heads: tuple[int, ...], windows: tuple[int | None, ...], quantised: torch.dtype | None) -> None:
+    """As it does when it starts, outside a step."""
+    shape = AttentionShape(*heads, torch.bfloat16, 0.1, heads[1] == 1, quantised)
+    attend = PagedPartialAttention(64, flashinfer_kernel)
+    for window in windows:
+        attend.prepare(shape, window, torch.device("cuda"))
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("latent", [False, True])

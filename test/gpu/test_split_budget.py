@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from testing.captures import capturing
+
 pytestmark = pytest.mark.gpu
 pytest.importorskip("flashinfer")
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
@@ -52,7 +54,7 @@ def test_replays_after_a_new_plan(heads: int, kv_heads: int) -> None:
     decode.run(queries, keys, values)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         state = decode.run(queries, keys, values)
     for seed, tokens in enumerate([*STEPS, *reversed(STEPS)]):
         plan(tokens, seed)

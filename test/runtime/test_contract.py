@@ -6,8 +6,10 @@ Every refused request is sent beside others, whose answers must be what they are
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -180,6 +182,22 @@ def test_priority_changes_nothing(client: Client) -> None:
     expected = client.generate(ids, max_new_tokens=6, sampling=pinned(degree=2)).ids
     for priority in (-1, 5):
         assert client.generate(ids, max_new_tokens=6, sampling=pinned(degree=2), priority=priority).ids == expected
+
+
+@pytest.mark.usefixtures("others")
+def test_every_instance_freezes_its_garbage_collector(server: Server, client: Client) -> None:
+    """One that did not would stop all others in each of its full collections. Its log says so at a level that SGLang changes meanwhile."""
+    begin, frozen = len(server.log()), set()
+    client.request("POST", "/configure_logging", {"log_level": "debug"})
+    try:
+        assert client.request("POST", "/freeze_gc")[0] == 200
+        deadline = time.monotonic() + 30
+        while len(frozen) < INSTANCES and time.monotonic() < deadline:
+            frozen = set(re.findall(r"DP(\d+) [^]]*\] Freezing GC in Scheduler process", server.log()[begin:]))
+            time.sleep(0.1)
+    finally:
+        client.request("POST", "/configure_logging", {"log_level": "info"})
+    assert frozen == {str(rank) for rank in range(INSTANCES)}
 
 
 def runs_now(client: Client) -> list[dict[str, Any]]:

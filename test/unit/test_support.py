@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import shlex
 import socket
@@ -17,6 +18,7 @@ from typing import cast
 import psutil
 import pytest
 
+from testing.captures import collector_off
 from testing.client import Client, RequestFailed, checked_ids
 from testing.demo import typed
 from testing.disaggregation import decode_server, prefill_server
@@ -220,3 +222,32 @@ def test_lines_that_need_other_servers_have_the_flags_of_test_servers() -> None:
             found.add(kind)
             assert {word for word in words if word.startswith("--")} <= set(tested[kind]) | NOT_ON_ONE_MACHINE, words
     assert found == set(tested)
+
+
+class Knot:
+    """Garbage that reference counts leave, as a test's graphs are."""
+
+    def __init__(self, destroyed: list[str], name: str) -> None:
+        self.destroyed, self.name, self.itself = destroyed, name, self
+
+    def __del__(self) -> None:
+        self.destroyed.append(self.name)
+
+
+def test_nothing_is_destroyed_while_a_graph_is_captured() -> None:
+    destroyed: list[str] = []
+    Knot(destroyed, "before")
+    with pytest.raises(ZeroDivisionError), collector_off():
+        assert destroyed == ["before"] and not gc.isenabled()
+        Knot(destroyed, "inside")
+        _ = [[] for _ in range(200_000)]  # many times as many as make the collector run
+        assert destroyed == ["before"]
+        1 / 0  # noqa: B018
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with collector_off():
+            pass
+        assert not gc.isenabled(), "it was off before"
+    finally:
+        gc.enable()

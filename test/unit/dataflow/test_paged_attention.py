@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,6 +135,73 @@ def test_layers_of_a_window_and_of_all_keys_take_turns(kernels, seed):
         for cluster.window in (None, 6, None, 6):
             for rank, output in enumerate(cluster.run(attend)):
                 torch.testing.assert_close(output.float(), cluster.expected(rank).float(), atol=3e-2, rtol=2e-2)
+
+
+@dataclass
+class NotingFactory:
+    """Makes real kernels, and keeps what each was made for and what its plans were told."""
+
+    made: list[tuple[AttentionShape, int]] = field(default_factory=list)
+    plans: list[dict[str, Any]] = field(default_factory=list)
+    num_runs: int = 0
+
+    def __call__(self, shape: AttentionShape, page_size: int, device: torch.device) -> Any:
+        kernel: Any = adapters.flashinfer_kernel(shape, page_size, device)
+        self.made.append((shape, page_size))
+        plan, run = kernel.plan, kernel.run
+
+        def noted_plan(*call: Any, **given: Any) -> None:
+            self.plans.append(given)
+            plan(*call, **given)
+
+        def noted_run(*call: Any) -> PartialState:
+            self.num_runs += 1
+            return run(*call)
+
+        kernel.plan, kernel.run = noted_plan, noted_run
+        return kernel
+
+
+class Prepared:
+    """An attention per instance of a cluster, prepared for its layers, and what each has made. windows: of these."""
+
+    def __init__(self, cluster: Cluster, windows: tuple[int | None, ...], quantised: torch.dtype | None = None) -> None:
+        heads = cluster.heads, cluster.kv_heads, cluster.qk_dim, cluster.v_dim
+        shape = AttentionShape(*heads, torch.bfloat16, cluster.scale, cluster.latent, quantised)
+        self.cluster, self.windows = cluster, windows
+        self.factories = [NotingFactory() for _ in range(cluster.num_instances)]
+        self.attend = [PagedPartialAttention(cluster.page_size, factory) for factory in self.factories]
+        for one in self.attend:
+            for window in windows:
+                one.prepare(shape, window, torch.device("cpu"))
+
+    def check_steps(self) -> None:
+        """Steps over all layers plan what is there, make nothing more and are right."""
+        before, cluster = [(list(factory.made), len(factory.plans)) for factory in self.factories], self.cluster
+        cluster.add_random_rows(6)
+        for cluster.window in self.windows * 2:
+            for rank, output in enumerate(cluster.run(self.attend)):
+                torch.testing.assert_close(output.float(), cluster.expected(rank).float(), atol=3e-2, rtol=3e-2)
+        for factory, (made, num_plans) in zip(self.factories, before, strict=True):
+            assert factory.made == made and len(factory.plans) > num_plans
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_steps_make_no_kernel_that_was_not_prepared(kernels, latent):
+    prepared = Prepared(HalfCluster(3, 2, 4, latent), (None,))
+    for factory in prepared.factories:
+        assert [page_size for _, page_size in factory.made] == [4, 1]
+        assert factory.plans == [{"causal": False, "window": None}, {"causal": True, "window": None}] and factory.num_runs == 2
+    prepared.check_steps()
+
+
+def test_layers_of_a_window_are_prepared_too(kernels):
+    """A chunk's kernel is another one there; over the pool each query has its own list of keys."""
+    prepared = Prepared(HalfCluster(3, 2, 4, False), (6, None))
+    for factory in prepared.factories:
+        assert [page_size for _, page_size in factory.made] == [1, 1, 4, 1] and factory.num_runs == 4
+        assert [(plan["causal"], plan["window"]) for plan in factory.plans] == [(False, None), (True, 6), (False, None), (True, None)]
+    prepared.check_steps()
 
 
 def test_other_layers_and_types_are_refused(kernels):

@@ -17,7 +17,7 @@ from sglang_dcp.dataflow.quantised_kv import quantised, with_quantised
 from sglang_dcp.dataflow.reference import partial_attention
 from sglang_dcp.dataflow.window import pool_rows
 from test.unit.dataflow.cluster import Cluster
-from test.unit.dataflow.test_paged_attention import kernels  # noqa: F401
+from test.unit.dataflow.test_paged_attention import Prepared, kernels  # noqa: F401
 
 FP8 = torch.float8_e4m3fn
 SCALES = KVScales(0.5, 2.0)
@@ -80,6 +80,13 @@ def test_the_kernels_take_one_type_for_the_pool_and_one_for_the_chunk(kernels) -
         cluster.add_random_rows(int(cluster.rng.integers(1, 6)))
         for rank, output in enumerate(cluster.run(attend)):
             torch.testing.assert_close(output.float(), cluster.expected(rank), atol=3e-2, rtol=3e-2)
+
+
+def test_kernels_of_both_types_are_prepared(kernels) -> None:  # noqa: F811
+    prepared = Prepared(QuantisedCluster(3, 2, 4, False, dtype=torch.bfloat16), (None,), FP8)
+    for factory in prepared.factories:
+        assert [shape.quantised for shape, _ in factory.made] == [FP8, None] and factory.num_runs == 2
+    prepared.check_steps()
 
 
 def test_half_the_bytes_travel() -> None:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from sglang_dcp.dataflow.attention.kernel_table import KernelTable, kernel_table
 from sglang_dcp.dataflow.contracts import NO_SCALES, AttentionRow, KVScales, PartialState
 from sglang_dcp.dataflow.device_plan import to_device
+from sglang_dcp.dataflow.window import chunk_row, pool_rows
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,16 @@ class PagedPartialAttention:
     def __init__(self, page_size: int, make_kernel: KernelFactory) -> None:
         self._page_size, self._make_kernel = page_size, make_kernel
         self._parts: dict[tuple[bool, int | None], _Part] = {}
+
+    def prepare(self, shape: AttentionShape, window: int | None, device: torch.device) -> None:
+        """Makes the kernels of the layers of a window, and plans and runs each over a token: that is when a library compiles and loads
+        what it needs, which takes a minute and more. shape: of these layers over the pool; a chunk attends its own K/V unquantised."""
+        first = np.zeros(1, dtype=np.int64)
+        pool, chunk = tuple(pool_rows(1, 0, first, first, self._page_size, window)), (chunk_row(first, window),)
+        queries = torch.zeros(1, shape.num_heads, shape.qk_head_dim, dtype=shape.dtype, device=device)
+        for rows, dtype in ((pool, shape.kv_dtype), (chunk, shape.dtype)):
+            keys = torch.zeros(self._page_size, shape.num_kv_heads, shape.qk_head_dim, device=device).to(dtype)
+            self(queries, keys, keys[..., : shape.v_head_dim], rows, shape.scale)
 
     def __call__(
         self,

@@ -21,7 +21,7 @@ from sglang_dcp.upstream.attach.models import attention_layers, check_model
 from sglang_dcp.upstream.disaggregation.destinations import introduce
 from sglang_dcp.upstream.layers.graphs import GraphEngine
 from sglang_dcp.upstream.layers.layer_roll import LayerRoll
-from sglang_dcp.upstream.layers.step_path import choose_partial_attention, choose_transport, prepare_merge
+from sglang_dcp.upstream.layers.step_path import choose_partial_attention, choose_transport, prepare_kernels
 from sglang_dcp.upstream.observe.metrics import attach_metrics
 from sglang_dcp.upstream.pool.kv_pool import LedgerAllocator
 from sglang_dcp.upstream.pool.page_audit import every_round_asked_for
@@ -88,6 +88,10 @@ def build_runtime(scheduler: Any, config: DynCpConfig, graphs: GraphEngine | Non
     config = config.resolve(parallel.num_dp_ranks)
     cluster = cluster_of(config, parallel.num_dp_ranks, pool.num_pages, pool.page_size)
     slices, device = Slices(cluster.limits.layout, parallel.attn_tp_size), torch.device(runner.device)
+    attention = choose_partial_attention(device, pool.page_size, runner)
+    if cluster.limits.max_degree > 1:
+        # Ahead of the first exchange: hosts with unlike caches reach it minutes apart. SGLang's groups wait so long, ours would not.
+        prepare_kernels(attention, runner, device)
     check_agreement(config, cluster, runner.kv_cache_dtype, parallel.tp_group.cpu_group)
     instance, own_slice = slices.place(parallel.tp_rank)
     participant = Participant(cluster, instance, pool, own_slice)
@@ -95,8 +99,6 @@ def build_runtime(scheduler: Any, config: DynCpConfig, graphs: GraphEngine | Non
     pool.bind(participant, scheduler.tree_cache, torch_token_ids if graphs is None else kernel_token_ids(), end_freed)
     group = create_gloo_group(EXCHANGE_TIMEOUT_SECONDS, slices.control_groups)
     transport = choose_transport(config.transport, device, slices.exchange_groups, EXCHANGE_TIMEOUT_SECONDS, graphs)
-    attention = choose_partial_attention(device, pool.page_size, runner)
-    prepare_merge(runner, device)
     roll = LayerRoll(attention_layers(runner.model))
     return Runtime(scheduler, config, participant, pool, transport, group, graphs, device, attention, roll)
 

@@ -176,19 +176,25 @@ class GraphEngine:
         return self._own_slots[:num_tokens]
 
 
-def attention_shape(runner: Any) -> AttentionShape:
-    """What the attention layers of a decode step compute: a step's tables and exchange are made once for all. Layers may differ in their
-    heads, the shape has the most; GraphError where they differ in anything else."""
-    shapes = set()
-    quantised = runner.kv_cache_dtype if runner.kv_cache_dtype.itemsize == 1 else None
+def attention_shapes(runner: Any) -> dict[int | None, set[AttentionShape]]:
+    """What the attention layers of steps with sharded rows compute over the pool, by window (None: all keys). MLA is absorbed in them."""
+    shapes: dict[int | None, set[AttentionShape]] = {}
+    quantised = None if runner.kv_cache_dtype == runner.dtype else runner.kv_cache_dtype
     for _, layer in attention_modules(runner.model):
         latent = layer.tp_k_head_num == 1 and layer.qk_head_dim != layer.v_head_dim
         if latent or not runner.use_mla_backend:
             heads = layer.tp_q_head_num, layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim
-            kinds = {"dtype": torch.bfloat16, "scale": layer.scaling, "latent": latent, "quantised": quantised}
-            shapes.add(AttentionShape(*heads, **kinds))
+            kinds = {"dtype": runner.dtype, "scale": layer.scaling, "latent": latent, "quantised": quantised}
+            shapes.setdefault(window_of(layer), set()).add(AttentionShape(*heads, **kinds))
+    return shapes
+
+
+def attention_shape(runner: Any) -> AttentionShape:
+    """What the attention layers of a decode step compute: a step's tables and exchange are made once for all. Layers may differ in their
+    heads, the shape has the most; GraphError where they differ in anything else."""
+    shapes = {shape for alike in attention_shapes(runner).values() for shape in alike}
     most_heads = max(shape.num_heads for shape in shapes)
-    widened = {replace(shape, num_heads=most_heads) for shape in shapes}
+    widened = {replace(shape, num_heads=most_heads, dtype=torch.bfloat16) for shape in shapes}
     if len(widened) != 1:
         raise GraphError(f"--dyncp-transport peer: attention layers of {len(shapes)} shapes, decode graphs need one (use nccl): {shapes}")
     return widened.pop()

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from sglang_dcp.dataflow.attention.paged_attention import PagedPartialAttention
 from sglang_dcp.dataflow.attention.partial_attention import PartialAttention, torch_partial_attention
 from sglang_dcp.dataflow.step_mode import Eager, Graph, Stock
 from sglang_dcp.dataflow.transport.base import Transport
 from sglang_dcp.dataflow.transport.gloo import GlooTransport, create_gloo_group
 from sglang_dcp.upstream.attach.cuda_settings import PLAIN_BACKEND
-from sglang_dcp.upstream.layers.graphs import GraphEngine, GraphError, attention_shape
+from sglang_dcp.upstream.layers.graphs import GraphEngine, GraphError, attention_shapes
 from sglang_dcp.upstream.layers.silence import note_silence
 from sglang_dcp.upstream.step.runtime import Runtime
 
@@ -58,23 +59,30 @@ def choose_partial_attention(device: torch.device, page_size: int, runner: Any) 
             raise ValueError(f"--attention-backend {PLAIN_BACKEND} with --enable-dyncp serves no MLA model on a GPU: it was not run there")
         return torch_partial_attention
     from sglang_dcp.dataflow.attention.flashinfer_step import flashinfer_kernel
-    from sglang_dcp.dataflow.attention.paged_attention import PagedPartialAttention
 
     return PagedPartialAttention(page_size, flashinfer_kernel)
 
 
-def prepare_merge(runner: Any, device: torch.device) -> None:
-    """Compiles what eager sharded steps merge with, ahead of the first of them."""
+def prepare_kernels(attention: PartialAttention, runner: Any, device: torch.device) -> None:
+    """Compiles and loads what eager sharded steps attend and merge with, ahead of the first of them: with an empty cache it takes longer
+    than a hang may last (--dyncp-hang-seconds). ValueError names what `attention` does not serve of the model.
+
+    runner: SGLang's ModelRunner.
+    """
     if device.type == "cpu":
         return
     from sglang_dcp.dataflow.merge_kernel import prepare
 
-    try:
-        shape = attention_shape(runner)
-    except GraphError as error:
-        logger.info("dyncp: the first sharded steps compile their merge: %s", error)
-        return
-    prepare(shape.num_heads, shape.v_head_dim, device)
+    began, shapes = perf_counter(), attention_shapes(runner)
+    for num_heads, v_head_dim in sorted({(shape.num_heads, shape.v_head_dim) for alike in shapes.values() for shape in alike}):
+        prepare(num_heads, v_head_dim, device)
+    if isinstance(attention, PagedPartialAttention):
+        for window, alike in shapes.items():
+            if len(alike) == 1:
+                attention.prepare(next(iter(alike)), window, device)
+            else:
+                logger.info("dyncp: nothing is compiled ahead for layers of window %s, which have %d shapes: %s", window, len(alike), alike)
+    logger.info("dyncp: kernels of sharded steps without a graph are ready after %.1f s", perf_counter() - began)
 
 
 def load_graph(runtime: Runtime, mode: Graph, forward_batch: Any, *, as_graph: bool) -> None:
