@@ -8,9 +8,9 @@ import torch
 from testing.kernels.flash_schedule import Sizes, parts_of_rows, read_schedule
 
 pytestmark = pytest.mark.gpu
-pytest.importorskip("sgl_kernel")
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("no Hopper GPU on this machine", allow_module_level=True)
+pytest.importorskip("sgl_kernel")
 
 PAGE, ROWS, FP8 = 64, 96, torch.float8_e4m3fn
 STEPS = (

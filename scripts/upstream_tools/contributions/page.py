@@ -31,10 +31,13 @@ FA3_NOTE = "\n\n".join(
         "table. It then cuts every row of the batch alike: 1,308 us a layer for a row of 300,000 tokens beside 127 of 1,000, 32 query "
         "heads over 4 (H200). Where a number is named, its scheduler cuts each row by its length: 212 us for the same, and batches "
         "without a long row take as long as before.",
-        "*Change.* `decode_num_splits` is the multiprocessors over the KV heads where decodes are not deterministic and nothing is "
-        "scheduled ahead of the layers; where something is (no data-parallel attention), the scheduler's call takes the same number.",
-        "*Tests.* benchmark/kernels/default_kernel.py compares answers and times; sglang_dcp sets the number from outside "
-        "(upstream/layers/backends.py).",
+        "*Change.* `decode_num_splits` is the multiprocessors over the KV heads where decodes are not deterministic, and the scheduler's "
+        "call takes the same number. As it no longer follows from the batch, decodes can be scheduled ahead of the layers under "
+        "data-parallel attention too: a launch less per layer.",
+        "For FlashAttention: parts of up to 1.1 even shares of a multiprocessor leave up to a third of the GPU idle where rows are a "
+        "little longer than half of one. dataflow/attention/flash_schedule.py tries several lengths.",
+        "*Tests.* benchmark/kernels/default_kernel.py compares answers and times; sglang_dcp sets both from outside "
+        "(upstream/layers/flash_schedules.py).",
     )
 )
 
