@@ -12,7 +12,7 @@ STAGES = ("unsharded", "degree_2", "degree_4", "growth_from_1", "longer_than_1_p
 def render() -> str:
     runtime, checks, unused = load("gpu_runtime.json"), load("gpu_runtime_check.json"), load("unused.json")
     operate = load("operate.json")
-    whole, *newer = checks["runs"][:4]
+    whole, *newer = checks["runs"][:5]
     return page(
         "One host, measured",
         "## Answers against stock, on a GPU",

@@ -18,7 +18,6 @@ from sglang_dcp.upstream.attach.cuda_settings import (
     find_sliced_kv_refusal,
     find_transport_refusal,
     find_untried,
-    find_untried_kv,
 )
 
 
@@ -190,13 +189,6 @@ def test_a_quantised_pool_that_is_not_served_is_refused_by_name(name: str, backe
         assert find_kv_type_refusal(getattr(torch, served), backend, latent=latent) is None
     for backend, latent in (("flashinfer", False), ("fa3", False), ("flashmla", True)):
         assert find_kv_type_refusal(torch.float8_e4m3fn, backend, latent=latent) is None
-
-
-def test_what_of_quantised_kv_was_not_served_is_said() -> None:
-    """By the pool's type: a checkpoint may have decided it."""
-    message = str(find_untried_kv(torch.float8_e4m3fn, "fa3"))
-    assert message.startswith("a KV pool of float8_e4m3fn with --attention-backend fa3: on an H200 log-probabilities of sharded prompts")
-    assert find_untried_kv(torch.float8_e4m3fn, "flashinfer") is None and find_untried_kv(torch.bfloat16, "fa3") is None
 
 
 def test_quantised_latents_of_slices_are_refused_as_slices() -> None:

@@ -161,16 +161,6 @@ def find_untried(values: Callable[[str], Any]) -> str | None:
     )
 
 
-def find_untried_kv(kv_cache_dtype: Any, backend: str) -> str | None:
-    """The same of a KV pool's element type, which the checkpoint may decide. kv_cache_dtype: torch's."""
-    if backend != DEFAULT_BACKEND or not is_quantised(kv_cache_dtype):
-        return None
-    return (
-        f"a KV pool of {QUANTISED_KV_TYPE} with --attention-backend {backend}: on an H200 log-probabilities of sharded prompts were twice "
-        "as far from SGLang's as of unsharded ones; since then queries are rounded as the kernel does, which was not run (docs/gpu.md)"
-    )
-
-
 def _find_backend_refusal(values: Callable[[str], Any]) -> str | None:
     """One backend for prefill and decode alike, of those whose place ours can take."""
     backend = values("attention_backend") or BACKEND

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -13,13 +12,10 @@ from sglang_dcp.upstream.attach.cuda_settings import (
     QUANTISED_KV,
     find_kv_type_refusal,
     find_sliced_kv_refusal,
-    find_untried_kv,
     is_quantised,
 )
 from sglang_dcp.upstream.layers.attention_backend import make_backend_class
 from sglang_dcp.upstream.layers.graphs import splits_long_rows
-
-logger = logging.getLogger(__name__)
 
 
 def register_backends() -> None:
@@ -80,8 +76,6 @@ def create_fa3(runner: Any) -> Any:
 
         schedule_ahead(backend, runner.device)
     backend.dyncp_chunks_read_the_pool = backend.dyncp_rounds_queries = True
-    if untried := find_untried_kv(runner.kv_cache_dtype, "fa3"):
-        logger.warning("dyncp: %s", untried)
     return backend
 
 
