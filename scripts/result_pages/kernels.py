@@ -32,8 +32,10 @@ def render() -> str:
         table(["requests x tokens", "FlashMLA", "FlashInfer"], shapes),
         "## Long rows, by kernel and split",
         source("default_kernel.json", default),
-        f"Captured decode of one layer, {default['shape']}, microseconds, with a kernel's own split of long rows and with ours. `fa3` is "
-        "what SGLang runs on Hopper where nobody names a backend.",
+        f"Captured decode of one layer, {default['shape']}, microseconds, with a kernel's own split of long rows and with ours; for `fa3` "
+        "ours is a schedule made once per step, outside of these times. `fa3` is what SGLang runs on Hopper where nobody names a backend. "
+        "The last four are of one length, whole (11 of 70,000) and halved (22 of 35,000): of all but the whole ones FlashAttention's own "
+        "rule leaves multiprocessors idle.",
         table(["rows", "`fa3`, its own", "`fa3`, ours", "FlashInfer, its own", "FlashInfer, ours"], map(_default, default["rows"])),
     )
 
