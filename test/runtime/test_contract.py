@@ -433,7 +433,7 @@ def test_metrics_have_the_labels_of_sglang(client: Client) -> None:
     own = {name: set(sample.labels) for sample in samples for name in [sample.name] if name.startswith("sglang:dyncp_")}
     stock = next(set(sample.labels) for sample in samples if sample.name == "sglang:num_running_reqs")
     names = [*GAUGES, "request_degree_count", "degree_growths_total", "reservation_wait_seconds_count", "retractions_total"]
-    for name in [*names, "exchange_seconds_count"]:
+    for name in [*names, "sat_out_steps_total", "exchange_seconds_count"]:
         assert own[f"sglang:dyncp_{name}"] == stock, name
         assert set(dyncp_samples(client, name)) == {0, 1}, name
 

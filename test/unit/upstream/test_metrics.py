@@ -55,7 +55,8 @@ def make_runtime() -> Any:
         retention=SimpleNamespace(num_pages_here=0, counters=RetentionCounters()),
     )
     transport = measured(Transport(), torch.device("cpu"))
-    return SimpleNamespace(participant=participant, own_batch=[1, 2], transport=transport, counters=Counters())
+    queues = SimpleNamespace(parked=[])
+    return SimpleNamespace(participant=participant, own_batch=[1, 2], transport=transport, counters=Counters(), queues=queues)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +75,10 @@ def test_a_step(metrics: StepMetrics) -> None:
     runtime.participant.counters.degree_growths = 2
     runtime.counters = Counters(graph_steps=3, sharded_graph_steps=2, eager_steps=1)
     runtime.participant.counters.admission_waits = [0.5]
+    runtime.queues.parked = ["sits out", "does too"]
     metrics.after_step(runtime)
-    assert (read("guest_tokens"), read("degree_growths_total")) == (32, 0), "not due yet"
+    assert (read("guest_tokens"), read("degree_growths_total"), read("sat_out_steps_total")) == (32, 0, 0), "not due yet"
+    runtime.queues.parked = ["sits out"]
     assert (read("reservation_wait_seconds_sum"), read("exchange_seconds_count")) == (0.5, 1)
     runtime.participant.counters.admission_waits.clear()  # as the driver does, behind this
     for _ in range(2):
@@ -83,6 +86,7 @@ def test_a_step(metrics: StepMetrics) -> None:
         metrics.after_step(runtime)
     assert (read("guest_tokens"), read("degree_growths_total"), read("reservation_wait_seconds_count")) == (80, 2, 1)
     assert (read("graph_steps_total"), read("eager_steps_total"), read("sharded_graph_steps_total")) == (3, 1, 2)
+    assert read("sat_out_steps_total") == 4, "two in one step, one in two more"
     metrics.observe_end({"degree_end": 4})
     assert read("request_degree_sum") == 4
 

@@ -19,6 +19,7 @@ GAUGE_INTERVAL_SECONDS = 0.1
 EXCHANGE_TEXT = "Time in the exchange of one sharded step without a graph, waiting for peers included."
 CROSSING_TEXT = "Forward passes with a row of this instance, or a guest, whose home and shards lie in different nodes."
 EVICTIONS_TEXT = "Sequences of this home that gave way: to growth, an admission, local requests, or the share of a pool."
+SAT_OUT_TEXT = "Steps that running requests of this home sat out, for want of a page for their next token."
 EXCHANGE_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 WAIT_BUCKETS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 DEGREE_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32, 72)
@@ -34,6 +35,7 @@ class StepMetrics:
         self._clock = clock
         self._due = 0.0
         self._counted: dict[Any, int] = {}
+        self._sat_out = 0
 
         def gauge(name: str, text: str) -> Any:
             return Gauge(PREFIX + name, text, labelnames=list(labels), multiprocess_mode="mostrecent").labels(**labels)
@@ -53,6 +55,7 @@ class StepMetrics:
         self.degree_growths = counter("degree_growths_total", "Shards that requests of this home gained while decoding.")
         self.reservation_wait = histogram("reservation_wait_seconds", "Wait of requests of this home for their pages.", WAIT_BUCKETS)
         self.retractions = counter("retractions_total", "Requests of this home that gave their pages back to make room.")
+        self.sat_out_steps = counter("sat_out_steps_total", SAT_OUT_TEXT)
         self.graph_steps = counter("graph_steps_total", "Forward passes of this instance that ran as a CUDA graph.")
         self.sharded_graph_steps = counter("sharded_graph_steps_total", "Forward passes that ran as a CUDA graph with sharded rows.")
         self.eager_steps = counter("eager_steps_total", "Forward passes of this instance that ran without a graph.")
@@ -75,6 +78,7 @@ class StepMetrics:
                 self.exchange.observe(seconds)
         for wait in part.counters.admission_waits:
             self.reservation_wait.observe(wait)
+        self._sat_out += len(runtime.queues.parked)
         now = self._clock()
         if now < self._due:
             return
@@ -94,6 +98,7 @@ class StepMetrics:
         return {
             self.degree_growths: ledger.degree_growths,
             self.retractions: ledger.retractions,
+            self.sat_out_steps: self._sat_out,
             self.graph_steps: passes.graph_steps,
             self.eager_steps: passes.eager_steps,
             self.sharded_graph_steps: passes.sharded_graph_steps,
