@@ -28,8 +28,8 @@ FA3_NOTE = "\n\n".join(
         "## For SGLang: splits of fa3 (design note)",
         "**Hopper decode: name the number of splits**",
         "*Motivation.* `FlashAttentionBackend` leaves `num_splits` to FlashAttention 3 (0), which takes it from the width of the block "
-        "table. It then cuts every row of the batch alike: 1,308 us a layer for a row of 300,000 tokens beside 127 of 1,000, 32 query "
-        "heads over 4 (H200). Where a number is named, its scheduler cuts each row by its length: 212 us for the same, and batches "
+        "table. It then cuts every row of the batch alike: 1,319 us a layer for a row of 300,000 tokens beside 127 of 1,000, 32 query "
+        "heads over 4 (H200). Where a number is named, its scheduler cuts each row by its length: 214 us for the same, and batches "
         "without a long row take as long as before.",
         "*Change.* `decode_num_splits` is the multiprocessors over the KV heads where decodes are not deterministic, and the scheduler's "
         "call takes the same number. As it no longer follows from the batch, decodes can be scheduled ahead of the layers under "
