@@ -54,6 +54,7 @@ def test_a_step_s_rows_are_scheduled_for_all_its_layers(made: list[FakeSchedule]
 def test_more_rows_than_code_was_built_for_are_left_to_the_library(made: list[FakeSchedule]) -> None:
     schedules = flash_schedules.FlashSchedules(4, 64, torch.bfloat16, "cpu")
     assert schedules(513, 1, torch.ones(513, dtype=torch.int32), None) is None and len(made) == 4
+    assert schedules(0, 0, torch.ones(0, dtype=torch.int32), None) is None and len(made) == 4
     assert not made[0].more["causal"], "heads of 64 elements"
 
 

@@ -30,8 +30,8 @@ class FlashSchedules:
 
     def __call__(self, rows: int, longest: int, lengths: torch.Tensor, query_starts: torch.Tensor | None) -> torch.Tensor | None:
         """lengths int32 [rows]. None: the library shall do it, in every layer."""
-        if rows > PREPARED_ROWS[-1]:
-            return None
+        if not 0 < rows <= PREPARED_ROWS[-1]:
+            return None  # an instance without requests takes part in the step
         schedule = self._schedule(rows)
         schedule.plan(lengths)
         return schedule.metadata
