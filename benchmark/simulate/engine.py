@@ -13,7 +13,7 @@ from benchmark.simulate.settings import SimulationSettings
 from benchmark.simulate.shortage import order_of, promised_to_growth, tail_with_room, youngest_on
 from benchmark.simulate.step_time import decode_us, run_chunks
 from sglang_dcp.policy.cost_model import CostModel
-from sglang_dcp.policy.growth import choose_victim, kept_for_growth
+from sglang_dcp.policy.growth import choose_victim
 from sglang_dcp.policy.types import CapacityError, PlacementPolicy, PlacementRequest
 
 
@@ -124,9 +124,6 @@ class Simulation:
         free, max_running, pool_pages = self.cluster.free_pages, self.settings.max_running, self.cluster.pool_pages
         guest_room = self.cluster.guest_room
         promised = promised_to_growth(self.stalled, self.limits)
-        if self.settings.grows:
-            running = zip(promised, self.cluster.batch, strict=True)
-            promised = [pages + kept_for_growth(int(batch), self.settings.page_size, pool_pages) for pages, batch in running]
         promised_guests = [0] * self.settings.num_instances
         blocked: set[int] = set()
         still = []

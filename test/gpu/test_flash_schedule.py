@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from testing.captures import capturing
 from testing.kernels.flash_schedule import Sizes, parts_of_rows, read_schedule
 
 pytestmark = pytest.mark.gpu
@@ -49,7 +50,7 @@ def test_replays_of_a_graph_that_schedules_its_rows(heads: int, kv_heads: int, h
     decode.run(queries, keys, values)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         decode.plan()
         layers = [decode.run(queries, keys, values) for _ in range(3)]
     assert decode._schedule is not None

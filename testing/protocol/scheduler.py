@@ -15,7 +15,7 @@ from sglang_dcp.upstream.step.retention import begin_behind_prefix, end_request,
 from sglang_dcp.upstream.step.retraction import place_again
 from sglang_dcp.upstream.step.runtime import Runtime
 from sglang_dcp.upstream.step.sitting_out import find_leavers, has_room, secure_next_token
-from sglang_dcp.upstream.step.sync import free_pages, kept_pages
+from sglang_dcp.upstream.step.sync import free_pages
 from testing.protocol.fakes import FakePool, ModelRequest
 
 
@@ -85,8 +85,7 @@ class ModelScheduler:
         self.runtime.givable_pages = givable = self.pool.num_givable_pages()
         used = (self.participant.num_pages - givable - self.participant.retention.num_pages_here) * self.participant.page_size
         num_requests = len(self.waiting_queue) + len(self.running)
-        free = free_pages(self.runtime, givable)
-        return self.participant.build_columns(rows, free, used, num_requests, self.wanted, kept_pages(self.runtime))
+        return self.participant.build_columns(rows, free_pages(self.runtime, givable), used, num_requests, self.wanted)
 
     def complete_batch(self) -> None:
         """The step's tokens are sampled."""

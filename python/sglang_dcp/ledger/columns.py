@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-NUM_COLUMNS = 10
-WORDS, DECISIONS, ROWS_CHECKSUM, FREE_PAGES, GUEST_PAGES, KV_TOKENS, HOME_REQUESTS, WANTED_PAGES, KEPT_PAGES, STEP = range(NUM_COLUMNS)
+NUM_COLUMNS = 9
+WORDS, DECISIONS, ROWS_CHECKSUM, FREE_PAGES, GUEST_PAGES, KV_TOKENS, HOME_REQUESTS, WANTED_PAGES, STEP = range(NUM_COLUMNS)
 """DECISIONS: digest of what the ledger has decided up to the step before, the same on all instances. GUEST_PAGES and KV_TOKENS leave out
-what retained sequences hold. WANTED_PAGES: free pages that the instance needs for itself, where it can get them of retained ones.
-KEPT_PAGES: free pages that no new request gets, for those that run (policy/growth.py)."""
+what retained sequences hold. WANTED_PAGES: free pages that the instance needs for itself, where it can get them of retained ones."""
 
 NAMES = (
     "message words",
@@ -19,7 +18,6 @@ NAMES = (
     "KV tokens",
     "requests",
     "wanted pages",
-    "kept pages",
     "step",
 )
 """Of the columns, for errors."""

@@ -155,7 +155,7 @@ class Participant:
     # ---- one step: columns out, messages, grants
 
     def build_columns(
-        self, rows: RowColumns | None, free_pages: int, kv_tokens: int, num_requests: int, wanted_pages: int = 0, kept_pages: int = 0
+        self, rows: RowColumns | None, free_pages: int, kv_tokens: int, num_requests: int, wanted_pages: int = 0
     ) -> list[int]:
         """This instance's control columns. rows: its sharded rows, None for those of the step before, one token on. Decides whether
         they need a message."""
@@ -167,8 +167,8 @@ class Participant:
             self.outbox.append(Rows(rows))
         self.own_words = messages.encode(self.outbox) if self.outbox else []
         self._told, self.outbox = self.outbox, []
-        load = free_pages, self.guests.num_pages - self.guests.num_retained, kv_tokens, num_requests, wanted_pages, kept_pages
-        self._own_columns = [len(self.own_words), self.decisions.value, rows_checksum, *load, self.step]
+        words, decided, num_guests = len(self.own_words), self.decisions.value, self.guests.num_pages - self.guests.num_retained
+        self._own_columns = [words, decided, rows_checksum, free_pages, num_guests, kv_tokens, num_requests, wanted_pages, self.step]
         return self._own_columns
 
     def read_columns(self, columns: list[list[int]]) -> int:
@@ -243,8 +243,8 @@ class Participant:
         room = [max(0, most_guests - row[col.GUEST_PAGES]) for row in self._columns]
         levels = [predicted_level(cost_model, row[col.KV_TOKENS], row[col.HOME_REQUESTS]) for row in self._columns]
         open_asks = self.table.digest
-        free, wanted, kept = ([row[column] for row in self._columns] for column in (col.FREE_PAGES, col.WANTED_PAGES, col.KEPT_PAGES))
-        decision = self.table.decide(free, room, anybody_runs, levels, wanted, self.most_retained, kept)
+        free, wanted = ([row[column] for row in self._columns] for column in (col.FREE_PAGES, col.WANTED_PAGES))
+        decision = self.table.decide(free, room, anybody_runs, levels, wanted, self.most_retained)
         self.decisions.add(decision, open_asks)
         return decision
 

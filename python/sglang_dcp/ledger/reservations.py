@@ -2,7 +2,7 @@
 
 Rules, and why:
 - Growth before admission, each in the total order (born, home, handle). A running request is never held up by one that has not started,
-  so running requests always finish and waiting ones always start: no deadlock. Some pages are kept for growth alone while somebody runs.
+  so running requests always finish and waiting ones always start: no deadlock.
 - Admission is all or nothing. While the first waiting ask does not fit, what its split needs is promised to it, pages that are still
   taken included: nobody behind it (nor a local request, see `Decision.promised`) may take them when they become free, so short requests
   cannot starve a long one. It holds them up for half of its wait at most (promise_turns.py), so a long one cannot stop the short ones.
@@ -146,14 +146,12 @@ class ReservationTable:
         levels: Sequence[float] | None = None,
         wanted: Sequence[int] = (),
         most_retained: int | None = None,
-        kept: Sequence[int] = (),
     ) -> Decision:
         """Grants of this step; granted asks leave the table.
 
         free[r]: pages that instance r can give now (evictable cache included). guest_room[r]: pages that new guests may still take there.
         anybody_runs: some instance has tokens in this step's batch. levels[r]: predicted level, where growth may choose. wanted[r]: free
-        pages that its local requests need. most_retained: pages that one pool may retain, None for any. kept[r]: pages that no admission
-        gets.
+        pages that its local requests need. most_retained: pages that one pool may retain, None for any.
         """
         self.num_looked_at = 0
         room = Room(self.limits, free, guest_room)
@@ -162,7 +160,6 @@ class ReservationTable:
         promised = list(self._stuck_pages)
         # Growth that was not looked at comes before admission too.
         room.set_aside(promised)
-        room.set_aside(kept)
         grants += self._decide_admission(evictions, promised)
         evictions.for_locals(wanted)
         if most_retained is not None:

@@ -5,23 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sglang_dcp.policy.cost_model import CostModel
-from sglang_dcp.policy.split import num_pages as pages_of
 from sglang_dcp.policy.split_limits import SplitLimits
-
-TOKENS_AHEAD = 512
-"""Of every running request, for which a pool keeps pages that no new request gets: SGLang's number of a decode server
-(--num-reserved-decode-tokens)."""
-KEPT_SHARE = 32
-"""Of a pool, at most one part in so many: where it is small, room for a request more is worth more."""
 
 Order = tuple[int, int, int]
 """(step of the first ask, home, a serial per home): the total order of requests that every instance computes alike."""
-
-
-def kept_for_growth(num_running: int, page_size: int, pool_pages: int) -> int:
-    """Pages of an instance that admission leaves free for the next tokens of its num_running requests: where it filled the pool, they
-    would sit out, with all their pages, until somebody ends."""
-    return min(num_running * pages_of(TOKENS_AHEAD, page_size), pool_pages // KEPT_SHARE)
 
 
 def next_tail(

@@ -180,6 +180,8 @@ def test_captured_steps_read_the_tables_alone(
             expected = partial_attention(asked, *(part[: lengths[row] + step] for part in seen), scale=SCALE)
             torch.testing.assert_close(merged[row].float(), expected.output[0], atol=2e-2, rtol=2e-2)
         assert not merged[2].any(), "a row of padding attends nothing"
+    schedule = attention._kernels[3, 2]._schedule
+    assert schedule.planned[-2:] == [[64, 2, 0, 0, 0], [65, 3, 0, 0, 0]] and schedule.more["block_tokens"] == (160 if quantised else 128)
 
 
 def test_window_layers_read_the_last_tokens_and_sinks_take_their_share(

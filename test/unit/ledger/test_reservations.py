@@ -37,22 +37,6 @@ def granted(decision):
     return [(grant.home, grant.handle) for grant in decision.grants]
 
 
-def test_admission_leaves_the_pages_that_are_kept_for_growth():
-    table = table_of((0, admission(1, 1, (0, 4), (1, 4))), (1, growth(2, 2, 1)), num_instances=2)
-    assert granted(table.decide([4, 6], MANY, True, kept=[1, 1])) == [(1, 2)], "growth takes them"
-    assert granted(table.decide([4, 5], MANY, True, kept=[0, 2])) == []
-    assert granted(table.decide([5, 5], MANY, True, kept=[1, 1])) == [(0, 1)]
-
-
-def test_a_flexible_ask_is_split_around_the_pages_that_are_kept():
-    table = table_of((0, admission(1, 1, (0, 6), (1, 2), flexible=True)), num_instances=2)
-    grant = table.decide([6, 6], (100, 100), True, kept=[2, 2]).grants[0]
-    assert [(segment.rank, segment.num_pages) for segment in grant.segments] == [(1, 4), (0, 4)]
-    table = table_of((0, admission(1, 1, (0, 6), (1, 2), flexible=True)), num_instances=2)
-    assert not table.decide([5, 6], (100, 100), True, kept=[2, 2]).grants
-    assert granted(table.decide([5, 6], (100, 100), False, kept=[0, 0])) == [(0, 1)], "nobody runs, nothing is kept"
-
-
 def test_order_is_step_then_home_then_handle():
     table = table_of((1, admission(1, 5, (0, 1))), (0, admission(9, 5, (0, 1))), (0, admission(8, 5, (0, 1))), (3, admission(1, 4, (0, 1))))
     assert granted(decide(table, [4, 0, 0, 0])) == [(3, 1), (0, 8), (0, 9), (1, 1)]

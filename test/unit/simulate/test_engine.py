@@ -269,16 +269,16 @@ def test_retraction_takes_the_youngest_and_it_still_finishes():
 def test_one_that_is_stuck_waits_while_others_run():
     """As served (policy/growth.py): it keeps its pages, and goes on when the other has finished."""
     cost = constant_step(0.01)
-    simulation = Simulation([(0.0, 477, 60), (0.001, 495, 30)], policy_of("local", cost, 1), cost, small(1, max_degree=1))
+    simulation = Simulation([(0.0, 502, 60), (0.001, 491, 20)], policy_of("local", cost, 1), cost, small(1, max_degree=1))
     assert simulation.run().num_finished == 2
     assert [request.retractions for request in simulation.requests] == [0, 0]
     first, second = simulation.requests
-    assert second.finish == pytest.approx(0.31) and first.finish > 60 * 0.01 + 0.1
+    assert second.finish == pytest.approx(0.21) and first.finish > 60 * 0.01 + 0.1
 
 
 def test_the_youngest_of_those_that_are_stuck_yields_not_of_all():
     cost = constant_step(0.01)
-    requests = [(0.0, 330, 100), (0.001, 320, 100), (0.002, 310, 100)]
+    requests = [(0.0, 340, 100), (0.001, 330, 100), (0.002, 320, 100)]
     simulation = Simulation(requests, policy_of("local", cost, 1), cost, small(1, max_degree=1))
     assert simulation.run().num_finished == 3
     assert [request.retractions > 0 for request in simulation.requests] == [False, True, False]

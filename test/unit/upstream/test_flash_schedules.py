@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 from sglang_dcp.dataflow.attention import flash_schedule
-from sglang_dcp.upstream.layers import flash_schedules
+from sglang_dcp.upstream.layers import backends, flash_schedules
 from test.unit.dataflow.test_flash_attention3 import FakeSchedule
 
 
@@ -62,6 +63,21 @@ def test_heads_that_do_not_fit_a_tile_are_left_to_the_library(made: list[FakeSch
     backend = backend_of(128, kv_heads=1)
     flash_schedules.schedule_ahead(backend, "cpu")
     assert backend.decode_num_splits == 128 and backend._compute_scheduler_metadata is None and made == []
+    assert backend._disable_scheduler_metadata_precompute, "SGLang would schedule for a number of parts of its own"
+
+
+@pytest.mark.parametrize(("own", "wanted"), [(True, [("fa3", "cuda")]), (False, [])], ids=["auto", "stock"])
+def test_a_server_schedules_ahead_unless_it_is_to_split_as_stock(monkeypatch: pytest.MonkeyPatch, own: bool, wanted: list[Any]) -> None:
+    module = ModuleType("sglang.srt.layers.attention.flashattention_backend")
+    module.__dict__["FlashAttentionBackend"] = None
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(backends, "make_backend_class", lambda stock, kernel: lambda runner: SimpleNamespace(kernel=kernel))
+    monkeypatch.setattr(backends, "check_kv_type", lambda runner, name: None)
+    monkeypatch.setattr(backends, "splits_long_rows", lambda: own)
+    asked: list[Any] = []
+    monkeypatch.setattr(flash_schedules, "schedule_ahead", lambda backend, device: asked.append((backend.kernel, device)))
+    runner = SimpleNamespace(use_mla_backend=False, device="cuda", kv_cache_dtype=torch.bfloat16)
+    assert backends.create_fa3(runner).dyncp_runner is runner and asked == wanted
 
 
 def test_sglang_asks_as_it_did() -> None:

@@ -106,9 +106,17 @@ def test_a_model_of_another_type_is_refused_by_name() -> None:
         flashinfer_attention().prepare(shape, None, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("policy", "order"), [("dual-balance", ["kernels", "agreement", "group"]), ("local", ["agreement", "group"])])
-def test_a_server_prepares_ahead_of_the_first_exchange(monkeypatch: pytest.MonkeyPatch, policy: str, order: list[str]) -> None:
-    """Where requests may be sharded. Ahead of groups of ours, whose peers may not be minutes late."""
+@pytest.mark.parametrize(
+    ("config", "order"),
+    [
+        (DynCpConfig(policy="dual-balance"), ["kernels", "agreement", "group"]),
+        (DynCpConfig(policy="local"), ["agreement", "group"]),
+        (DynCpConfig(policy="local", cache_fraction=0.5), ["kernels", "agreement", "group"]),
+    ],
+    ids=["sharded", "whole at home", "whole, perhaps elsewhere"],
+)
+def test_a_server_prepares_ahead_of_the_first_exchange(monkeypatch: pytest.MonkeyPatch, config: DynCpConfig, order: list[str]) -> None:
+    """Where rows may lie elsewhere. Ahead of groups of ours, whose peers may not be minutes late."""
     from sglang.srt import runtime_context
 
     seen: list[str] = []
@@ -125,5 +133,5 @@ def test_a_server_prepares_ahead_of_the_first_exchange(monkeypatch: pytest.Monke
     scheduler = SimpleNamespace(
         token_to_kv_pool_allocator=pool, tp_worker=SimpleNamespace(model_runner=runner), tree_cache=None, server_args=None
     )
-    runtime = attach_scheduler.build_runtime(scheduler, DynCpConfig(policy=policy), None)
+    runtime = attach_scheduler.build_runtime(scheduler, config, None)
     assert runtime.partial_attention is torch_partial_attention and seen == order

@@ -89,8 +89,9 @@ def build_runtime(scheduler: Any, config: DynCpConfig, graphs: GraphEngine | Non
     cluster = cluster_of(config, parallel.num_dp_ranks, pool.num_pages, pool.page_size)
     slices, device = Slices(cluster.limits.layout, parallel.attn_tp_size), torch.device(runner.device)
     attention = choose_partial_attention(device, pool.page_size, runner)
-    if cluster.limits.max_degree > 1:
-        # Ahead of the first exchange: hosts with unlike caches reach it minutes apart. SGLang's groups wait so long, ours would not.
+    if cluster.limits.max_degree > 1 or config.cache_fraction > 0.0:
+        # Whole ones lie elsewhere, too, where what they were to go on from was evicted. Ahead of the first exchange: hosts with unlike
+        # caches reach it minutes apart. SGLang's groups wait so long, ours would not.
         prepare_kernels(attention, runner, device)
     check_agreement(config, cluster, runner.kv_cache_dtype, parallel.tp_group.cpu_group)
     instance, own_slice = slices.place(parallel.tp_rank)

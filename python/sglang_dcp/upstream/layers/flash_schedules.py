@@ -47,6 +47,7 @@ def schedule_ahead(backend: Any, device: str) -> None:
     """backend: SGLang's FlashAttentionBackend, before its first capture."""
     backend.decode_num_splits = splits_of(device, backend.num_kv_heads, own_split=True)
     if backend.num_attention_heads > MOST_GROUP * backend.num_kv_heads:
+        backend._disable_scheduler_metadata_precompute = True  # its own schedules are for another number of parts
         return
     heads = backend.num_attention_heads, backend.num_kv_heads, backend.head_dim
     check_layout(*heads, backend.kv_cache_dtype, backend.page_size, has_causal_schedule(backend.head_dim), device)

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from sglang_dcp.dataflow.step_mode import STOCK, Eager, StepMode
 from sglang_dcp.dataflow.transport.base import TransportError
 from sglang_dcp.ledger import columns as col
-from sglang_dcp.policy.growth import kept_for_growth
 from sglang_dcp.upstream.step.managed import is_managed
 from sglang_dcp.upstream.step.queued import with_pages, without_pages
 from sglang_dcp.upstream.step.runtime import Runtime
@@ -26,14 +25,7 @@ def own_columns(runtime: Runtime, batch: Any, wanted_pages: int) -> list[int]:
     runtime.givable_pages = givable = runtime.pool.num_givable_pages()
     free = givable if scheduler.chunked_req is None else free_pages(runtime, givable)
     used_tokens = (participant.num_pages - givable - participant.retention.num_pages_here) * participant.page_size
-    num_requests = count_home_requests(runtime, batch)
-    return participant.build_columns(rows, free, used_tokens, num_requests, wanted_pages, kept_pages(runtime))
-
-
-def kept_pages(runtime: Runtime) -> int:
-    """Pages that new requests leave to those that decode here, or sit out."""
-    participant, num_decoding = runtime.participant, len(runtime.scheduler.running_batch.reqs) + len(runtime.queues.parked)
-    return kept_for_growth(num_decoding, participant.page_size, participant.num_pages)
+    return participant.build_columns(rows, free, used_tokens, count_home_requests(runtime, batch), wanted_pages)
 
 
 def count_home_requests(runtime: Runtime, batch: Any) -> int:
