@@ -260,6 +260,7 @@ SERVER = "import sys, time; time.sleep(float(sys.argv[1])); print(sys.argv[2], f
 def run_waves(monkeypatch: pytest.MonkeyPatch, out: Path, waves: str, words: str, stage: Any, limit_s: float) -> tuple[Any, dict[str, Any]]:
     """Waves of stand-in servers that print `words` after a moment. stage(case, waves object): what a case does."""
     monkeypatch.setattr(GpuServer, "command", lambda server: [sys.executable, "-c", SERVER, "0.1", words])
+    monkeypatch.setattr(GpuServer, "freeze_garbage", lambda server: True)  # they listen nowhere
     cases = [[Case.parse(name) for name in wave.split(",")] for wave in waves.split("/")]
     together = [case for wave in cases for case in wave]
     pairs = build_servers(together, {case.stock_name: Path() for case in together}, "cuda", one_gpu=True, with_stock=True)
