@@ -3,7 +3,7 @@
     python -m benchmark.kernels.default_kernel --output OUT.json [--commit ID]
 
 A server that names no backend runs fa3 in steps in which nobody is sharded, and in graphs with sharded rows. The block table is as
-wide as a server's of LONGEST_CONTEXT tokens, and nothing is scheduled ahead: with data-parallel attention SGLang does neither. Answers are
+wide as a server's of LONGEST_CONTEXT tokens, and stock schedules nothing ahead: with data-parallel attention SGLang does not. Answers are
 compared first. plan_us: our schedule of a step, once for all its layers.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sglang_dcp.dataflow.reference import partial_attention
 from testing.captures import capturing
 from testing.kernels.flash_schedule import Sizes, parts_of_rows, read_schedule
 
@@ -74,12 +75,11 @@ def test_replays_of_a_graph_that_schedules_its_rows(heads: int, kv_heads: int, h
                 assert bool((layers[0].lse[row].abs() == float("inf")).all())
                 continue
             listed = table[row, : -(-count // PAGE)].long()
-            seen = [cache[listed].flatten(0, 1)[:count].float().repeat_interleave(heads // kv_heads, dim=1) for cache in (keys, values)]
-            logits = torch.einsum("hd,nhd->hn", queries[row].float(), seen[0]) * head_dim**-0.5
-            expected = torch.einsum("hn,nhd->hd", logits.softmax(-1), seen[1])
+            seen = [cache[listed].flatten(0, 1)[:count] for cache in (keys, values)]
+            expected = partial_attention(queries[row : row + 1].float(), *seen, scale=head_dim**-0.5)
             rough = 0.1 if dtype == FP8 else 2e-2  # weights of the keys have three bits behind the point
-            torch.testing.assert_close(layers[0].output[row].float(), expected, rtol=rough, atol=rough)
-            torch.testing.assert_close(layers[0].lse[row], logits.logsumexp(-1), rtol=1e-3, atol=5e-3)
+            torch.testing.assert_close(layers[0].output[row].float(), expected.output[0], rtol=rough, atol=rough)
+            torch.testing.assert_close(layers[0].lse[row], expected.lse[0], rtol=1e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])

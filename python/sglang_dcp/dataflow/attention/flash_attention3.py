@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_dcp.dataflow.attention.flash_splits import MOST_GROUP, MOST_SCHEDULED, splits_of
+from sglang_dcp.dataflow.attention.flash_splits import MOST_SCHEDULED, has_one_tile, splits_of
 from sglang_dcp.dataflow.contracts import NO_SCALES, KVScales, PartialState
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class FlashAttention3Decode:
         return PartialState(output.squeeze(1), lse.squeeze(-1))
 
     def _schedule_for(self, heads: int) -> torch.Tensor | None:
-        if self._schedule is None or heads > MOST_GROUP * self.num_kv_heads:
+        if self._schedule is None or not has_one_tile(heads, self.num_kv_heads):
             return None
         return self._schedule.metadata
 

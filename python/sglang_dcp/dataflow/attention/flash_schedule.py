@@ -41,17 +41,22 @@ SIZES_AND_LISTS = ["num_rows", "lengths", "costs", "order", "schedule"]
 
 
 @triton.jit
-def _parts(lengths, target, most_parts: tl.constexpr, block_tokens: tl.constexpr):
+def _rounds(lengths, block_tokens: tl.constexpr):
+    """Of the kernel over a row's keys."""
+    return (lengths + (block_tokens - 1)) // block_tokens
+
+
+@triton.jit
+def _parts(rounds, target, most_parts: tl.constexpr):
     """Into how many parts rows are cut, and what one of them costs."""
-    rounds = (lengths + (block_tokens - 1)) // block_tokens
     parts = tl.minimum(tl.maximum((rounds + target - 1) // target, 1), most_parts)
     return parts, (rounds + parts - 1) // parts + PART_ROUNDS
 
 
 @triton.jit
-def _target(lengths, cut, kv_heads: tl.constexpr, multiprocessors: tl.constexpr, block_tokens: tl.constexpr):
-    """Rounds of a part."""
-    share = tl.sum((lengths + (block_tokens - 1)) // block_tokens) * kv_heads / multiprocessors
+def _target(rounds, cut, kv_heads: tl.constexpr, multiprocessors: tl.constexpr):
+    """Rounds of a part, where rows have these."""
+    share = tl.sum(rounds) * kv_heads / multiprocessors
     return (share * WIDEST * tl.exp2(-cut.to(tl.float32) / CUTS_PER_HALVING)).to(tl.int32) + 1
 
 
@@ -71,22 +76,22 @@ def _price_cut(
 ):
     cut, row = tl.program_id(0), tl.arange(0, block_rows)
     is_row = row < num_rows
-    length = tl.load(lengths + row, mask=is_row, other=0)
-    target = _target(length, cut, kv_heads, multiprocessors, block_tokens)
-    parts, rounds = _parts(length, target, most_parts, block_tokens)
+    rounds = _rounds(tl.load(lengths + row, mask=is_row, other=0), block_tokens)
+    target = _target(rounds, cut, kv_heads, multiprocessors)
+    parts, cost = _parts(rounds, target, most_parts)
     parts = tl.where(is_row, parts, 0)
-    work = tl.sum(parts * rounds) * kv_heads
+    work = tl.sum(parts * cost) * kv_heads
     order += cut * block_rows
-    tl.store(order + row, tl.sort(tl.where(is_row, rounds * ROW_BASE + row, 0), descending=True))
+    tl.store(order + row, tl.sort(tl.where(is_row, cost * ROW_BASE + row, 0), descending=True))
     tl.debug_barrier()  # the others' places are read below
     place = tl.arange(0, block_places)
     loads = tl.where(place < multiprocessors, place, NO_LOAD)
     done, longest = 0, tl.load(order)
     while (done < num_rows) & (longest // ROW_BASE * (multiprocessors * FINEST) >= work):
-        of_row, rounds_each = _parts(tl.load(lengths + longest % ROW_BASE), target, most_parts, block_tokens)
+        of_row, cost_each = _parts(_rounds(tl.load(lengths + longest % ROW_BASE), block_tokens), target, most_parts)
         for _ in range(of_row * kv_heads):
             least = tl.min(loads)
-            loads = tl.where(loads == least, loads + rounds_each * PLACE_BASE, loads)
+            loads = tl.where(loads == least, loads + cost_each * PLACE_BASE, loads)
         done += 1
         longest = tl.load(order + tl.minimum(done, block_rows - 1))
     busiest = tl.max(tl.where(place < multiprocessors, loads // PLACE_BASE, 0))
@@ -112,9 +117,9 @@ def _write_cheapest(
     cut = tl.argmin(tl.load(costs + tl.arange(0, cuts)), 0)
     place = tl.arange(0, block_rows)
     is_row = place < num_rows
-    target = _target(tl.load(lengths + place, mask=is_row, other=0), cut, kv_heads, multiprocessors, block_tokens)
+    target = _target(_rounds(tl.load(lengths + place, mask=is_row, other=0), block_tokens), cut, kv_heads, multiprocessors)
     row = tl.load(order + cut * block_rows + place, mask=is_row, other=0) % ROW_BASE
-    parts, _ = _parts(tl.load(lengths + row, mask=is_row, other=0), target, most_parts, block_tokens)
+    parts, _ = _parts(_rounds(tl.load(lengths + row, mask=is_row, other=0), block_tokens), target, most_parts)
     rounded = (num_rows + 3) // 4 * 4
     tl.store(schedule + place, parts, mask=is_row)
     tl.store(schedule + rounded + place, tl.full((block_rows,), 1, tl.int32), mask=is_row)
@@ -129,13 +134,21 @@ def block_tokens(kv_dtype: torch.dtype) -> int:
     return 160 if kv_dtype.itemsize == 1 else 128
 
 
+def _vectors(causal: bool) -> int:
+    return 4 if causal else 3
+
+
+def _vector_length(num_rows: int) -> int:
+    return -(-num_rows // 4) * 4
+
+
 def check_layout(
     num_heads: int, kv_heads: int, head_dim: int, kv_dtype: torch.dtype, page_size: int, causal: bool, device: torch.device | str
 ) -> None:
     """Raises RuntimeError where the installed library lays its schedule out otherwise: it is asked for one of rows with one key each."""
     from sgl_kernel.flash_attn import get_scheduler_metadata
 
-    rows, rounded = 5, 8
+    rows, vectors = 5, _vectors(causal)
     made = get_scheduler_metadata(
         batch_size=rows,
         max_seqlen_q=1,
@@ -149,7 +162,7 @@ def check_layout(
         causal=True,
         num_splits=2,
     ).tolist()
-    vectors = 4 if causal else 3
+    rounded = _vector_length(rows)
     listed = [made[begin : begin + rows] for begin in range(0, 3 * rounded, rounded)]
     if len(made) != vectors * rounded + 1 or listed[:2] != [[1] * rows] * 2 or sorted(listed[2]) != list(range(rows)) or made[-1] != 0:
         raise RuntimeError(
@@ -182,10 +195,9 @@ class FlashSchedule:
             raise ValueError(
                 f"a schedule for FlashAttention 3 takes at most {PLACE_BASE.value} multiprocessors, this GPU has {multiprocessors}"
             )
-        self.num_rows, vectors = num_rows, 4 if causal else 3
+        self.num_rows, self._vectors, self._places = num_rows, _vectors(causal), triton.next_power_of_2(multiprocessors)
         block_rows = max(FEWEST_ROWS, triton.next_power_of_2(num_rows))
-        rounded = -(-num_rows // 4) * 4
-        self.metadata = torch.zeros(vectors * rounded + 1, dtype=torch.int32, device=device)
+        self.metadata = torch.zeros(self._vectors * _vector_length(num_rows) + 1, dtype=torch.int32, device=device)
         self._costs = torch.zeros(CUTS, dtype=torch.int32, device=device)
         self._order = torch.zeros(CUTS, block_rows, dtype=torch.int32, device=device)
         self._sizes: dict[str, Any] = {
@@ -195,7 +207,6 @@ class FlashSchedule:
             "block_tokens": block_tokens,
             "block_rows": block_rows,
         }
-        self._vectors, self._places = vectors, triton.next_power_of_2(multiprocessors)
 
     def plan(self, lengths: torch.Tensor) -> None:
         """lengths int32 [num_rows]: keys of each row, 0 for padding."""

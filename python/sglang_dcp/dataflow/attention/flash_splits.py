@@ -27,6 +27,11 @@ def splits_of(device: torch.device | str, kv_heads: int, *, own_split: bool) -> 
     return most_splits(torch.cuda.get_device_properties(device).multi_processor_count, kv_heads)
 
 
+def has_one_tile(heads: int, kv_heads: int) -> bool:
+    """Whether a schedule fits a decode of so many heads."""
+    return heads <= MOST_GROUP * kv_heads
+
+
 def has_causal_schedule(head_dim: int) -> bool:
     """Whether the kernel, called as causal, schedules one query token as such: for other heads it takes the call for one that is not."""
     return 64 < head_dim <= 128

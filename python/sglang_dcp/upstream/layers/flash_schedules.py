@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from sglang_dcp.dataflow.attention.flash_schedule import FlashSchedule, check_layout, schedule_on
-from sglang_dcp.dataflow.attention.flash_splits import MOST_GROUP, has_causal_schedule, splits_of
+from sglang_dcp.dataflow.attention.flash_schedule import FEWEST_ROWS, FlashSchedule, check_layout, schedule_on
+from sglang_dcp.dataflow.attention.flash_splits import has_causal_schedule, has_one_tile, splits_of
 
-PREPARED_ROWS = (64, 128, 256, 512)
+PREPARED_ROWS = tuple(FEWEST_ROWS << doubling for doubling in range(4))
 """Sizes that device code is built for when the server starts; a step of more rows is left to the library."""
 
 
@@ -46,7 +46,7 @@ class FlashSchedules:
 def schedule_ahead(backend: Any, device: str) -> None:
     """backend: SGLang's FlashAttentionBackend, before its first capture."""
     backend.decode_num_splits = splits_of(device, backend.num_kv_heads, own_split=True)
-    if backend.num_attention_heads > MOST_GROUP * backend.num_kv_heads:
+    if not has_one_tile(backend.num_attention_heads, backend.num_kv_heads):
         backend._disable_scheduler_metadata_precompute = True  # its own schedules are for another number of parts
         return
     heads = backend.num_attention_heads, backend.num_kv_heads, backend.head_dim
