@@ -61,9 +61,9 @@ def browser(debian_program: Callable[[str, str], Program]) -> Iterator[Browser]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
-    """A failure on a server that died shows why it died: no test that uses it can know."""
+    """A failure on a server that died, or is about to, shows why it died: no test that uses it can know."""
     report: pytest.TestReport = yield
     servers = getattr(item, "funcargs", {}).get("pool")
-    if report.failed and isinstance(servers, ServerPool) and (dead := servers.dead_server()) is not None:
+    if report.failed and isinstance(servers, ServerPool) and (dead := servers.failed_server()) is not None:
         report.sections.append(("the server died", dead.last_words()))
     return report

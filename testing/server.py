@@ -26,7 +26,8 @@ FOLLOWER_LIMIT_S = 120.0
 STARTUP_FOLDER = Path(__file__).parent / "startup"
 LONGEST_LINE = 400
 """A server prints its arguments in one line of thousands of characters."""
-
+EXCEPTION = "Scheduler hit an exception"
+TRACEBACK = "Traceback (most recent call last)"
 
 Process = subprocess.Popen[bytes] | ForkedProcess
 
@@ -108,13 +109,20 @@ class Server:
     def is_alive(self) -> bool:
         return self.process.poll() is None
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended by itself, or is about to: it answers 503 to those who still ask, for a while."""
+        return not self.is_alive or EXCEPTION in self.log()
+
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 
     def last_words(self, most_lines: int = 120) -> str:
-        """The end of the log, from the first traceback there on: what a server that died has to say."""
-        lines = [line[:LONGEST_LINE] for line in self.log().splitlines()[-5 * most_lines :]]
-        first = next((i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line), max(0, len(lines) - most_lines))
+        """What a server that died has to say: its log from a scheduler's exception on, else its end, from the first traceback there on."""
+        lines = [line[:LONGEST_LINE] for line in self.log().splitlines()]
+        end = max(0, len(lines) - 5 * most_lines)
+        marks = [i for i, line in enumerate(lines) if EXCEPTION in line] or [i for i in range(end, len(lines)) if TRACEBACK in lines[i]]
+        first = marks[0] if marks else max(0, len(lines) - most_lines)
         return f"--- {self.log_path}, code {self.process.poll()}\n" + "\n".join(lines[first:][:most_lines])
 
     def stop(self) -> None:
@@ -224,7 +232,7 @@ class ServerPool:
         self._current: Server | None = None
 
     def get(self, config: ServerConfig) -> Server:
-        if self._current is not None and self._current.is_alive and self._current.config == config:
+        if self._current is not None and not self._current.has_failed and self._current.config == config:
             return self._current
         self.stop(at_once=True)
         self._current = self.start(config, started=lambda server: record(self._lock, server.process.pid))
@@ -234,9 +242,9 @@ class ServerPool:
         """A server that the caller ends, beside those that are there."""
         return start_server(config, log_folder=self.log_folder, started=started, port=port, hosts=self._hosts)
 
-    def dead_server(self) -> Server | None:
-        """The server that tests use, if it ended by itself."""
-        return self._current if self._current is not None and not self._current.is_alive else None
+    def failed_server(self) -> Server | None:
+        """The server that tests use, if it ended by itself or is about to."""
+        return self._current if self._current is not None and self._current.has_failed else None
 
     def stop(self, *, at_once: bool = False) -> None:
         """at_once: without the server's own way to end, for it has nothing to keep."""

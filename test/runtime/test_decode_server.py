@@ -52,6 +52,15 @@ def test_long_prompts_are_decoded_over_both_pools(server: Server) -> None:
     assert_drained(server)
 
 
+def test_a_request_of_one_token_ends_in_the_step_in_which_its_pages_came(server: Server) -> None:
+    """It is gone before the next look at who waits for pages, which once gave them back a second time and ended the server."""
+    for home in (0, 1):
+        pin = {"custom_params": {"dyncp": {"degree": 2, "home": home}}}
+        answer = server.client.generate(random_ids(300, seed=home), max_new_tokens=1, sampling=FOREVER | pin)
+        assert len(answer.ids) == 1 and answer.meta["dyncp"]["degree_end"] == 2
+    assert_drained(server)
+
+
 def test_a_full_cluster_parks_and_prefills_again(server: Server) -> None:
     """Three requests that need more than both pools hold: one is sent back to where it was prefilled, and all get their tokens."""
     jobs = [(300, 560), (301, 540), (302, 550), (40, 30)]

@@ -17,7 +17,7 @@ from sglang_dcp.ledger.participant import Participant
 from sglang_dcp.ledger.prefix_index import page_digests
 from sglang_dcp.policy.types import Placement
 from sglang_dcp.upstream.disaggregation import preallocation
-from sglang_dcp.upstream.step import attached
+from sglang_dcp.upstream.step import attached, retention
 from sglang_dcp.upstream.step.admission import sweep_waiting
 from sglang_dcp.upstream.step.elsewhere import PATIENCE_STEPS, ask_elsewhere
 from sglang_dcp.upstream.step.queued import num_rows_in_use, with_pages, without_pages
@@ -156,13 +156,17 @@ class Cluster:
 
     def step(self) -> list[str]:
         begun = self.queue.pop()
+        self.settle()
+        return begun
+
+    def settle(self) -> None:
+        """The rest of a step, once those whose pages are there have begun."""
         sweep_waiting(self.runtime)
         ask_elsewhere(self.runtime)
         columns = [one.build_columns(None, pool.num_givable_pages(), 0, 0) for one, pool in zip(self.participants, self.pools, strict=True)]
         most = [one.read_columns(columns) for one in self.participants]
         words = [one.own_words for one in self.participants] if max(most) else None
         assert len({repr(one.finish_step(words, True)) for one in self.participants}) == 1
-        return begun
 
     def run(self, steps: int) -> list[str]:
         return [rid for _ in range(steps) for rid in self.step()]
@@ -194,6 +198,19 @@ def test_a_sharded_request_begins_when_its_pages_are_there(cluster: Cluster) -> 
     assert long.dyncp.shards == (1, 0) and long.kv.kv_allocated_len == 30 * PAGE
     assert not cluster.queue.queue and not cluster.runtime.queues.waiting
     assert [entry.req for entry in cluster.scheduler.disagg_decode_transfer_queue.queue] == [long]
+
+
+def test_a_request_that_ends_as_soon_as_it_begins_gives_its_pages_back_once(cluster: Cluster) -> None:
+    """A single token, or an abort: it takes its row and leaves it between two looks at who waits for pages."""
+    req = cluster.queue.arrive(sharded("single", 30 * PAGE))
+    while not cluster.queue.pop():
+        cluster.settle()
+    retention.end_request(cluster.runtime, req.dyncp)
+    req.kv.holds_kv = False
+    assert not cluster.runtime.queues.waiting
+    cluster.settle()
+    cluster.settle()
+    assert [pool.num_givable_pages() for pool in cluster.pools] == [PAGES, PAGES]
 
 
 RETAINING = pytest.mark.parametrize("cluster", [{"cache_fraction": 1.0, "cache_min_tokens": PAGE}], indirect=True, ids=["retaining"])

@@ -35,6 +35,8 @@ FLUSH_SECONDS = 5.0
 
 def end_request(runtime: Runtime, request: HomeRequest) -> None:
     """The request's row is freed: its whole pages stay where it ended by itself, else all go."""
+    # It may have begun and ended since the last look at who waits: a decode server's first token comes with the K/V.
+    runtime.queues.waiting.pop(request.handle, None)
     req = request.owner
     pages = retainable_pages(runtime, request, req) if req is not None else 0
     if not pages:
