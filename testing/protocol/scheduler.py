@@ -166,7 +166,7 @@ class ModelScheduler:
     def _fits(self, req: ModelRequest, batch: list[tuple[ModelRequest, int, int]]) -> bool:
         pages = -(-len(req.full_untruncated_fill_ids) // self.participant.page_size) + 1
         started = sum(1 for other, _, _ in batch if other.dyncp is None)
-        return pages + started + self.participant.promised[self.participant.rank] <= self.pool.num_givable_pages()
+        return pages + started + self.participant.withheld_pages <= self.pool.num_givable_pages()
 
     def _add_chunk(self, req: ModelRequest, budget: int, batch: list[tuple[ModelRequest, int, int]]) -> int:
         if req.dyncp is not None and not req.kv.holds_kv:

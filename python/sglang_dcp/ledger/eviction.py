@@ -38,10 +38,9 @@ class Evictions:
         self.retained, self.room = retained, room
         self.chosen: list[Eviction] = []
 
-    def free_with_all(self, spare: Key | None = None) -> list[int]:
-        """Free pages of every instance if all sequences that can be were evicted, `spare` excepted."""
-        evictable = self.retained.evictable_beside(spare)
-        return [free + pages for free, pages in zip(self.room.free, evictable, strict=True)]
+    def free_with_all(self) -> list[int]:
+        """Free pages of every instance if all sequences that can be were evicted."""
+        return [free + pages for free, pages in zip(self.room.free, self.retained.evictable, strict=True)]
 
     def make_room(self, needed: Mapping[int, int], reason: str, spare: Key | None = None) -> bool:
         """Evicts until instance r has needed[r] free pages. False when that cannot be; then nothing is evicted."""
@@ -51,7 +50,10 @@ class Evictions:
     def for_admission(self, home: int, ask: AskAdmission) -> Split | None:
         """The split of an ask that has no room now and would have some. The sequence that it goes on from stays."""
         spare = (home, ask.previous) if ask.previous else None
-        split = Room(self.room.limits, self.free_with_all(spare), self.room.guests).split(home, ask)
+        evictable = self.retained.evictable_beside(spare)
+        free = [free + pages for free, pages in zip(self.room.free, evictable, strict=True)]
+        left = [pages - gone for pages, gone in zip(self.retained.pages, evictable, strict=True)]
+        split = Room(self.room.limits, free, self.room.guests, left, [0] * len(free)).split(home, ask)
         return split if split is not None and self.make_room(dict(split), "admission", spare) else None
 
     def for_locals(self, wanted: Sequence[int]) -> None:

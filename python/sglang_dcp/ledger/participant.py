@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from typing import Protocol
 
 from sglang_dcp.ledger import columns as col
 from sglang_dcp.ledger import messages
@@ -21,6 +20,7 @@ from sglang_dcp.ledger.guests import GuestBook
 from sglang_dcp.ledger.homes import HomeBook, HomeRequest
 from sglang_dcp.ledger.messages import AskAdmission, AskGrowth, Granted, Message, Release, Retain, RowColumns, Rows, Share
 from sglang_dcp.ledger.page_ids import Page, PageIds
+from sglang_dcp.ledger.page_pool import PagePool
 from sglang_dcp.ledger.reservations import Decision, Grant, Key, ReservationTable
 from sglang_dcp.ledger.retention import Match, Retention
 from sglang_dcp.ledger.row_table import RowTable, checksum
@@ -31,26 +31,12 @@ class ProtocolError(RuntimeError):
     """Instances disagree about a step. Serving on would give wrong answers, so the process ends."""
 
 
-class PagePool(Protocol):
-    """The pages of this instance, by number."""
-
-    def num_givable_pages(self) -> int:
-        """Free ones, and those that eviction from the prefix cache would free."""
-        ...
-
-    def take_pages(self, count: int) -> list[int] | None:
-        """None when they are not there; then none is taken."""
-        ...
-
-    def return_pages(self, pages: list[int]) -> None: ...
-
-
 class Participant:
     """State of one instance.
 
-    promised: pages of every instance that new local requests must leave. rows_of: the sharded rows of every home, which all instances
-    keep alike; rows_steady: no home told others of its rows in this step; num_sharded_rows: of the step, 0 means that nothing of ours
-    runs in the layers. group: the ranks that this one may exchange rows with; busy_ranks: those in whose group some row is sharded.
+    promised: pages of every instance that the first waiting ask and stuck growth need. rows_of: the sharded rows of every home, which all
+    instances keep alike; rows_steady: no home told others of its rows in this step; num_sharded_rows: of the step, 0 means that nothing of
+    ours runs in the layers. group: the ranks that this one may exchange rows with; busy_ranks: those in whose group some row is sharded.
     victims: own requests that the step chose to give their pages back. slice_index: of the process among those of the instance (slices.py).
     """
 
@@ -143,10 +129,20 @@ class Participant:
         self.outbox += self.retention.release_all()
 
     def room_for_guests(self, rank: int) -> int:
-        """Pages that instance `rank` could lend by the columns of the last step, beyond what is promised there."""
+        """Pages that instance `rank` could lend by the columns of the last step, beyond what is promised there and left to growth."""
         row = self._columns[rank]
-        free = row[col.FREE_PAGES] + self.table.retained.evictable[rank] - self.promised[rank]
-        return min(free, self.limits.guest_pages - row[col.GUEST_PAGES])
+        free = row[col.FREE_PAGES] - self.promised[rank] - self._left_to_growth(rank, row[col.FREE_PAGES])
+        return min(free + self.table.retained.evictable[rank], self.limits.guest_pages - row[col.GUEST_PAGES])
+
+    @property
+    def withheld_pages(self) -> int:
+        """Free pages of the own pool that no new local request gets: those promised, and those left to growth that nothing retained could
+        make room for. A waiting ask is given its pages when both are there, so nobody takes either."""
+        left = self._left_to_growth(self.rank, self.pool.num_givable_pages()) - self.table.retained.evictable[self.rank]
+        return self.promised[self.rank] + max(0, left)
+
+    def _left_to_growth(self, rank: int, free: int) -> int:
+        return self.limits.left_to_growth(free - self.promised[rank], self.table.retained.pages[rank])
 
     def busy(self) -> bool:
         """Guests or managed requests are here, or something is to be told: the pool must not be flushed. Retained sequences are apart."""

@@ -2,7 +2,8 @@
 
 Rules, and why:
 - Growth before admission, each in the total order (born, home, handle). A running request is never held up by one that has not started,
-  so running requests always finish and waiting ones always start: no deadlock.
+  so running requests always finish and waiting ones always start: no deadlock. Admission leaves pages to growth (SplitLimits.growth_pages)
+  where somebody is in a pool: that makes every ask, and every local request, a little larger, up to the pool, and nothing else.
 - Admission is all or nothing. While the first waiting ask does not fit, what its split needs is promised to it, pages that are still
   taken included: nobody behind it (nor a local request, see `Decision.promised`) may take them when they become free, so short requests
   cannot starve a long one. It holds them up for half of its wait at most (promise_turns.py), so a long one cannot stop the short ones.
@@ -56,7 +57,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Outcome of one step. New local requests leave `promised[r]` pages of instance r free; it may have fewer free ones now."""
+    """Outcome of one step. New local requests leave `promised[r]` pages of instance r free, and some to growth; it may have fewer now."""
 
     grants: tuple[Grant, ...]
     promised: tuple[int, ...]
@@ -154,7 +155,7 @@ class ReservationTable:
         pages that its local requests need. most_retained: pages that one pool may retain, None for any.
         """
         self.num_looked_at = 0
-        room = Room(self.limits, free, guest_room)
+        room = Room(self.limits, free, guest_room, self.retained.pages, self.retained.evictable)
         evictions = Evictions(self.retained, room)
         grants, stuck = self._decide_growth(evictions, levels or [0.0] * self.num_instances)
         promised = list(self._stuck_pages)

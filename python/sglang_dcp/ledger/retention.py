@@ -9,19 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from sglang_dcp.ledger.eviction import REASONS, Eviction
 from sglang_dcp.ledger.guests import GuestBook
 from sglang_dcp.ledger.homes import HomeBook, HomeRequest
 from sglang_dcp.ledger.messages import Release, Retain, Share
+from sglang_dcp.ledger.page_pool import PagePool
 from sglang_dcp.ledger.prefix_index import least_pages
 from sglang_dcp.ledger.reservations import Grant
 from sglang_dcp.ledger.retained import RetainedTable
-
-
-class Pool(Protocol):
-    def return_pages(self, pages: list[int]) -> None: ...
 
 
 @dataclass
@@ -51,7 +47,7 @@ class Match:
 class Retention:
     """lost: own waiting requests whose sequence was evicted: they must ask for all their pages."""
 
-    def __init__(self, rank: int, homes: HomeBook, guests: GuestBook, pool: Pool, table: RetainedTable) -> None:
+    def __init__(self, rank: int, homes: HomeBook, guests: GuestBook, pool: PagePool, table: RetainedTable) -> None:
         self.rank, self.homes, self.guests, self.pool, self.table = rank, homes, guests, pool, table
         self.counters = RetentionCounters()
         self.lost: list[HomeRequest] = []

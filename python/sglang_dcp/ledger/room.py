@@ -10,10 +10,16 @@ from sglang_dcp.policy.split_limits import Split, SplitLimits
 
 class Room:
     """free[r]: pages of instance r that nobody has. guests[r]: pages that new guests may still take there. Either may fall below 0: what is
-    promised is taken, also where it is not there yet."""
+    promised is taken, also where it is not there yet.
 
-    def __init__(self, limits: SplitLimits, free: Sequence[int], guest_room: Sequence[int]) -> None:
-        self.limits = limits
+    Admission leaves pages to growth where somebody is in the pool. retained[r]: pages of it that are nobody's but not free; evictable[r]:
+    those of them that growth can have. Both follow what is evicted.
+    """
+
+    def __init__(
+        self, limits: SplitLimits, free: Sequence[int], guest_room: Sequence[int], retained: Sequence[int], evictable: Sequence[int]
+    ) -> None:
+        self.limits, self._retained, self._evictable = limits, retained, evictable
         self._lends_a_part = limits.guest_pages < limits.pool_pages
         self.free, self.guests = list(free), list(guest_room)
         self._for_guests = [self._for_guest(rank) for rank in range(len(free))]
@@ -50,7 +56,7 @@ class Room:
         for_guests = self._beside(home, ask.taken) if ask.taken and self._lends_a_part else self._for_guests
         if for_guests is None:
             return None
-        at_home, pages, fits = max(0, self.free[home]), 0, True
+        at_home, pages, fits = max(0, self._admissible(home)), 0, True
         for rank, count in ask.segments:
             pages += count
             fits = fits and count <= (at_home if rank == home else for_guests[rank])
@@ -83,9 +89,15 @@ class Room:
                 room[rank] = min(room[rank], self.guests[rank] - count)
         return room if min(room) >= 0 else None
 
+    def _admissible(self, rank: int) -> int:
+        """Free pages of an instance but for those that are left to growth."""
+        free = self.free[rank]
+        left = self.limits.left_to_growth(free, self._retained[rank]) - self._evictable[rank]
+        return free - left if left > 0 else free
+
     def _for_guest(self, rank: int) -> int:
         """Pages that a new guest could take of an instance."""
-        free, guests = self.free[rank], self.guests[rank]
+        free, guests = self._admissible(rank), self.guests[rank]
         least = free if free < guests else guests
         return least if least > 0 else 0
 

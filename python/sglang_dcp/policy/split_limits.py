@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+GROWTH_SHARE = 100
+"""Of a pool, the part that admission leaves to the growth of those that run is one in so many. Without it a full pool has them sit out,
+with all their pages, until somebody ends. vLLM leaves as much (its watermark); SGLang's decode server, 512 tokens for each that runs."""
+
 Split = tuple[tuple[int, int], ...]
 """(rank, pages) in sequence order; the last one is the tail."""
 
@@ -95,6 +99,11 @@ class SplitLimits:
     def reach_pages(self) -> int:
         """Most pages of one request, on an empty cluster."""
         return self._reach(self.layout.group_size)
+
+    def left_to_growth(self, free: int, retained: int = 0) -> int:
+        """Pages that admission leaves in a pool: none where nobody is in it (all its pages are free, or retained), nor where requests never
+        grow elsewhere, for there SGLang's own rules hold."""
+        return self.pool_pages // GROWTH_SHARE if self.max_degree > 1 and free + retained < self.pool_pages else 0
 
     def most_pages(self, home: int, rank: int) -> int:
         """Most pages that `rank` may give a request of `home` when it is admitted."""

@@ -20,10 +20,10 @@ def growth(handle, born, *shards, stuck=False, page_index=7):
     return AskGrowth(handle, born, stuck, page_index, shards)
 
 
-def table_of(*asks, num_instances=4, max_degree=None, guest_pages=100, node_size=None, crosses=False):
-    """asks: (home, ask). Pools of 100 pages."""
+def table_of(*asks, num_instances=4, max_degree=None, guest_pages=99, node_size=None, crosses=False):
+    """asks: (home, ask). Pools of 99 pages, too few to leave any to growth."""
     layout = Layout(num_instances, node_size or num_instances, crosses)
-    table = ReservationTable(SplitLimits(100, max_degree or num_instances, guest_pages, layout))
+    table = ReservationTable(SplitLimits(99, max_degree or num_instances, guest_pages, layout))
     for home, ask in asks:
         table.ask(home, ask)
     return table
@@ -192,8 +192,8 @@ def test_a_flexible_ask_stays_in_its_node_which_could_hold_it():
 
 
 def test_a_request_beyond_its_node_is_split_over_others_where_it_may():
-    beyond = 0, admission(1, 0, (1, 100), (2, 60), (0, 90), flexible=True)
-    assert granted(decide(table_of(beyond, node_size=2, crosses=True), [100, 60, 60, 60])) == [(0, 1)]
+    beyond = 0, admission(1, 0, (1, 99), (2, 60), (0, 90), flexible=True)
+    assert granted(decide(table_of(beyond, node_size=2, crosses=True), [99, 60, 60, 60])) == [(0, 1)]
     with pytest.raises(ValueError, match="can never be granted within"):
         table_of(beyond, node_size=2)
 
@@ -271,7 +271,7 @@ def test_the_youngest_of_a_thousand_stuck_requests_yields():
 
 
 def test_an_ask_near_the_cluster_s_size_leaves_others_half_of_the_steps():
-    table = table_of((0, admission(1, 0, (1, 100), (0, 90))))
+    table = table_of((0, admission(1, 0, (1, 99), (0, 90))))
     held = [any(decide(table, [50, 50, 9, 9]).promised) for _ in range(40 * FIRST_TURN_STEPS)]
     assert all(held[:FIRST_TURN_STEPS]) and not any(held[FIRST_TURN_STEPS : 2 * FIRST_TURN_STEPS])
     for steps in range(2 * FIRST_TURN_STEPS, len(held), FIRST_TURN_STEPS):
@@ -279,7 +279,7 @@ def test_an_ask_near_the_cluster_s_size_leaves_others_half_of_the_steps():
 
 
 def test_behind_it_asks_are_granted_in_the_others_turn():
-    table = table_of((0, admission(1, 0, (1, 100), (0, 90))), (2, admission(1, 1, (1, 5))))
+    table = table_of((0, admission(1, 0, (1, 99), (0, 90))), (2, admission(1, 1, (1, 5))))
     steps = next(step for step in range(1000) if granted(decide(table, [50, 50, 9, 9])))
     assert steps == FIRST_TURN_STEPS
 

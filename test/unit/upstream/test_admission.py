@@ -22,7 +22,7 @@ PAGE, PROMISED_PAGES = 16, 10
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Rank 0 of two; ten of its pages are promised to a reservation."""
-    participant = SimpleNamespace(rank=0, page_size=PAGE, promised=(PROMISED_PAGES, 0), step=7)
+    participant = SimpleNamespace(rank=0, page_size=PAGE, withheld_pages=PROMISED_PAGES, step=7)
     bound = SimpleNamespace(participant=participant, queues=Queues())
     monkeypatch.setattr(attached, "_runtime", bound)
     yield bound
@@ -119,7 +119,7 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """One of four instances. (largest degree, tokens that an output of 900 is expected to have)."""
     settings, expected = request.param
     config = DynCpConfig(**settings).resolve(4)
-    participant = SimpleNamespace(rank=0, page_size=PAGE, num_pages=POOL // PAGE, num_instances=4, promised=(0,) * 4)
+    participant = SimpleNamespace(rank=0, page_size=PAGE, num_pages=POOL // PAGE, num_instances=4)
     participant.limits = config.split_limits(4, participant.num_pages)
     monkeypatch.setattr(attached, "_runtime", SimpleNamespace(participant=participant, config=config, queues=Queues()))
     return participant.limits.max_degree, expected

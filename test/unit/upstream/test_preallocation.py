@@ -101,7 +101,7 @@ class Queue(DecodePreallocQueue):
         return preallocation.count_active(super()._active_req_count(extra_reserved_reqs), self)
 
     def _allocatable_token_budgets(self, *args: Any, **kwargs: Any) -> int:
-        return preallocation.leave_promised(super()._allocatable_token_budgets(*args, **kwargs), self)
+        return preallocation.leave_withheld(super()._allocatable_token_budgets(*args, **kwargs), self)
 
     def _need_space_for_single_req(self, retractable_tokens: int | None = None) -> int:
         return preallocation.space_for_one(DecodePreallocQueue._need_space_for_single_req, self, retractable_tokens)

@@ -121,10 +121,10 @@ def pop_preallocated(runtime: Runtime, original: Callable[..., Any], queue: Any,
 
 
 @after
-def leave_promised(runtime: Runtime, result: int, queue: Any, *args: Any, **kwargs: Any) -> int:
-    """AFTER DecodePreallocQueue._allocatable_token_budgets: pages promised to a reservation are no longer there for local requests."""
-    participant = runtime.participant
-    return result - participant.promised[participant.rank] * participant.page_size
+def leave_withheld(runtime: Runtime, result: int, queue: Any, *args: Any, **kwargs: Any) -> int:
+    """AFTER DecodePreallocQueue._allocatable_token_budgets: pages promised to a reservation, and those left to growth, are no longer there
+    for local requests."""
+    return result - runtime.participant.withheld_pages * runtime.participant.page_size
 
 
 @after

@@ -16,11 +16,13 @@ PAGES_AHEAD = 32
 
 
 class Books(Protocol):
-    """What the allocator asks of the instance whose pool it is: who owns a page, and what is promised."""
+    """What the allocator asks of the instance whose pool it is: who owns a page, and what new requests leave."""
 
     rank: int
     homes: HomeBook
-    promised: tuple[int, ...]
+
+    @property
+    def withheld_pages(self) -> int: ...
 
     def release(self, request: HomeRequest) -> None: ...
 
@@ -160,12 +162,12 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
         super().free_segments(segments)
 
     def create_prefill_budget(self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0) -> Any:
-        """Pages promised to the first waiting reservation are no longer there for local admission."""
+        """Pages promised to the first waiting reservation, and those left to growth, are no longer there for local admission."""
         budget = super().create_prefill_budget(tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
         if self.participant is not None:
-            promised = self.participant.promised[self.participant.rank] * self.page_size
-            budget.total_offset += promised
-            budget.current_offset += promised
+            withheld = self.participant.withheld_pages * self.page_size
+            budget.total_offset += withheld
+            budget.current_offset += withheld
         return budget
 
     def check_decode_capacity(self, *, num_tokens: int, tree_cache: Any, requests: Any = None, spec_algorithm: Any = None) -> bool:

@@ -120,12 +120,11 @@ def note_blocked(runtime: Runtime, req: Any) -> None:
 @around
 def add_chunked_req(runtime: Runtime, original: Callable[..., Any], adder: Any, req: Any) -> Any:
     """AROUND PrefillAdder.add_chunked_req: further chunks of a reserved request cost nothing either. A local one that has begun comes
-    before what was promised since (`free_pages` in sync.py keeps its pages), so promises do not shorten its chunks."""
+    before what was promised since (`free_pages` in sync.py keeps its pages), so what new ones leave does not shorten its chunks."""
     if is_managed(req):
         with _charge_nothing(adder):
             return original(adder, req)
-    promised = runtime.participant.promised[runtime.participant.rank] * runtime.participant.page_size
-    with _charge_less(adder, promised):
+    with _charge_less(adder, runtime.participant.withheld_pages * runtime.participant.page_size):
         return original(adder, req)
 
 

@@ -1,0 +1,90 @@
+"""The protocol over pools that are large enough to leave pages to growth: who runs goes on, and nobody starves for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_dcp.policy import split_limits
+from testing.protocol.model import ProtocolModel, random_walk
+
+PAGES, PAGE = 960, 16
+LEFT = PAGES // split_limits.GROWTH_SHARE
+
+
+def test_the_pools_leave_some():
+    assert LEFT == 9
+
+
+def steps_until_admitted(model, long, keep_busy, most_steps):
+    for step in range(most_steps):
+        keep_busy()
+        model.step()
+        if long.dyncp is not None and long.dyncp.admitted:
+            return step
+    pytest.fail(f"starved; free {[home.pool.num_givable_pages() for home in model.homes]}")
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("pages", [900, PAGES - LEFT, PAGES - 1])
+def test_short_local_requests_do_not_starve_a_long_one(seed, pages):
+    """They come to both pools, always; it needs so many pages of each, at last all but those that growth is left."""
+    model = ProtocolModel(seed, 2, PAGES, PAGE, chunk_tokens=1000, check_every=100, cache_fraction=0.0)
+
+    def keep_busy():
+        for rank, home in enumerate(model.homes):
+            while len(home.waiting_queue) < 6:
+                model.arrive(rank, model.random.randint(16, 60), model.random.randint(20, 60))
+
+    for _ in range(150):
+        keep_busy()
+        model.step()
+    long = model.arrive(0, pages * 2 * PAGE, 10, (1, 0))
+    steps_until_admitted(model, long, keep_busy, 1500)
+
+
+@pytest.mark.parametrize("pages", [900, 930])
+def test_requests_that_lie_elsewhere_do_not_starve_one_at_home(pages):
+    """Those of home 0 whose pages lie on instance 2 grow at home; who asks for instances 0 and 1 waits for what they leave."""
+    model = ProtocolModel(1, 3, PAGES, PAGE, chunk_tokens=10_000, check_every=100, cache_fraction=0.0, max_degree=2)
+
+    def keep_busy():
+        home = model.homes[0]
+        while len(home.running) + len(home.waiting_queue) < 6:
+            model.arrive(0, model.random.randint(160, 600), model.random.randint(20, 60), (2,))
+
+    for _ in range(50):
+        keep_busy()
+        model.step()
+    long = model.arrive(0, pages * 2 * PAGE, 10, (1, 0))
+    steps_until_admitted(model, long, keep_busy, 300)
+
+
+def sitting_out(pages, steps=1500):
+    """Request steps sat out while long requests come as fast as they are admitted, over two pools of so many pages; requests finished."""
+    model = ProtocolModel(2, 2, pages, PAGE, chunk_tokens=pages * PAGE, check_every=steps, cache_fraction=0.0)
+    sat_out = 0
+    for step in range(steps):
+        if sum(len(home.waiting_queue) for home in model.homes) < 8:
+            prompt, home = model.random.randint(20 * PAGE, 60 * PAGE), step % 2
+            model.arrive(home, prompt, model.random.randint(30, 90), (1 - home, home), flexible=True)
+        model.step()
+        sat_out += sum(len(home.runtime.queues.parked) for home in model.homes)
+    finished = sum(len(home.done) for home in model.homes)
+    model.drain(3000)
+    return sat_out, finished
+
+
+def test_who_runs_in_full_pools_goes_on(monkeypatch):
+    """Without pages for growth the pools fill to the last one, and requests sit out; what is served is no more."""
+    monkeypatch.setattr(ProtocolModel, "run_batches", lambda _model: None)
+    sat_out, finished = sitting_out(1000)
+    monkeypatch.setattr(split_limits, "GROWTH_SHARE", 10**9)
+    without, finished_without = sitting_out(1000)
+    assert without > 100 and sat_out * 20 < without
+    assert finished >= 0.99 * finished_without
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_walk_over_such_pools(seed):
+    model = ProtocolModel(seed, 3, 2 * split_limits.GROWTH_SHARE, 2, check_every=10)
+    random_walk(model, 400, arrival=0.3)
