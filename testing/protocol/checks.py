@@ -8,6 +8,7 @@ from sglang_dcp.ledger.integrity import check_instance
 from sglang_dcp.ledger.messages import Granted, Release, Retain
 from sglang_dcp.ledger.page_ids import Page
 from sglang_dcp.ledger.participant import Participant
+from testing.protocol.fakes import ModelRequest
 from testing.protocol.scheduler import ModelScheduler
 
 
@@ -69,14 +70,20 @@ class WrittenKv:
         """What the layers write in this step. read: check that every row finds the K/V of its own tokens in all the pages before."""
         for home in homes:
             for req, prefix_len, num_new in home.batch:
-                ids = req.full_untruncated_fill_ids
-                pages = req.dyncp.pages if req.dyncp is not None else [Page(home.participant.rank, number) for number in req.pages]
-                for position in range(prefix_len, prefix_len + num_new):
-                    page = pages[position // self.page_size]
-                    written = self._pages[page.owner].setdefault(page.number, [0] * self.page_size)
-                    written[position % self.page_size] = ids[position]
+                pages = self.put(home.participant.rank, req, range(prefix_len, prefix_len + num_new))
                 if read:
-                    self._check_row(req.rid, ids[: prefix_len + num_new], pages)
+                    self._check_row(req.rid, req.full_untruncated_fill_ids[: prefix_len + num_new], pages)
+
+    def put(self, home: int, req: ModelRequest, positions: range) -> Sequence[Page | None]:
+        """Writes these tokens of a request. Returns its pages."""
+        ids = req.full_untruncated_fill_ids
+        pages: Sequence[Page | None] = req.dyncp.pages if req.dyncp is not None else [Page(home, number) for number in req.pages]
+        for position in positions:
+            page = pages[position // self.page_size]
+            assert page is not None, f"{req.rid} has no page for token {position}"
+            written = self._pages[page.owner].setdefault(page.number, [0] * self.page_size)
+            written[position % self.page_size] = ids[position]
+        return pages
 
     def _check_row(self, rid: str, ids: list[int], pages: Sequence[Page | None]) -> None:
         for index, begin in enumerate(range(0, len(ids), self.page_size)):

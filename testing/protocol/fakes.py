@@ -57,6 +57,8 @@ class ModelKv:
     cache_protected_len: int = 0
     kv_committed_len: int = 0
 
+    holds_mamba = False
+
     @property
     def holds_kv(self) -> bool:
         return self.kv_allocated_len > 0

@@ -19,6 +19,9 @@ from testing.protocol.scheduler import ModelScheduler
 class ProtocolModel:
     """`num_instances` homes in lock step. Deterministic in `seed`."""
 
+    scheduler_class: type[ModelScheduler] = ModelScheduler
+    request_class: type[ModelRequest] = ModelRequest
+
     def __init__(
         self,
         seed: int,
@@ -55,7 +58,7 @@ class ProtocolModel:
             crosses=scope == "cluster",
         )
         cluster, pools = cluster_of(config, num_instances, num_pages, page_size), [FakePool(num_pages) for _ in range(num_instances)]
-        self.homes = [ModelScheduler(config, Participant(cluster, rank, pool), pool, chunk_tokens) for rank, pool in enumerate(pools)]
+        self.homes = [self.scheduler_class(config, Participant(cluster, rank, pool), pool, chunk_tokens) for rank, pool in enumerate(pools)]
         self.num_steps = self.num_requests = 0
         self.num_growths = [0] * num_instances  # by home
         self.kv = WrittenKv(num_instances, page_size)
@@ -82,7 +85,7 @@ class ProtocolModel:
             share = max(1, pages // len(shards))
             tokens = [share * self.page_size] * (len(shards) - 1)
             placement = Placement(home, shards, (*tokens, prompt - sum(tokens)))
-        req = ModelRequest(f"r{self.num_requests}", ids, max_new, placement, flexible, ModelKv(self.num_requests))
+        req = self.request_class(f"r{self.num_requests}", ids, max_new, placement, flexible, ModelKv(self.num_requests))
         self.homes[home].add(req)
         return req
 
@@ -184,9 +187,9 @@ def random_walk(model: ProtocolModel, num_steps: int, *, arrival: float = 0.12, 
     """Steps with arrivals and aborts in between; then the drain."""
     choose = model.random
     for _ in range(num_steps):
-        if choose.random() < arrival and sum(len(home.waiting_queue) for home in model.homes) < most_waiting:
+        if choose.random() < arrival and sum(home.num_waiting for home in model.homes) < most_waiting:
             model.arrive_at_random()
-        if choose.random() < arrival and sum(len(home.waiting_queue) for home in model.homes) < most_waiting:
+        if choose.random() < arrival and sum(home.num_waiting for home in model.homes) < most_waiting:
             model.turn_at_random()
         if choose.random() < abort:
             model.abort_at_random()

@@ -53,6 +53,11 @@ class ModelScheduler:
         chunked = [self.chunked_req] if self.chunked_req is not None else []
         return self.waiting_queue + self.running + self.runtime.queues.parked + chunked
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for pages."""
+        return len(self.waiting_queue)
+
     def add(self, req: ModelRequest) -> None:
         self.rows_by_slot[req.kv.req_pool_idx] = req
         self.waiting_queue.append(req)
@@ -121,7 +126,7 @@ class ModelScheduler:
             end_request(self.runtime, req.dyncp)
         else:
             self.pool.return_pages(req.pages)
-        req.dyncp, req.pages = None, []
+        req.pages = []
         req.kv.kv_allocated_len = req.kv.cache_protected_len = 0
 
     def _retract(self) -> None:
@@ -132,15 +137,19 @@ class ModelScheduler:
                 continue
             self.runtime.queues.parked.remove(req)
             self._release(req)
+            req.dyncp = None
             before, is_free = req.dyncp_placement, req.dyncp_placement is None or req.dyncp_placement_flexible
             place_again(self.runtime, req)
             after, tokens = req.dyncp_placement, len(req.full_untruncated_fill_ids) + 2 * self.participant.page_size
             assert is_free or before.is_local or after == before, f"{req.rid} had the pin {before}, is placed {after}"
             fits_one = is_free and tokens <= self.participant.num_pages * self.participant.page_size
             assert not fits_one or after is None or after.degree == 1, f"{req.rid} fits one pool, is placed {after}"
-            self.waiting_queue.insert(0, req)
+            self._start_over(req)
             self.num_retractions += 1
         self.participant.victims = []
+
+    def _start_over(self, req: ModelRequest) -> None:
+        self.waiting_queue.insert(0, req)
 
     def _prefill(self) -> list[tuple[ModelRequest, int, int]]:
         batch: list[tuple[ModelRequest, int, int]] = []

@@ -6,11 +6,8 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-from sglang.srt.disaggregation import decode
 from sglang.srt.disaggregation.base import KVPoll
-from sglang.srt.disaggregation.decode import DecodePreallocQueue, DecodeRequest
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.participant import Participant
@@ -22,6 +19,7 @@ from sglang_dcp.upstream.step.admission import sweep_waiting
 from sglang_dcp.upstream.step.elsewhere import PATIENCE_STEPS, ask_elsewhere
 from sglang_dcp.upstream.step.queued import num_rows_in_use, with_pages, without_pages
 from sglang_dcp.upstream.step.runtime import Runtime, cluster_of
+from testing.protocol.decode_queue import PreallocationQueue, stand_beside_prefill_servers, without_devices
 from testing.protocol.fakes import FakePool
 
 PAGE, PAGES, RESERVED = 16, 20, 64
@@ -29,7 +27,11 @@ PAGE, PAGES, RESERVED = 16, 20, 64
 
 class Kv:
     kv_allocated_len = cache_protected_len = req_pool_idx = 0
-    holds_kv = holds_mamba = False
+    holds_mamba = False
+
+    @property
+    def holds_kv(self) -> bool:
+        return self.kv_allocated_len > 0
 
 
 class Request:
@@ -55,86 +57,6 @@ class Request:
         return num_tokens - 1
 
 
-class Receiver:
-    """Has met its prefill server."""
-
-    state = KVPoll.WaitingForInput
-
-    def poll(self) -> KVPoll:
-        return self.state
-
-    def failure_exception(self) -> None:
-        raise RuntimeError("aborted")
-
-    def clear(self) -> None:
-        pass
-
-
-class Queue(DecodePreallocQueue):
-    """SGLang's, with our handlers around its methods and a pool of numbers."""
-
-    def __init__(self, scheduler: Any, pool: FakePool, rows: int) -> None:
-        self.scheduler, self.queue, self.pending_reqs, self.retracted_queue = scheduler, [], [], []
-        self.pp_size, self.tp_rank, self.gloo_group, self.num_reserved_decode_tokens = 1, 0, None, RESERVED
-        self._prefill_dp_rank_queries: dict[str, Any] = {}
-        self.token_to_kv_pool, self.pool, self.tree_cache = None, pool, None
-        self.transfer_queue = scheduler.disagg_decode_transfer_queue
-        self.req_to_token_pool = SimpleNamespace(
-            size=rows, available_size=lambda: rows - len(self.begun), req_to_token=np.zeros((1, 2 * PAGES * PAGE), dtype=np.int32)
-        )
-        self.kv_manager = SimpleNamespace(kv_args=SimpleNamespace(state_types=[]))
-        self.req_to_metadata_buffer_idx_allocator = SimpleNamespace(available_size=lambda: 99)
-        self.begun: list[str] = []
-        self.told: dict[str, tuple[int, int]] = {}
-        self.token_to_kv_pool_allocator = SimpleNamespace(
-            page_size=PAGE,
-            prealloc_fits_assumes_reclaim=lambda: False,
-            available_size=lambda: pool.num_givable_pages() * PAGE,
-            prealloc_fits=lambda _tree, full, _swa, *, full_budget_tokens, swa_budget_tokens: full <= full_budget_tokens,
-            translate_kv_indices_for_transfer=lambda indices: indices,
-        )
-
-    def _update_handshake_waiters(self, *args: Any) -> None:
-        preallocation.take_ready(super()._update_handshake_waiters(*args), self)
-
-    def _active_req_count(self, extra_reserved_reqs: int = 0) -> int:
-        return preallocation.count_active(super()._active_req_count(extra_reserved_reqs), self)
-
-    def _allocatable_token_budgets(self, *args: Any, **kwargs: Any) -> int:
-        return preallocation.leave_withheld(super()._allocatable_token_budgets(*args, **kwargs), self)
-
-    def _need_space_for_single_req(self, retractable_tokens: int | None = None) -> int:
-        return preallocation.space_for_one(DecodePreallocQueue._need_space_for_single_req, self, retractable_tokens)
-
-    def _required_admission_tokens(self, *args: Any) -> int:
-        return preallocation.required_tokens(DecodePreallocQueue._required_admission_tokens, self, *args)
-
-    def pop(self) -> list[str]:
-        begun, failed = preallocation.pop_preallocated(DecodePreallocQueue.pop_preallocated, self)
-        self.transfer_queue.queue += begun
-        return [entry.req.rid for entry in begun]
-
-    def _pre_alloc(self, req: Any, *_: Any) -> Any:
-        tokens = len(req.origin_input_ids)
-        if req.dyncp is None:
-            assert self.pool.take_pages(-(-tokens // PAGE)) is not None, "SGLang ends here: its budget was wrong"
-        else:
-            assert req.dyncp.ready
-        req.kv.kv_allocated_len, req.kv.holds_kv = tokens, True
-        self.begun.append(req.rid)
-        return [0] * tokens
-
-    def _send_kv_metadata(self, entry: Any, ids: Any, *_: Any, decode_prefix_len: int) -> None:
-        self.told[entry.req.rid] = len(ids), decode_prefix_len
-
-    def _mamba_payload(self) -> None:
-        pass
-
-    def arrive(self, req: Request) -> Request:
-        self.queue.append(DecodeRequest(req, Receiver()))  # type: ignore[arg-type]
-        return req
-
-
 class Cluster:
     """Home 0 of two instances in lock step; the other has no requests of its own."""
 
@@ -143,16 +65,16 @@ class Cluster:
         self.pools = [FakePool(PAGES) for _ in range(2)]
         cluster = cluster_of(settings, 2, PAGES, PAGE)
         self.participants = [Participant(cluster, rank, pool) for rank, pool in enumerate(self.pools)]
-        running = SimpleNamespace(reqs=[], batch_is_full=False)
-        streamer = SimpleNamespace(stream_output=lambda *_: None)
-        transfers = SimpleNamespace(queue=[], _deferred_releases=[], enable_staging=False)
-        self.scheduler = SimpleNamespace(running_batch=running, waiting_queue=[], last_batch=None, output_streamer=streamer)
-        self.scheduler.disagg_decode_transfer_queue = transfers
-        for switch in ("enable_hisparse", "enable_priority_scheduling", "enable_lora", "enable_decode_hicache"):
-            setattr(self.scheduler, switch, False)
-        self.scheduler.metrics_reporter = SimpleNamespace(enable_metrics=False)
+        self.scheduler = SimpleNamespace(running_batch=SimpleNamespace(reqs=[], batch_is_full=False), waiting_queue=[])
+        stand_beside_prefill_servers(self.scheduler)
         self.runtime = Runtime(self.scheduler, settings, self.participants[0], self.pools[0], None, None)  # type: ignore[arg-type]
-        self.queue = self.scheduler.disagg_decode_prealloc_queue = Queue(self.scheduler, self.pools[0], rows)
+        self.queue = self.scheduler.disagg_decode_prealloc_queue = PreallocationQueue(
+            self.scheduler, self.pools[0], PAGE, rows, RESERVED, 2 * PAGES * PAGE
+        )
+
+    def arrive(self, req: Request) -> Request:
+        self.queue.add(req)
+        return req
 
     def step(self) -> list[str]:
         begun = self.queue.pop()
@@ -175,10 +97,7 @@ class Cluster:
 @pytest.fixture
 def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     made = Cluster(**getattr(request, "param", {}))
-    settings = SimpleNamespace(disaggregation_decode_host_receive_threshold=1, disaggregation_decode_enable_radix_cache=False)
-    monkeypatch.setattr(decode, "get_disagg", lambda: settings)
-    monkeypatch.setattr(decode, "poll_and_all_reduce", lambda receivers, group: [receiver.poll() for receiver in receivers])
-    monkeypatch.setattr(decode, "ensure_mamba_capacity", lambda *_: True)
+    without_devices(monkeypatch)
     monkeypatch.setattr(attached, "_runtime", made.runtime)
     yield made
 
@@ -192,7 +111,7 @@ def sharded(rid: str, prompt: int, **more: Any) -> Request:
 
 
 def test_a_sharded_request_begins_when_its_pages_are_there(cluster: Cluster) -> None:
-    long = cluster.queue.arrive(sharded("long", 30 * PAGE))
+    long = cluster.arrive(sharded("long", 30 * PAGE))
     assert cluster.run(1) == [] and cluster.queue.queue and not long.dyncp.ready
     assert cluster.run(3) == ["long"]
     assert long.dyncp.shards == (1, 0) and long.kv.kv_allocated_len == 30 * PAGE
@@ -202,11 +121,11 @@ def test_a_sharded_request_begins_when_its_pages_are_there(cluster: Cluster) -> 
 
 def test_a_request_that_ends_as_soon_as_it_begins_gives_its_pages_back_once(cluster: Cluster) -> None:
     """A single token, or an abort: it takes its row and leaves it between two looks at who waits for pages."""
-    req = cluster.queue.arrive(sharded("single", 30 * PAGE))
+    req = cluster.arrive(sharded("single", 30 * PAGE))
     while not cluster.queue.pop():
         cluster.settle()
     retention.end_request(cluster.runtime, req.dyncp)
-    req.kv.holds_kv = False
+    req.kv.kv_allocated_len = 0
     assert not cluster.runtime.queues.waiting
     cluster.settle()
     cluster.settle()
@@ -218,7 +137,7 @@ RETAINING = pytest.mark.parametrize("cluster", [{"cache_fraction": 1.0, "cache_m
 
 def leave_behind(cluster: Cluster, placed: Callable[..., Request], pages: int) -> Request:
     """A request of so many whole pages has run and ended by itself."""
-    first = cluster.queue.arrive(placed("first", pages * PAGE))
+    first = cluster.arrive(placed("first", pages * PAGE))
     assert cluster.run(5) == ["first"]
     cluster.scheduler.disagg_decode_transfer_queue.queue.clear()
     tokens, digests = first.origin_input_ids, page_digests([1] * pages * PAGE, PAGE, (None, None))
@@ -234,7 +153,7 @@ def leave_behind(cluster: Cluster, placed: Callable[..., Request], pages: int) -
 def test_a_later_turn_is_sent_what_lies_behind_the_earlier_one(cluster: Cluster, later: str) -> None:
     """Wherever the router would have it: the prefill server is told how many tokens are here."""
     leave_behind(cluster, sharded, 12)
-    cluster.queue.arrive({"sharded": sharded, "local": local}[later]("second", 14 * PAGE + 3))
+    cluster.arrive({"sharded": sharded, "local": local}[later]("second", 14 * PAGE + 3))
     assert cluster.run(5) == ["second"]
     assert cluster.queue.told == {"first": (12 * PAGE, 0), "second": (2 * PAGE + 3, 12 * PAGE)}
     (entry,) = cluster.scheduler.disagg_decode_transfer_queue.queue
@@ -245,12 +164,20 @@ def test_a_later_turn_is_sent_what_lies_behind_the_earlier_one(cluster: Cluster,
 
 
 @RETAINING
+def test_a_request_without_a_placement_is_served_from_its_own_pool(cluster: Cluster) -> None:
+    """The router had a fault: whatever is retained of its prompt, nothing says where it may lie."""
+    leave_behind(cluster, sharded, 12)
+    unplaced = cluster.arrive(Request("unplaced", 9 * PAGE, None))
+    assert cluster.run(2) == ["unplaced"] and unplaced.dyncp is None
+
+
+@RETAINING
 def test_what_a_request_reads_of_another_is_not_its_own_to_free(cluster: Cluster) -> None:
     """SGLang asks its tree once more when the K/V has come, and would then free the row from its beginning."""
-    first = cluster.queue.arrive(sharded("first", 12 * PAGE + 1))
+    first = cluster.arrive(sharded("first", 12 * PAGE + 1))
     assert cluster.run(5) == ["first"]
     cluster.scheduler.running_batch.reqs.append(first)
-    cluster.queue.arrive(sharded("second", 14 * PAGE))
+    cluster.arrive(sharded("second", 14 * PAGE))
     assert cluster.run(5) == ["second"]
     second = next(entry.req for entry in cluster.scheduler.disagg_decode_transfer_queue.queue if entry.req.rid == "second")
     assert second.dyncp.num_borrowed == 12 and second.kv.cache_protected_len == first.kv.cache_protected_len == 12 * PAGE
@@ -262,7 +189,7 @@ def test_what_a_request_reads_of_another_is_not_its_own_to_free(cluster: Cluster
 @RETAINING
 def test_what_is_prefilled_again_is_sent_whole(cluster: Cluster) -> None:
     leave_behind(cluster, sharded, 12)
-    cluster.queue.arrive(sharded("second", 14 * PAGE))
+    cluster.arrive(sharded("second", 14 * PAGE))
     cluster.queue.queue[-1].is_rebootstrap = True
     assert cluster.run(5) == ["second"]
     assert cluster.queue.told["second"] == (14 * PAGE, 0)
@@ -271,7 +198,7 @@ def test_what_is_prefilled_again_is_sent_whole(cluster: Cluster) -> None:
 @RETAINING
 def test_a_request_that_ends_before_its_transfer_leaves_the_earlier_turn_as_it_was(cluster: Cluster) -> None:
     leave_behind(cluster, sharded, 12)
-    second = cluster.queue.arrive(sharded("second", 14 * PAGE))
+    second = cluster.arrive(sharded("second", 14 * PAGE))
     cluster.step()
     second.finished_reason = "abort"
     cluster.queue.queue.clear()
@@ -282,31 +209,31 @@ def test_a_request_that_ends_before_its_transfer_leaves_the_earlier_turn_as_it_w
 
 
 def test_nobody_waits_behind_it(cluster: Cluster) -> None:
-    cluster.queue.arrive(sharded("long", 30 * PAGE))
-    cluster.queue.arrive(local("short", PAGE, new=4))
+    cluster.arrive(sharded("long", 30 * PAGE))
+    cluster.arrive(local("short", PAGE, new=4))
     assert cluster.run(1) == ["short"]
 
 
 def test_a_local_request_leaves_what_is_promised(cluster: Cluster) -> None:
     """Else short ones would come for ever, and the long one that is first never."""
-    assert cluster.queue.arrive(local("filler", 10 * PAGE)) and cluster.run(1) == ["filler"]
-    cluster.queue.arrive(sharded("long", 34 * PAGE, flexible=False))
+    assert cluster.arrive(local("filler", 10 * PAGE)) and cluster.run(1) == ["filler"]
+    cluster.arrive(sharded("long", 34 * PAGE, flexible=False))
     cluster.run(2)
     assert cluster.participants[0].promised[0] >= cluster.pools[0].num_givable_pages() == 10
-    cluster.queue.arrive(local("later", 2 * PAGE, new=2, flexible=False))
+    cluster.arrive(local("later", 2 * PAGE, new=2, flexible=False))
     assert cluster.run(4) == []
 
 
 def test_a_local_request_that_fits_its_pool_is_not_asked_for_more_than_the_pool(cluster: Cluster) -> None:
     """SGLang would keep room for all of its output, and the whole queue would wait for ever."""
-    cluster.queue.arrive(local("alone", (PAGES - 1) * PAGE, new=4000))
+    cluster.arrive(local("alone", (PAGES - 1) * PAGE, new=4000))
     assert cluster.run(1) == ["alone"]
 
 
 def test_a_local_request_that_finds_no_room_is_asked_for_elsewhere(cluster: Cluster) -> None:
-    cluster.queue.arrive(local("filler", 18 * PAGE))
-    req = cluster.queue.arrive(local("blocked", 5 * PAGE))
-    behind = cluster.queue.arrive(local("behind", PAGE))
+    cluster.arrive(local("filler", 18 * PAGE))
+    req = cluster.arrive(local("blocked", 5 * PAGE))
+    behind = cluster.arrive(local("behind", PAGE))
     assert cluster.run(1) == ["filler"] and cluster.runtime.queues.blocked is req
     assert cluster.run(PATIENCE_STEPS + 5)[0] == "blocked"
     assert req.dyncp.shards[0] == 1 and req.skip_radix_cache_insert  # type: ignore[attr-defined]
@@ -314,8 +241,8 @@ def test_a_local_request_that_finds_no_room_is_asked_for_elsewhere(cluster: Clus
 
 
 def test_a_local_request_that_found_no_room_begins_when_there_is_some(cluster: Cluster) -> None:
-    cluster.queue.arrive(local("filler", 18 * PAGE))
-    req = cluster.queue.arrive(local("pinned", 5 * PAGE, flexible=False))
+    cluster.arrive(local("filler", 18 * PAGE))
+    req = cluster.arrive(local("pinned", 5 * PAGE, flexible=False))
     assert cluster.run(2) == ["filler"] and cluster.runtime.queues.blocked is req
     cluster.pools[0].return_pages([page for page in range(1, PAGES + 1) if page not in cluster.pools[0].free])
     cluster.scheduler.disagg_decode_transfer_queue.queue.clear()
@@ -325,11 +252,11 @@ def test_a_local_request_that_found_no_room_begins_when_there_is_some(cluster: C
 
 def test_an_abort_while_it_waits_gives_everything_back(cluster: Cluster) -> None:
     """Before its grant, and with its pages in hand but no row to begin with."""
-    asking = cluster.queue.arrive(sharded("asking", 30 * PAGE))
+    asking = cluster.arrive(sharded("asking", 30 * PAGE))
     cluster.run(1)
     abort(cluster, asking)
     assert cluster.run(3) == [] and asking.dyncp is None
-    granted = cluster.queue.arrive(sharded("granted", 30 * PAGE))
+    granted = cluster.arrive(sharded("granted", 30 * PAGE))
     cluster.queue.req_to_token_pool.available_size = lambda: 0
     cluster.run(4)
     assert granted.dyncp.ready and cluster.pools[1].num_givable_pages() < PAGES
@@ -345,8 +272,8 @@ def abort(cluster: Cluster, req: Request) -> None:
 
 def test_without_a_row_everybody_waits_and_nobody_is_sent_elsewhere(cluster: Cluster) -> None:
     cluster.queue.req_to_token_pool.available_size = lambda: 0
-    cluster.queue.arrive(local("a", PAGE))
-    cluster.queue.arrive(sharded("b", 4 * PAGE))
+    cluster.arrive(local("a", PAGE))
+    cluster.arrive(sharded("b", 4 * PAGE))
     assert cluster.run(PATIENCE_STEPS + 4) == [] and cluster.runtime.queues.blocked is None
     cluster.queue.req_to_token_pool.available_size = lambda: 9
     assert sorted(cluster.run(1)) == ["a", "b"]
@@ -355,7 +282,7 @@ def test_without_a_row_everybody_waits_and_nobody_is_sent_elsewhere(cluster: Clu
 def test_where_requests_are_found(cluster: Cluster) -> None:
     transfers, scheduler = cluster.scheduler.disagg_decode_transfer_queue, cluster.scheduler
     waiting, moving, held, arrived = (local(name, PAGE) for name in "abcd")
-    cluster.queue.arrive(waiting)
+    cluster.arrive(waiting)
     transfers.queue, transfers._deferred_releases = [SimpleNamespace(req=moving)], [(SimpleNamespace(req=held), 0.0, 0.0, 0, 1)]
     scheduler.waiting_queue = [arrived]
     assert list(without_pages(scheduler)) == [waiting] and with_pages(scheduler) == [moving, held, arrived]

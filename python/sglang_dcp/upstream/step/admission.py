@@ -83,7 +83,10 @@ def add_one_req(
 
 
 def takes_over(runtime: Runtime, req: Any) -> bool:
-    """Whether a request that would fit its own pool goes on from a retained sequence, which is longer than what SGLang's tree has of it."""
+    """Whether a request that would fit its own pool goes on from a retained sequence, which is longer than what SGLang's tree has of it.
+    Never without a placement: the router had a fault, and nothing says where the request may lie."""
+    if req.dyncp_placement is None:
+        return False
     match = retention.find(runtime, req)
     if match is None or match.num_pages * runtime.participant.page_size <= req.prefix_len:
         return False
