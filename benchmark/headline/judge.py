@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from benchmark.headline.client import Served
@@ -17,6 +18,8 @@ WARM_WINDOW_SHARE = 0.15
 LEAST_TOKENS = 32
 """A request with fewer in the measured part of a window says little of its time per token."""
 SILENT_S = 2.0
+SLOWEST = 3
+"""Requests of a window that are named."""
 MOST_TTFT_S = 10.0
 """A queue that grows shows here, not in TPOT."""
 
@@ -43,11 +46,12 @@ def window_point(served: Sequence[Served], rate: float, balances: Sequence[float
 
     Times per token are of every request, begun or new, in the measured part alone. First tokens are those of new arrivals; who was sent
     in the measured part and had none when the window ended counts with the time that it had waited. Silent: streams that had
-    begun and brought nothing in the last 2 s before they were cut off.
+    begun and brought nothing in the last 2 s before they were cut off. Slowest: the requests that P99 is made of.
     """
     good = [one for one in served if one.error is None]
     start = WARM_WINDOW_SHARE * seconds
-    tpot = [found for one in good if (found := tpot_between(one, start, seconds)) is not None]
+    timed = [(found, one) for one in good if (found := tpot_between(one, start, seconds)) is not None]
+    tpot = [found for found, _ in timed]
     new = [one for one in good if not one.arrival.begun and start <= one.arrival.at_s]
     waits = [_end_of_wait(one, seconds) - one.sent_s for one in new]
     return _point(served, rate, tpot, waits, balances, good) | {
@@ -57,6 +61,10 @@ def window_point(served: Sequence[Served], rate: float, balances: Sequence[float
         "cut_off": sum(one.cut for one in served),
         "silent": sum(one.cut and _last_event(one, seconds) < seconds - SILENT_S for one in served),
         "degrees_unknown": sum(one.degree is None for one in good),
+        "slowest": [
+            {"prompt": one.arrival.prompt_tokens, "tpot_ms": round(found, 3), "longest_gap_s": round(longest_gap(one, start, seconds), 3)}
+            for found, one in sorted(timed, key=lambda pair: -pair[0])[:SLOWEST]
+        ],
     }
 
 
@@ -67,6 +75,12 @@ def tpot_between(one: Served, start_s: float, end_s: float) -> float | None:
         return None
     tokens = one.event_tokens[behind - 1] - one.event_tokens[first]
     return (one.event_s[behind - 1] - one.event_s[first]) / tokens * 1000 if tokens >= LEAST_TOKENS else None
+
+
+def longest_gap(one: Served, start_s: float, end_s: float) -> float:
+    """Longest time without an event in start_s..end_s of a stream that has some there [s]: it shows a request that sat out."""
+    times = one.event_s[bisect_left(one.event_s, start_s) : bisect_right(one.event_s, end_s)] + [end_s] * one.cut
+    return max((later - sooner for sooner, later in pairwise(times)), default=0.0)
 
 
 def _last_event(one: Served, end_s: float) -> float:

@@ -92,6 +92,8 @@ def test_a_window_measures_begun_and_new_behind_its_first_part() -> None:
     assert found["p50_tpot_ms"] == pytest.approx(7.9 / 380 * 1000, abs=0.001) and found["p99_tpot_ms"] == 40.0
     assert found["failed"] == {"no answer: x": 1} and found["degrees"] == {1: 2, 2: 1} and found["degrees_unknown"] == 2
     assert found["p99_ttft_s"] == 6.0, "who still waits has waited until the end"
+    slowest = [(one["tpot_ms"], one["longest_gap_s"]) for one in found["slowest"]]
+    assert slowest == [(40.0, 4.0), (20.789, 4.0), (20.0, 7.0)], "the last one brought nothing from 3.0 on"
     assert found["requests"] == 6 and found["seconds"] == 10.0 and found["kv_max_over_mean"] == 1.5
 
 
