@@ -122,7 +122,7 @@ class Simulation:
             self._changed = False
             return
         free, max_running, pool_pages = self.cluster.free_pages, self.settings.max_running, self.cluster.pool_pages
-        guest_room, left_to_growth = self.cluster.guest_room, self.limits.left_to_growth
+        guest_room = self.cluster.guest_room
         promised = promised_to_growth(self.stalled, self.limits)
         promised_guests = [0] * self.settings.num_instances
         blocked: set[int] = set()
@@ -134,7 +134,7 @@ class Simulation:
             granted = home not in blocked and self.cluster.batch[home] + in_prefill[home] < max_running
             if granted:
                 for rank, pages in request.pages.items():
-                    is_short = free[rank] - left_to_growth(free[rank]) - promised[rank] < min(pages + (rank == tail), pool_pages)
+                    is_short = free[rank] - self._left_to_growth(free[rank]) - promised[rank] < min(pages + (rank == tail), pool_pages)
                     if is_short or (rank != home and guest_room[rank] - promised_guests[rank] < pages):
                         granted = False
                         break
@@ -150,6 +150,9 @@ class Simulation:
                 still.append(request)
         self.waiting = still
         self._changed = False
+
+    def _left_to_growth(self, free: int) -> int:
+        return self.limits.left_to_growth(free) if self.settings.grows else 0
 
     def _start(self, request: SimulatedRequest) -> None:
         request.wait += self.clock - request.queued

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sglang_dcp.policy import split_limits
+from sglang_dcp.upstream.step.looking_again import LONG_WAIT_STEPS
 from testing.protocol.model import ProtocolModel, random_walk
 
 PAGES, PAGE = 960, 16
@@ -57,6 +58,62 @@ def test_requests_that_lie_elsewhere_do_not_starve_one_at_home(pages):
         model.step()
     long = model.arrive(0, pages * 2 * PAGE, 10, (1, 0))
     steps_until_admitted(model, long, keep_busy, 300)
+
+
+@pytest.mark.parametrize("pages", [948, PAGES - LEFT, 956])
+def test_an_ask_of_nearly_the_pool_waits_a_while_and_no_longer(pages):
+    """Six small requests that lie on instance 2 and grow at home: pool 0 is never without anybody."""
+    model = ProtocolModel(1, 3, PAGES, PAGE, chunk_tokens=100_000, check_every=100, cache_fraction=0.0, max_degree=2)
+
+    def keep_busy():
+        home = model.homes[0]
+        while len(home.running) + len(home.waiting_queue) < 6:
+            model.arrive(0, model.random.randint(16, 60), model.random.randint(20, 60), (2,))
+
+    for _ in range(50):
+        keep_busy()
+        model.step()
+    long = model.arrive(0, (2 * pages - 1) * PAGE, 10, (1, 0))
+    steps_until_admitted(model, long, keep_busy, 400)
+
+
+@pytest.mark.parametrize(("free", "starts"), [(35, 0), (30, LONG_WAIT_STEPS), (25, LONG_WAIT_STEPS)])
+def test_a_local_request_that_has_waited_long_takes_what_is_left(free, starts):
+    """Of a pool that a guest holds for good: 22 pages, one for the next token among them. Sharded ones behind it do not wait."""
+    model = ProtocolModel(1, 2, PAGES, PAGE, chunk_tokens=100_000, check_every=100, cache_fraction=0.0)
+    model.arrive(1, (PAGES - free - 1) * PAGE, 9, (0,))
+    for _ in range(4):
+        model.step()
+    for home in model.homes:
+        home.running[:] = []  # the guest's home stands still
+    req, behind = model.arrive(0, 21 * PAGE, 3, (0,)), model.arrive(0, 8 * PAGE, 3, (1,))
+    for step in range(200):
+        model.step()
+        if step == 8:
+            assert behind.output_ids
+        if req.output_ids:
+            assert starts <= step <= starts + 12
+            return
+    pytest.fail("never started")
+
+
+def test_a_local_request_starts_when_a_guest_has_left():
+    """SGLang would look at its queue only when one of its own requests has left, and that one decodes for long."""
+    model = ProtocolModel(1, 2, PAGES, PAGE, chunk_tokens=100_000, check_every=50, cache_fraction=0.0)
+    model.arrive(0, 20, 2000)
+    for _ in range(5):
+        model.step()
+    guest = model.arrive(1, 899 * PAGE, 60, (0,))
+    for _ in range(10):
+        model.step()
+    req, looked = model.arrive(0, 80 * PAGE, 5, (0,)), 0
+    while not guest.finished():
+        model.step()
+        looked += not model.homes[0].running_batch.batch_is_full
+    assert looked < 10, "it looks where something has changed, not in every step"
+    for _ in range(4):
+        model.step()
+    assert req.output_ids
 
 
 def sitting_out(pages, steps=1500):

@@ -9,8 +9,9 @@ import numpy as np
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.ledger.participant import Participant
-from sglang_dcp.upstream.step.admission import ask_again, note_blocked, reserved, sweep_waiting, takes_over
+from sglang_dcp.upstream.step.admission import ask_again, reserved, sweep_waiting, takes_over
 from sglang_dcp.upstream.step.elsewhere import ask_elsewhere
+from sglang_dcp.upstream.step.looking_again import holds_up_others, look_again, note_blocked
 from sglang_dcp.upstream.step.retention import begin_behind_prefix, end_request, wanted_pages
 from sglang_dcp.upstream.step.retraction import place_again
 from sglang_dcp.upstream.step.runtime import Runtime
@@ -59,11 +60,18 @@ class ModelScheduler:
         return len(self.waiting_queue)
 
     def add(self, req: ModelRequest) -> None:
+        """Likewise attach_placement."""
         self.rows_by_slot[req.kv.req_pool_idx] = req
         self.waiting_queue.append(req)
+        if req.dyncp_placement is not None and not req.dyncp_placement.is_local:
+            self.running_batch.batch_is_full = False
 
     def schedule(self) -> None:
+        num_running = len(self.running)
         self._finish()
+        if len(self.running) < num_running:
+            self.running_batch.batch_is_full = False
+        look_again(self.runtime, self.running_batch)
         self._retract()
         back = [req for req in self.runtime.queues.parked if has_room(self.runtime, req)]
         self.runtime.queues.parked = [req for req in self.runtime.queues.parked if req not in back]
@@ -153,7 +161,11 @@ class ModelScheduler:
 
     def _prefill(self) -> list[tuple[ModelRequest, int, int]]:
         batch: list[tuple[ModelRequest, int, int]] = []
-        budget = self.chunk_tokens
+        if not self.running:
+            self.running_batch.batch_is_full = False
+        if self.running_batch.batch_is_full and self.chunked_req is None:
+            return batch
+        budget, refused = self.chunk_tokens, False
         if self.chunked_req is not None:
             budget = self._add_chunk(self.chunked_req, budget, batch)
         blocked = self.chunked_req is not None and self.chunked_req.dyncp is None
@@ -163,13 +175,15 @@ class ModelScheduler:
                 # A local request that finds no room holds back local ones only: what runs must never wait for what has not started.
                 if not blocked and not self._fits(req, batch):
                     note_blocked(self.runtime, req)
-                    blocked = True
+                    blocked = refused = True
                 if blocked or self.chunked_req is not None or budget <= 0:
                     continue
             elif not reserved(self.runtime, req) or self.chunked_req is not None or budget <= 0:
                 continue
             self.waiting_queue.remove(req)
             budget = self._add_chunk(req, budget, batch)
+        if refused and not holds_up_others(self.runtime):
+            self.running_batch.batch_is_full = bool(batch or self.running)
         return batch
 
     def _fits(self, req: ModelRequest, batch: list[tuple[ModelRequest, int, int]]) -> bool:

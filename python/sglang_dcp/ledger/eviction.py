@@ -47,20 +47,31 @@ class Evictions:
         free = self.room.free
         return self._evict(self.retained.choose({rank: pages - free[rank] for rank, pages in needed.items()}, spare), reason)
 
-    def for_admission(self, home: int, ask: AskAdmission) -> Split | None:
-        """The split of an ask that has no room now and would have some. The sequence that it goes on from stays."""
-        spare = (home, ask.previous) if ask.previous else None
-        evictable = self.retained.evictable_beside(spare)
-        free = [free + pages for free, pages in zip(self.room.free, evictable, strict=True)]
-        left = [pages - gone for pages, gone in zip(self.retained.pages, evictable, strict=True)]
-        split = Room(self.room.limits, free, self.room.guests, left, [0] * len(free)).split(home, ask)
+    def for_admission(self, home: int, ask: AskAdmission, *, leaves: bool = True) -> Split | None:
+        """The split of an ask that has room, or has some now that sequences were evicted for it. The one that it goes on from stays, and is
+        nothing that growth can have. leaves: pages to growth."""
+        room, retained, spare = self.room, self.retained, (home, ask.previous) if ask.previous else None
+        if spare is None and leaves:
+            split = room.split(home, ask)
+        else:
+            split = self._room(room.free, retained.evictable_beside(spare), leaves=leaves).split(home, ask)
+        if split is not None or not len(retained):
+            return split
+        free = [free + pages for free, pages in zip(room.free, retained.evictable_beside(spare), strict=True)]
+        left = [held - pages for held, pages in zip(retained.pages, retained.evictable_beside(spare), strict=True)]
+        split = self._room(free, [0] * len(free), left, leaves=leaves).split(home, ask)
         return split if split is not None and self.make_room(dict(split), "admission", spare) else None
 
-    def for_locals(self, wanted: Sequence[int]) -> None:
-        """wanted[r]: free pages that instance r asks for, for requests that are no business of the ledger."""
+    def _room(self, free: Sequence[int], evictable: Sequence[int], retained: Sequence[int] | None = None, *, leaves: bool) -> Room:
+        room = self.room
+        return Room(room.limits, free, room.guests, (retained or self.retained.pages) if leaves else None, evictable)
+
+    def for_locals(self, wanted: Sequence[int], promised: Sequence[int]) -> None:
+        """wanted[r]: free pages that instance r asks for, for requests that are no business of the ledger; what is promised is free too."""
         for rank, pages in enumerate(wanted):
-            if pages > self.room.free[rank]:
-                self.make_room({rank: pages}, "local")
+            short = pages - self.room.free[rank] - promised[rank]
+            if pages and short > 0:
+                self._evict(self.retained.choose({rank: short}), "local")
 
     def keep_shares(self, most_pages: int) -> None:
         """No pool retains more than this, but for what running requests read."""

@@ -12,7 +12,6 @@ from collections.abc import Collection, Sequence
 from sglang_dcp.ledger import columns as col
 from sglang_dcp.ledger import messages
 from sglang_dcp.ledger.cluster import Cluster
-from sglang_dcp.ledger.columns import DECISIONS, ROWS_CHECKSUM, STEP, WORDS
 from sglang_dcp.ledger.counters import LedgerCounters
 from sglang_dcp.ledger.decision_digest import DecisionDigest
 from sglang_dcp.ledger.eviction import is_due
@@ -37,7 +36,7 @@ class Participant:
     promised: pages of every instance that the first waiting ask and stuck growth need. rows_of: the sharded rows of every home, which all
     instances keep alike; rows_steady: no home told others of its rows in this step; num_sharded_rows: of the step, 0 means that nothing of
     ours runs in the layers. group: the ranks that this one may exchange rows with; busy_ranks: those in whose group some row is sharded.
-    victims: own requests that the step chose to give their pages back. slice_index: of the process among those of the instance (slices.py).
+    victims: own requests that are to give their pages back. local_waits_long: as the home says. slice_index: see slices.py.
     """
 
     def __init__(self, cluster: Cluster, rank: int, pool: PagePool, slice_index: int = 0) -> None:
@@ -61,6 +60,7 @@ class Participant:
         self.decisions = DecisionDigest()
         self._nothing_decided = Decision((), (0,) * self.num_instances, ())
         self.promised = self._nothing_decided.promised
+        self.local_waits_long = False
         self.victims: list[HomeRequest] = []
         self._asked_at: dict[int, float] = {}
         self._own_columns: list[int] = []
@@ -138,8 +138,12 @@ class Participant:
     def withheld_pages(self) -> int:
         """Free pages of the own pool that no new local request gets: those promised, and those left to growth that nothing retained could
         make room for. A waiting ask is given its pages when both are there, so nobody takes either."""
-        left = self._left_to_growth(self.rank, self.pool.num_givable_pages()) - self.table.retained.evictable[self.rank]
-        return self.promised[self.rank] + max(0, left)
+        return self.promised[self.rank] + max(0, self.growth_pages - self.table.retained.evictable[self.rank])
+
+    @property
+    def growth_pages(self) -> int:
+        """Of the own pool, left to growth by new local requests. None while one has waited long."""
+        return 0 if self.local_waits_long else self._left_to_growth(self.rank, self.pool.num_givable_pages())
 
     def _left_to_growth(self, rank: int, free: int) -> int:
         return self.limits.left_to_growth(free - self.promised[rank], self.table.retained.pages[rank])
@@ -163,8 +167,8 @@ class Participant:
             self.outbox.append(Rows(rows))
         self.own_words = messages.encode(self.outbox) if self.outbox else []
         self._told, self.outbox = self.outbox, []
-        words, decided, num_guests = len(self.own_words), self.decisions.value, self.guests.num_pages - self.guests.num_retained
-        self._own_columns = [words, decided, rows_checksum, free_pages, num_guests, kv_tokens, num_requests, wanted_pages, self.step]
+        load = free_pages, self.guests.num_pages - self.guests.num_retained, kv_tokens, num_requests, wanted_pages
+        self._own_columns = [len(self.own_words), self.decisions.value, rows_checksum, *load, self.step]
         return self._own_columns
 
     def read_columns(self, columns: list[list[int]]) -> int:
@@ -173,9 +177,9 @@ class Participant:
             raise ProtocolError(col.slice_disagreement(self._own_columns, columns[self.rank], self.rank, self.slice_index))
         step, decided, most_words = self.step, self.decisions.value, 0
         for row in columns:
-            if row[STEP] != step or row[DECISIONS] != decided:
+            if row[col.STEP] != step or row[col.DECISIONS] != decided:
                 raise ProtocolError(col.disagreement(columns, self.rank, step, decided))
-            most_words = max(most_words, row[WORDS])
+            most_words = max(most_words, row[col.WORDS])
         self._columns = columns
         return most_words
 
@@ -227,7 +231,7 @@ class Participant:
         for home, table in enumerate(self.rows_of):
             if home not in told_rows:
                 table.advance()
-            if table.checksum != columns[home][ROWS_CHECKSUM]:
+            if table.checksum != columns[home][col.ROWS_CHECKSUM]:
                 raise ProtocolError(f"rank {self.rank}, step {self.step}: row table of home {home} went apart: {table.rows}")
         if told_rows:
             self.num_sharded_rows = sum(map(len, self.rows_of))

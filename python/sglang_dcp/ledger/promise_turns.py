@@ -20,6 +20,10 @@ class PromiseTurns:
         self._steps = 0
         self._turn = FIRST_TURN_STEPS
 
+    def are_long(self, waits: Order) -> bool:
+        """Whether `waits` is the first waiting ask, and has been for its first two turns."""
+        return waits == self._waits and self._turn > FIRST_TURN_STEPS
+
     def is_promised(self, waits: Order) -> bool:
         """Whether the step is one of the own turn of `waits`, the first waiting ask. Called once in each step in which there is one; the
         turns begin anew with another."""

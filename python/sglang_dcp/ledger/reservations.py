@@ -2,8 +2,9 @@
 
 Rules, and why:
 - Growth before admission, each in the total order (born, home, handle). A running request is never held up by one that has not started,
-  so running requests always finish and waiting ones always start: no deadlock. Admission leaves pages to growth (SplitLimits.growth_pages)
-  where somebody is in a pool: that makes every ask, and every local request, a little larger, up to the pool, and nothing else.
+  so running requests always finish and waiting ones always start: no deadlock.
+- Admission leaves pages to growth where somebody is in a pool (SplitLimits.left_to_growth): every ask, and every local request, is a little
+  larger, up to the pool. Until it has waited long: in a pool where somebody always is, it would wait for ever.
 - Admission is all or nothing. While the first waiting ask does not fit, what its split needs is promised to it, pages that are still
   taken included: nobody behind it (nor a local request, see `Decision.promised`) may take them when they become free, so short requests
   cannot starve a long one. It holds them up for half of its wait at most (promise_turns.py), so a long one cannot stop the short ones.
@@ -162,7 +163,7 @@ class ReservationTable:
         # Growth that was not looked at comes before admission too.
         room.set_aside(promised)
         grants += self._decide_admission(evictions, promised)
-        evictions.for_locals(wanted)
+        evictions.for_locals(wanted, promised)
         if most_retained is not None:
             evictions.keep_shares(most_retained)
         self._close_evicted(evictions.chosen)
@@ -223,12 +224,12 @@ class ReservationTable:
             if ask.previous and (order[1], ask.previous) not in self.retained:
                 continue  # evicted in this step for one before it
             self.num_looked_at += 1
-            split = room.split(order[1], ask)
-            if split is None and len(self.retained):
-                split = evictions.for_admission(order[1], ask)
+            split = evictions.for_admission(order[1], ask, leaves=bool(num_refused) or not self._turns.are_long(order))
             if split is not None:
-                room.take(order[1], split, ask.taken)
                 grants.append(self._grant_admission(order[1:], ask, split))
+                room.take(order[1], split, ask.taken)
+                if ask.previous:
+                    room.refresh()
                 continue
             if not num_refused and self._turns.is_promised(order):
                 for rank, pages in ask.segments:

@@ -12,12 +12,17 @@ class Room:
     """free[r]: pages of instance r that nobody has. guests[r]: pages that new guests may still take there. Either may fall below 0: what is
     promised is taken, also where it is not there yet.
 
-    Admission leaves pages to growth where somebody is in the pool. retained[r]: pages of it that are nobody's but not free; evictable[r]:
-    those of them that growth can have. Both follow what is evicted.
+    Admission leaves pages to growth where somebody is in the pool, unless `retained` is None. retained[r]: its pages that are nobody's and
+    not free; evictable[r]: those of them that growth can have. Both follow what is evicted or taken over, `refresh` behind the latter.
     """
 
     def __init__(
-        self, limits: SplitLimits, free: Sequence[int], guest_room: Sequence[int], retained: Sequence[int], evictable: Sequence[int]
+        self,
+        limits: SplitLimits,
+        free: Sequence[int],
+        guest_room: Sequence[int],
+        retained: Sequence[int] | None = None,
+        evictable: Sequence[int] = (),
     ) -> None:
         self.limits, self._retained, self._evictable = limits, retained, evictable
         self._lends_a_part = limits.guest_pages < limits.pool_pages
@@ -47,8 +52,12 @@ class Room:
         """Takes pages[r] of every instance, whoever gets them."""
         if any(pages):
             self.free = [free - kept for free, kept in zip(self.free, pages, strict=True)]
-            self._for_guests = [self._for_guest(rank) for rank in range(len(pages))]
-            self._richest.clear()
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Other pages are evictable than before."""
+        self._for_guests = [self._for_guest(rank) for rank in range(len(self.free))]
+        self._richest.clear()
 
     def split(self, home: int, ask: AskAdmission) -> Split | None:
         """The ask's own split where that has room; for a flexible one else any that has, None when none has. What asks for one instance
@@ -92,6 +101,8 @@ class Room:
     def _admissible(self, rank: int) -> int:
         """Free pages of an instance but for those that are left to growth."""
         free = self.free[rank]
+        if self._retained is None:
+            return free
         left = self.limits.left_to_growth(free, self._retained[rank]) - self._evictable[rank]
         return free - left if left > 0 else free
 

@@ -103,7 +103,8 @@ class SplitLimits:
     def left_to_growth(self, free: int, retained: int = 0) -> int:
         """Pages that admission leaves in a pool: none where nobody is in it (all its pages are free, or retained), nor where requests never
         grow elsewhere, for there SGLang's own rules hold."""
-        return self.pool_pages // GROWTH_SHARE if self.max_degree > 1 and free + retained < self.pool_pages else 0
+        grows = self.max_degree > 1 and self.guest_pages > 0
+        return self.pool_pages // GROWTH_SHARE if grows and free + retained < self.pool_pages else 0
 
     def most_pages(self, home: int, rank: int) -> int:
         """Most pages that `rank` may give a request of `home` when it is admitted."""

@@ -63,6 +63,24 @@ def test_what_is_retained_may_be_what_is_left(free, retained, grants):
     assert len(decision.evicted) == (grants == [1] and free < 10)
 
 
+def test_what_an_ask_goes_on_from_is_nothing_that_is_left():
+    """The sequence is no longer evictable once it is taken over."""
+    for free, grants in ((10 + LEFT - 1, []), (10 + LEFT, [1])):
+        table = ReservationTable(SplitLimits(POOL, 2, POOL, Layout(2, 2)))
+        table.retained.put(0, 9, ((0, 50),), 0)
+        table.ask(0, AskAdmission(1, 1, False, ((0, 10),), previous=9, kept=((0, 50),)))
+        assert granted(table, free, 0) == grants
+
+
+@pytest.mark.parametrize(("wanted", "evicts"), [(0, False), (5, False), (6, True)])
+def test_nothing_is_evicted_for_nobody(wanted, evicts):
+    """The ask is refused: all of the pool would be one page short. What local requests want is there, or is made."""
+    table = table_of(((0, 14),))
+    table.retained.put(1, 1, ((0, 10),), 0)
+    decision = table.decide([5, 0], MANY, True, wanted=[wanted, 0])
+    assert not decision.grants and bool(decision.evicted) == evicts
+
+
 def test_a_pool_with_nothing_but_retained_pages_has_nobody_in_it():
     table = table_of(((0, POOL),))
     table.retained.put(1, 1, ((0, 30),), 0)
@@ -80,6 +98,14 @@ def test_new_local_requests_leave_them_beside_what_is_promised():
     assert participant.withheld_pages == LEFT
     participant.table.retained.put(1, 1, ((0, 1),), 0)
     assert participant.withheld_pages == LEFT - 1
+
+
+def test_one_that_has_waited_long_leaves_what_is_promised_alone():
+    pool = FakePool(POOL)
+    participant = Participant(cluster_of(DynCpConfig().resolve(2), 2, POOL, 16), 0, pool)
+    pool.take_pages(1)
+    participant.promised, participant.local_waits_long = (7, 0), True
+    assert participant.withheld_pages == 7
 
 
 @pytest.mark.parametrize(("free", "promised", "room"), [(POOL, 0, POOL), (POOL, 9, POOL - 9 - LEFT), (50, 0, 50 - LEFT), (1, 0, 1 - LEFT)])

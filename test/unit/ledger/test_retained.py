@@ -201,7 +201,7 @@ def test_a_shard_keeps_and_rekeys_a_guests_pages():
 def test_what_is_missing_may_lie_wherever_the_whole_sequence_may():
     """Two nodes of two. The sequence fills the home's; what is behind it fits neither that nor the instance that was asked."""
     limits = SplitLimits(100, 4, 100, Layout(4, 2, crosses=True))
-    room = Room(limits, [5, 5, 0, 60], [100] * 4, [0] * 4, [0] * 4)
+    room = Room(limits, [5, 5, 0, 60], [100] * 4)
     ask = AskAdmission(2, 1, True, ((2, 30),), previous=1, kept=((0, 95), (1, 95)))
     split = room.split(0, ask)
     assert split is not None and sum(pages for _, pages in split) == 30 and dict(split)[3] >= 20
@@ -209,11 +209,10 @@ def test_what_is_missing_may_lie_wherever_the_whole_sequence_may():
 
 def test_what_is_taken_over_counts_as_guests_pages():
     """--dyncp-max-guest-fraction: 5 of the 8 pages that instance 2 may lend are lent, another 4 lie in a sequence that nobody runs."""
-    nothing = [0] * 3
     limits, ask = SplitLimits(16, 3, 8, Layout(3, 3)), AskAdmission(2, 1, True, ((2, 1), (0, 1)), previous=1, kept=((2, 4),))
-    assert Room(limits, [9, 9, 7], [8, 8, 3], nothing, nothing).split(0, ask) is None
-    assert Room(limits, [9, 9, 7], [8, 8, 4], nothing, nothing).split(0, ask) == ((0, 2),)
-    room = Room(limits, [9, 9, 7], [8, 8, 6], nothing, nothing)
+    assert Room(limits, [9, 9, 7], [8, 8, 3]).split(0, ask) is None
+    assert Room(limits, [9, 9, 7], [8, 8, 4]).split(0, ask) == ((0, 2),)
+    room = Room(limits, [9, 9, 7], [8, 8, 6])
     assert room.split(0, ask) == ask.segments
     room.take(0, ask.segments, ask.kept)
     assert (room.free, room.guests) == ([8, 9, 6], [8, 8, 1])

@@ -23,7 +23,8 @@ PAGE, PROMISED_PAGES = 16, 10
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """Rank 0 of two; ten of its pages are promised to a reservation."""
     participant = SimpleNamespace(rank=0, page_size=PAGE, withheld_pages=PROMISED_PAGES, step=7)
-    bound = SimpleNamespace(participant=participant, queues=Queues())
+    scheduler = SimpleNamespace(waiting_queue=[], running_batch=SimpleNamespace(batch_is_full=True))
+    bound = SimpleNamespace(participant=participant, queues=Queues(), scheduler=scheduler)
     monkeypatch.setattr(attached, "_runtime", bound)
     yield bound
 
@@ -92,12 +93,13 @@ def test_without_a_placement_a_prompt_beyond_the_pool_is_refused(monkeypatch: py
 
 
 def test_an_arriving_placement_is_taken_in_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    bound = SimpleNamespace(queues=Queues())
+    bound, scheduler = SimpleNamespace(queues=Queues()), SimpleNamespace(running_batch=SimpleNamespace(batch_is_full=True))
     monkeypatch.setattr(attached, "_runtime", bound)
     for number in (1, 2, 5):
         req, refusals = arriving(3000)
         hints = write_placement(None, Placement(0, (1, 0), (1600, 1400)), flexible=True, number=number)
-        admission.attach_placement(req, None, SimpleNamespace(kv_hints=hints))
+        admission.attach_placement(req, scheduler, SimpleNamespace(kv_hints=hints))
+        assert not scheduler.running_batch.batch_is_full, "it does not wait for what a local one waits for"
         assert not refusals and bound.queues.placements_taken_in == number
         assert req.dyncp_placement.shards == (1, 0) and req.dyncp_placement_flexible and req.skip_radix_cache_insert
 
@@ -161,6 +163,8 @@ def test_a_local_request_without_room_is_noted_from_its_first_time_on(runtime: S
         runtime.participant.step = step
         assert admission.add_one_req(lambda *_: outcome[0], adder_with(), req, False, None) is AddReqResult.NO_TOKEN
         assert runtime.queues.blocked is req and req.dyncp_blocked_since == 7
+    runtime.scheduler.waiting_queue = [req, SimpleNamespace(dyncp_placement=Placement(0, (1, 0), (64, 64)))]
+    assert admission.add_one_req(lambda *_: outcome[0], adder_with(), req, False, None) is AddReqResult.CONTINUE, "one of them is sharded"
     outcome[0] = AddReqResult.CONTINUE
     admission.add_one_req(lambda *_: outcome[0], adder_with(), req, False, None)
     assert runtime.queues.blocked is None and req.dyncp_blocked_since is None

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from sglang_dcp.ledger.positions import token_ids
-from sglang_dcp.upstream.step.admission import note_blocked, reserved, takes_over
+from sglang_dcp.upstream.step.admission import reserved, takes_over
 from sglang_dcp.upstream.step.attached import after, around, before
+from sglang_dcp.upstream.step.looking_again import note_blocked
 from sglang_dcp.upstream.step.managed import is_managed
 from sglang_dcp.upstream.step.prefixes import protect_borrowed
 from sglang_dcp.upstream.step.queued import with_pages

@@ -14,6 +14,7 @@ from sglang_dcp.policy.split_limits import Split, SplitLimits
 from sglang_dcp.upstream.router.placement_hint import read_placement
 from sglang_dcp.upstream.step import retention
 from sglang_dcp.upstream.step.attached import around, current
+from sglang_dcp.upstream.step.looking_again import holds_up_others, note_blocked
 from sglang_dcp.upstream.step.managed import is_managed
 from sglang_dcp.upstream.step.queued import without_pages
 from sglang_dcp.upstream.step.runtime import Runtime
@@ -36,6 +37,8 @@ def attach_placement(req: Any, scheduler: Any, recv_req: Any, *args: Any, **kwar
         runtime.queues.placements_taken_in = hint.number
     if not hint.placement.is_local:
         keep_out_of_prefix_cache(req)
+        if runtime is not None:
+            scheduler.running_batch.batch_is_full = False  # it needs nothing of what that waits for
     return req
 
 
@@ -95,8 +98,8 @@ def takes_over(runtime: Runtime, req: Any) -> bool:
 
 
 def _add_local(original: Callable[..., Any], adder: Any, runtime: Runtime, req: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stock admission. A local request that does not fit ends SGLang's round; where a reservation is open it must not: the request
-    behind it may hold the very pages that it waits for. Then the round goes on, past further local requests."""
+    """Stock admission. A local request that does not fit ends SGLang's round; where some of the ledger's wait it must not: they may hold
+    the very pages that it waits for, or need none of them. Then the round goes on, past further local requests."""
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     if getattr(adder, "dyncp_local_blocked", False):
@@ -105,19 +108,12 @@ def _add_local(original: Callable[..., Any], adder: Any, runtime: Runtime, req: 
         result = original(adder, req, *args, **kwargs)
     if result is AddReqResult.NO_TOKEN:
         note_blocked(runtime, req)
-        if runtime.queues.waiting:
+        if holds_up_others(runtime):
             adder.dyncp_local_blocked = True
             return AddReqResult.CONTINUE
     elif runtime.queues.blocked is req:
         runtime.queues.blocked = req.dyncp_blocked_since = None
     return result
-
-
-def note_blocked(runtime: Runtime, req: Any) -> None:
-    """The local request that found no room now, and the step in which it found none for the first time (elsewhere.py)."""
-    runtime.queues.blocked = req
-    if getattr(req, "dyncp_blocked_since", None) is None:
-        req.dyncp_blocked_since = runtime.participant.step
 
 
 @around

@@ -26,6 +26,7 @@ from sglang_dcp.upstream.layers import step_path
 from sglang_dcp.upstream.pool.page_audit import check_when_due
 from sglang_dcp.upstream.step import allocation, retraction, sitting_out, sync
 from sglang_dcp.upstream.step.asking import ask
+from sglang_dcp.upstream.step.looking_again import look_again
 from sglang_dcp.upstream.step.runtime import Runtime
 
 
@@ -43,6 +44,8 @@ class StepDriver:
         """The running batch of the round that begins. Requests that sat out and ended are closed, victims start over first."""
         runtime = self.runtime
         check_when_due(runtime)
+        if runtime.queues.blocked is not None or runtime.queues.waiting or runtime.participant.local_waits_long:
+            look_again(runtime, running_batch)
         if runtime.queues.parked or runtime.participant.victims:
             retraction.end_parked(runtime)
             return sitting_out.rejoin(runtime, running_batch)

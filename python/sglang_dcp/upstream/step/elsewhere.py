@@ -19,9 +19,6 @@ def ask_elsewhere(runtime: Runtime) -> None:
     beyond its promises. One such ask is open at a time: what it is granted changes the room of the next."""
     req, participant = runtime.queues.blocked, runtime.participant
     if runtime.queues.asked_elsewhere in runtime.queues.waiting:
-        # SGLang looks at its queue again only once a running request has left; this one waits for none. Said in every step, because SGLang
-        # may hand on another batch object at the end of one.
-        runtime.scheduler.running_batch.batch_is_full = False
         return
     if req is None or participant.step - req.dyncp_blocked_since < PATIENCE_STEPS:
         return
@@ -33,9 +30,9 @@ def ask_elsewhere(runtime: Runtime) -> None:
     others = [rank for rank in scope if rank != participant.rank and participant.room_for_guests(rank) >= pages]
     if not others:
         return
-    runtime.queues.blocked = None
     if not _may_move(req) or not is_without_pages(runtime.scheduler, req):
         return
+    runtime.queues.blocked = None
     rank = max(others, key=lambda rank: (participant.room_for_guests(rank), -rank))
     req.dyncp_placement = Placement(participant.rank, (rank,), (num_tokens,))
     keep_out_of_prefix_cache(req)

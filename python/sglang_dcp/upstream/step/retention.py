@@ -127,18 +127,21 @@ def prefix_device_indices(runtime: Runtime, original: Callable[..., Any], tree_c
 
 
 def wanted_pages(runtime: Runtime) -> int:
-    """Free pages that this instance's own requests need, of retained ones: a low-water mark, or room for the local prompt that found none.
-    SGLang looks at its queue again once a running request has left, unless it is told."""
-    participant, scheduler = runtime.participant, runtime.scheduler
-    if not participant.table.retained.pages[participant.rank]:
+    """Free pages that this instance's own requests need, of retained ones: a low-water mark, or room for the local prompt that found none,
+    where evictions make it some."""
+    participant, retained = runtime.participant, runtime.participant.table.retained
+    rank, req = participant.rank, runtime.queues.blocked
+    if not retained.pages[rank]:
         return 0
-    req = runtime.queues.blocked
-    if req is None or not is_without_pages(scheduler, req):
-        num_local = sum(not is_managed(running) for running in scheduler.running_batch.reqs)
-        return min(LOW_WATER_PAGES, 2 * num_local, max(1, participant.num_pages // 32))
-    scheduler.running_batch.batch_is_full = False
+    num_local = sum(not is_managed(running) for running in runtime.scheduler.running_batch.reqs)
+    low = min(LOW_WATER_PAGES, 2 * num_local, max(1, participant.num_pages // 32))
+    if req is None or not is_without_pages(runtime.scheduler, req):
+        return low
+    needed = num_pages(len(req.origin_input_ids) + len(req.output_ids), participant.page_size) + 1
     givable = runtime.pool.num_givable_pages()
-    return min(participant.num_pages, givable + num_pages(len(req.origin_input_ids) + len(req.output_ids), participant.page_size) + 1)
+    # What is evicted beyond this is left to growth in its place.
+    most = givable + retained.evictable[rank] - participant.growth_pages
+    return max(low, min(participant.num_pages, givable + needed, most)) if most - participant.promised[rank] >= needed else low
 
 
 @around
