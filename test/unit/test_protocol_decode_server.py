@@ -32,3 +32,10 @@ LIMITS = [
 def test_a_walk(seed: int, limits: dict[str, float]) -> None:
     model = DecodeServerModel(seed, 3, 24, 4, **limits)  # type: ignore[arg-type]
     random_walk(model, 500, arrival=0.25, abort=0.06)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_walk_over_pools_that_leave_pages_to_growth(seed: int) -> None:
+    model = DecodeServerModel(seed, 2, 300, 2)
+    assert model.homes[0].participant.limits.left_to_growth(0)
+    random_walk(model, 400, arrival=0.4, abort=0.1, most_waiting=12)
