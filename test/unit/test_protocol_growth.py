@@ -43,38 +43,30 @@ def test_short_local_requests_do_not_starve_a_long_one(seed, pages):
     steps_until_admitted(model, long, keep_busy, 1500)
 
 
-@pytest.mark.parametrize("pages", [900, 930])
-def test_requests_that_lie_elsewhere_do_not_starve_one_at_home(pages):
-    """Those of home 0 whose pages lie on instance 2 grow at home; who asks for instances 0 and 1 waits for what they leave."""
-    model = ProtocolModel(1, 3, PAGES, PAGE, chunk_tokens=10_000, check_every=100, cache_fraction=0.0, max_degree=2)
-
-    def keep_busy():
-        home = model.homes[0]
-        while len(home.running) + len(home.waiting_queue) < 6:
-            model.arrive(0, model.random.randint(160, 600), model.random.randint(20, 60), (2,))
-
-    for _ in range(50):
-        keep_busy()
-        model.step()
-    long = model.arrive(0, pages * 2 * PAGE, 10, (1, 0))
-    steps_until_admitted(model, long, keep_busy, 300)
-
-
-@pytest.mark.parametrize("pages", [948, PAGES - LEFT, 956])
-def test_an_ask_of_nearly_the_pool_waits_a_while_and_no_longer(pages):
-    """Six small requests that lie on instance 2 and grow at home: pool 0 is never without anybody."""
+def wait_beside_guests(tokens, prompts, most_steps):
+    """Six requests of home 0 whose pages lie on instance 2 and that grow at home: pool 0 is never without anybody. One of so many tokens
+    asks for instances 0 and 1."""
     model = ProtocolModel(1, 3, PAGES, PAGE, chunk_tokens=100_000, check_every=100, cache_fraction=0.0, max_degree=2)
 
     def keep_busy():
         home = model.homes[0]
         while len(home.running) + len(home.waiting_queue) < 6:
-            model.arrive(0, model.random.randint(16, 60), model.random.randint(20, 60), (2,))
+            model.arrive(0, model.random.randint(*prompts), model.random.randint(20, 60), (2,))
 
     for _ in range(50):
         keep_busy()
         model.step()
-    long = model.arrive(0, (2 * pages - 1) * PAGE, 10, (1, 0))
-    steps_until_admitted(model, long, keep_busy, 400)
+    steps_until_admitted(model, model.arrive(0, tokens, 10, (1, 0)), keep_busy, most_steps)
+
+
+@pytest.mark.parametrize("pages", [900, 930])
+def test_requests_that_lie_elsewhere_do_not_starve_one_at_home(pages):
+    wait_beside_guests(pages * 2 * PAGE, (160, 600), 300)
+
+
+@pytest.mark.parametrize("pages", [948, PAGES - LEFT, 956])
+def test_an_ask_of_nearly_the_pool_waits_a_while_and_no_longer(pages):
+    wait_beside_guests((2 * pages - 1) * PAGE, (16, 60), 400)
 
 
 @pytest.mark.parametrize(("free", "starts"), [(35, 0), (30, LONG_WAIT_STEPS), (25, LONG_WAIT_STEPS)])
