@@ -155,7 +155,7 @@ def test_session_of_random_requests(num_instances, num_pages, page_size, latent)
     drive(session)
     assert session.num_sharded_steps > 100
     assert session.num_mixed_steps > 10
-    assert session.num_steps_without_return >= 3
+    assert session.num_steps_without_return > 0
     assert sum(session.num_growths) > 5
 
 
