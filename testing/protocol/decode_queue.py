@@ -53,7 +53,9 @@ def without_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class PreallocationQueue(DecodePreallocQueue):
-    """take_pages: gives a local request its pages. begun, told: by request, in order; tokens of the row and of those that are not sent."""
+    """begun: names of the requests that have begun. told: by name, tokens that are sent and those before them, which are here.
+
+    rows: that it may give out, ever. reserved: --num-reserved-decode-tokens. longest: tokens of a row."""
 
     def __init__(self, scheduler: Any, pool: FakePool, page_size: int, rows: int, reserved: int, longest: int) -> None:
         self.scheduler, self.queue, self.pending_reqs, self.retracted_queue = scheduler, [], [], []

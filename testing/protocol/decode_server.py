@@ -41,7 +41,10 @@ class DecodeRequest(ModelRequest):
 
 
 class DecodeScheduler(ModelScheduler):
-    """One home's queues as SGLang's decode server has them: for pages, for K/V, and `waiting_queue`, for the next batch."""
+    """One home's queues as SGLang's decode server has them: for pages, for K/V, and `waiting_queue`, for the next batch.
+    kv: of all homes."""
+
+    kv: WrittenKv
 
     def __init__(self, config: DynCpConfig, participant: Participant, pool: FakePool, chunk_tokens: int) -> None:
         super().__init__(config, participant, pool, chunk_tokens)
@@ -49,7 +52,6 @@ class DecodeScheduler(ModelScheduler):
         page_size, longest = participant.page_size, participant.num_instances * participant.num_pages * participant.page_size
         self.disagg_decode_prealloc_queue = PreallocationQueue(self, pool, page_size, 10**6, 2 * page_size, longest)
         self.random = random.Random(participant.rank)
-        self.kv = WrittenKv(participant.num_instances, page_size)
         self._steps_left: dict[int, int] = {}
 
     @property

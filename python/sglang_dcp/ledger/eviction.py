@@ -51,27 +51,21 @@ class Evictions:
         """The split of an ask that has room, or has some now that sequences were evicted for it. The one that it goes on from stays, and is
         nothing that growth can have. leaves: pages to growth."""
         room, retained, spare = self.room, self.retained, (home, ask.previous) if ask.previous else None
-        if spare is None and leaves:
-            split = room.split(home, ask)
-        else:
-            split = self._room(room.free, retained.evictable_beside(spare), leaves=leaves).split(home, ask)
+        evictable = retained.evictable if spare is None else retained.evictable_beside(spare)
+        now = room if spare is None and leaves else Room(room.limits, room.free, room.guests, retained.pages if leaves else None, evictable)
+        split = now.split(home, ask)
         if split is not None or not len(retained):
             return split
-        free = [free + pages for free, pages in zip(room.free, retained.evictable_beside(spare), strict=True)]
-        left = [held - pages for held, pages in zip(retained.pages, retained.evictable_beside(spare), strict=True)]
-        split = self._room(free, [0] * len(free), left, leaves=leaves).split(home, ask)
+        free = [free + pages for free, pages in zip(room.free, evictable, strict=True)]
+        left = [held - pages for held, pages in zip(retained.pages, evictable, strict=True)]
+        split = Room(room.limits, free, room.guests, left if leaves else None, [0] * len(free)).split(home, ask)
         return split if split is not None and self.make_room(dict(split), "admission", spare) else None
-
-    def _room(self, free: Sequence[int], evictable: Sequence[int], retained: Sequence[int] | None = None, *, leaves: bool) -> Room:
-        room = self.room
-        return Room(room.limits, free, room.guests, (retained or self.retained.pages) if leaves else None, evictable)
 
     def for_locals(self, wanted: Sequence[int], promised: Sequence[int]) -> None:
         """wanted[r]: free pages that instance r asks for, for requests that are no business of the ledger; what is promised is free too."""
         for rank, pages in enumerate(wanted):
-            short = pages - self.room.free[rank] - promised[rank]
-            if pages and short > 0:
-                self._evict(self.retained.choose({rank: short}), "local")
+            if pages:
+                self.make_room({rank: pages - promised[rank]}, "local")
 
     def keep_shares(self, most_pages: int) -> None:
         """No pool retains more than this, but for what running requests read."""

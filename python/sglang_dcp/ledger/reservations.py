@@ -224,7 +224,7 @@ class ReservationTable:
             if ask.previous and (order[1], ask.previous) not in self.retained:
                 continue  # evicted in this step for one before it
             self.num_looked_at += 1
-            split = evictions.for_admission(order[1], ask, leaves=bool(num_refused) or not self._turns.are_long(order))
+            split = evictions.for_admission(order[1], ask, leaves=not self._turns.are_long(order))
             if split is not None:
                 grants.append(self._grant_admission(order[1:], ask, split))
                 room.take(order[1], split, ask.taken)

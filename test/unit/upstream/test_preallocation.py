@@ -20,18 +20,9 @@ from sglang_dcp.upstream.step.elsewhere import PATIENCE_STEPS, ask_elsewhere
 from sglang_dcp.upstream.step.queued import num_rows_in_use, with_pages, without_pages
 from sglang_dcp.upstream.step.runtime import Runtime, cluster_of
 from testing.protocol.decode_queue import PreallocationQueue, stand_beside_prefill_servers, without_devices
-from testing.protocol.fakes import FakePool
+from testing.protocol.fakes import FakePool, ModelKv
 
 PAGE, PAGES, RESERVED = 16, 20, 64
-
-
-class Kv:
-    kv_allocated_len = cache_protected_len = req_pool_idx = 0
-    holds_mamba = False
-
-    @property
-    def holds_kv(self) -> bool:
-        return self.kv_allocated_len > 0
 
 
 class Request:
@@ -47,7 +38,7 @@ class Request:
         self.dyncp, self.dyncp_placement, self.dyncp_placement_flexible = None, placement, flexible
         self.dyncp_prefix_pages, self.extra_key = 0, None
         self.sampling_params = SimpleNamespace(max_new_tokens=new)
-        self.finished_reason, self.kv, self.return_logprob = None, Kv(), False
+        self.finished_reason, self.kv, self.return_logprob = None, ModelKv(0), False
         self.time_stats = SimpleNamespace(set_bootstrap_done_time=lambda: None)
 
     def finished(self) -> bool:
