@@ -15,7 +15,7 @@ from testing.conversations import OUTPUT_TOKENS, ask, whole_pages, words
 from testing.dyncp_grid import INSTANCES, POOL_TOKENS, grid_server
 
 POINTS = [("qwen3moe", 64, 256), ("deepseek_v2", 16, 64)]
-RETAINING = ("--dyncp-cache-fraction", "0.8", "--dyncp-cache-min-tokens", "64")
+RETAINING = ("--dyncp-cache-fraction", "1.0", "--dyncp-cache-min-tokens", "64")
 
 
 def retaining_server(*point):
@@ -155,11 +155,12 @@ def assert_all_is_free_or_retained(client):
 
 
 @contextlib.contextmanager
-def crowded(client, *sizes, num_tokens=400):
-    """Others hold pages on all instances, and decode."""
+def crowded(client, *sizes, num_tokens=400, pinned=True):
+    """Others hold pages on all instances, and decode. Not pinned, they evict nothing while free pages will do."""
     with contextlib.ExitStack() as streams:
         for number, size in enumerate(sizes):
-            sampling = {"ignore_eos": True, "custom_params": {"dyncp": {"degree": INSTANCES, "home": INSTANCES - 1 - number}}}
+            pin = {"custom_params": {"dyncp": {"degree": INSTANCES, "home": INSTANCES - 1 - number}}} if pinned else {}
+            sampling = {"ignore_eos": True} | pin
             stream = streams.enter_context(client.stream(words(size, 200 + number), max_new_tokens=num_tokens, sampling=sampling))
             next(stream.events())
         yield
@@ -205,18 +206,22 @@ def test_a_turn_that_is_aborted_while_it_waits_leaves_the_last_one_as_it_was(ser
 
 
 def test_a_turn_that_is_retracted_starts_over_and_leaves_its_answer_to_the_next(serve, conversations, point):
-    """The older request and the turn grow until no page is left: the younger one yields."""
+    """The older request and the turn, which has taken over the pages of the last one, grow until no page is left: the younger one yields.
+    Nothing is pinned behind the first turn: where a pinned one may lie would depend on what the router has been told by then."""
     (ids, _), (longer, stock), (last, last_stock), _ = conversations(point[0])[2].turns
     client, page_size = serve(retaining_server(*point)).client, point[1]
     assert client.flush_cache()
     ask(client, ids, INSTANCES)
-    left = INSTANCES * POOL_TOKENS - len(longer) - 4 * page_size
-    with crowded(client, left, num_tokens=4 * page_size):
-        answer = ask(client, longer, INSTANCES, num_tokens=4 * page_size)
+    assert_all_is_free_or_retained(client)
+    retained = [load["retained_tokens"] for load in loads(client)]
+    left = INSTANCES * POOL_TOKENS - len(longer) - 5 * page_size
+    with crowded(client, left, num_tokens=6 * page_size, pinned=False):
+        assert [load["retained_tokens"] for load in loads(client)] == retained
+        answer = ask(client, longer, num_tokens=4 * page_size)
     assert answer.meta["num_retractions"] == 1
     assert_equal(stock, answer)
     assert_all_is_free_or_retained(client)
-    later = ask(client, last, INSTANCES)
+    later = ask(client, last)
     assert_equal(last_stock, later)
     assert later.meta["cached_tokens"] == whole_pages(longer, answer, last, page_size)
 
