@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +12,7 @@ from sglang_dcp.observe.report_client import LOAD_ROUTE
 from testing.comparison import first_tie
 from testing.conversations import OUTPUT_TOKENS, ask, whole_pages, words
 from testing.dyncp_grid import INSTANCES, POOL_TOKENS, grid_server
+from testing.waiting import wait_until
 
 POINTS = [("qwen3moe", 64, 256), ("deepseek_v2", 16, 64)]
 RETAINING = ("--dyncp-cache-fraction", "1.0", "--dyncp-cache-min-tokens", "64")
@@ -127,13 +127,6 @@ def test_ten_conversations_over_pools_for_three(serve, conversations, point):
     ask(server.client, first, 2)
     assert ask(server.client, second, 2).meta["cached_tokens"] >= len(first) // point[1] * point[1] > 0
     assert server.is_alive
-
-
-def wait_until(is_so, otherwise, limit_s=60.0):
-    deadline = time.monotonic() + limit_s
-    while not is_so():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.05)
 
 
 def loads(client):

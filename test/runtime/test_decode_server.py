@@ -15,6 +15,7 @@ from testing.client import Answer, RequestFailed
 from testing.recall import random_ids
 from testing.server import Server, ServerConfig
 from testing.stock_answers import FOREVER
+from testing.waiting import wait_until
 
 POOL = 1024
 FLAGS = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "fake", "--enable-metrics")
@@ -33,10 +34,7 @@ def ask(server: Server, prompt: int, new: int, **fields: object) -> Answer:
 
 def assert_drained(server: Server, limit_s: float = 30.0) -> None:
     """Every page is back, on every instance."""
-    deadline = time.monotonic() + limit_s
-    while not server.client.flush_cache():
-        assert time.monotonic() < deadline, "the server never fell idle"
-        time.sleep(0.2)
+    wait_until(server.client.flush_cache, "the server never fell idle", limit_s)
     loads = server.client.json("GET", LOAD_ROUTE)["instances"]
     assert [(load["kv_tokens"], load["guest_tokens"], load["queued"]) for load in loads] == [(0, 0, 0)] * 2
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from testing.recall import random_ids, recall_prompt
 from testing.server import ServerPool
 from testing.stock_answers import FOREVER, StockAnswers
 from testing.transfers import hold_transfers, is_held, pages_sent, probed
+from testing.waiting import wait_until
 
 MODEL, POOL = "qwen3moe", 512
 RETAINING = ("--dyncp-cache-fraction", "0.8", "--dyncp-cache-min-tokens", "64")
@@ -166,13 +167,6 @@ def wait_for_state(pair: Pair, state: str, rid: str) -> None:
         return any((entry["rid"], entry["state"]) == (rid, state) for entry in entries)
 
     wait_until(is_there, f"{rid} is not {state}")
-
-
-def wait_until(is_so: Callable[[], bool], otherwise: str, limit_s: float = 60.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not is_so():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.05)
 
 
 def outcome(asked: Future[Answer]) -> str | int:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from sglang_dcp.observe.report_client import LOAD_ROUTE
 from testing.comparison import assert_same_until_tie, first_tie
 from testing.drained import assert_drained
 from testing.dyncp_grid import GROWING, small_pool_server
 from testing.recall import model_path, recall_prompt
 from testing.stock_answers import FOREVER
+from testing.waiting import wait_until
 
 POOL = 256
 SERVER = small_pool_server(POOL)
@@ -97,3 +99,25 @@ def test_penalties_count_every_token_of_a_request_that_sits_out(server):
     scored = zip(spread.output_tokens, outgrows.output_tokens, strict=True)
     for place, (a, b) in zip(range(first_tie(spread.output_tokens)), scored, strict=False):
         assert abs(a.logprob - b.logprob) < 1e-3, place
+
+
+def test_a_local_request_starts_when_a_guest_leaves_its_pool(server):
+    """SGLang looks at its queue again only when one of its own requests has left, which here is later."""
+
+    def start(name, length, home, degree, count):
+        pin = {"custom_params": {"dyncp": {"degree": degree, "home": home}}}
+        prompt = [1 + (7 * i + length) % 90 for i in range(length)]
+        return pool.submit(server.client.generate, prompt, max_new_tokens=count, sampling=FOREVER | pin, rid=name)
+
+    def lends():
+        return server.client.json("GET", LOAD_ROUTE)["instances"][1]["guest_tokens"]
+
+    with ThreadPoolExecutor(3) as pool:
+        runs = start("runs", 30, 1, 1, 150)
+        leaves = start("leaves", 600, 0, 4, 40)
+        wait_until(lends, "nobody is a guest")
+        waits = start("waits", 40, 1, 1, 8)
+        assert len(waits.result().ids) == 8
+        assert leaves.done(), "there was room beside the guest"
+        assert not runs.done(), "it waited for the one that runs in its pool"
+        assert len(runs.result().ids) == 150

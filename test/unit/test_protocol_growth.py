@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from sglang_dcp.ledger.promise_turns import LONG_WAIT_STEPS
 from sglang_dcp.policy import split_limits
-from sglang_dcp.upstream.step.looking_again import LONG_WAIT_STEPS
 from testing.protocol.model import ProtocolModel, random_walk
 
 PAGES, PAGE = 960, 16

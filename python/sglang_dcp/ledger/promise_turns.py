@@ -6,6 +6,9 @@ from sglang_dcp.policy.growth import Order
 
 FIRST_TURN_STEPS = 64
 """Shorter waits than this are the waiting ask's alone."""
+LONG_WAIT_STEPS = 2 * FIRST_TURN_STEPS
+"""Who has waited longer, for two turns, takes pages that others leave to growth: an ask, or a local request. It may fit no pool in which
+somebody always is."""
 
 
 class PromiseTurns:

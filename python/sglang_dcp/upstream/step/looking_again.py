@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang_dcp.ledger.promise_turns import LONG_WAIT_STEPS
 from sglang_dcp.upstream.step.queued import is_without_pages, without_pages
 from sglang_dcp.upstream.step.runtime import Runtime
-
-LONG_WAIT_STEPS = 64
-"""A local request that has waited so long takes pages that others leave to growth: it may fit no pool in which somebody always is."""
 
 
 def note_blocked(runtime: Runtime, req: Any) -> None:

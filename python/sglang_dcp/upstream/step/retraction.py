@@ -86,7 +86,8 @@ def place_again(runtime: Runtime, req: Any) -> None:
     """Where a retracted request starts over.
 
     A pinned one keeps home and shards, and gets more of them only where it has outgrown those (page_segments). Another one asks for one
-    instance where one can hold it, else for as few as have room; the grant may split it otherwise.
+    instance where one can hold it, and is granted that or waits (Room.split); else for as few as have room, which a grant may split
+    otherwise.
     """
     participant, placement = runtime.participant, req.dyncp_placement
     limits, page_size, total = participant.limits, participant.page_size, len(req.origin_input_ids) + len(req.output_ids)
