@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from uuid import uuid4
 
 import pytest
 
 from sglang_dcp.observe.report_client import LOAD_ROUTE
 from testing.comparison import first_tie
 from testing.conversations import OUTPUT_TOKENS, ask, whole_pages, words
+from testing.drained import flush
 from testing.dyncp_grid import INSTANCES, POOL_TOKENS, grid_server
 from testing.waiting import wait_until
 
@@ -45,7 +47,7 @@ def point(request):
 def test_turns_go_on_where_the_last_one_ended(serve, conversations, point):
     talks = conversations(point[0])
     client = serve(retaining_server(*point)).client
-    assert client.flush_cache()
+    flush(client)
     for talk, degree in zip(talks, (1, 2, 4), strict=False):
         earlier = None
         for ids, stock in talk.turns:
@@ -60,7 +62,7 @@ def test_turns_go_on_where_the_last_one_ended(serve, conversations, point):
 def test_branches_page_ends_and_repeats(serve, conversations, point):
     page_size, (ids, _) = point[1], conversations(point[0])[1].turns[1]  # stock's server ends before this one starts
     client = serve(retaining_server(*point)).client
-    assert client.flush_cache()
+    flush(client)
     ids = ids[: 6 * page_size + 1 - OUTPUT_TOKENS] if len(ids) > 6 * page_size else ids
     first = ask(client, ids, 2)
     cached = []
@@ -78,17 +80,17 @@ def test_branches_page_ends_and_repeats(serve, conversations, point):
 
 def test_a_namespace_and_a_flush_keep_a_prefix_from_being_found(serve, point):
     client, ids = serve(retaining_server(*point)).client, words(500, 77)
-    assert client.flush_cache()  # so that nothing has to go while both are kept
+    flush(client)  # so that nothing has to go while both are kept
     ask(client, ids, 2)
     assert ask(client, ids, 2, extra_key="tenant").meta["cached_tokens"] == 0
     assert ask(client, ids, 2).meta["cached_tokens"] > 0
-    assert client.flush_cache()
+    flush(client)
     assert ask(client, ids, 2).meta["cached_tokens"] == 0
 
 
 def test_a_salt_is_a_namespace_of_its_own(serve, point):
     client, ids = serve(retaining_server(*point)).client, words(500, 78)
-    assert client.flush_cache()
+    flush(client)
     ask(client, ids, 2)
     assert ask(client, ids, 2, cache_salt="tenant").meta["cached_tokens"] == 0
     assert ask(client, ids, 2, cache_salt="tenant").meta["cached_tokens"] > 0
@@ -97,7 +99,7 @@ def test_a_salt_is_a_namespace_of_its_own(serve, point):
 def test_a_turn_grows_behind_what_it_took_over(serve, point):
     """Over several pages, so that tokens land on pages that nobody asked for at the start."""
     client, ids, num_tokens = serve(retaining_server(*point)).client, words(500, 91), 3 * point[1] + 5
-    assert client.flush_cache()
+    flush(client)
     first = ask(client, ids, 2)
     longer = [*ids, *first.ids, *words(30, 92)]
     warm = ask(client, longer, 2, num_tokens=num_tokens)
@@ -152,9 +154,11 @@ def crowded(client, *sizes, num_tokens=400, pinned=True):
     """Others hold pages on all instances, and decode. Not pinned, they evict nothing while free pages will do."""
     with contextlib.ExitStack() as streams:
         for number, size in enumerate(sizes):
+            rid = uuid4().hex
+            streams.callback(client.abort, rid)  # one that its client leaves goes on for two seconds, and may come to its end
             pin = {"custom_params": {"dyncp": {"degree": INSTANCES, "home": INSTANCES - 1 - number}}} if pinned else {}
             sampling = {"ignore_eos": True} | pin
-            stream = streams.enter_context(client.stream(words(size, 200 + number), max_new_tokens=num_tokens, sampling=sampling))
+            stream = streams.enter_context(client.stream(words(size, 200 + number), max_new_tokens=num_tokens, sampling=sampling, rid=rid))
             next(stream.events())
         yield
 
@@ -162,7 +166,7 @@ def crowded(client, *sizes, num_tokens=400, pinned=True):
 def test_a_turn_that_is_aborted_while_it_decodes_gives_everything_back(serve, conversations, point):
     (ids, _), (longer, stock), (last, last_stock), _ = conversations(point[0])[1].turns
     client = serve(retaining_server(*point)).client
-    assert client.flush_cache()
+    flush(client)
     first, pin = ask(client, ids, 2), {"ignore_eos": True, "custom_params": {"dyncp": {"degree": 2, "home": 0}}}
     with client.stream(longer, max_new_tokens=900, sampling=pin, rid="ends as it decodes") as stream:
         events = stream.events()
@@ -180,7 +184,7 @@ def test_a_turn_that_is_aborted_while_it_decodes_gives_everything_back(serve, co
 def test_a_turn_that_is_aborted_while_it_waits_leaves_the_last_one_as_it_was(serve, conversations, point):
     (ids, _), (longer, stock), *_ = conversations(point[0])[1].turns
     client = serve(retaining_server(*point)).client
-    assert client.flush_cache()
+    flush(client)
     first = ask(client, ids, 2)
     assert_all_is_free_or_retained(client)
     retained = [load["retained_tokens"] for load in loads(client)]
@@ -203,14 +207,14 @@ def test_a_turn_that_is_retracted_starts_over_and_leaves_its_answer_to_the_next(
     Nothing is pinned behind the first turn: where a pinned one may lie would depend on what the router has been told by then."""
     (ids, _), (longer, stock), (last, last_stock), _ = conversations(point[0])[2].turns
     client, page_size = serve(retaining_server(*point)).client, point[1]
-    assert client.flush_cache()
+    flush(client)
     ask(client, ids, INSTANCES)
     assert_all_is_free_or_retained(client)
     retained = [load["retained_tokens"] for load in loads(client)]
-    left = INSTANCES * POOL_TOKENS - len(longer) - 5 * page_size
-    with crowded(client, left, num_tokens=6 * page_size, pinned=False):
+    free = max(5 * page_size, 128)
+    with crowded(client, INSTANCES * POOL_TOKENS - len(longer) - free, num_tokens=free + page_size, pinned=False):
         assert [load["retained_tokens"] for load in loads(client)] == retained
-        answer = ask(client, longer, num_tokens=4 * page_size)
+        answer = ask(client, longer, num_tokens=max(4 * page_size, 96))
     assert answer.meta["num_retractions"] == 1
     assert_equal(stock, answer)
     assert_all_is_free_or_retained(client)
@@ -222,7 +226,7 @@ def test_a_turn_that_is_retracted_starts_over_and_leaves_its_answer_to_the_next(
 def test_questions_to_one_document_are_answered_at_once_from_one_copy(serve, point):
     """The second while the first decodes, the third and the fourth together while the second does: each computes its own tokens alone."""
     client, document, page_size = serve(retaining_server(*point)).client, words(500, 94), point[1]
-    assert client.flush_cache()
+    flush(client)
     questions = [[*document, *words(30 + 7 * number, 300 + number)] for number in range(4)]
     with ThreadPoolExecutor(4) as pool:
         asked = []
@@ -237,12 +241,12 @@ def test_questions_to_one_document_are_answered_at_once_from_one_copy(serve, poi
     for question, warm, num_tokens in zip(questions, answers, (150, 90, OUTPUT_TOKENS, OUTPUT_TOKENS), strict=True):
         cold = ask(client, question, 2, num_tokens=num_tokens, extra_key="nobody else")
         assert_equal(cold, warm)
-        assert client.flush_cache()
+        flush(client)
 
 
 def test_a_question_to_a_document_that_is_being_computed_waits_for_it(serve, point):
     client, document, page_size = serve(retaining_server(*point)).client, words(1_500, 95), point[1]
-    assert client.flush_cache()
+    flush(client)
     with ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(ask, client, [*document, *words(20, 400 + number)], 4, num_tokens=20) for number in range(3)]
         cached = sorted(waiting.result().meta["cached_tokens"] for waiting in asked)

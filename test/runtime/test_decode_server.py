@@ -12,6 +12,7 @@ import pytest
 
 from sglang_dcp.observe.report_client import LOAD_ROUTE
 from testing.client import Answer, RequestFailed
+from testing.drained import flush
 from testing.recall import random_ids
 from testing.server import Server, ServerConfig
 from testing.stock_answers import FOREVER
@@ -34,16 +35,23 @@ def ask(server: Server, prompt: int, new: int, **fields: object) -> Answer:
 
 def assert_drained(server: Server, limit_s: float = 30.0) -> None:
     """Every page is back, on every instance."""
-    wait_until(server.client.flush_cache, "the server never fell idle", limit_s)
+    flush(server.client, limit_s)
     loads = server.client.json("GET", LOAD_ROUTE)["instances"]
     assert [(load["kv_tokens"], load["guest_tokens"], load["queued"]) for load in loads] == [(0, 0, 0)] * 2
 
 
+def is_running(server: Server, rid: str) -> bool:
+    return (rid, "running") in [(entry["rid"], entry["state"]) for entry in server.client.json("GET", LOAD_ROUTE)["longest"]]
+
+
 def test_long_prompts_are_decoded_over_both_pools(server: Server) -> None:
-    """The short ones stay whole beside the long one, for both pools have room for them; the third comes when that has made some."""
+    """The short ones stay whole beside the long one, for both pools have room for them: the second runs before the others come, as one that
+    waits may be given pages elsewhere; the third comes when the long one has made room."""
     jobs = [(1600, 40), (30, 60), (500, 20), (64, 50), (9, 1)]
     with ThreadPoolExecutor(len(jobs)) as pool:
-        asked = {job: pool.submit(ask, server, *job) for job in jobs if job != jobs[2]}
+        asked = {jobs[1]: pool.submit(ask, server, *jobs[1], rid="runs first")}
+        wait_until(lambda: is_running(server, "runs first"), "it does not run")
+        asked |= {job: pool.submit(ask, server, *job) for job in (jobs[0], *jobs[3:])}
         asked[jobs[0]].result()
         asked[jobs[2]] = pool.submit(ask, server, *jobs[2])
         answers = [asked[job].result() for job in jobs]

@@ -16,6 +16,7 @@ from testing.client import Answer, RequestFailed
 from testing.comparison import compare_output
 from testing.conversations import OUTPUT_TOKENS, whole_pages
 from testing.disaggregation import DECODE_WAITS_S, PREFILL_WAITS_S, Pair, decode_server, prefill_server, running_pair, running_router
+from testing.drained import flush
 from testing.dyncp_grid import GROWING, PROMPTS, PinnedPrompt
 from testing.recall import random_ids, recall_prompt
 from testing.server import ServerPool
@@ -79,7 +80,7 @@ def test_answers_are_those_of_one_large_pool(pair: Pair, stock_answers: StockAns
 @pytest.mark.parametrize("degree", [2, None])
 def test_a_later_turn_is_sent_its_new_pages_alone(pair: Pair, stock_answers: StockAnswers, transfers: Path, degree: int | None) -> None:
     """Four turns, the later ones beyond a decode pool; pinned, and as the router has them. Its prefill server computes what it has not."""
-    wait_until(pair.decode.client.flush_cache, "the decode server never fell idle")
+    flush(pair.decode.client)
     pin = {} if degree is None else {"custom_params": {"dyncp": {"degree": degree}}}
     earlier: tuple[list[int], Answer] | None = None
     for ids, stock in stock_answers.of(MODEL).conversations[0].turns:
@@ -101,9 +102,9 @@ def test_a_prompt_that_another_one_decodes_is_read_by_both(pair: Pair, transfers
     """Its pages are sent once, and are free when both have ended."""
     text, sharded = recall_prompt(300, 0.4, 5).text, FOREVER | {"custom_params": {"dyncp": {"degree": 2, "home": 0}}}
     output_alone = {"return_logprob": True, "top_logprobs_num": 2}  # SGLang computes a prompt whose scores are asked for anew
-    wait_until(pair.decode.client.flush_cache, "the decode server never fell idle")
+    flush(pair.decode.client)
     alone = pair.generate(text, max_new_tokens=150, logprobs=True, sampling=sharded)
-    lengths = (150, 8) if reader_ends_first else (60, 150)
+    lengths = (150, 8) if reader_ends_first else (140, 150)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(pair.generate, text, max_new_tokens=lengths[0], sampling=sharded, rid="first-", **output_alone)
         wait_for_state(pair, "running", "first-")
@@ -154,7 +155,7 @@ def test_a_request_that_gives_its_pages_up_is_prefilled_again(pair: Pair, stock_
 
 def assert_drained(pair: Pair) -> None:
     """Every page is back, on every instance."""
-    wait_until(pair.decode.client.flush_cache, "the decode server never fell idle")
+    flush(pair.decode.client)
     loads = pair.decode.client.json("GET", LOAD_ROUTE)["instances"]
     assert [(load["kv_tokens"], load["guest_tokens"], load["queued"]) for load in loads] == [(0, 0, 0)] * 2
 

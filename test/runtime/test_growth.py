@@ -3,11 +3,12 @@
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from sglang_dcp.observe.report_client import LOAD_ROUTE
+from sglang_dcp.observe.report_client import LOAD_ROUTE, ROUTE
 from testing.comparison import assert_same_until_tie, first_tie
 from testing.drained import assert_drained
 from testing.dyncp_grid import GROWING, small_pool_server
@@ -53,12 +54,12 @@ def test_three_growing_requests_share_the_cluster(stock_tokens, server):
 
 
 def test_abort_while_growing_gives_everything_back(server):
-    prompt = recall_prompt(60, 0.3, 4)
+    prompt, load = recall_prompt(60, 0.3, 4), partial(server.client.json, "GET", LOAD_ROUTE)
     with ThreadPoolExecutor(3) as pool:
         running = [
             pool.submit(server.client.generate, prompt.text, max_new_tokens=850, sampling=FOREVER, rid=f"grow-{i}") for i in range(3)
         ]
-        time.sleep(12)
+        wait_until(lambda: any(int(degree) > 1 for degree in load()["degrees"]), "nobody grew")
         assert not server.client.flush_cache(), "a busy cluster must not be flushed"
         for i in range(3):
             server.client.abort(f"grow-{i}")
@@ -103,21 +104,21 @@ def test_penalties_count_every_token_of_a_request_that_sits_out(server):
 
 def test_a_local_request_starts_when_a_guest_leaves_its_pool(server):
     """SGLang looks at its queue again only when one of its own requests has left, which here is later."""
+    load = partial(server.client.json, "GET", LOAD_ROUTE)
 
     def start(name, length, home, degree, count):
         pin = {"custom_params": {"dyncp": {"degree": degree, "home": home}}}
         prompt = [1 + (7 * i + length) % 90 for i in range(length)]
         return pool.submit(server.client.generate, prompt, max_new_tokens=count, sampling=FOREVER | pin, rid=name)
 
-    def lends():
-        return server.client.json("GET", LOAD_ROUTE)["instances"][1]["guest_tokens"]
-
     with ThreadPoolExecutor(3) as pool:
         runs = start("runs", 30, 1, 1, 150)
+        wait_until(lambda: [(entry["rid"], entry["state"]) for entry in load()["longest"]] == [("runs", "running")], "it does not run")
         leaves = start("leaves", 600, 0, 4, 40)
-        wait_until(lends, "nobody is a guest")
+        wait_until(lambda: load()["instances"][1]["guest_tokens"], "nobody is a guest")
         waits = start("waits", 40, 1, 1, 8)
         assert len(waits.result().ids) == 8
-        assert leaves.done(), "there was room beside the guest"
         assert not runs.done(), "it waited for the one that runs in its pool"
-        assert len(runs.result().ids) == 150
+        assert (len(leaves.result().ids), len(runs.result().ids)) == (40, 150)
+    ended = {entry["rid"]: entry["time"] for entry in server.client.json("GET", ROUTE)["requests"]}
+    assert ended["leaves"] < ended["waits"] < ended["runs"], "there was room beside the guest"

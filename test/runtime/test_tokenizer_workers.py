@@ -130,6 +130,7 @@ def test_a_pause_by_one_worker_is_ended_by_another(workers: list[Worker], mode: 
     first, second = workers
     expected = second.generate(random_ids(300, seed=2))["output_ids"]
     assert first.ask("POST", "/pause_generation", {"mode": mode})[0] == 200
+    assert first.ask("GET", "/dyncp/load")[0] == 200  # answered behind the pause: the second's word cannot overtake it
     assert second.ask("POST", "/continue_generation", {})[0] == 200
     assert [worker.generate(random_ids(300, seed=2))["output_ids"] for worker in workers] == [expected] * WORKERS
 
