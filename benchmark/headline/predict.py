@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmark.headline.contenders import REAL_PREFILL
 from benchmark.headline.judge import LEAST_TOKENS, WARM_SHARE, WARM_WINDOW_SHARE, Point, percentile
-from benchmark.headline.traffic import Mix, arrivals, parse_mix
+from benchmark.headline.traffic import MOST_RATE, Mix, arrivals, parse_mix
 from benchmark.multi_gpu.model_shapes import SHAPES, SMALL_SHAPES
 from benchmark.simulate.cluster import SimulatedRequest
 from benchmark.simulate.engine import Simulation
@@ -33,6 +33,15 @@ from sglang_dcp.policy.split import num_pages
 from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementPolicy, PlacementRequest
 
 PAGE, MOST_RUNNING = 64, 128
+OF_SHARDED_ROWS = (
+    "exchange_fixed_us",
+    "exchange_us_per_row",
+    "remote_exchange_fixed_us",
+    "remote_exchange_us_per_row",
+    "sharded_step_fixed_us",
+    "sharded_step_us_per_row",
+)
+"""Constants of CostModel that only steps with sharded rows meet."""
 COMMAND = "python -m benchmark.headline.predict FILE"
 
 
@@ -115,11 +124,15 @@ def _tokens(request: SimulatedRequest, step: int) -> int:
     return request.output - (request.finish_step - step) if request.finish_step >= 0 else request.decoded
 
 
-def predicted(result: dict[str, Any], name: str, mix: Mix, seed: int, found: Point) -> dict[str, Any]:
-    """Mean time per token of the requests of one point, and their degrees. result: what holds for all points of a headline.json."""
+def predicted(
+    result: dict[str, Any], name: str, mix: Mix, seed: int, found: Point, *, most_rate: float = MOST_RATE, is_free: bool = False
+) -> dict[str, Any]:
+    """Mean time per token of the requests of one point, and their degrees. result: what holds for all points of a headline.json. most_rate:
+    see traffic.arrivals. is_free: sharded rows cost no time beyond their attention."""
     placing, count = PLACING[name], int(result["machine"].split(" x ")[0])
     config = SimpleNamespace(**(SHAPES | SMALL_SHAPES)[result["model"]], num_hidden_layers=result["layers"])
     cost = served_cost(None, ServedModel.of_config(config, result["machine"]), count, placing.split_budget).model
+    cost = replace(cost, **dict.fromkeys(OF_SHARDED_ROWS, 0.0)) if is_free else cost
     most = count if placing.splits else 1
     policy: PlacementPolicy = make_policy(
         placing.policy,
@@ -133,7 +146,7 @@ def predicted(result: dict[str, Any], name: str, mix: Mix, seed: int, found: Poi
     policy = policy if placing.pinned is None else Pinned(policy, placing.pinned)
     settings = _settings(result, count, most)
     seconds, history_ms = found.get("seconds", found["requests"] / found["requests_per_s"]), found.get("history_ms", 0.0)
-    drawn = arrivals(mix, found["requests_per_s"], seconds, seed, result["longest"], result["longest_output"], history_ms)
+    drawn = arrivals(mix, found["requests_per_s"], seconds, seed, result["longest"], result["longest_output"], history_ms, most_rate)
     clock = WindowClock(seconds) if history_ms else None
     simulation = Simulation([(one.at_s, one.prompt_tokens, one.output_tokens) for one in drawn], policy, cost, settings, clock)
     simulation.run()

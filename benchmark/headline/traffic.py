@@ -49,25 +49,32 @@ def workload(mix: Mix, longest: int) -> Workload:
 
 
 def arrivals(
-    mix: Mix, rate: float, seconds: float, seed: int, longest: int, longest_output: int = 4096, history_ms: float = 0.0
+    mix: Mix,
+    rate: float,
+    seconds: float,
+    seed: int,
+    longest: int,
+    longest_output: int = 4096,
+    history_ms: float = 0.0,
+    most_rate: float = MOST_RATE,
 ) -> list[Arrival]:
     """The mix's requests in order of arrival, no prompt above `longest`, no output above `longest_output` tokens.
 
     history_ms: 0: they come from the start on. Else the time per token by which those that came before the start have aged: who would
     still run begins with what it had generated as part of the prompt (which may so exceed `longest`) and the rest, at least 2 tokens, as
     output. A window shows few of the long prompts, so another draw for every rate would say more of the draw than of the rate: a higher
-    rate has all requests of a lower one, at the same times, and more. ValueError for one above MOST_RATE.
+    rate has all requests of a lower one, at the same times, and more. ValueError for one above most_rate.
 
     Equal arguments, equal arrivals.
     """
     source = workload(mix, longest)
     if not history_ms:
         return [_arrival(*row, longest, longest_output) for row in source.requests(rate, seconds, seed)]
-    if not 0 < rate <= MOST_RATE:
-        raise ValueError(f"{rate:g} requests/s with a history: at most {MOST_RATE:g} (MOST_RATE)")
+    if not 0 < rate <= most_rate:
+        raise ValueError(f"{rate:g} requests/s with a history: at most {most_rate:g} (MOST_RATE)")
     history_s = longest_output * history_ms / 1000
-    rows = source.requests(MOST_RATE, DRAWN_BEYOND * (history_s + seconds), seed)
-    kept = np.random.default_rng((seed, 9)).random(len(rows)) < rate / MOST_RATE
+    rows = source.requests(most_rate, DRAWN_BEYOND * (history_s + seconds), seed)
+    kept = np.random.default_rng((seed, 9)).random(len(rows)) < rate / most_rate
     drawn = [
         _arrival(at - history_s, prompt, output, longest, longest_output)
         for (at, prompt, output), keep in zip(rows, kept.tolist(), strict=True)
