@@ -19,12 +19,19 @@ FIRST = ("stock", "whole", "ours")
 SPLIT_TEXT = "One layer of a captured decode, microseconds: a row of 300,000 tokens, 128 of 1,000, both together, and both over their sum."
 LIMIT_TEXT = "Highest rate under a limit on P99 TPOT, requests/s, interpolated, and ours over the others:"
 
+BOUNDED = ("whole", "ours", "`even`")
+BOUNDS_TEXT = (
+    "Highest rate under the limit, requests/s, by the constants of an H200. `even`: sharded rows cost no time beyond their attention, and "
+    "lie as ours do or over all instances, whichever is better. Two loads of a short window differ by more than the servers do; these are "
+    "long windows of several loads."
+)
+
 
 def render() -> str:
-    return render_of(load("headline.json"), load("split.json"))
+    return render_of(load("headline.json"), load("split.json"), load("headline_bounds.json"))
 
 
-def render_of(result: dict[str, Any], split: dict[str, Any]) -> str:
+def render_of(result: dict[str, Any], split: dict[str, Any], bounds: dict[str, Any]) -> str:
     judged = result["two_gpus"]
     main = judged.get("case", next(iter(result["cases"])))
     return page(
@@ -38,6 +45,12 @@ def render_of(result: dict[str, Any], split: dict[str, Any]) -> str:
         LIMIT_TEXT,
         _limits(judged["by_limit"], result["cases"][main]),
         *_other_cases(result, main),
+        "## What placement can gain at most, simulated",
+        source("headline_bounds.json", bounds),
+        BOUNDS_TEXT,
+        table(["GPUs", "mix", "limit, ms", *BOUNDED, "ours over whole", "`even` over whole"], _bounds(bounds["rates"])),
+        "P99 TPOT of coding agents' lengths, ms, and whole's over the others'; at the last rate of each the pools are full:",
+        table(["GPUs", "requests/s", *BOUNDED, "whole over ours", "whole over `even`"], _bounds(bounds["latencies"])),
         "## A long row beside many",
         source("split.json", split),
         SPLIT_TEXT,
@@ -119,6 +132,16 @@ def _limits(limits: dict[str, Any], cases: dict[str, Any]) -> str:
         rows.append((limit, *rates, *(found.get(key) for key in keys), simulated))
     labels = [name if name in FIRST else f"`{name}`" for name in names]
     return table(["limit, ms", *labels, *(f"`{key}`" for key in keys), SIMULATED], rows)
+
+
+def _bounds(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    found = []
+    for row in rows:
+        is_rate = "rates" in row
+        values = row["rates" if is_rate else "p99_tpot_ms"]
+        first = (mix_title(row["mix"]), row["limit_ms"]) if is_rate else (f"{row['requests_per_s']:g}",)
+        found.append((row["gpus"], *first, *(values[name.strip("`")] for name in BOUNDED), *row["over_whole"].values()))
+    return found
 
 
 def _split(result: dict[str, Any]) -> list[tuple[Any, ...]]:

@@ -11,6 +11,7 @@ import pytest
 from benchmark.headline.summary import SPLIT, lowest_ratios, main, main_case, merge, short_step, summarise
 from scripts.result_pages.headline import render_of
 
+BOUNDS = json.loads(SPLIT.with_name("headline_bounds.json").read_text())
 CURVES = {"stock": {4: 18.0, 6: 32.0}, "whole": {6: 19.0, 8: 28.0}, "ours": {6: 15.0, 8: 19.0, 10: 27.0}}
 
 
@@ -98,10 +99,10 @@ def test_a_summary_has_the_figures_that_the_bars_name_and_a_page() -> None:
     assert two["lowest_by_case"]["0.03|1"]["against"] == "whole" and set(two["by_case"]) == {"0.03|1", "0|1", "weka|2"}
     assert found["four_gpus"]["cases"] and found["four_gpus"]["rate_over_whole"] == 1.0
     assert found["two_gpus_real_prefill"]["prefill"] == "real" and found["long_row_ratio"] == 1.005
-    text = render_of(found | {"notes": ["made up"]}, json.loads(SPLIT.read_text()))
+    text = render_of(found | {"notes": ["made up"]}, json.loads(SPLIT.read_text()), BOUNDS)
     assert "Each point is a window" not in text
     loaded = run({"0.03|1": {"ours": {"what": "", "flags": [], "points": [at(8, 9.0, seconds=20.0, history_ms=20.0)]}}})
-    page = render_of(summarise([loaded]) | {"notes": []}, json.loads(SPLIT.read_text()))
+    page = render_of(summarise([loaded]) | {"notes": []}, json.loads(SPLIT.read_text()), BOUNDS)
     assert "a window of 20 s" in page and "20 ms a token" in page and "first 15 %" in page
     for part in ("## Other mixes and seeds", "Weka), seed 2:", "## Four gpus", "## Two gpus real prefill", "Lowest of ours", "| 22.5 |"):
         assert part in text
