@@ -4,8 +4,8 @@ nothing.
     python -m benchmark.headline.bounds OUTPUT [--gpus 2,4,8] [--mixes 0.01,0.03,0.05] [--seeds 8] [--seconds 120] --commit ID
 
 Per number of GPUs and mix the highest rate under a limit on P99 TPOT, and for coding agents' lengths, which fill the pools before they
-reach it, P99 TPOT at some rates. `even` is the better of ours and of every request over all instances, both where sharded rows cost no time
-beyond their attention: what a perfect exchange would give. P99 is the mean of the windows' of all seeds.
+reach it, P99 of TPOT and of the wait for room at some rates. `even` is the better of ours and of every request over all instances, both
+where sharded rows cost no time beyond their attention: what a perfect exchange would give. P99 is the mean of the windows' of all seeds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MOST_RATE_PER_GPU, SHORT_RATE_PER_GPU = 16.0, 6.0
 WEKA_RATES_PER_GPU = (0.3, 0.45, 0.6)
 HALVINGS = 7
 """The highest rate is found to an eighth of a request per second and GPU."""
-EVEN = "even"
+P99, EVEN = "p99_tpot_ms", "even"
 SERVERS: dict[str, tuple[tuple[str, bool], ...]] = {
     "whole": (("whole", False),),
     "ours": (("ours", False),),
@@ -48,25 +48,23 @@ class Cluster:
     seeds: Sequence[int]
     seconds: float
 
-    def tpot_ms(self, contender: str, mix: Mix, rate: float, *, is_free: bool = False, share: str = "p99") -> float:
-        """Of windows that began loaded, the mean of all seeds."""
+    def mean_of(self, figure: str, contender: str, mix: Mix, rate: float, *, is_free: bool = False) -> float:
+        """A figure of windows that began loaded, the mean of all seeds."""
         facts = self.facts | {"machine": f"{self.num_gpus} x {CARD}"}
         found: Point = {"requests": 0, "requests_per_s": rate, "seconds": self.seconds, "history_ms": HISTORY_MS}
         most = MOST_RATE_PER_GPU * self.num_gpus
-        return mean(
-            predicted(facts, contender, mix, seed, found, most_rate=most, is_free=is_free)[f"{share}_tpot_ms"] for seed in self.seeds
-        )
+        return mean(predicted(facts, contender, mix, seed, found, most_rate=most, is_free=is_free)[figure] for seed in self.seeds)
 
     def limit_ms(self) -> float:
         """As the comparison's: so many loaded steps without long prompts."""
-        return SHORT_STEPS * self.tpot_ms("whole", 0.0, SHORT_RATE_PER_GPU * self.num_gpus, share="p50")
+        return SHORT_STEPS * self.mean_of("p50_tpot_ms", "whole", 0.0, SHORT_RATE_PER_GPU * self.num_gpus)
 
     def highest_rate(self, contender: str, mix: Mix, limit_ms: float, *, is_free: bool) -> float:
         """Requests per second; 0.0 where none is held."""
         low, high = 0.0, MOST_RATE_PER_GPU * self.num_gpus
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            if self.tpot_ms(contender, mix, middle, is_free=is_free) <= limit_ms:
+            if self.mean_of(P99, contender, mix, middle, is_free=is_free) <= limit_ms:
                 low = middle
             else:
                 high = middle
@@ -79,24 +77,27 @@ def rates(cluster: Cluster, mix: Mix, limit_ms: float) -> dict[str, Any]:
         server: max(cluster.highest_rate(name, mix, limit_ms, is_free=is_free) for name, is_free in simulated)
         for server, simulated in SERVERS.items()
     }
-    return _over_whole(cluster, mix, found) | {"limit_ms": round(limit_ms, 1)}
+    over = {server: found["whole"] and value / found["whole"] for server, value in found.items()}
+    return _row(cluster, mix, over, rates=found) | {"limit_ms": round(limit_ms, 1)}
 
 
 def latencies(cluster: Cluster, mix: Mix, rate: float) -> dict[str, Any]:
-    """P99 TPOT at one rate, and that of whole over each."""
+    """P99 of TPOT and of the wait for room at one rate, and the TPOT of whole over each."""
     found = {
-        server: min(cluster.tpot_ms(name, mix, rate, is_free=is_free) for name, is_free in simulated)
-        for server, simulated in SERVERS.items()
+        figure: {
+            server: min(cluster.mean_of(figure, name, mix, rate, is_free=is_free) for name, is_free in simulated)
+            for server, simulated in SERVERS.items()
+        }
+        for figure in (P99, "p99_wait_s")
     }
-    return _over_whole(cluster, mix, found, is_time=True) | {"requests_per_s": rate}
+    over = {server: value and found[P99]["whole"] / value for server, value in found[P99].items()}
+    return _row(cluster, mix, over, **found) | {"requests_per_s": rate}
 
 
-def _over_whole(cluster: Cluster, mix: Mix, found: dict[str, float], *, is_time: bool = False) -> dict[str, Any]:
-    whole = found["whole"]
-    over = {server: (whole / value if is_time else value / whole) if whole and value else None for server, value in found.items()}
-    kept = {server: round(value, 3) for server, value in over.items() if value is not None and server != "whole"}
-    values = {server: round(value, 2) for server, value in found.items()}
-    return {"gpus": cluster.num_gpus, "mix": mix_name(mix), "p99_tpot_ms" if is_time else "rates": values, "over_whole": kept}
+def _row(cluster: Cluster, mix: Mix, over: dict[str, float], **found: dict[str, float]) -> dict[str, Any]:
+    rounded = {figure: {server: round(value, 2) for server, value in values.items()} for figure, values in found.items()}
+    over_whole = {server: round(value, 3) for server, value in over.items() if server != "whole"}
+    return {"gpus": cluster.num_gpus, "mix": mix_name(mix), **rounded, "over_whole": over_whole}
 
 
 def main() -> int:

@@ -127,8 +127,8 @@ def _tokens(request: SimulatedRequest, step: int) -> int:
 def predicted(
     result: dict[str, Any], name: str, mix: Mix, seed: int, found: Point, *, most_rate: float = MOST_RATE, is_free: bool = False
 ) -> dict[str, Any]:
-    """Mean time per token of the requests of one point, and their degrees. result: what holds for all points of a headline.json. most_rate:
-    see traffic.arrivals. is_free: sharded rows cost no time beyond their attention."""
+    """Mean time per token of the requests of one point, their wait for room, and their degrees. result: what holds for all points of a
+    headline.json. most_rate: see traffic.arrivals. is_free: sharded rows cost no time beyond their attention."""
     placing, count = PLACING[name], int(result["machine"].split(" x ")[0])
     config = SimpleNamespace(**(SHAPES | SMALL_SHAPES)[result["model"]], num_hidden_layers=result["layers"])
     cost = served_cost(None, ServedModel.of_config(config, result["machine"]), count, placing.split_budget).model
@@ -155,11 +155,14 @@ def predicted(
     if clock is not None:
         clock.end(simulation)
         tpot = clock.tpot_ms(simulation.requests)
+    begin_s = WARM_WINDOW_SHARE * seconds
+    waits = [one.admitted - one.arrival for one in simulation.requests if one.admitted >= 0 and one.arrival >= begin_s]
     degrees = Counter(one.start_degree for one in measured)
     return {
         "p50_tpot_ms": round(percentile(tpot, 0.5), 3),
         "p99_tpot_ms": round(percentile(tpot, 0.99), 3),
         "mean_tpot_ms": round(sum(tpot) / len(tpot), 3) if tpot else math.nan,
+        "p99_wait_s": round(percentile(waits, 0.99), 3),
         "degrees": {str(degree): degrees[degree] for degree in sorted(degrees)},
     }
 
