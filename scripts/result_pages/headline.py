@@ -20,6 +20,7 @@ SPLIT_TEXT = "One layer of a captured decode, microseconds: a row of 300,000 tok
 LIMIT_TEXT = "Highest rate under a limit on P99 TPOT, requests/s, interpolated, and ours over the others:"
 
 BOUNDED = ("whole", "ours", "`even`")
+WAITS = ("wait, whole", "ours", "`even`")
 BOUNDS_TEXT = (
     "Highest rate under the limit, requests/s, by the constants of an H200. `even`: sharded rows cost no time beyond their attention, and "
     "lie as ours do or over all instances, whichever is better. Two loads of a short window differ by more than the servers do; these are "
@@ -49,8 +50,9 @@ def render_of(result: dict[str, Any], split: dict[str, Any], bounds: dict[str, A
         source("headline_bounds.json", bounds),
         BOUNDS_TEXT,
         table(["GPUs", "mix", "limit, ms", *BOUNDED, "ours over whole", "`even` over whole"], _bounds(bounds["rates"])),
-        "P99 TPOT of coding agents' lengths, ms, and whole's over the others'; at the last rate of each the pools are full:",
-        table(["GPUs", "requests/s", *BOUNDED, "whole over ours", "whole over `even`"], _bounds(bounds["latencies"])),
+        "Coding agents' lengths: P99 TPOT in ms, whole's over that of the others, and P99 of the wait for room in s. At the last rates the "
+        "pools are full: a step then takes what a full pool takes, and who packs them better waits less.",
+        table(["GPUs", "requests/s", *BOUNDED, "whole over ours", "whole over `even`", *WAITS], _bounds(bounds["latencies"])),
         "## A long row beside many",
         source("split.json", split),
         SPLIT_TEXT,
@@ -138,9 +140,9 @@ def _bounds(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     found = []
     for row in rows:
         is_rate = "rates" in row
-        values = row["rates" if is_rate else "p99_tpot_ms"]
+        values, waits = (row["rates"], {}) if is_rate else (row["p99_tpot_ms"], row["p99_wait_s"])
         first = (mix_title(row["mix"]), row["limit_ms"]) if is_rate else (f"{row['requests_per_s']:g}",)
-        found.append((row["gpus"], *first, *(values[name.strip("`")] for name in BOUNDED), *row["over_whole"].values()))
+        found.append((row["gpus"], *first, *(values[name.strip("`")] for name in BOUNDED), *row["over_whole"].values(), *waits.values()))
     return found
 
 
