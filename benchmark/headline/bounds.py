@@ -28,9 +28,12 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 CARD, HISTORY_MS = "NVIDIA H200", 20.0
 MOST_RATE_PER_GPU, SHORT_RATE_PER_GPU = 16.0, 6.0
 WEKA_RATES_PER_GPU = (0.3, 0.45, 0.6)
+FACTS = ("model", "layers", "pool_tokens", "longest", "longest_output")
+"""Of a headline.json, what predict.py asks for beside a point."""
 HALVINGS = 7
 """The highest rate is found to an eighth of a request per second and GPU."""
-P99, EVEN = "p99_tpot_ms", "even"
+FIGURES = P50, P99, WAIT = "p50_tpot_ms", "p99_tpot_ms", "p99_wait_s"
+EVEN = "even"
 SERVERS: dict[str, tuple[tuple[str, bool], ...]] = {
     "whole": (("whole", False),),
     "ours": (("ours", False),),
@@ -48,23 +51,24 @@ class Cluster:
     seeds: Sequence[int]
     seconds: float
 
-    def mean_of(self, figure: str, contender: str, mix: Mix, rate: float, *, is_free: bool = False) -> float:
-        """A figure of windows that began loaded, the mean of all seeds."""
+    def means(self, contender: str, mix: Mix, rate: float, *, is_free: bool = False) -> dict[str, float]:
+        """FIGURES of windows that began loaded, the means of all seeds."""
         facts = self.facts | {"machine": f"{self.num_gpus} x {CARD}"}
         found: Point = {"requests": 0, "requests_per_s": rate, "seconds": self.seconds, "history_ms": HISTORY_MS}
         most = MOST_RATE_PER_GPU * self.num_gpus
-        return mean(predicted(facts, contender, mix, seed, found, most_rate=most, is_free=is_free)[figure] for seed in self.seeds)
+        windows = [predicted(facts, contender, mix, seed, found, most_rate=most, is_free=is_free) for seed in self.seeds]
+        return {figure: mean(window[figure] for window in windows) for figure in FIGURES}
 
     def limit_ms(self) -> float:
         """As the comparison's: so many loaded steps without long prompts."""
-        return SHORT_STEPS * self.mean_of("p50_tpot_ms", "whole", 0.0, SHORT_RATE_PER_GPU * self.num_gpus)
+        return SHORT_STEPS * self.means("whole", 0.0, SHORT_RATE_PER_GPU * self.num_gpus)[P50]
 
     def highest_rate(self, contender: str, mix: Mix, limit_ms: float, *, is_free: bool) -> float:
         """Requests per second; 0.0 where none is held."""
         low, high = 0.0, MOST_RATE_PER_GPU * self.num_gpus
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            if self.mean_of(P99, contender, mix, middle, is_free=is_free) <= limit_ms:
+            if self.means(contender, mix, middle, is_free=is_free)[P99] <= limit_ms:
                 low = middle
             else:
                 high = middle
@@ -83,13 +87,10 @@ def rates(cluster: Cluster, mix: Mix, limit_ms: float) -> dict[str, Any]:
 
 def latencies(cluster: Cluster, mix: Mix, rate: float) -> dict[str, Any]:
     """P99 of TPOT and of the wait for room at one rate, and the TPOT of whole over each."""
-    found = {
-        figure: {
-            server: min(cluster.mean_of(figure, name, mix, rate, is_free=is_free) for name, is_free in simulated)
-            for server, simulated in SERVERS.items()
-        }
-        for figure in (P99, "p99_wait_s")
+    means = {
+        server: [cluster.means(name, mix, rate, is_free=is_free) for name, is_free in simulated] for server, simulated in SERVERS.items()
     }
+    found = {figure: {server: min(one[figure] for one in ways) for server, ways in means.items()} for figure in (P99, WAIT)}
     over = {server: value and found[P99]["whole"] / value for server, value in found[P99].items()}
     return _row(cluster, mix, over, **found) | {"requests_per_s": rate}
 
@@ -110,7 +111,7 @@ def main() -> int:
     parser.add_argument("--commit", required=True)
     args = parser.parse_args()
     headline = json.loads((RESULTS / "headline.json").read_text())
-    facts = {key: headline[key] for key in ("model", "layers", "pool_tokens", "longest", "longest_output")}
+    facts = {key: headline[key] for key in FACTS}
     result: dict[str, Any] = {
         "command": f"python -m benchmark.headline.bounds headline_bounds.json --gpus {args.gpus} --mixes {args.mixes} --seeds {args.seeds} "
         f"--seconds {args.seconds:g}",

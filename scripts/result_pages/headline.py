@@ -49,10 +49,12 @@ def render_of(result: dict[str, Any], split: dict[str, Any], bounds: dict[str, A
         "## What placement can gain at most, simulated",
         source("headline_bounds.json", bounds),
         BOUNDS_TEXT,
-        table(["GPUs", "mix", "limit, ms", *BOUNDED, "ours over whole", "`even` over whole"], _bounds(bounds["rates"])),
+        table(["GPUs", "mix", "limit, ms", *BOUNDED, "ours over whole", "`even` over whole"], map(_bounded_rates, bounds["rates"])),
         "Coding agents' lengths: P99 TPOT in ms, whole's over that of the others, and P99 of the wait for room in s. At the last rates the "
         "pools are full: a step then takes what a full pool takes, and who packs them better waits less.",
-        table(["GPUs", "requests/s", *BOUNDED, "whole over ours", "whole over `even`", *WAITS], _bounds(bounds["latencies"])),
+        table(
+            ["GPUs", "requests/s", *BOUNDED, "whole over ours", "whole over `even`", *WAITS], map(_bounded_latencies, bounds["latencies"])
+        ),
         "## A long row beside many",
         source("split.json", split),
         SPLIT_TEXT,
@@ -136,14 +138,13 @@ def _limits(limits: dict[str, Any], cases: dict[str, Any]) -> str:
     return table(["limit, ms", *labels, *(f"`{key}`" for key in keys), SIMULATED], rows)
 
 
-def _bounds(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    found = []
-    for row in rows:
-        is_rate = "rates" in row
-        values, waits = (row["rates"], {}) if is_rate else (row["p99_tpot_ms"], row["p99_wait_s"])
-        first = (mix_title(row["mix"]), row["limit_ms"]) if is_rate else (f"{row['requests_per_s']:g}",)
-        found.append((row["gpus"], *first, *(values[name.strip("`")] for name in BOUNDED), *row["over_whole"].values(), *waits.values()))
-    return found
+def _bounded_rates(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["gpus"], mix_title(row["mix"]), row["limit_ms"], *row["rates"].values(), *row["over_whole"].values()
+
+
+def _bounded_latencies(row: dict[str, Any]) -> tuple[Any, ...]:
+    rate = f"{row['requests_per_s']:g}"
+    return row["gpus"], rate, *row["p99_tpot_ms"].values(), *row["over_whole"].values(), *row["p99_wait_s"].values()
 
 
 def _split(result: dict[str, Any]) -> list[tuple[Any, ...]]:
