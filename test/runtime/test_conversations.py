@@ -9,11 +9,11 @@ from uuid import uuid4
 
 import pytest
 
-from sglang_dcp.observe.report_client import LOAD_ROUTE
 from testing.comparison import first_tie
 from testing.conversations import OUTPUT_TOKENS, ask, whole_pages, words
 from testing.drained import flush
 from testing.dyncp_grid import INSTANCES, POOL_TOKENS, grid_server
+from testing.live_load import loads, states
 from testing.waiting import wait_until
 
 POINTS = [("qwen3moe", 64, 256), ("deepseek_v2", 16, 64)]
@@ -129,14 +129,6 @@ def test_ten_conversations_over_pools_for_three(serve, conversations, point):
     ask(server.client, first, 2)
     assert ask(server.client, second, 2).meta["cached_tokens"] >= len(first) // point[1] * point[1] > 0
     assert server.is_alive
-
-
-def loads(client):
-    return client.json("GET", LOAD_ROUTE)["instances"]
-
-
-def states(client):
-    return [(entry["rid"], entry["state"]) for entry in client.json("GET", LOAD_ROUTE)["longest"]]
 
 
 def assert_all_is_free_or_retained(client):

@@ -10,9 +10,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from sglang_dcp.observe.report_client import LOAD_ROUTE
 from testing.client import Answer, RequestFailed
-from testing.drained import flush
+from testing.drained import assert_all_free
+from testing.live_load import states
 from testing.recall import random_ids
 from testing.server import Server, ServerConfig
 from testing.stock_answers import FOREVER
@@ -33,15 +33,8 @@ def ask(server: Server, prompt: int, new: int, **fields: object) -> Answer:
     return server.client.generate(random_ids(prompt, seed=prompt + new), max_new_tokens=new, sampling=FOREVER, **fields)
 
 
-def assert_drained(server: Server, limit_s: float = 30.0) -> None:
-    """Every page is back, on every instance."""
-    flush(server.client, limit_s)
-    loads = server.client.json("GET", LOAD_ROUTE)["instances"]
-    assert [(load["kv_tokens"], load["guest_tokens"], load["queued"]) for load in loads] == [(0, 0, 0)] * 2
-
-
-def is_running(server: Server, rid: str) -> bool:
-    return (rid, "running") in [(entry["rid"], entry["state"]) for entry in server.client.json("GET", LOAD_ROUTE)["longest"]]
+def assert_drained(server: Server) -> None:
+    assert_all_free(server.client, 2, limit_s=30.0)
 
 
 def test_long_prompts_are_decoded_over_both_pools(server: Server) -> None:
@@ -50,7 +43,7 @@ def test_long_prompts_are_decoded_over_both_pools(server: Server) -> None:
     jobs = [(1600, 40), (30, 60), (500, 20), (64, 50), (9, 1)]
     with ThreadPoolExecutor(len(jobs)) as pool:
         asked = {jobs[1]: pool.submit(ask, server, *jobs[1], rid="runs first")}
-        wait_until(lambda: is_running(server, "runs first"), "it does not run")
+        wait_until(lambda: ("runs first", "running") in states(server.client), "it does not run")
         asked |= {job: pool.submit(ask, server, *job) for job in (jobs[0], *jobs[3:])}
         asked[jobs[0]].result()
         asked[jobs[2]] = pool.submit(ask, server, *jobs[2])

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from sglang_dcp.observe.report_client import LOAD_ROUTE
 from testing.client import Answer, RequestFailed
 from testing.comparison import compare_output
 from testing.conversations import OUTPUT_TOKENS, whole_pages
 from testing.disaggregation import DECODE_WAITS_S, PREFILL_WAITS_S, Pair, decode_server, prefill_server, running_pair, running_router
-from testing.drained import flush
+from testing.drained import assert_all_free, flush
 from testing.dyncp_grid import GROWING, PROMPTS, PinnedPrompt
+from testing.live_load import states
 from testing.recall import random_ids, recall_prompt
 from testing.server import ServerPool
 from testing.stock_answers import FOREVER, StockAnswers
@@ -154,20 +154,12 @@ def test_a_request_that_gives_its_pages_up_is_prefilled_again(pair: Pair, stock_
 
 
 def assert_drained(pair: Pair) -> None:
-    """Every page is back, on every instance."""
-    flush(pair.decode.client)
-    loads = pair.decode.client.json("GET", LOAD_ROUTE)["instances"]
-    assert [(load["kv_tokens"], load["guest_tokens"], load["queued"]) for load in loads] == [(0, 0, 0)] * 2
+    assert_all_free(pair.decode.client, 2)
 
 
 def wait_for_state(pair: Pair, state: str, rid: str) -> None:
-    """Until that request of the decode server waits for its pages ("waiting"), or for its K/V ("arriving"), or is "running"."""
-
-    def is_there() -> bool:
-        entries = pair.decode.client.json("GET", LOAD_ROUTE)["longest"]
-        return any((entry["rid"], entry["state"]) == (rid, state) for entry in entries)
-
-    wait_until(is_there, f"{rid} is not {state}")
+    """Of a request of the decode server."""
+    wait_until(lambda: (rid, state) in states(pair.decode.client), f"{rid} is not {state}")
 
 
 def outcome(asked: Future[Answer]) -> str | int:

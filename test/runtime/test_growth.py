@@ -3,7 +3,6 @@
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from sglang_dcp.observe.report_client import LOAD_ROUTE, ROUTE
 from testing.comparison import assert_same_until_tie, first_tie
 from testing.drained import assert_drained
 from testing.dyncp_grid import GROWING, small_pool_server
+from testing.live_load import loads, states
 from testing.recall import model_path, recall_prompt
 from testing.stock_answers import FOREVER
 from testing.waiting import wait_until
@@ -54,12 +54,12 @@ def test_three_growing_requests_share_the_cluster(stock_tokens, server):
 
 
 def test_abort_while_growing_gives_everything_back(server):
-    prompt, load = recall_prompt(60, 0.3, 4), partial(server.client.json, "GET", LOAD_ROUTE)
+    prompt = recall_prompt(60, 0.3, 4)
     with ThreadPoolExecutor(3) as pool:
         running = [
             pool.submit(server.client.generate, prompt.text, max_new_tokens=850, sampling=FOREVER, rid=f"grow-{i}") for i in range(3)
         ]
-        wait_until(lambda: any(int(degree) > 1 for degree in load()["degrees"]), "nobody grew")
+        wait_until(lambda: any(int(degree) > 1 for degree in server.client.json("GET", LOAD_ROUTE)["degrees"]), "nobody grew")
         assert not server.client.flush_cache(), "a busy cluster must not be flushed"
         for i in range(3):
             server.client.abort(f"grow-{i}")
@@ -105,7 +105,6 @@ def test_penalties_count_every_token_of_a_request_that_sits_out(server):
 def test_a_local_request_starts_when_a_guest_leaves_its_pool(server):
     """SGLang looks at its queue again only when one of its own requests has left, which here is later. What that may still generate is
     charged: beside the guest there is no room, without it there is half as much again as the one that waits needs."""
-    load = partial(server.client.json, "GET", LOAD_ROUTE)
 
     def start(name, length, home, degree, count):
         pin = {"custom_params": {"dyncp": {"degree": degree, "home": home}}}
@@ -114,9 +113,9 @@ def test_a_local_request_starts_when_a_guest_leaves_its_pool(server):
 
     with ThreadPoolExecutor(3) as pool:
         runs = start("runs", 30, 1, 1, 130)
-        wait_until(lambda: [(entry["rid"], entry["state"]) for entry in load()["longest"]] == [("runs", "running")], "it does not run")
+        wait_until(lambda: states(server.client) == [("runs", "running")], "it does not run")
         leaves = start("leaves", 600, 0, 4, 40)
-        wait_until(lambda: load()["instances"][1]["guest_tokens"], "nobody is a guest")
+        wait_until(lambda: loads(server.client)[1]["guest_tokens"], "nobody is a guest")
         waits = start("waits", 24, 1, 1, 8)
         assert len(waits.result().ids) == 8
         assert not runs.done(), "it waited for the one that runs in its pool"
