@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 CUDA_ARCHITECTURE = "9.0"
-CACHE_VARIABLE = "SGL_KERNEL_DCP_CACHE"
+CACHE_VARIABLE = "SGLANG_KERNEL_DCP_CACHE"
 CUDA_FLAGS = ["--expt-relaxed-constexpr", "-lineinfo"]
 
 
