@@ -146,14 +146,21 @@ def rate_key(name: str) -> str | None:
 
 
 def ratios(points: Mapping[str, Sequence[Point]], limit_ms: float) -> dict[str, Any]:
-    """Our highest rate over the others', and stock's P99 over ours at the highest rate that stock was measured at and held."""
+    """Our highest rate over the others', and stock's P99 over ours at the highest rate that stock was measured at and held. Where ours was
+    not measured there it is ours at the next higher rate, which is no better: `p99_at` says both rates."""
     rates = {name: highest_rate(found, limit_ms) for name, found in points.items()}
     ours = rates.get("ours", 0.0)
     result: dict[str, Any] = {key: round(ours / rate, 3) for name, rate in rates.items() if (key := rate_key(name)) and rate}
-    stock = [found for found in points.get("stock", ()) if holds(found, limit_ms)]
-    if stock:
-        top = max(stock, key=lambda found: found["requests_per_s"])
-        mine = next((found for found in points.get("ours", ()) if found["requests_per_s"] == top["requests_per_s"]), None)
+    top = max((found for found in points.get("stock", ()) if holds(found, limit_ms)), key=_rate, default=None)
+    if top is not None:
+        mine = min(
+            (found for found in points.get("ours", ()) if not found["failed"] and _rate(found) >= _rate(top)), key=_rate, default=None
+        )
         if mine is not None:
             result["p99_over_stock"] = round(top["p99_tpot_ms"] / mine["p99_tpot_ms"], 3)
+            result["p99_at"] = {"stock": _rate(top), "ours": _rate(mine)}
     return {"limit_ms": limit_ms, "rates": rates, **result}
+
+
+def _rate(found: Point) -> float:
+    return float(found["requests_per_s"])

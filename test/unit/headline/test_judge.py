@@ -49,7 +49,15 @@ def test_ratios_are_of_our_rate_and_of_stocks_p99_at_its_highest_rate() -> None:
     found = ratios(points, 25.0)
     assert found["rates"] == {"stock": 5.0, "whole": 6.0, "ours": 8.0}
     assert found["rate_over_stock"] == 1.6 and found["rate_over_whole"] == pytest.approx(1.333) and found["p99_over_stock"] == 1.25
-    assert "rate_over_length_buckets" not in found
+    assert "rate_over_length_buckets" not in found and found["p99_at"] == {"stock": 4, "ours": 4}
+
+
+def test_stocks_p99_is_compared_with_ours_at_the_next_higher_rate_where_ours_was_not_measured() -> None:
+    ours = [at(4, 1.0), at(8, 25.0), at(10, 30.0)]
+    found = ratios({"stock": [at(4, 10.0), at(7, 40.0)], "ours": ours}, 60.0)
+    assert found["p99_over_stock"] == 1.6 and found["p99_at"] == {"stock": 7, "ours": 8}
+    assert "p99_over_stock" not in ratios({"stock": [at(7, 40.0)], "ours": ours[:1]}, 60.0), "a lower rate says nothing"
+    assert "p99_over_stock" not in ratios({"stock": [at(7, 40.0)], "ours": [at(8, 25.0, failed={"refused": 1})]}, 60.0)
 
 
 def test_all_contenders_get_equal_arrivals_and_a_faster_rate_the_same_requests_sooner() -> None:

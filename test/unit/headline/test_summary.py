@@ -92,7 +92,7 @@ def test_a_summary_has_the_figures_that_the_bars_name_and_a_page() -> None:
     ]
     found = summarise(runs)
     two = found["two_gpus"]
-    assert two["limit_ms"] == 22.5 and two["case"] == "0.03|1" and set(two["by_limit"]) == {"20", "22.5", "25", "30", "40"}
+    assert two["limit_ms"] == 22.5 and two["case"] == "0.03|1" and set(two["by_limit"]) == {"20", "22.5", "25", "30", "40", "60"}
     assert two["by_limit"]["25"]["rates"] == {"stock": 5.0, "whole": 7.333, "ours": 9.5}
     assert two["by_limit"]["25"]["rate_over_stock"] == 1.9 and "p99_over_stock" in two["by_limit"]["40"]
     assert found["lowest_ratio_any_mix"] == round(17.0 / 17.2, 3) and found["lowest_ratio_is"]["case"] == "0|1"
@@ -104,6 +104,8 @@ def test_a_summary_has_the_figures_that_the_bars_name_and_a_page() -> None:
     loaded = run({"0.03|1": {"ours": {"what": "", "flags": [], "points": [at(8, 9.0, seconds=20.0, history_ms=20.0)]}}})
     page = render_of(summarise([loaded]) | {"notes": []}, json.loads(SPLIT.read_text()), BOUNDS)
     assert "a window of 20 s" in page and "20 ms a token" in page and "first 15 %" in page
+    behind = run({"0.03|1": case({"stock": {4: 10.0, 7: 40.0}, "ours": {8: 20.0}})})
+    assert "| 2.0 (7 against 8 requests/s) |" in render_of(summarise([behind]) | {"notes": []}, json.loads(SPLIT.read_text()), BOUNDS)
     for part in ("## Other mixes and seeds", "Weka), seed 2:", "## Four gpus", "## Two gpus real prefill", "Lowest of ours", "| 22.5 |"):
         assert part in text
 
