@@ -16,6 +16,8 @@ HEADINGS = ["server", "requests/s", "P50 TPOT, ms", "simulated", "P99 TPOT, ms",
 RATIOS = ("rate_over_stock", "rate_over_whole", "p99_over_stock")
 SIMULATED = "`rate_over_whole` simulated"
 FIRST = ("stock", "whole", "ours")
+EARLIER = "earlier"
+"""Parts of the file whose names begin so are not shown."""
 SPLIT_TEXT = "One layer of a captured decode, microseconds: a row of 300,000 tokens, 128 of 1,000, both together, and both over their sum."
 LIMIT_TEXT = "Highest rate under a limit on P99 TPOT, requests/s, interpolated, and ours over the others:"
 
@@ -82,16 +84,25 @@ def _other_cases(result: dict[str, Any], main: str) -> list[str]:
     """Of a summary: the other cases, what is lowest, and the parts of other machines."""
     parts = ["## Other mixes and seeds"]
     parts += _cases(result["two_gpus"]["by_case"], {name: case for name, case in result["cases"].items() if name != main})
-    if "lowest_ratio_is" in result:
-        least = result["lowest_ratio_is"]
-        parts.append(
-            f"Lowest of ours against the best other: {least['ratio']}, {_mix(least['case'])[:-1]}, `{least['against']}`, {least['how']}."
-        )
-    for name, part in result.items():
-        if isinstance(part, dict) and "cases" in part:
-            parts += [f"## {name.replace('_', ' ').capitalize()}", source("headline.json", part), *_notes(part)]
-            parts += _cases(part["by_case"], part["cases"])
+    further = {name: part for name, part in result.items() if isinstance(part, dict) and "cases" in part}
+    shown = {name: part for name, part in further.items() if not name.startswith(EARLIER)}
+    for name, part in shown.items():
+        parts += [f"## {name.replace('_', ' ').capitalize()}", source("headline.json", part), *_notes(part)]
+        parts += _cases(part["by_case"], part["cases"])
+    judged = {"two_gpus": result["two_gpus"], **shown}
+    if lowest := [_lowest(name, least) for name, part in judged.items() for least in part["lowest_by_case"].values()]:
+        parts += [
+            "## Where ours is least ahead",
+            "Lowest of ours against the best other, of each case:",
+            table(["mix", "where", "ratio", "against", "of"], lowest),
+        ]
+    if earlier := [f"`{name}`, at {part['commit']}" for name, part in further.items() if name.startswith(EARLIER)]:
+        parts.append(f"Points of older commits stay in the file: {'; '.join(earlier)}.")
     return parts
+
+
+def _lowest(part: str, least: dict[str, Any]) -> tuple[Any, ...]:
+    return _mix(least["case"])[:-1], part.replace("_", " "), least["ratio"], f"`{least['against']}`", least["how"]
 
 
 def _cases(by_case: dict[str, Any], cases: dict[str, Any]) -> list[str]:
