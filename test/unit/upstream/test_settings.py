@@ -48,6 +48,7 @@ BREAKING: dict[str, Any] = {
     "lora_paths": ["a=b"],
     "dllm_algorithm": "LowConfidence",
     "elastic_ep_backend": "mooncake",
+    "load_balance_method": "round_robin",
 }
 
 
@@ -336,6 +337,9 @@ LINES: list[tuple[str, list[int] | str]] = [
     ("--tp 4 --dllm-algorithm LowConfidence", "sglang_dcp: --dllm-algorithm LowConfidence does not work"),
     ("--tp 4 --device xpu", "sglang_dcp: --device xpu does not work"),
     ("--tp 4 --enable-single-batch-overlap", "sglang_dcp: --enable-single-batch-overlap True does not work"),
+    ("--tp 4 --load-balance-method round_robin", "sglang_dcp: --load-balance-method round_robin does not work with --enable-dyncp"),
+    ("--tp 4 --load-balance-method total_requests --dyncp-policy local", "sglang_dcp: --load-balance-method total_requests does not"),
+    ("--tp 4 --load-balance-method total_tokens", [4, 4, 1, 16]),
     ("--tp 4 --tokenizer-worker-num 2", [4, 4, 1, 16]),
     ("--tp 4 --moe-dense-tp-size 1 --enable-dp-lm-head --enable-eplb --eplb-rebalance-layers-per-chunk 1", [4, 4, 1, 16]),
     ("--tp 4 --enable-eplb", "sglang_dcp: --enable-eplb True does not work with --enable-dyncp on --device cpu without"),
