@@ -337,6 +337,8 @@ LINES: list[tuple[str, list[int] | str]] = [
     ("--tp 4 --dllm-algorithm LowConfidence", "sglang_dcp: --dllm-algorithm LowConfidence does not work"),
     ("--tp 4 --device xpu", "sglang_dcp: --device xpu does not work"),
     ("--tp 4 --enable-single-batch-overlap", "sglang_dcp: --enable-single-batch-overlap True does not work"),
+    ("--tp 4 --enable-mis --attention-backend flashinfer", "sglang_dcp: --enable-mis True does not work with --enable-dyncp: the"),
+    ("--tp 4 --enable-mis --dyncp-policy local", "sglang_dcp: --enable-mis True does not work with --enable-dyncp: the"),
     ("--tp 4 --load-balance-method round_robin", "sglang_dcp: --load-balance-method round_robin does not work with --enable-dyncp"),
     ("--tp 4 --load-balance-method total_requests --dyncp-policy local", "sglang_dcp: --load-balance-method total_requests does not"),
     ("--tp 4 --load-balance-method total_tokens", [4, 4, 1, 16]),

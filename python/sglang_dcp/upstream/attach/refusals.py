@@ -75,6 +75,7 @@ REFUSALS: tuple[Refusal, ...] = (
         _off,
         "experts are recorded by a token's place in its home's pool, and remote ones have none there",
     ),
+    Refusal("enable_mis", "--enable-mis", _off, "the attention mask of several items in one prompt is not causal"),
     Refusal(
         "load_balance_method",
         "--load-balance-method",
