@@ -18,7 +18,7 @@ from sglang_dcp.config import DynCpConfig
 from sglang_dcp.upstream.attach.disaggregation_settings import complete_decode, find_decode_refusal, find_window_refusal
 from sglang_dcp.upstream.attach.page_sizes import complete_chunk_size, complete_page_size, find_chunk_refusal
 from sglang_dcp.upstream.attach.refusals import REFUSALS, find_refusal
-from sglang_dcp.upstream.attach.settings import find_cache_refusal, find_front_refusal
+from sglang_dcp.upstream.attach.settings import find_cache_refusal, find_cpu_backend_refusal, find_front_refusal
 from sglang_dcp.upstream.attach.widths import GIVEN, SettingError, complete_widths, find_slices_refusal, note_given_widths
 from testing.documentation import manifest_line, serve_lines
 from testing.recall import model_path
@@ -108,6 +108,17 @@ def test_window_models_behind_prefill_servers_are_refused_by_name() -> None:
     assert find_window_refusal("null", "GptOssForCausalLM") is None
     message = str(find_window_refusal("decode", "GptOssForCausalLM"))
     assert message.startswith("--disaggregation-mode decode does not work with --enable-dyncp for GptOssForCausalLM")
+
+
+@pytest.mark.parametrize("field", ["attention_backend", "prefill_attention_backend", "decode_attention_backend"])
+@pytest.mark.parametrize("backend", ["intel_amx", "flex_attention", "triton", "fa3"])
+def test_a_cpu_runs_sharded_steps_with_one_backend(field: str, backend: str) -> None:
+    """Ours stands before that one alone there: another would look for remote pages in its own pool."""
+    plain = WORKING | {"attention_backend": "torch_native"}
+    assert find_cpu_backend_refusal(plain.get) is None and find_cpu_backend_refusal((plain | {field: "torch_native"}).get) is None
+    flag = f"--{field.replace('_', '-')} {backend}"
+    assert str(find_cpu_backend_refusal((plain | {field: backend}).get)).startswith(f"{flag} does not work with --enable-dyncp on --device cpu")
+    assert find_cpu_backend_refusal((plain | {field: backend, "device": "cuda"}).get) is None, "a GPU has its own"
 
 
 def test_a_front_that_checks_no_requests_is_refused() -> None:
@@ -342,6 +353,9 @@ LINES: list[tuple[str, list[int] | str]] = [
     ("--tp 4 --load-balance-method round_robin", "sglang_dcp: --load-balance-method round_robin does not work with --enable-dyncp"),
     ("--tp 4 --load-balance-method total_requests --dyncp-policy local", "sglang_dcp: --load-balance-method total_requests does not"),
     ("--tp 4 --load-balance-method total_tokens", [4, 4, 1, 16]),
+    ("--tp 4 --attention-backend flex_attention", "sglang_dcp: --attention-backend flex_attention does not work with --enable-dyncp on"),
+    ("--tp 4 --decode-attention-backend triton", "sglang_dcp: --decode-attention-backend triton does not work with --enable-dyncp on"),
+    ("--tp 4 --attention-backend torch_native", [4, 4, 1, 16]),
     ("--tp 4 --tokenizer-worker-num 2", [4, 4, 1, 16]),
     ("--tp 4 --moe-dense-tp-size 1 --enable-dp-lm-head --enable-eplb --eplb-rebalance-layers-per-chunk 1", [4, 4, 1, 16]),
     ("--tp 4 --enable-eplb", "sglang_dcp: --enable-eplb True does not work with --enable-dyncp on --device cpu without"),

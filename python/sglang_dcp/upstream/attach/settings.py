@@ -9,6 +9,8 @@ from typing import Any
 
 from sglang_dcp.config import ConfigError, DynCpConfig
 from sglang_dcp.upstream.attach.cuda_settings import (
+    BACKEND_FIELDS,
+    PLAIN_BACKEND,
     complete_attention_backend,
     complete_prefill_graph,
     find_card_refusal,
@@ -55,6 +57,20 @@ def find_rebalance_refusal(values: Callable[[str], Any]) -> str | None:
         "--enable-eplb True does not work with --enable-dyncp on --device cpu without --eplb-rebalance-layers-per-chunk: SGLang times a "
         "rebalance of all layers at once with CUDA"
     )
+
+
+def find_cpu_backend_refusal(values: Callable[[str], Any]) -> str | None:
+    """The message for a CPU server whose sharded steps would run a backend of SGLang's as it is, or None. `values(field)`: as resolved. On a
+    CPU with AMX, and a package of kernels for it, SGLang's own choice is such a one."""
+    if values("device") != "cpu":
+        return None
+    for field in BACKEND_FIELDS:
+        if values(field) not in (None, PLAIN_BACKEND):
+            return (
+                f"--{field.replace('_', '-')} {values(field)} does not work with --enable-dyncp on --device cpu: sharded steps need "
+                f"{PLAIN_BACKEND} (--attention-backend {PLAIN_BACKEND})"
+            )
+    return None
 
 
 def find_front_refusal(rust_server: bool, workers: int = 1, worker_app: str | None = None) -> str | None:
@@ -178,6 +194,7 @@ def judge_resolved(server_args: Any, view: Any) -> None:
 
     message = read_front_refusal(view) or find_refusal(values) or read_decode_refusal(view)
     message = message or find_layout_refusal(config, view.attn_dp_size) or find_rebalance_refusal(values)
+    message = message or find_cpu_backend_refusal(values)
     message = message or find_chunk_refusal(values, sharded=config.policy != "local")
     if view.disaggregation_mode != "decode":
         message = message or find_cache_refusal(values, config.cache_fraction)
