@@ -91,11 +91,21 @@ def test_a_checkpoint_of_quantised_kv_is_refused_for_slices() -> None:
         ({"enable_torch_compile": True}, "--enable-torch-compile True"),
         ({"enable_deterministic_inference": True}, "--enable-deterministic-inference True"),
         ({"disable_cuda_graph_padding": True}, "--disable-cuda-graph-padding True"),
+        ({"debug_cuda_graph": True}, "--debug-cuda-graph True"),
     ],
 )
 def test_what_was_not_run_is_refused(changes: dict[str, Any], flag: str) -> None:
     message = refusal(**changes)
     assert message is not None and message.startswith(f"{flag} does not work with --enable-dyncp")
+
+
+def test_graphs_that_replay_python_are_refused_where_sharded_steps_have_some() -> None:
+    """Such a replay enters our backend outside a capture, where it takes the step for one of stock's (test_sharded_step.py)."""
+    debugged = WORKING | {"debug_cuda_graph": True}
+    for transport in ("auto", "peer"):
+        assert f"and --dyncp-transport {transport}: a replay runs" in str(find_cuda_refusal(debugged.get, transport=transport))
+    for transport in ("nccl", "gloo"):
+        assert find_cuda_refusal(debugged.get, transport=transport) is None
 
 
 @pytest.mark.parametrize("dense", [None, 1, 2])

@@ -116,8 +116,8 @@ def test_a_cpu_runs_sharded_steps_with_one_backend(field: str, backend: str) -> 
     """Ours stands before that one alone there: another would look for remote pages in its own pool."""
     plain = WORKING | {"attention_backend": "torch_native"}
     assert find_cpu_backend_refusal(plain.get) is None and find_cpu_backend_refusal((plain | {field: "torch_native"}).get) is None
-    flag = f"--{field.replace('_', '-')} {backend}"
-    assert str(find_cpu_backend_refusal((plain | {field: backend}).get)).startswith(f"{flag} does not work with --enable-dyncp on --device cpu")
+    refused = f"--{field.replace('_', '-')} {backend} does not work with --enable-dyncp on --device cpu"
+    assert str(find_cpu_backend_refusal((plain | {field: backend}).get)).startswith(refused)
     assert find_cpu_backend_refusal((plain | {field: backend, "device": "cuda"}).get) is None, "a GPU has its own"
 
 

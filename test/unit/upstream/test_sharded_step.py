@@ -70,6 +70,12 @@ def test_a_sharded_step_keeps_stock_out(bound: Any, monkeypatch: pytest.MonkeyPa
     assert attention_backend.fused_kv_write(lambda batch: True, None) is False
 
 
+def test_a_layer_of_a_graph_step_is_stock_s_outside_a_capture(bound: Any) -> None:
+    """A graph's replay enters no backend. One that runs Python (--debug-cuda-graph) would end up here, and is refused."""
+    bound.mode = Graph(4, None)  # type: ignore[arg-type]
+    assert attention_backend.make_backend_class(Stock)().forward(None, None, None, None, None) is STOCK_OUTPUT
+
+
 def test_a_process_without_an_instance_is_stock() -> None:
     attach(None)
     assert not attention_backend.step_is_sharded()

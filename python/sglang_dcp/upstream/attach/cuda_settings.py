@@ -112,9 +112,9 @@ def find_sliced_kv_refusal(kv_cache_dtype: Any, slices: int) -> str | None:
     )
 
 
-def find_cuda_refusal(values: Callable[[str], Any], *, latent: bool = False) -> str | None:
+def find_cuda_refusal(values: Callable[[str], Any], *, latent: bool = False, transport: str = "auto") -> str | None:
     """The message for the first thing of a GPU server that is not served, or None. `values(field)` reads a resolved setting. latent: the
-    model's attention is MLA."""
+    model's attention is MLA. transport: --dyncp-transport."""
     refused = _find_backend_refusal(values) or (_find_latent_refusal(values) if latent else None)
     if refused is not None:
         return refused
@@ -131,6 +131,11 @@ def find_cuda_refusal(values: Callable[[str], Any], *, latent: bool = False) -> 
         if values(field):
             flag = "--" + field.replace("_", "-")
             return f"{flag} {values(field)} does not work with --enable-dyncp on a GPU: it was not run with sharded rows"
+    if values("debug_cuda_graph") and transport in ("auto", "peer"):
+        return (
+            f"--debug-cuda-graph True does not work with --enable-dyncp and --dyncp-transport {transport}: a replay runs Python, which "
+            "cannot tell that the step has sharded rows; give --dyncp-transport nccl, which has no graphs for them"
+        )
     if values("disable_cuda_graph_padding"):
         return (
             "--disable-cuda-graph-padding True does not work with --enable-dyncp on a GPU: all instances replay a sharded step as a graph, "

@@ -60,8 +60,8 @@ def find_rebalance_refusal(values: Callable[[str], Any]) -> str | None:
 
 
 def find_cpu_backend_refusal(values: Callable[[str], Any]) -> str | None:
-    """The message for a CPU server whose sharded steps would run a backend of SGLang's as it is, or None. `values(field)`: as resolved. On a
-    CPU with AMX, and a package of kernels for it, SGLang's own choice is such a one."""
+    """The message for a CPU server whose sharded steps would run a backend of SGLang's as it is, or None. `values(field)`: as resolved. On
+    a CPU with AMX, and a package of kernels for it, SGLang's own choice is such a one."""
     if values("device") != "cpu":
         return None
     for field in BACKEND_FIELDS:
@@ -201,7 +201,7 @@ def judge_resolved(server_args: Any, view: Any) -> None:
     latent = use_mla_backend(server_args)
     message = message or find_transport_refusal(config.transport, view.device) or find_quantised_kv_refusal(values, latent=latent)
     if message is None and view.device == "cuda":
-        message = find_card_refusal(get_device_sm()) or find_cuda_refusal(values, latent=latent)
+        message = find_card_refusal(get_device_sm()) or find_cuda_refusal(values, latent=latent, transport=config.transport)
     message = message or find_slices_refusal(values, config)
     if message is not None:
         raise SystemExit(f"sglang_dcp: {message}")
