@@ -211,3 +211,26 @@ def test_doctor_names_a_card_that_is_not_served(monkeypatch: pytest.MonkeyPatch,
     finding = cli_doctor._device()
     assert finding.ok is ok
     assert ok or f"{capabilities[-1][0]}.{capabilities[-1][1]}: --enable-dyncp needs Hopper" in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("line", "flag"),
+    [
+        (
+            "plan --load docs/examples/load.json --prompt 9 --expected-new -1",
+            "--expected-new: must be a whole number of at least 0, got -1",
+        ),
+        ("plan --load docs/examples/load.json --prompt 9 --pool-tokens 0", "--pool-tokens: must be a whole number of at least 1, got 0"),
+        ("plan --trace docs/examples/trace.csv --pool-tokens -1", "--pool-tokens: must be a whole number of at least 1, got -1"),
+        ("plan --trace docs/examples/trace.csv --max-new -1", "--max-new: must be a whole number of at least 0, got -1"),
+        ("calibrate --max-error nan", "--max-error: must be a number above 0, got nan"),
+        ("calibrate --limit nan", "--limit: must be a number above 0, got nan"),
+        ("top --interval -1", "--interval: must be a number above 0, got -1"),
+        ("requests --last -1", "--last: must be a whole number of at least 1, got -1"),
+        ("requests --last x", "--last: must be a whole number of at least 1, got x"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_its_flag(line: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(line.split())
+    assert end.value.code == 2 and flag in capsys.readouterr().err

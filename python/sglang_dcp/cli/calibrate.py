@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from sglang_dcp.cli.values import above_zero
 from sglang_dcp.policy.attention_table import BFLOAT16, KV_DTYPES
 from sglang_dcp.policy.calibration import AttentionFit, Measurement, fit_attention, read_measurements
 from sglang_dcp.policy.calibration_table import CalibrationTable, model_file, shipped_error, worst
@@ -44,10 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-dtype", choices=list(KV_DTYPES), default=BFLOAT16, help="with --measure: as --kv-cache-dtype")
     kernels = "with --measure: as --attention-backend (default: as a server's)"
     parser.add_argument("--attention-backend", choices=list(BACKENDS), help=kernels)
-    parser.add_argument("--limit", type=float, default=100.0, help="with --measure: begin no kernel after so many seconds (default 100)")
+    parser.add_argument(
+        "--limit", type=above_zero, default=100.0, help="with --measure: begin no kernel after so many seconds (default 100)"
+    )
     parser.add_argument("--model", help="fit the rows of this model only (default: every model of the table)")
     parser.add_argument("--with-rows", action="store_true", help="fit a cost per attention row of a CSV too")
-    parser.add_argument("--max-error", type=float, default=0.15, help="exit 1 when a measurement is missed by more (default 0.15)")
+    parser.add_argument("--max-error", type=above_zero, default=0.15, help="exit 1 when a measurement is missed by more (default 0.15)")
     parser.add_argument("--base", help="cost model file or name to take all other constants from (default: as a server does)")
     parser.add_argument("--out", type=Path, help="write a cost model file for --dyncp-cost-model (of a CSV: needs --model and --base)")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_dcp.cli import plan_trace
+from sglang_dcp.cli.values import at_least
 from sglang_dcp.observe.tables import align
 from sglang_dcp.policy.attention_table import BFLOAT16, KV_DTYPES
 from sglang_dcp.policy.cost_model import CostModel, InstanceWork
@@ -33,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan_trace.add_arguments(parser)
     parser.add_argument("--prompt", type=int, help="with --load: prompt tokens of the request")
     expected = f"output tokens to expect (default: as a server does, at most {EXPECTED_NEW_TOKENS} where a request may grow elsewhere)"
-    parser.add_argument("--expected-new", type=int, help=expected)
-    parser.add_argument("--max-new", type=int, default=4096, help="max_new_tokens of the request (default 4096)")
+    parser.add_argument("--expected-new", type=at_least(0), help=expected)
+    parser.add_argument("--max-new", type=at_least(0), default=4096, help="max_new_tokens of the request (default 4096)")
     parser.add_argument("--degree", type=int, help="pin the degree")
     parser.add_argument("--home", type=int, help="pin the home")
     parser.add_argument("--cost-model", default="deepseek-v3.h200", help="name or JSON file (default deepseek-v3.h200)")
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", default="dual-balance", help="as --dyncp-policy, or local-least-batch, local-least-kv")
     parser.add_argument("--policy-degree", type=int, help="as --dyncp-degree, with --policy fixed")
     parser.add_argument("--page-size", type=int, default=64)
-    parser.add_argument("--pool-tokens", type=int, help="KV tokens per instance where the load names none")
+    parser.add_argument("--pool-tokens", type=at_least(1), help="KV tokens per instance where the load names none")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 

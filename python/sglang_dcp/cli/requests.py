@@ -6,13 +6,16 @@ import argparse
 import json
 import sys
 
+from sglang_dcp.cli.values import at_least
 from sglang_dcp.observe.report_client import ReportError, add_server_arguments, client_of
 from sglang_dcp.observe.tables import format_requests
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("id", nargs="?", help="id of the answer (OpenAI's `id`, /generate's meta_info.id); without it the last requests")
-    parser.add_argument("--last", type=int, default=20, metavar="N", help="without an id: how many (default 20, the server keeps 1000)")
+    parser.add_argument(
+        "--last", type=at_least(1), default=20, metavar="N", help="without an id: how many (default 20, the server keeps 1000)"
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable")
     add_server_arguments(parser)
 

@@ -9,6 +9,7 @@ import time
 from rich.console import Console
 from rich.live import Live
 
+from sglang_dcp.cli.values import above_zero
 from sglang_dcp.observe.dashboard import Dashboard
 from sglang_dcp.observe.load import MOST_REQUESTS
 from sglang_dcp.observe.report_client import ReportClient, ReportError, add_server_arguments, client_of
@@ -16,7 +17,7 @@ from sglang_dcp.observe.tables import format_instances, format_requests
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds between two readings (default 1)")
+    parser.add_argument("--interval", type=above_zero, default=1.0, metavar="S", help="seconds between two readings (default 1)")
     parser.add_argument("--once", action="store_true", help="print one reading and end")
     last = f"most requests to show (default and most: {MOST_REQUESTS})"
     parser.add_argument("--last", type=int, choices=range(MOST_REQUESTS + 1), default=MOST_REQUESTS, metavar="N", help=last)
