@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ LOAD_HELP = (
     'JSON: {"instances": [{"kv_tokens": 90000, "home_requests": 12, "kv_capacity": 1000000, "guest_tokens": 0, "node": 0}, ...]}; '
     "kv_capacity defaults to --pool-tokens or the cost model's pool, node to 8 instances each"
 )
+LOAD_LEAST = {"kv_tokens": 0, "home_requests": 0, "kv_capacity": 1, "guest_tokens": 0, "node": 0}
+LOAD_NEEDED = {"kv_tokens", "home_requests"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,10 +90,7 @@ def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     """The plan as JSON values. Raises ValueError naming what is wrong with the load or the request."""
     if args.prompt is None:
         raise ValueError("--load needs --prompt, the tokens of the request")
-    data = json.loads(args.load.read_text(encoding="utf-8"))
-    instances = data["instances"]
-    if not instances:
-        raise ValueError(f"{args.load}: instances is empty")
+    instances = _read_instances(args.load)
     served = serving_cost(args.cost_model, len(instances), args.kv_dtype)
     cost = served.model
     loads = [_load(rank, item, args.pool_tokens or cost.pool_tokens, cost.gpus_per_node) for rank, item in enumerate(instances)]
@@ -151,10 +151,25 @@ def _fits_now(placement: Placement, loads: list[InstanceLoad], page_size: int) -
     return all(count * page_size <= loads[rank].free_tokens for rank, count in pages)
 
 
+def _read_instances(path: Path) -> list[dict[str, int]]:
+    """Of a --load file. ValueError naming the file and what is wrong with it."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--load {path}: not JSON: {error}") from error
+    instances = data.get("instances") if isinstance(data, dict) else None
+    if not isinstance(instances, list) or not instances:
+        raise ValueError(f'--load {path}: expected {{"instances": [...]}} with an object for each instance')
+    for rank, item in enumerate(instances):
+        if not isinstance(item, dict) or not LOAD_NEEDED <= set(item) <= LOAD_LEAST.keys():
+            raise ValueError(f"--load {path}, instance {rank}: expected the keys {sorted(LOAD_LEAST)}, got {item}")
+        for key, value in item.items():
+            if type(value) not in (int, float) or not LOAD_LEAST[key] <= value < math.inf:
+                raise ValueError(f"--load {path}, instance {rank}: {key} must be a number of at least {LOAD_LEAST[key]}, got {value!r}")
+    return instances
+
+
 def _load(rank: int, item: dict[str, int], pool_tokens: int | None, per_node: int) -> InstanceLoad:
-    known = {"kv_tokens", "home_requests", "kv_capacity", "guest_tokens", "node"}
-    if not set(item) <= known:
-        raise ValueError(f"instance {rank}: unknown keys {sorted(set(item) - known)}, expected {sorted(known)}")
     capacity = item.get("kv_capacity", pool_tokens)
     if not capacity:
         raise ValueError(f"instance {rank}: no kv_capacity, and neither --pool-tokens nor the cost model gives one")

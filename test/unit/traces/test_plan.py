@@ -57,6 +57,30 @@ def test_a_degree_that_cannot_be_says_why(tmp_path: Path, capsys: pytest.Capture
     assert run("--load", str(load)) == 2 and "--prompt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no JSON", "not JSON"),
+        ("[]", 'expected {"instances": [...]}'),
+        ('{"instances": {}}', 'expected {"instances": [...]}'),
+        ('{"instances": [1]}', "instance 0: expected the keys"),
+        ('{"instances": [{"kv_tokens": 5}]}', "instance 0: expected the keys"),
+        ('{"instances": [{"kv_tokens": 5, "home_requests": 1, "rows": 1}]}', "instance 0: expected the keys"),
+        ('{"instances": [{"kv_tokens": "a", "home_requests": 1}]}', "kv_tokens must be a number of at least 0, got 'a'"),
+        ('{"instances": [{"kv_tokens": -5, "home_requests": 1}]}', "kv_tokens must be a number of at least 0, got -5"),
+        ('{"instances": [{"kv_tokens": NaN, "home_requests": 1}]}', "kv_tokens must be a number of at least 0, got nan"),
+        ('{"instances": [{"kv_tokens": 5, "home_requests": -1}]}', "home_requests must be a number of at least 0, got -1"),
+        ('{"instances": [{"kv_tokens": 5, "home_requests": 1, "kv_capacity": 0}]}', "kv_capacity must be a number of at least 1, got 0"),
+    ],
+)
+def test_a_load_that_is_none_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
+    load = tmp_path / "load.json"
+    load.write_text(text)
+    assert run("--load", str(load), "--prompt", "100", "--pool-tokens", "100000") == 2
+    told = capsys.readouterr().err
+    assert f"--load {load}" in told and message in told
+
+
 def trace_file(path: Path, rows: list[tuple[float, int, int]]) -> str:
     path.write_text("arrival,input,output\n" + "".join(f"{a},{b},{c}\n" for a, b, c in rows))
     return str(path)
