@@ -36,11 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trace_flags(parser, source)
     plan_trace.add_arguments(parser)
     parser.add_argument("--prompt", type=int, help="with --load: prompt tokens of the request")
-    expected = f"output tokens to expect (default: as a server does, at most {EXPECTED_NEW_TOKENS} where a request may grow elsewhere)"
-    parser.add_argument("--expected-new", type=at_least(0), help=expected)
+    as_a_server = f"(default: as a server does, at most {EXPECTED_NEW_TOKENS} where a request may grow elsewhere)"
+    parser.add_argument("--expected-new", type=at_least(0), help=f"with --load: output tokens to expect {as_a_server}")
     parser.add_argument("--max-new", type=at_least(0), default=4096, help="max_new_tokens of the request (default 4096)")
-    parser.add_argument("--degree", type=int, help="pin the degree")
-    parser.add_argument("--home", type=int, help="pin the home")
+    parser.add_argument("--degree", type=int, help="with --load: pin the degree")
+    parser.add_argument("--home", type=int, help="with --load: pin the home")
     parser.add_argument("--cost-model", default="deepseek-v3.h200", help="name or JSON file (default deepseek-v3.h200)")
     parser.add_argument("--kv-dtype", choices=list(KV_DTYPES), default=BFLOAT16, help="as --kv-cache-dtype: sizes pools and attention")
     parser.add_argument("--policy", default="dual-balance", help="as --dyncp-policy, or local-least-batch, local-least-kv")
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the plan; returns 2 for bad input or a request that cannot be placed."""
     try:
+        plan_trace.refuse_unread(args)
         plan = plan_trace.make_trace_plan(args) if args.trace else make_plan(args)
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"sglang-dcp plan: {type(error).__name__}: {error}", file=sys.stderr)

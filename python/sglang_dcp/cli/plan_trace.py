@@ -16,42 +16,55 @@ from sglang_dcp.traces.reader import read_trace
 
 WHOLE = "local-least-kv"
 """What every plan of a trace is compared with: each request whole in one pool."""
+OF_A_LOAD = ("prompt", "expected_new", "degree", "home")
+OF_A_TRACE = ("instances", "rate", "limit", "cache_fraction")
+INSTANCES, LIMIT = 8, 20_000
 DEGREE_RANGES = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 1 << 30))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that only a trace has."""
-    parser.add_argument("--instances", type=int, default=8, help="with --trace: number of instances (default 8)")
+    parser.add_argument("--instances", type=int, help=f"with --trace: number of instances (default {INSTANCES})")
     parser.add_argument("--rate", type=float, help="with --trace: stretch its clock to this many requests/s (default: as it is)")
-    parser.add_argument("--limit", type=int, default=20_000, help="with --trace: requests to place, from its start (default 20000)")
+    parser.add_argument("--limit", type=int, help=f"with --trace: requests to place, from its start (default {LIMIT})")
     plan_cache.add_arguments(parser)
+
+
+def refuse_unread(args: argparse.Namespace) -> None:
+    """ValueError for a flag that a plan of this kind would pass over."""
+    source, unread = ("--trace", OF_A_LOAD) if args.trace else ("--load", OF_A_TRACE)
+    for name in unread:
+        if (value := getattr(args, name)) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} {value} has no effect with {source}")
 
 
 def make_trace_plan(args: argparse.Namespace) -> dict[str, Any]:
     """The plan as JSON values. Raises ValueError naming what is wrong with the trace or a flag, FileNotFoundError."""
-    if args.instances < 1 or args.limit < 1:
-        raise ValueError(f"--instances {args.instances} and --limit {args.limit} must be at least 1")
+    num_instances = INSTANCES if args.instances is None else args.instances
+    limit = LIMIT if args.limit is None else args.limit
+    if num_instances < 1 or limit < 1:
+        raise ValueError(f"--instances {num_instances} and --limit {limit} must be at least 1")
     trace = read_trace(args.trace, args.trace_format, strict=args.strict)
-    served = serving_cost(args.cost_model, args.instances, args.kv_dtype)
+    served = serving_cost(args.cost_model, num_instances, args.kv_dtype)
     cost = served.model
     pool = args.pool_tokens or cost.pool_tokens
     if not pool:
-        raise ValueError(f"cost model {cost.name} knows no pool for {args.instances} instances: give --pool-tokens or more --instances")
-    requests = arrivals(trace, args.rate, args.limit)
+        raise ValueError(f"cost model {cost.name} knows no pool for {num_instances} instances: give --pool-tokens or more --instances")
+    requests = arrivals(trace, args.rate, limit)
     lengths = sorted(item.prompt_tokens + item.output_tokens for item in requests)
     policies = {}
     for name in dict.fromkeys((args.policy, WHOLE)):
-        max_degree = 1 if name.startswith("local") else args.policy_degree or args.instances
+        max_degree = 1 if name.startswith("local") else args.policy_degree or num_instances
         policy = make_policy(
             name,
-            num_instances=args.instances,
+            num_instances=num_instances,
             page_size=args.page_size,
             cost_model=cost,
             degree=args.policy_degree,
-            max_degree=args.instances,
+            max_degree=num_instances,
             max_guest_fraction=1.0,
         )
-        loads = [InstanceLoad(rank, rank // cost.gpus_per_node, 0, pool) for rank in range(args.instances)]
+        loads = [InstanceLoad(rank, rank // cost.gpus_per_node, 0, pool) for rank in range(num_instances)]
         options = {"page_size": args.page_size, "max_new_tokens": args.max_new, "max_degree": max_degree}
         policies[name] = _summary(occupy(requests, policy, cost, loads, **options), pool)
     plan = {
@@ -61,7 +74,7 @@ def make_trace_plan(args: argparse.Namespace) -> dict[str, Any]:
         "requests": len(requests),
         "cost_model": served.description,
         "warnings": list(served.warnings),
-        "instances": args.instances,
+        "instances": num_instances,
         "pool_tokens": pool,
         "p50_tokens": _quantile(lengths, 0.5),
         "p99_tokens": _quantile(lengths, 0.99),
@@ -71,7 +84,7 @@ def make_trace_plan(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.cache_fraction is not None:
         step_s = policies[args.policy]["p50_step_ms"] / 1000
-        plan["cache"] = plan_cache.plan_cache(args.cache_fraction, trace, requests, cost, args.instances, pool, step_s)
+        plan["cache"] = plan_cache.plan_cache(args.cache_fraction, trace, requests, cost, num_instances, pool, step_s)
     return plan
 
 

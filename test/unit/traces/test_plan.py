@@ -132,6 +132,27 @@ def test_bad_flags_are_named(capsys: pytest.CaptureFixture[str], flags: list[str
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("source", "flags", "message"),
+    [
+        ("--trace", ["--prompt", "9"], "--prompt 9 has no effect with --trace"),
+        ("--trace", ["--degree", "2"], "--degree 2 has no effect with --trace"),
+        ("--trace", ["--home", "0"], "--home 0 has no effect with --trace"),
+        ("--trace", ["--expected-new", "0"], "--expected-new 0 has no effect with --trace"),
+        ("--load", ["--instances", "4"], "--instances 4 has no effect with --load"),
+        ("--load", ["--rate", "2"], "--rate 2.0 has no effect with --load"),
+        ("--load", ["--limit", "9"], "--limit 9 has no effect with --load"),
+        ("--load", ["--cache-fraction", "0.5"], "--cache-fraction 0.5 has no effect with --load"),
+    ],
+)
+def test_a_flag_that_would_be_passed_over_is_refused(
+    capsys: pytest.CaptureFixture[str], source: str, flags: list[str], message: str
+) -> None:
+    files = {"--trace": [str(DATA / "table.csv")], "--load": [str(EXAMPLE), "--prompt", "100"]}
+    assert run(source, *files[source], *flags) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_requests_of_a_tick_are_spread_over_it_and_the_clock_is_stretched() -> None:
     trace = read_trace(DATA / "mooncake.jsonl")
     assert [item.arrival_s for item in arrivals(trace, None, 10)] == pytest.approx([0, 1.5, 3, 5.999])
