@@ -107,7 +107,7 @@ def _of_quantised(name: str, card: str) -> Iterator[Measured]:
 
 
 def _of_calibration(path: Path) -> Iterator[Measured]:
-    """What `sglang-dcp calibrate --table` wrote."""
+    """What `sglang-dcp calibrate --measure` wrote."""
     found = json.loads(path.read_text())
     shape = Shape(found["card"], found["latent"], found["num_heads"], found["kv_bytes"], found["kv_dtype"], OUR_SPLIT)
     for row in found["rows"]:

@@ -234,3 +234,21 @@ def test_a_value_out_of_range_is_refused_by_its_flag(line: str, flag: str, capsy
     with pytest.raises(SystemExit) as end:
         cli.main(line.split())
     assert end.value.code == 2 and flag in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("--config c.json", "--config c.json has no effect without --measure"),
+        ("--kv-dtype fp8_e4m3", "--kv-dtype fp8_e4m3 has no effect without --measure"),
+        ("--attention-backend fa3", "--attention-backend fa3 has no effect without --measure"),
+        ("--limit 5", "--limit 5.0 has no effect without --measure"),
+        ("--model nobody", "no row of --model nobody; it has deepseek-v3"),
+        ("--model deepseek-v3 --out /dev/null --base nobody", "cost model 'nobody': no such file; known names: cpu, "),
+        ("--model deepseek-v3 --out /dev/null --base docs/examples/load.json", "cost model docs/examples/load.json: key"),
+    ],
+)
+def test_a_fit_says_what_it_cannot_use(line: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert cli.main(["calibrate", *line.split()]) == 2
+    assert told in capsys.readouterr().err

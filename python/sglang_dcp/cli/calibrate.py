@@ -16,11 +16,12 @@ from sglang_dcp.cli.values import above_zero
 from sglang_dcp.policy.attention_table import BFLOAT16, KV_DTYPES
 from sglang_dcp.policy.calibration import AttentionFit, Measurement, fit_attention, read_measurements
 from sglang_dcp.policy.calibration_table import CalibrationTable, model_file, shipped_error, worst
-from sglang_dcp.policy.cost_model import DATA_FOLDER
+from sglang_dcp.policy.cost_model import DATA_FOLDER, load_cost_model, read_constants
 from sglang_dcp.policy.served_model import ServedModel
 
 DEFAULT_TABLE = DATA_FOLDER / "measurements_h100_flashinfer.csv"
 LEAST_ROWS = 6
+LIMIT_S = 100.0
 BACKENDS = ("fa3", "flashinfer", "flashmla")
 SERVED_KERNELS = {
     (False, False): ("fa3", "flashinfer"),
@@ -42,12 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--measure", type=Path, metavar="TABLE.json", help="time the kernels on this GPU, write them, then fit")
     parser.add_argument("--config", type=Path, help="with --measure: config.json of the served model")
-    parser.add_argument("--kv-dtype", choices=list(KV_DTYPES), default=BFLOAT16, help="with --measure: as --kv-cache-dtype")
+    parser.add_argument("--kv-dtype", choices=list(KV_DTYPES), help=f"with --measure: as --kv-cache-dtype (default {BFLOAT16})")
     kernels = "with --measure: as --attention-backend (default: as a server's)"
     parser.add_argument("--attention-backend", choices=list(BACKENDS), help=kernels)
-    parser.add_argument(
-        "--limit", type=above_zero, default=100.0, help="with --measure: begin no kernel after so many seconds (default 100)"
-    )
+    parser.add_argument("--limit", type=above_zero, help=f"with --measure: begin no kernel after so many seconds (default {LIMIT_S:g})")
     parser.add_argument("--model", help="fit the rows of this model only (default: every model of the table)")
     parser.add_argument("--with-rows", action="store_true", help="fit a cost per attention row of a CSV too")
     parser.add_argument("--max-error", type=above_zero, default=0.15, help="exit 1 when a measurement is missed by more (default 0.15)")
@@ -60,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.measure is not None:
             args.table = _measure(args)
+        else:
+            _refuse_unread(args)
         largest = _fit_json(args) if args.table.suffix == ".json" else _fit_csv(args)
     except (OSError, RuntimeError, ValueError, AttributeError) as error:
         print(f"sglang-dcp calibrate: {error}", file=sys.stderr)
@@ -70,6 +71,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_unread(args: argparse.Namespace) -> None:
+    """ValueError for a flag of a measurement where nothing is measured."""
+    for name in ("config", "kv_dtype", "attention_backend", "limit"):
+        if (value := getattr(args, name)) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} {value} has no effect without --measure")
+
+
 # On this machine
 
 
@@ -78,18 +86,19 @@ def _measure(args: argparse.Namespace) -> Path:
     if args.config is None:
         raise ValueError("--measure needs --config, the config.json of the model that will be served")
     began = time.monotonic()
-    served, head_dim, kv_heads = _read_config(args.config, _card_name(), args.kv_dtype)
+    kv_dtype = args.kv_dtype or BFLOAT16
+    served, head_dim, kv_heads = _read_config(args.config, _card_name(), kv_dtype)
     from sglang_dcp.dataflow.measure.decode_rows import DecodeShape, measure
 
-    quantised = args.kv_dtype != BFLOAT16
+    quantised = kv_dtype != BFLOAT16
     kernels = SERVED_KERNELS[served.latent, quantised]
     kernel = args.attention_backend or kernels[0]
     if kernel not in kernels:
         kind = "latent attention (MLA)" if served.latent else "grouped-query attention"
-        raise ValueError(f"{args.config}: {kind} is not served with --attention-backend {kernel} and K/V in {args.kv_dtype}")
+        raise ValueError(f"{args.config}: {kind} is not served with --attention-backend {kernel} and K/V in {kv_dtype}")
     shape = DecodeShape(served.num_heads, kv_heads, head_dim, served.latent, quantised, kernel)
     table = CalibrationTable(args.config.resolve().parent.name, served)
-    for case, us in measure(shape, args.limit):
+    for case, us in measure(shape, LIMIT_S if args.limit is None else args.limit):
         captured = case.requests + case.padding
         row = Measurement(table.model, case.requests, case.tokens_per_request, round(us, 2), case.longest_row, captured)
         table = replace(table, rows=(*table.rows, row), seconds=time.monotonic() - began)
@@ -153,6 +162,8 @@ def _fit_csv(args: argparse.Namespace) -> float:
     largest = 0.0
     for model in [args.model] if args.model else sorted({item.model for item in measurements}):
         chosen = [item for item in measurements if item.model == model]
+        if not chosen:
+            raise ValueError(f"{args.table}: no row of --model {model}; it has {', '.join(sorted({item.model for item in measurements}))}")
         fit = fit_attention(chosen, args.with_rows)
         largest = max(largest, fit.max_error)
         _print(model, fit, chosen)
@@ -173,8 +184,8 @@ def _print(name: str, fit: AttentionFit, rows: Sequence[Measurement]) -> None:
 
 
 def _write(out: Path, base: str, table: str, fit: AttentionFit) -> None:
-    path = Path(base) if base.endswith(".json") else DATA_FOLDER / f"{base}.json"
-    data = json.loads(path.read_text(encoding="utf-8"))
+    load_cost_model(base, 1)  # names what is wrong with a file that is none
+    _, data = read_constants(base)
     source = f"relative least squares of {table}"
     for key, value in (
         ("attention_fixed_us", fit.fixed_us),
