@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -48,7 +49,6 @@ BREAKING: dict[str, Any] = {
     "lora_paths": ["a=b"],
     "dllm_algorithm": "LowConfidence",
     "elastic_ep_backend": "mooncake",
-    "load_balance_method": "round_robin",
 }
 
 
@@ -350,8 +350,7 @@ LINES: list[tuple[str, list[int] | str]] = [
     ("--tp 4 --enable-single-batch-overlap", "sglang_dcp: --enable-single-batch-overlap True does not work"),
     ("--tp 4 --enable-mis --attention-backend flashinfer", "sglang_dcp: --enable-mis True does not work with --enable-dyncp: the"),
     ("--tp 4 --enable-mis --dyncp-policy local", "sglang_dcp: --enable-mis True does not work with --enable-dyncp: the"),
-    ("--tp 4 --load-balance-method round_robin", "sglang_dcp: --load-balance-method round_robin does not work with --enable-dyncp"),
-    ("--tp 4 --load-balance-method total_requests --dyncp-policy local", "sglang_dcp: --load-balance-method total_requests does not"),
+    ("--tp 4 --load-balance-method round_robin", [4, 4, 1, 16]),
     ("--tp 4 --load-balance-method total_tokens", [4, 4, 1, 16]),
     ("--tp 4 --attention-backend flex_attention", "sglang_dcp: --attention-backend flex_attention does not work with --enable-dyncp on"),
     ("--tp 4 --decode-attention-backend triton", "sglang_dcp: --decode-attention-backend triton does not work with --enable-dyncp on"),
@@ -376,8 +375,8 @@ DOCUMENTED = [*(line for line in serve_lines() if "--enable-dyncp" in line), man
 
 
 @pytest.fixture(scope="module")
-def resolved() -> list[Any]:
-    """SGLang's whole resolution with our hooks, of all lines in one process."""
+def resolution() -> tuple[list[Any], str]:
+    """SGLang's whole resolution with our hooks, of all lines in one process, and what it logged."""
     lines = [["--model-path", model_path("qwen3moe"), "--enable-dyncp", "--device", "cpu", *flags.split()] for flags, _ in LINES]
     for line in DOCUMENTED:
         flags = shlex.split(line.partition(" serve ")[2].replace("MODEL", model_path("qwen3moe")))
@@ -388,7 +387,18 @@ def resolved() -> list[Any]:
     result = subprocess.run(command, env={**os.environ, **launch.additions}, capture_output=True, text=True, check=False, timeout=300)
     found = [json.loads(line.removeprefix("RESOLVED ")) for line in result.stdout.splitlines() if line.startswith("RESOLVED ")]
     assert len(found) == len(lines), result.stderr[-2000:]
-    return found
+    return found, result.stderr
+
+
+@pytest.fixture(scope="module")
+def resolved(resolution: tuple[list[Any], str]) -> list[Any]:
+    return resolution[0]
+
+
+@pytest.mark.own_process
+def test_a_balancing_method_that_is_not_used_is_named(resolution: tuple[list[Any], str]) -> None:
+    found = re.findall(r"dyncp: --load-balance-method (\w+) is not used: requests are placed by --dyncp-policy", resolution[1])
+    assert found == ["round_robin"], "total_tokens is what the router does"
 
 
 @pytest.mark.own_process

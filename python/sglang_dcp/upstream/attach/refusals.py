@@ -76,12 +76,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "experts are recorded by a token's place in its home's pool, and remote ones have none there",
     ),
     Refusal("enable_mis", "--enable-mis", _off, "the attention mask of several items in one prompt is not causal"),
-    Refusal(
-        "load_balance_method",
-        "--load-balance-method",
-        lambda v: v in (None, "auto", "total_tokens"),
-        "requests are placed by --dyncp-policy, and by total_tokens under local: leave it out",
-    ),
     Refusal("enable_nvidia_megakernel", "--enable-nvidia-megakernel", _off, "a fused step leaves no layer to exchange partial results in"),
     Refusal(
         "checkpoint_engine_wait_weights_before_ready",

@@ -30,6 +30,8 @@ from sglang_dcp.upstream.front.tokenizer_workers import find_app_refusal
 logger = logging.getLogger(__name__)
 
 SOURCE = "dyncp"
+LOADS_READ = "total_tokens"
+"""A --load-balance-method under which SGLang's router reads the loads of all nodes."""
 
 
 def find_layout_refusal(config: DynCpConfig, num_instances: int) -> str | None:
@@ -120,7 +122,10 @@ def register_resolution() -> None:
     @register_resolution_hook("handle_load_balance_method")
     def load_reports(server_args: Any, previous: Callable[[Any], None]) -> None:
         # The router reads load snapshots of every node only under a load-based method (our placement replaces the method itself).
-        declare_resolution(server_args, SOURCE, load_balance_method="total_tokens")
+        if (given := resolving_view(server_args).load_balance_method) not in (None, "auto", LOADS_READ):
+            unused = "requests are placed by --dyncp-policy, under local by the tokens of an instance"
+            logger.warning("dyncp: --load-balance-method %s is not used: %s", given, unused)
+        declare_resolution(server_args, SOURCE, load_balance_method=LOADS_READ)
         previous(server_args)
 
     @register_resolution_hook("handle_other_validations")
