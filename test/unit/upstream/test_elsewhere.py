@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_dcp.upstream.step.elsewhere import PATIENCE_STEPS
+from sglang_dcp.upstream.step.elsewhere import OVERTAKEN_STEPS, PATIENCE_STEPS
 from testing.protocol.fakes import ModelRequest
 from testing.protocol.model import ProtocolModel, random_walk
 
@@ -142,3 +142,38 @@ def test_random_load(seed: int) -> None:
         moved |= {req.rid for home in model.homes for req in home.waiting_queue if req.dyncp_placement.shards != (home.participant.rank,)}  # type: ignore[union-attr]
     random_walk(model, 100)
     assert len(moved) > 3
+
+
+@pytest.mark.parametrize("flexible", [True, False])
+def test_asks_that_take_what_it_waits_for_do_not_starve_it(flexible: bool) -> None:
+    """It needs more than half of a pool, they a quarter of each, and some always wait: no pool ever has so much free. Those that are
+    retracted wait likewise, and before it."""
+    model = cluster(2)
+
+    def keep_busy() -> None:
+        while sum(home.num_waiting for home in model.homes) < 4:
+            home = model.num_requests % 2
+            model.arrive(home, 2 * 3 * PAGE, model.random.randint(10, 30), (1 - home, home), flexible=True)
+
+    for _ in range(60):
+        keep_busy()
+        model.step()
+    req, start = arrive_local(model, 0, 10 * PAGE, 10, flexible=flexible), model.num_steps
+    while not req.output_ids:
+        assert model.num_steps - start < 3 * OVERTAKEN_STEPS, "starved"
+        keep_busy()
+        model.step()
+    assert req.dyncp is not None and (flexible or req.dyncp.shards == (0,))
+    model.drain(2_000)
+
+
+def test_one_behind_local_ones_alone_stays_local() -> None:
+    """SGLang's order is fair among them, and the prefix cache theirs."""
+    model = ProtocolModel(1, 2, PAGES, PAGE, chunk_tokens=PAGES * PAGE, check_every=10**6)
+    for home in (0, 1):
+        arrive_local(model, home, 5 * PAGE, 300, flexible=False)
+    run(model, 3)
+    req = arrive_local(model, 0, 12 * PAGE, 10)
+    model.homes[0].running, model.homes[1].running = [], []  # they stand still
+    run(model, OVERTAKEN_STEPS + 50)
+    assert req.dyncp is None and not req.output_ids
