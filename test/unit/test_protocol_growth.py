@@ -137,3 +137,18 @@ def test_who_runs_in_full_pools_goes_on(monkeypatch):
 def test_a_walk_over_such_pools(seed):
     model = ProtocolModel(seed, 3, 2 * split_limits.GROWTH_SHARE, 2, check_every=10)
     random_walk(model, 400, arrival=0.3)
+
+
+def test_decodes_between_two_chunks_leave_a_local_prompt_its_pages():
+    """SGLang would end at the next chunk (--prefill-decode-interval): they grow on the other instance instead."""
+    model = ProtocolModel(1, 2, 32, 4, chunk_tokens=16)
+    runs = [model.arrive(0, 4, 60) for _ in range(3)]
+    for _ in range(4):
+        model.step()
+    model.homes[0].decode_interval = 10
+    prompt = model.arrive(0, 24 * 4, 2)
+    while not prompt.output_ids:
+        model.step()
+    assert any(1 in req.dyncp.shards for req in runs if req.dyncp is not None)
+    model.drain(500)
+    assert not model.homes[0].num_retractions

@@ -29,6 +29,9 @@ class FakePool:
         self._claimed += 1
         return True
 
+    def keep_free(self, count: int) -> None:
+        self._claimed += count
+
     def settle_decode_claims(self) -> None:
         self._claimed = 0
 

@@ -21,7 +21,9 @@ from testing.protocol.fakes import FakePool, ModelRequest
 
 
 class ModelScheduler:
-    """One home's queues, and a step of it: retract, rejoin, prefill or decode. Stands where SGLang's Scheduler stands."""
+    """One home's queues, and a step of it: retract, rejoin, prefill or decode. Stands where SGLang's Scheduler stands.
+
+    decode_interval: steps that decode behind each that prefills, as --prefill-decode-interval says."""
 
     def __init__(self, config: DynCpConfig, participant: Participant, pool: FakePool, chunk_tokens: int) -> None:
         self.participant, self.pool, self.chunk_tokens = participant, pool, chunk_tokens
@@ -38,6 +40,7 @@ class ModelScheduler:
         self.num_retractions = self.num_adoptions = self.num_cached_tokens = 0
         self.tree_cache = self
         self.wanted = 0
+        self.decode_interval = self._deferred = 0
 
     @property
     def req_to_token(self) -> ModelScheduler:
@@ -76,8 +79,9 @@ class ModelScheduler:
         back = [req for req in self.runtime.queues.parked if has_room(self.runtime, req)]
         self.runtime.queues.parked = [req for req in self.runtime.queues.parked if req not in back]
         self.running += back
-        self.batch = self._prefill()
+        self.batch = [] if self._deferred > 0 and self.running else self._prefill()
         self.decodes = not self.batch
+        self._deferred = self._deferred - 1 if self.decodes else self.decode_interval
         if self.decodes:
             self.batch = self._decode()
         sweep_waiting(self.runtime)

@@ -146,6 +146,15 @@ def test_claimed_pages_are_left_to_stock(runtime: Runtime) -> None:
     assert pool.take_pages(2) is None and len(pool.take_pages(1) or ()) == 1 and pool.take_pages(1) is None
 
 
+def test_pages_that_are_kept_are_nobody_s_while_a_step_is_secured(runtime: Runtime) -> None:
+    pool = runtime.pool
+    assert pool.take_pages(NUM_PAGES - 4) is not None
+    pool.keep_free(3)
+    assert pool.claim_decode_page() and not pool.claim_decode_page() and pool.take_pages(1) is None
+    pool.settle_decode_claims()
+    assert len(pool.take_pages(4) or ()) == 4
+
+
 def test_a_grant_that_the_pool_cannot_give_tells_what_was_said_and_what_is_there(runtime: Runtime) -> None:
     """A page set aside for nobody is counted as free: the others' books would go apart, so the instance ends."""
     participant, pool = runtime.participant, runtime.pool

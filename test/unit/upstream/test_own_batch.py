@@ -164,7 +164,7 @@ def test_requests_passed_over_had_nothing_to_secure(max_degree: int, empty: bool
         participant = make_participant(config)
         pool: Any = participant.pool
         pool.empty, pool.roomy = empty, roomy
-        scheduler = SimpleNamespace(_reqs_finishing_inflight=lambda batch: [])
+        scheduler = SimpleNamespace(chunked_req=None, _reqs_finishing_inflight=lambda batch: [])
         runtime = Runtime(scheduler, config, participant, pool, None, None)  # type: ignore[arg-type]
         runtime.givable_pages = pool.num_givable_pages()
         reqs = []
@@ -193,7 +193,8 @@ def test_who_has_ended_needs_nothing(empty: bool) -> None:
     participant = make_participant()
     pool: Any = participant.pool
     pool.empty, pool.roomy = empty, False
-    runtime = Runtime(SimpleNamespace(_reqs_finishing_inflight=lambda batch: []), CONFIG, participant, pool, None, None)  # type: ignore[arg-type]
+    scheduler = SimpleNamespace(chunked_req=None, _reqs_finishing_inflight=lambda batch: [])
+    runtime = Runtime(scheduler, CONFIG, participant, pool, None, None)  # type: ignore[arg-type]
     reqs = [request(participant, None), request(participant, [0, 1])]
     for req in reqs:
         req.finished = lambda: True

@@ -76,8 +76,12 @@ class LedgerAllocator(PagedTokenToKVPoolAllocator):
         self._claimed_pages += 1
         return True
 
+    def keep_free(self, count: int) -> None:
+        """Sets pages aside that no request which decodes may have."""
+        self._claimed_pages += count
+
     def settle_decode_claims(self) -> None:
-        """The stock allocation of the step comes next: claimed pages are its own again."""
+        """The stock allocation of the step comes next: claimed pages are its own again, and those that are kept are still there."""
         self._claimed_pages = 0
 
     def take_pages(self, count: int) -> list[int] | None:

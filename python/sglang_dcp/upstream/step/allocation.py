@@ -47,7 +47,6 @@ def decode_ids(runtime: Runtime, reqs: Sequence[Any], seq_lens: torch.Tensor, la
     every step but those in which a managed request begins a page, which is not taken from the pool.
     """
     pool, ids = runtime.pool, runtime.participant.ids
-    pool.settle_decode_claims()
     if runtime.own_batch.is_quiet(reqs):
         return None
     begin = runtime.own_batch.beginning_page(reqs, seq_lens)

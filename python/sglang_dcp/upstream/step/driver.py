@@ -56,8 +56,8 @@ class StepDriver:
         if not batch.reqs:
             return True
         began = perf_counter()
-        self.runtime.pool.settle_decode_claims()
         leave = sitting_out.find_leavers(self.runtime, batch)
+        self.runtime.pool.settle_decode_claims()
         self.runtime.host_clock.spent("secure", perf_counter() - began)
         return not leave or sitting_out.sit_out(self.runtime, batch, leave)
 

@@ -12,6 +12,7 @@ from sglang_dcp.upstream.step.managed import is_managed
 from sglang_dcp.upstream.step.own_batch import GROW_AHEAD_TOKENS
 from sglang_dcp.upstream.step.parked_row import take_row
 from sglang_dcp.upstream.step.runtime import Runtime
+from sglang_dcp.upstream.step.sync import spoken_for
 
 
 def rejoin(runtime: Runtime, running_batch: Any) -> Any:
@@ -48,13 +49,18 @@ def find_leavers(runtime: Runtime, batch: Any) -> set[int]:
     """Places in the batch of those that have no page for their next token.
 
     Asked are those that `secure_next_token` has something to do for: who ends a page now, and who will soon and can have none at home. All
-    others have room on the page of their last token. With two free pages for every request no local one misses its own.
+    others have room on the page of their last token. With two free pages for every request no local one misses its own. Between the chunks
+    of a local prompt (--prefill-decode-interval) its pages are kept.
     """
     reqs, pool = batch.reqs, runtime.pool
-    if runtime.givable_pages and pool.has_free(2 * len(reqs)) and runtime.own_batch.is_quiet(reqs):
+    kept = spoken_for(runtime)
+    enough = 2 * len(reqs) + kept
+    if runtime.givable_pages and pool.has_free(enough) and runtime.own_batch.is_quiet(reqs):
         return set()
+    if kept:
+        pool.keep_free(kept)
     places = runtime.own_batch.to_secure(reqs, batch.seq_lens_cpu, home_is_full=not runtime.givable_pages)
-    if places and pool.has_free(2 * len(reqs)):
+    if places and pool.has_free(enough):
         places = [i for i in places if is_managed(reqs[i])]
     # Who has ended is still in the batch; a page claimed for it would be nobody's, and missing where the step's grants are given.
     places = [i for i in places if not reqs[i].finished()]

@@ -38,13 +38,17 @@ def count_home_requests(runtime: Runtime, batch: Any) -> int:
 
 
 def free_pages(runtime: Runtime, givable: int) -> int:
-    """Pages that guests may get now, of `givable` ones. What a local request in the middle of its prefill still needs is not free."""
+    """Pages that guests may get now, of `givable` ones."""
+    return max(0, givable - spoken_for(runtime))
+
+
+def spoken_for(runtime: Runtime) -> int:
+    """Pages that a local request in the middle of its prefill still needs: nobody else gets them, or SGLang would end at its next chunk."""
     chunked, page_size = runtime.scheduler.chunked_req, runtime.participant.page_size
-    spoken_for = 0
-    if chunked is not None and not is_managed(chunked):
-        left = len(chunked.full_untruncated_fill_ids) - chunked.kv.kv_allocated_len
-        spoken_for = max(0, -(-left // page_size)) + 1
-    return max(0, givable - spoken_for)
+    if chunked is None or is_managed(chunked):
+        return 0
+    left = len(chunked.full_untruncated_fill_ids) - chunked.kv.kv_allocated_len
+    return max(0, -(-left // page_size)) + 1
 
 
 def read_gathered(runtime: Runtime, info: Any) -> list[list[int]] | None:
