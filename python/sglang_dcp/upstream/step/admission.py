@@ -99,12 +99,13 @@ def takes_over(runtime: Runtime, req: Any) -> bool:
 
 def _add_local(original: Callable[..., Any], adder: Any, runtime: Runtime, req: Any, *args: Any, **kwargs: Any) -> Any:
     """Stock admission. A local request that does not fit ends SGLang's round; where some of the ledger's wait it must not: they may hold
-    the very pages that it waits for, or need none of them. Then the round goes on, past further local requests."""
+    the very pages that it waits for, or need none of them. Then the round goes on, past further local requests. SGLang wants a token more
+    than it charges: a prompt that ends a page and leaves one of the pool, which placement finds room for, would wait for ever."""
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     if getattr(adder, "dyncp_local_blocked", False):
         return AddReqResult.CONTINUE
-    with _charge_expected_output(req, runtime), _admit_like_others(req, runtime):
+    with _charge_expected_output(req, runtime), _admit_like_others(req, runtime), _charge_less(adder, 1):
         result = original(adder, req, *args, **kwargs)
     if result is AddReqResult.NO_TOKEN:
         note_blocked(runtime, req)
