@@ -85,6 +85,19 @@ def test_a_short_common_beginning_is_not_worth_to_wait_for():
     model.drain(100)
 
 
+def test_a_much_longer_one_that_waits_for_pages_is_not_worth_to_wait_for():
+    """It begins alike, waits until somebody ends, and is no further with what they have in common than the shorter one."""
+    model = ProtocolModel(1, 2, 64, 4, chunk_tokens=400)
+    runs = model.arrive(0, 300, 150, (1, 0))
+    steps_until(model, decodes(runs))
+    long = model.arrive(0, [7] * 24 + [1] * 260, 3, (1, 0))
+    model.step()
+    short = model.arrive(0, [7] * 24 + [2] * 8, 3, (1, 0))
+    steps_until(model, decodes(short), 100)
+    assert not long.dyncp.admitted and not runs.finished()
+    model.drain(300)
+
+
 def test_a_reader_is_a_conversation_too():
     """It leaves its own pages behind those that it reads, and its next turn goes on from both."""
     model = ProtocolModel(1, 2, 64, 4, chunk_tokens=64)

@@ -15,7 +15,8 @@ from sglang_dcp.upstream.step.prefixes import digests_of, is_on, is_plain, prote
 from sglang_dcp.upstream.step.runtime import Runtime
 
 LEAST_SHARE = 0.5
-"""Of a prompt's pages, for which it waits until another request has computed them: it cannot take longer than doing it anew."""
+"""Of a prompt's pages, for which it waits until another request has computed them, and of that one's: else it may wait for the pages of a
+prompt that is many times as long, and for all of that to be computed."""
 
 
 def has_computed(runtime: Runtime, req: Any) -> bool:
@@ -36,9 +37,8 @@ def waits_for_another(runtime: Runtime, req: Any) -> bool:
 
 def _find_leader(runtime: Runtime, req: Any) -> int:
     """Handle of the request that is to compute the longest part of this one's prompt; 0 where none is worth to wait for."""
-    num_pages = len(digests_of(runtime, req)) // DIGEST_BYTES
     best = _longest_alike(runtime, req, computed=False)
-    return best[0].handle if best and best[1] >= max(1, LEAST_SHARE * num_pages) else 0
+    return best[0].handle if best else 0
 
 
 def share_with(runtime: Runtime, req: Any, beyond: int, most_pages: int, degree: int | None) -> bool:
@@ -59,13 +59,16 @@ def share_with(runtime: Runtime, req: Any, beyond: int, most_pages: int, degree:
 
 def _longest_alike(runtime: Runtime, req: Any, *, computed: bool) -> tuple[HomeRequest, int] | None:
     """The managed request of this home whose prompt has most whole pages in common, and how many. computed: one that decodes, else one
-    that does not yet."""
-    digests, best = req.dyncp_digests, None
+    that does not yet and is worth to wait for."""
+    digests, best = digests_of(runtime, req), None
     for request in runtime.participant.homes.requests.values():
         owner = request.owner
         if owner is None or owner is req or request.num_tree_pages or not is_plain(owner):
             continue
-        num_pages = common_pages(digests_of(runtime, owner), digests)
+        theirs = digests_of(runtime, owner)
+        num_pages = common_pages(theirs, digests)
+        if not computed and num_pages * DIGEST_BYTES < LEAST_SHARE * max(len(theirs), len(digests)):
+            continue
         # One token stays its own: SGLang frees what a request has behind what it reads, and must find something.
         num_pages = min(num_pages, (len(owner.origin_input_ids) - 1) // runtime.participant.page_size)
         if num_pages > (best[1] if best else 0) and has_computed(runtime, owner) is computed:
