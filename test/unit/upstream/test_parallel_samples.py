@@ -18,7 +18,8 @@ POOL = 1024
 class Manager:
     """As much of SGLang's TokenizerManager as takes part, in its order: check, send, look the state up, wait, read the last output."""
 
-    def __init__(self) -> None:
+    def __init__(self, preferred: dict[str, Any] | None = None) -> None:
+        self.preferred_sampling_params = preferred
         self.rid_to_state: dict[str, Any] = {}
         self.model_config = SimpleNamespace(vocab_size=512)
         self.dyncp_limits = RequestLimits(DynCpConfig().resolve(4), 4, POOL, 16)
@@ -75,3 +76,21 @@ CASES = [
 @pytest.mark.parametrize(("prompt", "sampling", "outputs", "sent"), CASES)
 def test_runs_of_a_prompt(prompt: int, sampling: dict[str, Any], outputs: list[int], sent: list[str]) -> None:
     assert ask(prompt, sampling, outputs).sent == sent
+
+
+def is_sharded(preferred: dict[str, Any] | None, sampling: dict[str, Any], prompt_tokens: int = 100) -> bool:
+    obj = SimpleNamespace(sampling_params=sampling, return_logprob=False, kv_hints=None, routed_dp_rank=None)
+    validate_request(lambda *_: None, Manager(preferred), obj, [7] * prompt_tokens)
+    return bool(obj.dyncp_is_sharded)
+
+
+def test_a_pin_of_the_servers_preferred_parameters_is_checked_like_a_clients() -> None:
+    """SGLang merges --preferred-sampling-params behind the check, and the router places by what it finds there."""
+    preferred = {"custom_params": {"dyncp": {"degree": 3}}}
+    assert is_sharded(preferred, {}) and not is_sharded(None, {})
+    assert not is_sharded(preferred, {"custom_params": {}}), "what a client says comes first"
+    for tokens in (10, 3 * POOL + 1):
+        with pytest.raises(ValueError, match="3"):
+            is_sharded(preferred, {}, tokens)
+        with pytest.raises(ValueError, match="3"):
+            is_sharded(None, preferred, tokens)
