@@ -127,7 +127,8 @@ def _is_equal(point: Point, mine: Point) -> bool:
 
 
 def judge_part(part: dict[str, Any]) -> dict[str, Any]:
-    """`by_case`: at each limit, rates and ratios; the main case's at the main limit stand at the top, as its `by_limit`."""
+    """`by_case`: at each limit, rates and ratios; the main case's at the main limit stand at the top, as its `by_limit`. Stock's P99 over
+    ours is at the highest rate that stock holds, so at the top it is of the widest limit, `p99_limit_ms`."""
     step = short_step(part["cases"])
     main = MAIN_LIMIT_MS if step is None else round(SHORT_STEPS * step["ms"], 1)
     limits = sorted({*LIMITS_MS, main})
@@ -135,7 +136,8 @@ def judge_part(part: dict[str, Any]) -> dict[str, Any]:
     lowest = [found for name, case in part["cases"].items() for found in lowest_ratios(name, case, limits)]
     judged: dict[str, Any] = {"short_step": step, "by_case": by_case, "lowest_by_case": _lowest_by_case(lowest)}
     if (name := main_case(part["cases"], main)) is not None:
-        judged = by_case[name][f"{main:g}"] | {"case": name, "by_limit": by_case[name]} | judged
+        widest = {key: found for key, found in by_case[name][f"{limits[-1]:g}"].items() if key.startswith("p99_")}
+        judged = by_case[name][f"{main:g}"] | widest | {"p99_limit_ms": limits[-1], "case": name, "by_limit": by_case[name]} | judged
     return judged
 
 

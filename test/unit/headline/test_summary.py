@@ -95,6 +95,7 @@ def test_a_summary_has_the_figures_that_the_bars_name_and_a_page() -> None:
     assert two["limit_ms"] == 22.5 and two["case"] == "0.03|1" and set(two["by_limit"]) == {"20", "22.5", "25", "30", "40", "60"}
     assert two["by_limit"]["25"]["rates"] == {"stock": 5.0, "whole": 7.333, "ours": 9.5}
     assert two["by_limit"]["25"]["rate_over_stock"] == 1.9 and "p99_over_stock" in two["by_limit"]["40"]
+    assert two["p99_over_stock"] == two["by_limit"]["60"]["p99_over_stock"] and two["p99_limit_ms"] == 60.0
     assert found["lowest_ratio_any_mix"] == round(17.0 / 17.2, 3) and found["lowest_ratio_is"]["case"] == "0|1"
     assert two["lowest_by_case"]["0.03|1"]["against"] == "whole" and set(two["by_case"]) == {"0.03|1", "0|1", "weka|2"}
     assert found["four_gpus"]["cases"] and found["four_gpus"]["rate_over_whole"] == 1.0
