@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ SLOWEST = 3
 """Requests of a window that are named."""
 MOST_TTFT_S = 10.0
 """A queue that grows shows here, not in TPOT."""
+
+DECODE_LINE = re.compile(r"Decode batch.*cuda graph: (True|False)")
 
 Point = dict[str, Any]
 
@@ -110,6 +113,12 @@ def _point(
         "longest_send_delay_s": round(max((one.sent_s - one.arrival.at_s for one in served), default=0.0), 3),
         "failed": dict(failed.most_common(3)),
     }
+
+
+def graph_share(log: str) -> float | None:
+    """Of the decode steps that SGLang logged, those that ran as a CUDA graph; None where it logged none."""
+    graphs = [found == "True" for found in DECODE_LINE.findall(log)]
+    return round(sum(graphs) / len(graphs), 3) if graphs else None
 
 
 def holds(found: Point, limit_ms: float) -> bool:

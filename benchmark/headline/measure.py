@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmark.headline.client import Arrival, send_all
 from benchmark.headline.contenders import REAL_PREFILL, Contender
-from benchmark.headline.judge import WARM_WINDOW_SHARE, Point, point, window_point
+from benchmark.headline.judge import WARM_WINDOW_SHARE, Point, graph_share, point, window_point
 from benchmark.headline.plan import Unit
 from benchmark.headline.traffic import arrivals
 from benchmark.multi_gpu.model_shapes import LONGEST_CONTEXT, model_flags, write_shape
@@ -67,10 +67,10 @@ def warm_up(server: GpuServer, contender: Contender, args: argparse.Namespace) -
 
 
 def measure(server: GpuServer, unit: Unit, args: argparse.Namespace) -> Point:
-    """Arrivals, answers, balance. With --history-ms the window begins loaded and ends in time; the server is left empty."""
+    """Arrivals, answers, balance, graphs. With --history-ms the window begins loaded and ends in time; the server is left empty."""
     mix_args = (unit.mix, unit.rate, args.seconds, unit.seed, args.longest, args.longest_output, args.history_ms)
     drawn, seconds = arrivals(*mix_args), args.seconds
-    probe = BalanceProbe(server)
+    probe, logged = BalanceProbe(server), len(server.log())
     url, ends_s = f"http://127.0.0.1:{server.port}", seconds if args.history_ms else None
     probe.start()
     served = asyncio.run(send_all(url, drawn, seed=unit.seed, timeout_s=seconds * 2 + 60, fields=unit.contender.fields, ends_s=ends_s))
@@ -81,6 +81,7 @@ def measure(server: GpuServer, unit: Unit, args: argparse.Namespace) -> Point:
         found["empty_after_s"] = wait_empty(server)
     else:
         found = point(served, unit.rate, [value for _, value in probe.samples])
+    found["graph_share"] = graph_share(server.log()[logged:])
     if args.prefill == REAL_PREFILL and not server.client.flush_cache():
         raise RuntimeError(f"{server.name} does not flush its cache: the next contender would find these prompts there")
     return found

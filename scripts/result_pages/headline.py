@@ -44,6 +44,7 @@ def render_of(result: dict[str, Any], split: dict[str, Any], bounds: dict[str, A
         "![P99 TPOT over the request rate](../figures/headline.png)",
         "*Simulated*: the same arrivals through the [simulator](../simulation.md), by a server's constants ([prices](prices.md)).",
         *_windows(result["cases"][main]),
+        *_graphs(result["cases"]),
         table(HEADINGS, _points(result["cases"][main])),
         LIMIT_TEXT,
         _limits(judged["by_limit"], result["cases"][main]),
@@ -74,6 +75,13 @@ def _windows(case: dict[str, Any]) -> list[str]:
         f"aged by {found['history_ms']:g} ms a token, and cuts off what streams at its end. Times per token are of what lies behind its "
         f"first {100 * WARM_WINDOW_SHARE:g} %, of every request with {LEAST_TOKENS} tokens or more there."
     ]
+
+
+def _graphs(cases: dict[str, Any]) -> list[str]:
+    """The lowest share of graphs of any window, where it is known."""
+    points = [point for case in cases.values() for contender in case.values() for point in contender["points"]]
+    shares = [point["graph_share"] for point in points if point.get("graph_share") is not None]
+    return [f"Of the decode steps that a server logged in a window, at least {100 * min(shares):g} % ran as graphs."] if shares else []
 
 
 def _notes(result: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmark.headline.client import Arrival, Served
 from benchmark.headline.contenders import contenders
-from benchmark.headline.judge import highest_rate, holds, percentile, point, ratios, tpot_between, window_point
+from benchmark.headline.judge import graph_share, highest_rate, holds, percentile, point, ratios, tpot_between, window_point
 from benchmark.headline.traffic import arrivals
 
 
@@ -58,6 +58,13 @@ def test_stocks_p99_is_compared_with_ours_at_the_next_higher_rate_where_ours_was
     assert found["p99_over_stock"] == 1.6 and found["p99_at"] == {"stock": 7, "ours": 8}
     assert "p99_over_stock" not in ratios({"stock": [at(7, 40.0)], "ours": ours[:1]}, 60.0), "a lower rate says nothing"
     assert "p99_over_stock" not in ratios({"stock": [at(7, 40.0)], "ours": [at(8, 25.0, failed={"refused": 1})]}, 60.0)
+
+
+def test_the_share_of_graphs_is_of_the_decode_steps_that_are_logged() -> None:
+    line = "[2026-11-30 12:09:11 DP1 TP1 EP1] Decode batch, #running-req: 128, cuda graph: {}, gen throughput (token/s): 4154.16"
+    prefill = "[2026-11-30 12:09:11 DP1 TP1 EP1] Prefill batch, #new-seq: 1, cuda graph: False"
+    assert graph_share("\n".join([*map(line.format, (True, False, True)), prefill])) == 0.667
+    assert graph_share(prefill) is None
 
 
 def test_all_contenders_get_equal_arrivals_and_a_faster_rate_the_same_requests_sooner() -> None:
