@@ -45,6 +45,7 @@ BODY = pydantic.TypeAdapter(io_struct.GenerateReqInput)
 def manager() -> Any:
     return SimpleNamespace(
         preferred_sampling_params=None,
+        allow_auto_truncate=False,
         sampling_params_class=SamplingParams,
         tokenized_generate_req_type=io_struct.TokenizedGenerateReqInput,
         tokenizer=SimpleNamespace(encode=lambda text, **_: list(text.encode())),

@@ -19,7 +19,7 @@ class Manager:
     """As much of SGLang's TokenizerManager as takes part, in its order: check, send, look the state up, wait, read the last output."""
 
     def __init__(self, preferred: dict[str, Any] | None = None) -> None:
-        self.preferred_sampling_params = preferred
+        self.preferred_sampling_params, self.allow_auto_truncate = preferred, False
         self.rid_to_state: dict[str, Any] = {}
         self.model_config = SimpleNamespace(vocab_size=512)
         self.dyncp_limits = RequestLimits(DynCpConfig().resolve(4), 4, POOL, 16)
@@ -94,3 +94,13 @@ def test_a_pin_of_the_servers_preferred_parameters_is_checked_like_a_clients() -
             is_sharded(preferred, {}, tokens)
         with pytest.raises(ValueError, match="3"):
             is_sharded(None, preferred, tokens)
+
+
+def test_a_prompt_is_cut_where_the_server_may_cut_it() -> None:
+    obj = SimpleNamespace(sampling_params={"max_new_tokens": 8}, return_logprob=False, kv_hints=None, routed_dp_rank=None)
+    manager, ids = Manager(), [7] * 100_000
+    with pytest.raises(ValueError, match="100000 tokens"):
+        validate_request(lambda *_: None, manager, obj, ids)
+    manager.allow_auto_truncate = True
+    validate_request(lambda *_: None, manager, obj, ids)
+    assert 1000 < len(ids) < 100_000 and obj.dyncp_is_sharded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -308,3 +309,29 @@ def test_a_decode_server_wants_the_address_of_a_prefill_server() -> None:
     for name in ("bootstrap_host", "bootstrap_room"):
         with pytest.raises(RequestError, match=f"{name} is missing, and --disaggregation-mode is decode"):
             check_address(SimpleNamespace(**(vars(whole) | {name: None})), "decode", "mooncake")
+
+
+@pytest.mark.parametrize("page", [2, 16, 64])
+def test_what_is_too_long_is_cut_to_what_is_served(page: int, caplog: pytest.LogCaptureFixture) -> None:
+    """--allow-auto-truncate. The longest prompt and output that pass are left as they are."""
+    some = RequestLimits(DynCpConfig().resolve(4), 4, POOL, page)
+    for prompt, asked in ((5000, None), (5000, 1), (4000, 500), (100, 5000), (some.most_tokens, 0)):
+        sampling = {"temperature": 0.0} | ({} if asked is None else {"max_new_tokens": asked})
+        given, ids = dict(sampling), [7] * prompt
+        pages = -(-prompt // page)
+        with pytest.raises(RequestError) if pages * page + (asked or 0) > some.most_tokens else nullcontext():
+            some.check(prompt, sampling)
+        cut = some.truncate(ids, sampling)
+        some.check(len(ids), cut)
+        assert sampling == given and cut.keys() == given.keys(), "others may share the parameters"
+        assert len(ids) == min(prompt, some.most_tokens // page * page)
+        again = list(ids)
+        caplog.clear()
+        assert some.truncate(again, cut) is cut and again == ids and not caplog.records
+
+
+def test_a_cut_says_what_it_cut(caplog: pytest.LogCaptureFixture) -> None:
+    limits().truncate([7] * 5000, {"max_new_tokens": 100})
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first == "--allow-auto-truncate: the input, 5000 tokens, is cut to 4064 (4 KV pools of 1024 tokens)"
+    assert second.startswith("--allow-auto-truncate: max_new_tokens, 100, is cut to 15 (4 KV pools")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,8 @@ from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.split_limits import Layout, SplitLimits
 from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementPolicy
 from sglang_dcp.upstream.router.placement_request import cost_model_of, describe_request
+
+logger = logging.getLogger(__name__)
 
 PIN_KEYS = ("degree", "home", "at_most")
 
@@ -146,6 +149,28 @@ class RequestLimits:
         """Tokens that one request may hold over all pools that it may use."""
         return self.split_limits.reach_pages * self.page_size
 
+    @property
+    def most_tokens(self) -> int:
+        """Prompt, in whole pages, and output of one request: behind them comes one tail page."""
+        return self.reach_tokens - self.page_size - 1
+
+    def truncate(self, input_ids: list[int], sampling: dict[str, Any]) -> dict[str, Any]:
+        """Cuts the prompt in place to what one request may hold, and returns sampling parameters with the output that is left; says so,
+        as SGLang does where it cuts to the context length. Samples of a batch may share their parameters."""
+        most_prompt = self.most_tokens // self.page_size * self.page_size
+        if len(input_ids) > most_prompt:
+            logger.warning("--allow-auto-truncate: the input, %d tokens, is cut to %d (%s)", len(input_ids), most_prompt, self._pools())
+            del input_ids[most_prompt:]
+        left, asked = self.most_tokens - self._whole_pages(len(input_ids)), sampling.get("max_new_tokens")
+        if type(asked) is not int or asked <= left:
+            return sampling
+        logger.warning("--allow-auto-truncate: max_new_tokens, %d, is cut to %d (%s)", asked, left, self._pools())
+        return {**sampling, "max_new_tokens": left}
+
+    def _whole_pages(self, prompt_tokens: int) -> int:
+        """Tokens of the pages that a prompt takes."""
+        return -(-prompt_tokens // self.page_size) * self.page_size
+
     def check(self, prompt_tokens: int, sampling: Mapping[str, Any], routed_dp_rank: int | None = None) -> Placement:
         """Where an idle server would place the request. Raises RequestError (or the policy's CapacityError, also a ValueError) where it
         could not serve it."""
@@ -175,19 +200,22 @@ class RequestLimits:
         return self.policy.place(request, loads, self.page_size)
 
     def _check_length(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        """The prompt takes whole pages, then comes one tail page: SGLang would cut the output to what is left, without a word."""
-        prompt_pages = -(-prompt_tokens // self.page_size)
-        limit = self.reach_tokens - self.page_size - 1
-        if prompt_pages * self.page_size + max_new_tokens > limit:
-            limits = self.split_limits
-            pools = f"{limits.max_degree} KV pools of {self.pool_tokens} tokens"
-            if limits.layout.group_size < self.num_instances:
-                pools += f" of a node with {limits.layout.group_size} instances (--dyncp-node-size, --nnodes)"
-            if limits.guest_pages < limits.pool_pages:
-                fraction = self.config.max_guest_fraction
-                pools += f", all but one of them lending {limits.guest_pages * self.page_size} (--dyncp-max-guest-fraction {fraction})"
+        """SGLang would cut the output to what is left, without a word."""
+        prompt_pages = self._whole_pages(prompt_tokens) // self.page_size
+        if prompt_pages * self.page_size + max_new_tokens > self.most_tokens:
             raise RequestError(
                 f"The input ({prompt_tokens} tokens, {prompt_pages} pages of {self.page_size}) and max_new_tokens ({max_new_tokens}) "
-                f"exceed {limit} tokens, what one request may hold in {pools} "
+                f"exceed {self.most_tokens} tokens, what one request may hold in {self._pools()} "
                 "(--max-total-tokens, --mem-fraction-static, --dyncp-max-degree)"
             )
+
+    def _pools(self) -> str:
+        """Those that one request may use."""
+        limits = self.split_limits
+        pools = f"{limits.max_degree} KV pools of {self.pool_tokens} tokens"
+        if limits.layout.group_size < self.num_instances:
+            pools += f" of a node with {limits.layout.group_size} instances (--dyncp-node-size, --nnodes)"
+        if limits.guest_pages < limits.pool_pages:
+            fraction = self.config.max_guest_fraction
+            pools += f", all but one of them lending {limits.guest_pages * self.page_size} (--dyncp-max-guest-fraction {fraction})"
+        return pools

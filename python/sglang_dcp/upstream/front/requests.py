@@ -85,6 +85,8 @@ def validate_request(original: Callable[..., None], manager: Any, obj: Any, inpu
     original(manager, obj, input_ids)
     obj.kv_hints = strip_hints(obj.kv_hints)
     limits: RequestLimits = manager.dyncp_limits
+    if manager.allow_auto_truncate and input_ids:
+        obj.sampling_params = limits.truncate(input_ids, obj.sampling_params)
     # SGLang fills in --preferred-sampling-params behind this check, and the router reads the pin. Of a length there it serves what fits.
     preferred = {"custom_params": (manager.preferred_sampling_params or {}).get("custom_params")}
     placement = limits.check(len(input_ids or ()), preferred | (obj.sampling_params or {}), obj.routed_dp_rank)
