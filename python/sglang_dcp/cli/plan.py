@@ -16,7 +16,7 @@ from sglang_dcp.observe.tables import align
 from sglang_dcp.policy.attention_table import BFLOAT16, KV_DTYPES
 from sglang_dcp.policy.cost_model import CostModel, InstanceWork
 from sglang_dcp.policy.expected_output import EXPECTED_NEW_TOKENS, expected_new_tokens
-from sglang_dcp.policy.placement import make_policy
+from sglang_dcp.policy.placement import LOCAL_VARIANTS, POLICY_NAMES, make_policy
 from sglang_dcp.policy.served_model import serving_cost
 from sglang_dcp.policy.types import CapacityError, InstanceLoad, Placement, PlacementPolicy, PlacementRequest
 from sglang_dcp.traces.flags import add_trace_flags
@@ -43,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--home", type=int, help="with --load: pin the home")
     parser.add_argument("--cost-model", default="deepseek-v3.h200", help="name or JSON file (default deepseek-v3.h200)")
     parser.add_argument("--kv-dtype", choices=list(KV_DTYPES), default=BFLOAT16, help="as --kv-cache-dtype: sizes pools and attention")
-    parser.add_argument("--policy", default="dual-balance", help="as --dyncp-policy, or local-least-batch, local-least-kv")
+    policies = [*POLICY_NAMES, *LOCAL_VARIANTS]
+    parser.add_argument("--policy", default="dual-balance", choices=policies, help="as --dyncp-policy, or a variant of local")
     parser.add_argument("--policy-degree", type=int, help="as --dyncp-degree, with --policy fixed")
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--pool-tokens", type=at_least(1), help="KV tokens per instance where the load names none")

@@ -9,6 +9,8 @@ from sglang_dcp.policy.split_limits import SplitRule
 from sglang_dcp.policy.types import PlacementPolicy
 
 POLICY_NAMES = ("dual-balance", "length-buckets", "fixed", "local")
+LOCAL_VARIANTS = ("local-least-batch", "local-least-kv")
+"""Of `local`, which alone means least KV; for plans and the simulator."""
 
 
 def make_policy(
@@ -24,9 +26,7 @@ def make_policy(
 ) -> PlacementPolicy:
     """The policy of `--dyncp-policy`. Raises ValueError naming the flag for a value that cannot work.
 
-    crosses_nodes: shards may leave the home's node (Layout.crosses).
-
-    `local-least-batch` and `local-least-kv` name the two variants of `local` (which alone means least KV).
+    crosses_nodes: shards may leave the home's node (Layout.crosses). LOCAL_VARIANTS are known too.
     """
     if page_size < 2:
         raise ValueError(f"--page-size {page_size}: placement needs pages of at least 2 tokens")
