@@ -127,7 +127,7 @@ def holds(found: Point, limit_ms: float) -> bool:
 
 def highest_rate(points: Sequence[Point], limit_ms: float) -> float:
     """Highest rate held under the limit, interpolated in P99 TPOT to the next that is not held for its TPOT. 0.0 where none is held."""
-    ordered = sorted(points, key=lambda found: found["requests_per_s"])
+    ordered = sorted(points, key=_rate)
     held = 0.0
     for index, found in enumerate(ordered):
         if not holds(found, limit_ms):

@@ -30,13 +30,13 @@ def render() -> str:
         table(["steps", "all", "columns", "settle", "tables", "secure", "allocate"], _host(runtime)),
         "Two commits on one machine, worst instance. 775b857 is before the step had its driver, and before rows were split by our own "
         "budget. Both instances on one GPU, which runs them in turns, and two layers:",
-        *_before_after(runtime["host_before_after"]),
+        *_host_runs(runtime["host_before_after"]),
         "Where requests join and leave, tables are made anew and now take longer. The likely cause was read in the code and not measured: "
         "FlashInfer splits no row of so many, and needs no new plan; our budget splits them, and plans anew when rows join or leave.",
         "An instance on each GPU, 24 layers:",
-        *_before_after(runtime["host_before_after_two_gpus"]),
+        *_host_runs(runtime["host_before_after_two_gpus"]),
         "With SGLang's default kernel, `fa3`, which needs no plan from the host: three starts of one server, 24 layers.",
-        *_before_after(runtime["host_default_kernel"]),
+        *_host_runs(runtime["host_default_kernel"]),
         "## Without a sharded request, on a CPU",
         source("unused.json", unused),
         table(["paired step time over stock"], [(unused["step_time_ratio"],)]),
@@ -112,7 +112,7 @@ def _check(run: dict[str, Any]) -> list[str]:
     return [source("gpu_runtime_check.json", run), table(["case", *STAGES], _differences(run["checks"])), run["note"] + "."]
 
 
-def _before_after(sides: list[dict[str, Any]]) -> list[str]:
+def _host_runs(sides: list[dict[str, Any]]) -> list[str]:
     head = ["commit, steps", "all", "p90", "columns", "settle", "tables", "new tables"]
     sources = dict.fromkeys(source("gpu_runtime.json", side) for side in sides)
     return [*sources, table(head, _sides(sides))]

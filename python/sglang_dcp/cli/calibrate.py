@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sglang_dcp.cli.values import above_zero
+from sglang_dcp.cli.values import above_zero, refuse_given
 from sglang_dcp.policy.attention_table import BFLOAT16, KV_DTYPES
 from sglang_dcp.policy.calibration import AttentionFit, Measurement, fit_attention, read_measurements
 from sglang_dcp.policy.calibration_table import CalibrationTable, model_file, shipped_error, worst
@@ -22,6 +22,7 @@ from sglang_dcp.policy.served_model import ServedModel
 DEFAULT_TABLE = DATA_FOLDER / "measurements_h100_flashinfer.csv"
 LEAST_ROWS = 6
 LIMIT_S = 100.0
+OF_A_MEASUREMENT = ("config", "kv_dtype", "attention_backend", "limit")
 BACKENDS = ("fa3", "flashinfer", "flashmla")
 SERVED_KERNELS = {
     (False, False): ("fa3", "flashinfer"),
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         if args.measure is not None:
             args.table = _measure(args)
         else:
-            _refuse_unread(args)
+            refuse_given(args, OF_A_MEASUREMENT, "without --measure")
         largest = _fit_json(args) if args.table.suffix == ".json" else _fit_csv(args)
     except (OSError, RuntimeError, ValueError, AttributeError) as error:
         print(f"sglang-dcp calibrate: {error}", file=sys.stderr)
@@ -69,13 +70,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"sglang-dcp calibrate: error {100 * largest:.1f} % exceeds --max-error {100 * args.max_error:.1f} %", file=sys.stderr)
         return 1
     return 0
-
-
-def _refuse_unread(args: argparse.Namespace) -> None:
-    """ValueError for a flag of a measurement where nothing is measured."""
-    for name in ("config", "kv_dtype", "attention_backend", "limit"):
-        if (value := getattr(args, name)) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} {value} has no effect without --measure")
 
 
 # On this machine

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from sglang_dcp.cli import plan_cache
+from sglang_dcp.cli.values import refuse_given
 from sglang_dcp.observe.tables import align
 from sglang_dcp.policy.placement import make_policy
 from sglang_dcp.policy.served_model import serving_cost
@@ -32,10 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def refuse_unread(args: argparse.Namespace) -> None:
     """ValueError for a flag that a plan of this kind would pass over."""
-    source, unread = ("--trace", OF_A_LOAD) if args.trace else ("--load", OF_A_TRACE)
-    for name in unread:
-        if (value := getattr(args, name)) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} {value} has no effect with {source}")
+    names, where = (OF_A_LOAD, "with --trace") if args.trace else (OF_A_TRACE, "with --load")
+    refuse_given(args, names, where)
 
 
 def make_trace_plan(args: argparse.Namespace) -> dict[str, Any]:

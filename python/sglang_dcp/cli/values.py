@@ -1,10 +1,10 @@
-"""Values of flags, for argparse: one out of range is refused by the flag's name, with the value and the limit. Standard library only."""
+"""Values of flags: one out of range, or that nothing would read, is refused by the flag's name, with the value. Standard library only."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -31,3 +31,10 @@ def above_zero(text: str) -> float:
     if not 0.0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
     return value
+
+
+def refuse_given(args: argparse.Namespace, names: Iterable[str], where: str) -> None:
+    """ValueError for one of these flags that was given although nothing reads it `where`; None is one that was not."""
+    for name in names:
+        if (value := getattr(args, name)) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} {value} has no effect {where}")

@@ -44,10 +44,14 @@ class Manager:
         return dict(state.out_list[-1])
 
 
+def generate_input(sampling: dict[str, Any]) -> SimpleNamespace:
+    return SimpleNamespace(sampling_params=sampling, return_logprob=False, kv_hints=None, routed_dp_rank=None)
+
+
 def ask(prompt_tokens: int, sampling: dict[str, Any], outputs: list[int]) -> Manager:
     """Checks a prompt and sends it once per entry of `outputs`, each with that output length."""
     manager = Manager()
-    obj = SimpleNamespace(sampling_params=sampling, return_logprob=False, kv_hints=None, routed_dp_rank=None)
+    obj = generate_input(sampling)
     validate_request(lambda *_: None, manager, obj, [7] * prompt_tokens)
 
     async def run() -> None:
@@ -79,7 +83,7 @@ def test_runs_of_a_prompt(prompt: int, sampling: dict[str, Any], outputs: list[i
 
 
 def is_sharded(preferred: dict[str, Any] | None, sampling: dict[str, Any], prompt_tokens: int = 100) -> bool:
-    obj = SimpleNamespace(sampling_params=sampling, return_logprob=False, kv_hints=None, routed_dp_rank=None)
+    obj = generate_input(sampling)
     validate_request(lambda *_: None, Manager(preferred), obj, [7] * prompt_tokens)
     return bool(obj.dyncp_is_sharded)
 
@@ -97,7 +101,7 @@ def test_a_pin_of_the_servers_preferred_parameters_is_checked_like_a_clients() -
 
 
 def test_a_prompt_is_cut_where_the_server_may_cut_it() -> None:
-    obj = SimpleNamespace(sampling_params={"max_new_tokens": 8}, return_logprob=False, kv_hints=None, routed_dp_rank=None)
+    obj = generate_input({"max_new_tokens": 8})
     manager, ids = Manager(), [7] * 100_000
     with pytest.raises(ValueError, match="100000 tokens"):
         validate_request(lambda *_: None, manager, obj, ids)

@@ -9,6 +9,7 @@ from typing import Any
 
 from sglang_dcp.config import DynCpConfig
 from sglang_dcp.policy.placement import make_policy
+from sglang_dcp.policy.split import num_pages
 from sglang_dcp.policy.split_limits import Layout, SplitLimits
 from sglang_dcp.policy.types import InstanceLoad, Placement, PlacementPolicy
 from sglang_dcp.upstream.router.placement_request import cost_model_of, describe_request
@@ -161,15 +162,12 @@ class RequestLimits:
         if len(input_ids) > most_prompt:
             logger.warning("--allow-auto-truncate: the input, %d tokens, is cut to %d (%s)", len(input_ids), most_prompt, self._pools())
             del input_ids[most_prompt:]
-        left, asked = self.most_tokens - self._whole_pages(len(input_ids)), sampling.get("max_new_tokens")
+        left = self.most_tokens - num_pages(len(input_ids), self.page_size) * self.page_size
+        asked = sampling.get("max_new_tokens")
         if type(asked) is not int or asked <= left:
             return sampling
         logger.warning("--allow-auto-truncate: max_new_tokens, %d, is cut to %d (%s)", asked, left, self._pools())
         return {**sampling, "max_new_tokens": left}
-
-    def _whole_pages(self, prompt_tokens: int) -> int:
-        """Tokens of the pages that a prompt takes."""
-        return -(-prompt_tokens // self.page_size) * self.page_size
 
     def check(self, prompt_tokens: int, sampling: Mapping[str, Any], routed_dp_rank: int | None = None) -> Placement:
         """Where an idle server would place the request. Raises RequestError (or the policy's CapacityError, also a ValueError) where it
@@ -201,7 +199,7 @@ class RequestLimits:
 
     def _check_length(self, prompt_tokens: int, max_new_tokens: int) -> None:
         """SGLang would cut the output to what is left, without a word."""
-        prompt_pages = self._whole_pages(prompt_tokens) // self.page_size
+        prompt_pages = num_pages(prompt_tokens, self.page_size)
         if prompt_pages * self.page_size + max_new_tokens > self.most_tokens:
             raise RequestError(
                 f"The input ({prompt_tokens} tokens, {prompt_pages} pages of {self.page_size}) and max_new_tokens ({max_new_tokens}) "

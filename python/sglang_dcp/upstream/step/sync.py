@@ -12,6 +12,7 @@ import torch.distributed as dist
 from sglang_dcp.dataflow.step_mode import STOCK, Eager, StepMode
 from sglang_dcp.dataflow.transport.base import TransportError
 from sglang_dcp.ledger import columns as col
+from sglang_dcp.policy.split import num_pages
 from sglang_dcp.upstream.step.managed import is_managed
 from sglang_dcp.upstream.step.queued import with_pages, without_pages
 from sglang_dcp.upstream.step.runtime import Runtime
@@ -48,7 +49,7 @@ def spoken_for(runtime: Runtime) -> int:
     if chunked is None or is_managed(chunked):
         return 0
     left = len(chunked.full_untruncated_fill_ids) - chunked.kv.kv_allocated_len
-    return max(0, -(-left // page_size)) + 1
+    return max(0, num_pages(left, page_size)) + 1
 
 
 def read_gathered(runtime: Runtime, info: Any) -> list[list[int]] | None:
